@@ -1,0 +1,49 @@
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.efft-kernels-installed
+JOBS  ?= 2
+CSRC   = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install the package with its development tools
+
+demo: $(STAMP) ## fine-tune a small vision transformer and show what it cost
+	$(BIN)/efft-kernels demo
+
+test: $(STAMP) ## run the tests in JOBS processes (default 2), one torch thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
+
+lint: $(STAMP) ## check style, types and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CSRC),$(BIN)/clang-format --dry-run --Werror $(CSRC))
+
+format: $(STAMP) ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+clean: ## remove build products and caches; keeps .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMP)
+	find efft_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find efft_kernels -name '*.so' -delete
+
+$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# The first interpreter that is new enough and able to make a virtual environment.
+$(BIN)/python:
+	@for python in $(PYTHON) python3.12 python3.11 python3.10 python3; do \
+	  if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    echo "creating $(VENV) with $$python"; exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "error: efft-kernels needs Python 3.10 or newer with the venv module; found none." >&2; \
+	echo "Install one, or name it: make setup PYTHON=/path/to/python3" >&2; exit 1

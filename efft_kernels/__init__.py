@@ -1,0 +1,25 @@
+"""Fused low-rank linears for factor-tuning vision transformers: EFFT and kin on one operator."""
+
+from .adapter import Adapter
+from .attach import attach, load
+from .methods import EFFT1, EFFT2
+from .nn import FactorBank, FusedEFFTLinear
+from .ops import reference
+from .ops.dispatch import available_backends, use_backend
+from .ops.functional import low_rank_linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EFFT1",
+    "EFFT2",
+    "Adapter",
+    "FactorBank",
+    "FusedEFFTLinear",
+    "attach",
+    "available_backends",
+    "load",
+    "low_rank_linear",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,214 @@
+"""Putting a method on a model, anew or from a file: build the factors, swap the linears, freeze the
+rest."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .adapter import BANK_NAME, Adapter, Attachment, is_attached, read_adapter_file, shorten
+from .methods import method_from_config
+from .methods.base import Method
+from .nn import FactorBank, FusedEFFTLinear
+from .sites import find_sites
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    targets: str | Sequence[str] | None = None,
+    layers: int | Iterable[int] | None = None,
+    modules_to_train: str | Sequence[str] = ("head",),
+) -> Adapter:
+    """Adapt `model` in place: targeted nn.Linear become FusedEFFTLinear, all else but the head is
+    frozen.
+
+    The layers keep the very same weight and bias tensors; the factors live in a FactorBank at the
+    model's root; ΔW starts at exactly zero, so the outputs do not change. All or nothing: on any
+    error the model is as it was.
+
+    Args:
+        model: any module with the linears that `targets` names; by default timm's ViT, DeiT and
+            Swin.
+        method: a method's configuration, e.g. `EFFT2(rank=16, scale=10.0)`.
+        targets: None for all attention and FFN linears; else names, dotted endings ("attn.qkv"),
+            globs, or "mhsa" / "ffn", one or several.
+        layers: block indices from 0; None for all.
+        modules_to_train: modules that are trained whole beside the factors. "head" stands for the
+            model's classifier, whatever its name.
+
+    Returns:
+        The adapter: its parameters, merge, save and detach.
+
+    Raises:
+        TypeError: model or method of the wrong kind, or a targeted module that is no plain
+            nn.Linear.
+        ValueError: already attached; a target, layer or module name that matches nothing; a rank
+            that does not fit; a method with no place for a target; weights on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method must be a method's configuration such as EFFT2(rank=16), got {method!r}"
+        )
+    _check_not_attached(model)
+    if hasattr(model, BANK_NAME):
+        raise ValueError(f"model must not have an attribute {BANK_NAME!r} of its own")
+    trained = resolve_modules_to_train(model, modules_to_train)
+    sites = find_sites(model, targets, layers, exclude=trained)
+    linears: dict[str, nn.Linear] = {}
+    for name in (site.name for site in sites):
+        linear = model.get_submodule(name)
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"target {name!r} must be an nn.Linear itself, got {type(linear).__name__}"
+            )
+        linears[name] = linear
+    devices = sorted({str(linear.weight.device) for linear in linears.values()})
+    if len(devices) > 1:
+        raise ValueError(f"targeted weights must be on one device, got {devices}")
+    dtypes = [linear.weight.dtype for linear in linears.values()]
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise TypeError(f"targeted weights must be floating, got {sorted(set(map(str, dtypes)))}")
+
+    with torch.device(devices[0]):
+        groups = method.build(sites)
+    members = method.members(sites)
+    bank = FactorBank(groups, {s.name: name for name, group in members.items() for s in group})
+    bank.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
+    bank.train(model.training)
+    layers_by_site = {
+        name: FusedEFFTLinear.from_linear(linear, bank=bank, site=name)
+        for name, linear in linears.items()
+    }
+    bank.attachment = Attachment(  # type: ignore[assignment]
+        method=method,
+        sites=tuple(sites),
+        modules_to_train=tuple(trained),
+        base_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
+        required_grad={name: p.requires_grad for name, p in model.named_parameters()},
+    )
+    return _install(model, bank, layers_by_site, trained)
+
+
+def _check_not_attached(model: nn.Module) -> None:
+    if is_attached(model):
+        raise ValueError(
+            f"model must carry no adapter, got a {type(model).__name__} that has one:"
+            " detach it first"
+        )
+
+
+def _install(
+    model: nn.Module, bank: FactorBank, layers: dict[str, FusedEFFTLinear], trained: Sequence[str]
+) -> Adapter:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in trained:
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(True)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    model.add_module(BANK_NAME, bank)
+    return Adapter(model)
+
+
+def resolve_modules_to_train(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+    """The dotted names of the modules to train whole; "head" becomes the model's classifier's own
+    name or names.
+
+    Raises:
+        TypeError: not a name or a sequence of names.
+        ValueError: a name that is no module of the model.
+    """
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"modules_to_train must be module names, got {names!r}")
+    modules = dict(model.named_modules())
+    resolved: list[str] = []
+    for name in names:
+        found = _classifier_names(model, modules) if name == "head" else [name]
+        if not found or any(module not in modules or not module for module in found):
+            examples = ", ".join(child for child, _ in model.named_children())
+            raise ValueError(
+                f"modules_to_train must name modules of {type(model).__name__} ({examples}),"
+                f" got {name!r}"
+            )
+        resolved += [module for module in found if module not in resolved]
+    return resolved
+
+
+def _classifier_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    config = getattr(model, "pretrained_cfg", None)
+    classifier = config.get("classifier") if isinstance(config, dict) else None
+    names: list[str] = [classifier] if isinstance(classifier, str) else list(classifier or ())
+    names = [name for name in names if name in modules]
+    if not names:
+        names = [name for name in ("head", "classifier", "fc") if name in modules][:1]
+    return names
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
+    """Attach the adapter saved at `path` to `model`, which must be the architecture it was trained
+    on.
+
+    All or nothing: on any error the model is as it was. Nothing is unpickled.
+
+    Args:
+        model: the base model, with the same parameter names and shapes, the head's included.
+        path: a file written by `Adapter.save`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole adapter file, an unknown version, another architecture, or already
+            attached.
+    """
+    metadata, tensors = read_adapter_file(path)
+    try:
+        method = method_from_config(json.loads(metadata["method"]))
+        targets = json.loads(metadata["targets"])
+        modules_to_train = json.loads(metadata["modules_to_train"])
+        expected = {
+            name: tuple(shape) for name, shape in json.loads(metadata["base_shapes"]).items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"path must be an adapter file with a readable header, got {path}: {error}"
+        ) from None
+    _check_not_attached(model)
+    _check_architecture(model, expected)
+    adapter = attach(model, method, targets=targets, modules_to_train=modules_to_train)
+    try:
+        adapter.load_state_dict(tensors)
+    except ValueError as error:
+        adapter.detach()
+        raise ValueError(
+            f"path must hold the tensors its header describes, got {path}: {error}"
+        ) from None
+    return adapter
+
+
+def _check_architecture(model: nn.Module, expected: Mapping[str, tuple[int, ...]]) -> None:
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if found == expected:
+        return
+    differences = [
+        f"{name} expected {_shape(expected.get(name))}, got {_shape(found.get(name))}"
+        for name in dict.fromkeys([*expected, *found])
+        if expected.get(name) != found.get(name)
+    ]
+    raise ValueError(
+        f"model must be the architecture the adapter was trained on, got {type(model).__name__}"
+        f" with {len(differences)} differing parameters: {shorten(differences)}"
+    )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))

@@ -1,0 +1,186 @@
+"""timm models for `efft-kernels train`: built, given their weights, and recognised again."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models import get_pretrained_cfg, is_model, load_state_dict, split_model_name_tag
+from torch import nn
+
+TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+Notify = Callable[[str], None]
+
+
+def build_backbone(
+    name: str,
+    *,
+    num_classes: int,
+    checkpoint: Path | None = None,
+    pretrained: bool = True,
+    img_size: int | None = None,
+    drop_path: float = 0.0,
+    notify: Notify = lambda message: None,
+) -> nn.Module:
+    """A timm model with a head for `num_classes`.
+
+    Its weights come from `checkpoint` (.safetensors, .pth, or the original .npz of ViT), else from
+    timm's pretrained ones (`pretrained`), else they are random. A head with another number of
+    classes is dropped. `notify` gets a line on anything the user should know.
+
+    Raises ValueError: an unknown model, an option it does not take, a checkpoint that is missing,
+    unreadable or of another architecture, pretrained weights that cannot be had.
+    """
+    _check_name(name)
+    options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path or None}
+    if checkpoint is not None:
+        if not checkpoint.is_file():
+            what = "a folder" if checkpoint.is_dir() else "nothing there"
+            raise ValueError(f"checkpoint must be a file of weights, got {checkpoint} ({what})")
+        if checkpoint.suffix == ".npz":
+            return _from_npz(name, checkpoint, num_classes, options, notify)
+        if checkpoint.suffix in TORCH_SUFFIXES:
+            return _from_state_dict(name, checkpoint, num_classes, options, notify)
+        raise ValueError(
+            f"checkpoint must end in .npz or one of {', '.join(TORCH_SUFFIXES)}, got {checkpoint}"
+        )
+    if pretrained:
+        return _from_hub(name, num_classes, options)
+    notify(
+        "the backbone's weights are random: expect poor accuracy; pass --pretrained or --checkpoint"
+    )
+    return _create(name, num_classes=num_classes, **options)
+
+
+def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
+    """SHA-256 over names, dtypes, shapes and bits of the model's state, without modules `exclude`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if any(name.startswith(f"{module}.") for module in exclude):
+            continue
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_name(name: str) -> None:
+    if ":" in name:  # "hf-hub:..." and "local-dir:...", which timm resolves and checks itself
+        return
+    architecture, _ = split_model_name_tag(name)
+    if is_model(architecture):
+        return
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    raise ValueError(f"model must be the name of a timm model, got {name!r}{hint}")
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **options)
+    except TypeError as error:
+        for option, flag in (("img_size", "--img-size"), ("drop_path_rate", "--drop-path")):
+            if f"'{option}'" in str(error):
+                raise ValueError(f"model {name} takes no {flag}: leave it out or 0") from error
+        raise
+
+
+def _from_hub(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    try:
+        return _create(name, pretrained=True, num_classes=num_classes, **options)
+    except ValueError:
+        raise
+    except Exception as error:  # the hub's client, its HTTP library and timm share no base class
+        raise ValueError(
+            f"the pretrained weights of {name} could not be had ({_first_line(error)}); pass"
+            " --checkpoint FILE with local weights, or --no-pretrained to start from random ones"
+        ) from error
+
+
+def _from_npz(
+    name: str, path: Path, num_classes: int, options: dict[str, Any], notify: Notify
+) -> nn.Module:
+    model = _create(name, num_classes=num_classes, **options)
+    load_pretrained: Any = getattr(model, "load_pretrained", None)
+    if load_pretrained is None:
+        raise ValueError(f"checkpoint must not be an .npz file for {name}, got {path}")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            heads = [arrays[key].shape[-1] for key in arrays.files if key.endswith("head/bias")]
+        load_pretrained(str(path))
+    except Exception as error:  # NumPy, zipfile and timm's loader share no base class
+        raise ValueError(
+            f"checkpoint must hold the original .npz weights of {name}, got {path}"
+            f" ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    _tell_about_head(heads[0] if heads else 0, num_classes, path, notify)
+    return model
+
+
+def _from_state_dict(
+    name: str, path: Path, num_classes: int, options: dict[str, Any], notify: Notify
+) -> nn.Module:
+    try:
+        state = load_state_dict(str(path), device="cpu", weights_only=True)
+    except Exception as error:  # pickle, zipfile, torch and safetensors share no base class
+        raise ValueError(
+            f"checkpoint must be a file of plain tensors, got {path}"
+            f" ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    file_classes = _head_rows(name, state)
+    # A model with the file's own head, or none, makes timm load strictly: a wrong architecture shows.
+    overlay = {
+        "state_dict": state,
+        "num_classes": file_classes,
+        "custom_load": False,
+        "label_offset": None,
+    }
+    try:
+        model = _create(
+            name,
+            pretrained=True,
+            pretrained_cfg_overlay=overlay,
+            num_classes=file_classes,
+            **options,
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # timm's remapping of foreign keys raises whatever it trips over
+        raise ValueError(
+            f"checkpoint must hold weights of {name}, got {path} ({_first_line(error)})"
+        ) from error
+    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    config.pop("state_dict")
+    if file_classes != num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    _tell_about_head(file_classes, num_classes, path, notify)
+    return model
+
+
+def _head_rows(name: str, state: dict[str, torch.Tensor]) -> int:
+    """How many classes the head in a state dict has; 0 where there is none."""
+    config = get_pretrained_cfg(name) if ":" not in name else None
+    classifier = config.classifier if config is not None else "head"
+    first = classifier if isinstance(classifier, str) else next(iter(classifier or ("head",)))
+    for key in (f"{first}.weight", f"{first.split('.')[0]}.weight"):
+        if key in state:
+            return int(state[key].shape[0])
+    return 0
+
+
+def _tell_about_head(file_classes: int, num_classes: int, path: Path, notify: Notify) -> None:
+    if file_classes != num_classes:
+        found = f"a head for {file_classes} classes" if file_classes else "no head"
+        notify(f"{path} has {found}, data has {num_classes}: the head starts anew")
+
+
+def _first_line(error: Exception, limit: int = 300) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,285 @@
+"""Folders of images, one folder per class: reading, checking, splitting and loading them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_classes, make_dataset
+
+Sample = tuple[str, int]  # path of an image, index of its class
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """The images of one data folder: classes by name, (path, class) for training and validation.
+
+    held_out is true where `val` was split off here, false where the folder brought its own.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    train: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    held_out: bool
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the classes and the relative paths of both parts, in their order."""
+        parts = [
+            [(Path(path).relative_to(self.root).as_posix(), label) for path, label in part]
+            for part in (self.train, self.val)
+        ]
+        return hashlib.sha256(json.dumps([self.classes, parts]).encode()).hexdigest()
+
+
+def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Sample]]:
+    """The classes and images of a folder with one folder per class, sorted by name.
+
+    classes  number the images by these names instead of the folder's own; every folder must be one
+             of them, and none needs to exist.
+
+    Raises ValueError for a missing folder, no class folder, or a class folder without images.
+    """
+    if not root.is_dir():
+        what = "a file" if root.exists() else "nothing there"
+        raise ValueError(
+            f"data must be a folder with one folder of images per class, got {root} ({what})"
+        )
+    try:
+        found, _ = find_classes(str(root))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"data must hold one folder of images per class, got {root} without any folder"
+        ) from error
+    known = list(found if classes is None else classes)
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        raise ValueError(
+            f"data must hold only the classes {_few(known)}, got {root} with {_few(unknown)}"
+        )
+    class_to_idx = {name: index for index, name in enumerate(known)}
+    samples = make_dataset(str(root), class_to_idx, extensions=IMG_EXTENSIONS, allow_empty=True)
+    counts = Counter(label for _, label in samples)
+    empty = [name for name in found if counts[class_to_idx[name]] == 0]
+    if empty:
+        raise ValueError(
+            f"every class folder of data must hold images ({', '.join(IMG_EXTENSIONS)}),"
+            f" got none in {_few([str(root / name) for name in empty])}"
+        )
+    return known, samples
+
+
+def open_splits(data: Path, *, val_split: float, seed: int) -> ImageSplits:
+    """Training and validation images of `data`.
+
+    Where data/train and data/val exist they are taken as they are. Else `val_split`, a fraction of
+    the images (stratified by class, drawn with `seed`), is held out.
+
+    Raises ValueError for what `read_folder` refuses, fewer than two classes, different classes in
+    train and val, or too few images to hold some out.
+    """
+    train_root, val_root = data / "train", data / "val"
+    if train_root.is_dir() and val_root.is_dir():
+        classes, train = read_folder(train_root)
+        _require_two(classes, train_root)
+        val_classes, val = read_folder(val_root)
+        if val_classes != classes:
+            different = sorted(set(classes) ^ set(val_classes))
+            raise ValueError(
+                f"{val_root} must hold the classes of {train_root},"
+                f" got a difference in {_few(different)}"
+            )
+        return ImageSplits(data, tuple(classes), tuple(train), tuple(val), held_out=False)
+    for alone, other in ((train_root, "val"), (val_root, "train")):
+        if alone.is_dir() and any(child.is_dir() for child in alone.iterdir()):
+            raise ValueError(
+                f"data must hold 'train' and 'val' or one folder per class, got {data} with"
+                f" '{alone.name}' but no '{other}'; to split one folder, pass --data {alone}"
+            )
+    classes, samples = read_folder(data)
+    _require_two(classes, data)
+    train, val = _hold_out(classes, samples, val_split, seed)
+    return ImageSplits(data, tuple(classes), tuple(train), tuple(val), held_out=True)
+
+
+def _require_two(classes: Sequence[str], root: Path) -> None:
+    if len(classes) < 2:
+        raise ValueError(f"data must have at least 2 classes, got 1 in {root} ({classes[0]})")
+
+
+def _hold_out(
+    classes: Sequence[str], samples: Sequence[Sample], val_split: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    counts = Counter(label for _, label in samples)
+    single = [classes[label] for label, count in counts.items() if count < 2]
+    if single:
+        raise ValueError(
+            "every class must have at least 2 images to hold some out for validation,"
+            f" got 1 in {_few(single)}; add images, or give data/train and data/val"
+        )
+    labels = [label for _, label in samples]
+    try:
+        train, val = train_test_split(
+            range(len(samples)), test_size=val_split, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"val_split must leave an image of each of the {len(classes)} classes on both sides,"
+            f" got {val_split} of {len(samples)} images; change --val-split"
+        ) from error
+    return [samples[i] for i in sorted(train)], [samples[i] for i in sorted(val)]
+
+
+class ImageList(Dataset[tuple[Tensor, int]]):
+    """Images by path, with their class. Raises UnreadableImageError, naming the file."""
+
+    def __init__(self, samples: Sequence[Sample], transform: Callable[[Image.Image], Tensor]):
+        self.samples = list(samples)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(_decode(path)), label
+
+
+class _DecodeCheck(Dataset[str]):
+    """For each image "" or the reason why it cannot be decoded."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self.paths = [path for path, _ in samples]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            _decode(self.paths[index])
+        except UnreadableImageError as error:
+            return str(error)
+        return ""
+
+
+def _decode(path: str) -> Image.Image:
+    try:
+        return default_loader(path)
+    except Exception as error:  # Pillow's decoders raise a dozen unrelated types on damaged files
+        reason = str(error).replace(path, "the file").strip() or "no reason given"
+        raise UnreadableImageError(
+            f"cannot read image {path} ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def find_unreadable(
+    samples: Sequence[Sample], *, workers: int = 0, on_image: Callable[[int], None] | None = None
+) -> dict[str, str]:
+    """Decode every image once; path -> reason of those that cannot be.
+
+    on_image is called with the number of images done since its last call.
+    """
+    loader = DataLoader(_DecodeCheck(samples), batch_size=16, num_workers=workers, collate_fn=list)
+    unreadable: dict[str, str] = {}
+    done = 0
+    for reasons in loader:
+        for (path, _), reason in zip(samples[done : done + len(reasons)], reasons, strict=True):
+            if reason:
+                unreadable[path] = reason
+        done += len(reasons)
+        if on_image is not None:
+            on_image(len(reasons))
+    return unreadable
+
+
+def without(
+    samples: Sequence[Sample], unreadable: dict[str, str], classes: Sequence[str]
+) -> tuple[Sample, ...]:
+    """The samples that are not in `unreadable`.
+
+    Raises ValueError where a class that had images has none left.
+    """
+    kept = tuple(sample for sample in samples if sample[0] not in unreadable)
+    lost = {label for _, label in samples} - {label for _, label in kept}
+    if lost:
+        raise ValueError(
+            "every class must keep a readable image,"
+            f" got none in {_few([classes[label] for label in sorted(lost)])}"
+        )
+    return kept
+
+
+def describe_unreadable(unreadable: dict[str, str], limit: int = 5) -> str:
+    """One line with the first few reasons and the number of the others."""
+    reasons = list(unreadable.values())
+    more = f"; and {len(reasons) - limit} more" if len(reasons) > limit else ""
+    return "; ".join(reasons[:limit]) + more
+
+
+def make_transforms(
+    model: nn.Module, *, img_size: int | None = None, augment: bool = False
+) -> tuple[Callable[[Image.Image], Tensor], Callable[[Image.Image], Tensor]]:
+    """timm's transforms for the model's own data config: (training, evaluation).
+
+    Evaluation resizes the whole image to the input size with no crop, as the VTAB-1k recipe does;
+    so does training unless `augment` asks for timm's random crops, flips and colour jitter.
+    """
+    config: dict[str, Any] = resolve_model_data_config(
+        model, args=None if img_size is None else {"img_size": img_size}
+    )
+    config |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    evaluation = create_transform(**config, is_training=False)
+    if not augment:
+        return evaluation, evaluation
+    return create_transform(**config, is_training=True), evaluation
+
+
+def make_loader(
+    samples: Sequence[Sample],
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    batch_size: int,
+    workers: int,
+    shuffle: bool,
+    pin_memory: bool = False,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of (images [B, 3, H, W], targets [B] int64).
+
+    The order and the workers' random numbers come from `loader.generator`: seed it before an epoch
+    and that epoch's batches are fixed.
+    """
+    images: Dataset[Any] = ImageList(samples, transform)
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A 32-bit seed of its own for every (seed, epoch)."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+def _few(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,106 @@
+"""Tensor-Train groups: ΔW_i = s·U·Σ_i·V^T with U and V shared by all slices (FacT Eq. 8, EFFT Eq.
+2).
+
+One class serves EFFT1, EFFT2, FacT-TT and a standalone layer; FacT-TK composes its Σ_i from a
+Tucker core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import FactorGroup, Factors
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one site sits in the group's tensor.
+
+    Attributes:
+        first_core: index of the site's first Σ_i; the following slices take the following cores.
+        slices: how many cores the site takes.
+        u_side: "in" where U spans the site's in_features (y += x·U·Σ·V^T), "out" where it spans its
+            out_features (y += x·V·Σ^T·U^T).
+        u_rows: (start, stop), the rows of U that the site uses.
+    """
+
+    first_core: int
+    slices: int
+    u_side: str
+    u_rows: tuple[int, int]
+
+
+class TensorTrainGroup(FactorGroup):
+    """U [D1, r1], V [D2, r2], core Σ [n, r1, r2] and a scale s, a float or a learnable scalar.
+
+    Init: xavier_uniform_ for U or V and for each Σ_i as an r1×r2 matrix; the factor named by `init`
+        is zero,
+    so that ΔW starts at exactly zero. Dropout acts on U, V and Σ, with masks drawn anew for each
+    site.
+    """
+
+    U: nn.Parameter
+    V: nn.Parameter
+    core: nn.Parameter
+    scale: float | nn.Parameter
+
+    def __init__(
+        self,
+        placements: Mapping[str, Placement],
+        *,
+        dims: tuple[int, int],
+        rank: tuple[int, int],
+        cores: int,
+        scale: float,
+        learn_scale: bool = False,
+        init: str = "v",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.placements = dict(placements)
+        self.init = init
+        self.initial_scale = float(scale)
+        self.dropout = dropout
+        self.U = nn.Parameter(torch.empty(dims[0], rank[0]))
+        self.V = nn.Parameter(torch.empty(dims[1], rank[1]))
+        self.core = nn.Parameter(torch.empty(cores, rank[0], rank[1]))
+        self.scale = nn.Parameter(torch.empty(())) if learn_scale else self.initial_scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        zero, random = (self.V, self.U) if self.init == "v" else (self.U, self.V)
+        nn.init.zeros_(zero)
+        nn.init.xavier_uniform_(random)
+        for matrix in self.core.unbind():
+            nn.init.xavier_uniform_(matrix)
+        if isinstance(self.scale, nn.Parameter):
+            nn.init.constant_(self.scale, self.initial_scale)
+
+    def cores(self, first: int, count: int) -> Tensor:
+        """Σ_first ... Σ_(first+count-1), [count, r1, r2], without scale and dropout."""
+        return self.core[first : first + count]
+
+    def factors(self, site: str, dropout: bool) -> Factors:
+        place = self.placements[site]
+        u = self.U[place.u_rows[0] : place.u_rows[1]]
+        v: Tensor = self.V
+        core = self.cores(place.first_core, place.slices)
+        if dropout and self.dropout > 0:
+            u, v, core = (F.dropout(t, self.dropout) for t in (u, v, core))
+        core = core * self.scale
+        if place.u_side == "in":
+            return Factors(u, core, v.unsqueeze(0))
+        return Factors(v, core.mT, u.unsqueeze(0))
+
+    def extra_repr(self) -> str:
+        (d1, r1), (d2, r2) = self.U.shape, self.V.shape
+        return (
+            f"U=[{d1}, {r1}], V=[{d2}, {r2}], core={list(self.core.shape)},"
+            f" scale={self.initial_scale:g}{' (learnt)' if isinstance(self.scale, nn.Parameter) else ''}, init={self.init!r},"
+            f" dropout={self.dropout:g}"
+        )

@@ -1,0 +1,304 @@
+"""FusedEFFTLinear, the drop-in nn.Linear, and FactorBank, which owns the factors that layers
+share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
+from .methods.tensor_train import Placement, TensorTrainGroup
+from .ops.functional import low_rank_linear
+from .ops.reference import delta_weight
+
+
+class FactorBank(nn.Module):
+    """The factors of an attached method, owned once at the model's root.
+
+    Layers hold the bank in a tuple, which torch does not register, and read it in forward: each
+    factor has one state-dict key, and deepcopy, `to_empty`, `load_state_dict(assign=True)`, DDP and
+    FSDP2 see it once.
+
+    Args:
+        groups: name → group of parameters; a name becomes the prefix of its state-dict keys.
+        sites: site name → name of its group.
+    """
+
+    def __init__(self, groups: Mapping[str, FactorGroup], sites: Mapping[str, str]) -> None:
+        super().__init__()
+        for name, group in groups.items():
+            self.add_module(name, group)
+        self.group_of = dict(sites)
+
+    def factors(self, site: str, dropout: bool) -> Factors:
+        """The operands (down, core, up) of one site, differentiable in the bank's parameters."""
+        group: Any = self._modules[self.group_of[site]]
+        return group.factors(site, dropout)
+
+    def reset_parameters(self) -> None:
+        """Initialise every group anew: each ΔW is exactly zero."""
+        for group in self.children():
+            group.reset_parameters()  # type: ignore[operator]
+
+
+_OWN_SITE = "self"
+
+
+class FusedEFFTLinear(nn.Linear):
+    """A drop-in nn.Linear that computes y = x·W^T + bias + s·x·U·Σ_g·V^T in one operator.
+
+    Made directly it owns its factors U [in_features, r1], V [out_features/slices, r2] and Σ
+    [slices, r1, r2] under `factors.*`; weight and bias are trainable as in nn.Linear (freeze them
+    for adapter training). Made by `attach` it reads its factors from the model's FactorBank. ΔW
+    starts at exactly zero. x is [..., K] and y is [..., N], in x's dtype or autocast's.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a bias [N].
+        rank: r, or (r1, r2).
+        scale: s.
+        slices: G, the number of matrices stacked along out_features (3 for a fused qkv); divides N.
+        init: the factor that starts at zero, "v" or "u".
+        dropout: probability of dropping a factor entry in training.
+        learn_scale: make s a learnable scalar.
+        backend: as in `low_rank_linear`.
+        strategy: as in `low_rank_linear`.
+        device: of weight, bias and factors.
+        dtype: of weight and bias; factors are float32 where this is a half precision.
+
+    Raises:
+        ValueError: rank below 1 or above min(K, N), N not divisible by slices, init, dropout or
+            scale out of range.
+        TypeError: rank or scale of the wrong kind.
+
+    Source: EFFT (arXiv:2311.06749), Eq. 2 and 3, one layer of an aggregated group.
+    """
+
+    factors: FactorGroup | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: Rank = 16,
+        scale: float = 1.0,
+        slices: int = 1,
+        init: str = "v",
+        dropout: float = 0.0,
+        learn_scale: bool = False,
+        backend: str = "auto",
+        strategy: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_up(backend, strategy)
+        self.factors = _own_factors(
+            in_features, out_features, rank, scale, slices, init, dropout, learn_scale
+        ).to(device=self.weight.device, dtype=_factor_dtype(self.weight.dtype))
+
+    def _set_up(self, backend: str, strategy: str) -> None:
+        self.backend = backend
+        self.strategy = strategy
+        self.factors = None
+        self._bank: tuple[FactorBank, ...] = ()
+        self._site = _OWN_SITE
+        self._base_weight: tuple[nn.Parameter, ...] = ()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        bank: FactorBank | None = None,
+        site: str | None = None,
+        rank: Rank = 16,
+        scale: float = 1.0,
+        slices: int = 1,
+        init: str = "v",
+        dropout: float = 0.0,
+        learn_scale: bool = False,
+        backend: str = "auto",
+        strategy: str = "auto",
+    ) -> FusedEFFTLinear:
+        """A layer that keeps `linear`'s very own weight, bias, hooks and training flag.
+
+        With `bank` and `site` it reads those factors and ignores the arguments that describe its
+        own.
+
+        Raises:
+            TypeError: `linear` is not exactly an nn.Linear (a subclass may compute something else).
+            ValueError: as in the constructor.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be an nn.Linear itself, got {type(linear).__name__}")
+        k, n = linear.in_features, linear.out_features
+        own = None
+        if bank is None:
+            own = _own_factors(k, n, rank, scale, slices, init, dropout, learn_scale).to(
+                device=linear.weight.device, dtype=_factor_dtype(linear.weight.dtype)
+            )
+            own.train(linear.training)
+        layer = cls.__new__(cls)
+        layer.__dict__ = _module_state(linear)
+        layer._set_up(backend, strategy)
+        layer.factors = own
+        if bank is not None:
+            if site is None or site not in bank.group_of:
+                raise ValueError(f"site must be one of the bank's sites, got {site!r}")
+            layer._bank, layer._site = (bank,), site
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """A plain nn.Linear with this layer's present weight, bias, hooks and training flag,
+        factors left behind."""
+        linear = nn.Linear.__new__(nn.Linear)
+        state = _module_state(self)
+        for name in ("backend", "strategy", "_bank", "_site", "_base_weight"):
+            del state[name]
+        state["_modules"].pop("factors", None)
+        linear.__dict__ = state
+        return linear
+
+    def current_factors(self, dropout: bool = False) -> Factors:
+        """(down [K, Ra], core [G, Ra, Rb], up [1 or G, N/G, Rb]), differentiable in the factors."""
+        if self._bank:
+            return self._bank[0].factors(self._site, dropout)
+        own: Any = self.factors
+        return own.factors(_OWN_SITE, dropout)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW [N, K], detached, in float32 (float64 where the factors are)."""
+        with torch.no_grad():
+            down, core, up = self.current_factors()
+            dtype = torch.promote_types(down.dtype, torch.float32)
+            slices = up.shape[0] if core is None else core.shape[0]
+            return delta_weight(
+                down.to(dtype), None if core is None else core.to(dtype), up.to(dtype), slices
+            )
+
+    @property
+    def merged(self) -> bool:
+        """Whether ΔW is at present part of `weight`."""
+        return bool(self._base_weight)
+
+    def merge(self) -> None:
+        """Put W + ΔW in `weight`, added in at least float32 and rounded once; the base is kept for
+        `unmerge`."""
+        if self.merged:
+            return
+        base = self.weight
+        with torch.no_grad():
+            delta = self.delta_weight()
+            merged = (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
+        self.weight = nn.Parameter(merged, requires_grad=base.requires_grad)
+        self._base_weight = (base,)
+
+    def unmerge(self) -> None:
+        """Put the very base weight back, bit for bit."""
+        if self.merged:
+            self.weight = self._base_weight[0]
+            self._base_weight = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] → [..., N].
+
+        Raises:
+            RuntimeError: training while merged, when the factors would silently not learn.
+        """
+        if self._base_weight:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "this FusedEFFTLinear is merged, so its factors cannot learn: call unmerge()"
+                    " to train, or eval() to use the merged weight"
+                )
+            return F.linear(input, self.weight, self.bias)
+        down, core, up = self.current_factors(self.training)
+        return low_rank_linear(
+            input,
+            self.weight,
+            self.bias,
+            down,
+            core,
+            up,
+            backend=self.backend,
+            strategy=self.strategy,
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedEFFTLinear:
+        super()._apply(fn, recurse)
+        if self._base_weight:
+            (base,) = self._base_weight
+            with torch.no_grad():
+                self._base_weight = (nn.Parameter(fn(base), requires_grad=base.requires_grad),)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Weight and bias as nn.Linear does; the layer's own factors so that ΔW is zero."""
+        super().reset_parameters()
+        if getattr(self, "factors", None) is not None:
+            self.factors.reset_parameters()  # type: ignore[union-attr]
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self._bank:
+            text += f", factors={self._bank[0].group_of[self._site]!r} of the model's bank"
+        if self.backend != "auto":
+            text += f", backend={self.backend!r}"
+        if self.strategy != "auto":
+            text += f", strategy={self.strategy!r}"
+        return text + (", merged=True" if self.merged else "")
+
+
+def _factor_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """Factors train in at least float32: an optimizer step is often below half an ulp of a
+    half-precision value."""
+    return torch.promote_types(weight_dtype, torch.float32)
+
+
+def _module_state(module: nn.Module) -> dict[str, Any]:
+    """The module's attributes with containers of its own, hook tables excepted: their handles stay
+    valid."""
+    state = dict(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        state[name] = state[name].copy()
+    return state
+
+
+def _own_factors(
+    k: int,
+    n: int,
+    rank: Rank,
+    scale: float,
+    slices: int,
+    init: str,
+    dropout: float,
+    learn_scale: bool,
+) -> TensorTrainGroup:
+    pair = rank_pair("rank", rank)
+    if max(pair) > min(k, n):
+        raise ValueError(f"rank must be at most min(K, N)={min(k, n)} (K={k}, N={n}), got {rank}")
+    if isinstance(slices, bool) or not isinstance(slices, int):
+        raise TypeError(f"slices must be an int, got {type(slices).__name__}")
+    if slices < 1 or n % slices:
+        raise ValueError(f"slices must divide out_features N={n}, got {slices}")
+    check_number("scale", scale)
+    check_choice("init", init, ("u", "v"))
+    check_number("dropout", dropout, low=0.0, below=1.0)
+    return TensorTrainGroup(
+        {_OWN_SITE: Placement(0, slices, "in", (0, k))},
+        dims=(k, n // slices),
+        rank=pair,
+        cores=slices,
+        scale=scale,
+        learn_scale=learn_scale,
+        init=init,
+        dropout=dropout,
+    )

@@ -1,0 +1,213 @@
+"""Which backend and which strategy run: the registry, the user's choice, and the reasons why not.
+
+A backend is a module of this package with
+
+    STRATEGIES                       the names it implements
+    unavailable() -> str | None      why it cannot run on this machine (None: it can)
+    rejects(x) -> str | None         why it cannot take an input like x (None: it can)
+    forward(...), backward(...)      as in torch_backend.py
+
+An explicit choice never falls back: it raises with what is missing and how to get it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import cost_model, schemas
+
+ENVIRONMENT_VARIABLE = "EFFT_KERNELS_BACKEND"
+BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
+STRATEGIES = ("fused", "split", "merged")
+
+_MODULES = {
+    "torch": "efft_kernels.ops.torch_backend",
+    "triton": "efft_kernels.ops.triton",
+}
+_NOT_IN_THIS_RELEASE = {
+    "cpp": "the C++ CPU extension is not part of this release; use backend='torch'",
+    "cuda": "the CUDA C++ extension is not part of this release; use backend='triton' or 'torch'",
+}
+# `auto` takes the first of these that is available and accepts the input.
+_PREFERENCE = ("cuda", "triton", "cpp", "torch")
+
+_override: str | None = None
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    """(module, None), or (None, why it cannot run here). Remembered: the answer does not change."""
+    if name in _NOT_IN_THIS_RELEASE:
+        return None, _NOT_IN_THIS_RELEASE[name]
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        return None, f"{_MODULES[name]} cannot be imported: {error}"
+    reason: str | None = module.unavailable()
+    return (module, None) if reason is None else (None, reason)
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name with None where it can run here, else the reason why not."""
+    return {name: None if name == "reference" else _load(name)[1] for name in BACKENDS}
+
+
+def _check_name(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be 'auto' or one of {BACKENDS}, got {name!r}")
+    return name
+
+
+def requested_backend(backend: str) -> str:
+    """The name asked for: the argument, else `use_backend`, else the environment variable, else
+    'auto'."""
+    if backend != "auto":
+        return _check_name(backend, "backend")
+    if _override is not None:
+        return _override
+    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise ValueError unless `strategy` is 'auto' or a strategy's name."""
+    if strategy != "auto" and strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be 'auto' or one of {STRATEGIES}, got {strategy!r}")
+
+
+def require_backend(name: str) -> ModuleType:
+    """The named backend's module.
+
+    Raises:
+        RuntimeError: it cannot run here; the message says what is missing.
+    """
+    module, reason = _load(name)
+    if module is None:
+        raise RuntimeError(f"backend {name!r} was asked for but cannot run here: {reason}")
+    return module
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context every call with backend='auto' uses `name` ('auto' restores the default).
+
+    The setting is the process's, not the thread's.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend cannot run here.
+    """
+    global _override
+    _check_name(name, "name")
+    if name not in ("auto", "reference"):
+        require_backend(name)
+    previous = _override
+    _override = None if name == "auto" else name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def select(
+    backend: str, strategy: str, problem: cost_model.Problem, x: Tensor
+) -> tuple[ModuleType, str]:
+    """The backend module and the strategy that run this call.
+
+    Raises:
+        RuntimeError: an explicitly chosen backend cannot run here or cannot take x.
+        ValueError: the backend has no such strategy.
+    """
+    module, name = _select_backend(backend, x)
+    if strategy == "auto":
+        return module, cost_model.choose(problem, module.STRATEGIES, name)
+    if strategy not in module.STRATEGIES:
+        raise ValueError(
+            f"strategy must be one of {module.STRATEGIES} for backend {name!r}, got {strategy!r}"
+        )
+    return module, strategy
+
+
+def _select_backend(backend: str, x: Tensor) -> tuple[ModuleType, str]:
+    if backend != "auto":
+        module = require_backend(backend)
+        reason = module.rejects(x)
+        if reason is not None:
+            raise RuntimeError(f"backend {backend!r} was asked for but cannot take x: {reason}")
+        return module, backend
+    for name in _PREFERENCE:
+        module_or_none, _ = _load(name)
+        if module_or_none is not None and module_or_none.rejects(x) is None:
+            return module_or_none, name
+    raise AssertionError("the torch backend takes every input")
+
+
+@contextmanager
+def _without_autocast(device_type: str) -> Iterator[None]:
+    """Inside the operators every cast is written out; an ambient autocast must add none."""
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def _empty_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty((0,)) if grad is None else grad
+
+
+def _fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    save_p: bool,
+    backend: str,
+    strategy: str,
+) -> tuple[Tensor, Tensor]:
+    problem = cost_model.Problem.of(x, weight, down, core, up, training=save_p)
+    module, strategy = select(backend, strategy, problem, x)
+    with _without_autocast(x.device.type):
+        y, p = module.forward(x, weight, bias, down, core, up, save_p=save_p, strategy=strategy)
+    return y, _empty_if_none(p, x)
+
+
+def _bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    p: Tensor | None,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    needs: list[bool],
+    backend: str,
+    strategy: str,
+) -> tuple[Tensor, ...]:
+    problem = cost_model.Problem.of(dy, weight, down, core, up, training=True)
+    module, strategy = select(backend, strategy, problem, dy)
+    with _without_autocast(dy.device.type):
+        dx, d_weight, d_bias, d_down, d_core, d_up = module.backward(
+            dy, x, weight, p, down, core, up, needs=tuple(needs), strategy=strategy
+        )
+    return (
+        _empty_if_none(dx, dy),
+        _empty_if_none(d_weight, weight),
+        _empty_if_none(d_bias, weight),
+        _empty_if_none(d_down, down),
+        _empty_if_none(d_core, up),
+        _empty_if_none(d_up, up),
+    )
+
+
+schemas.LIBRARY.impl("low_rank_linear_fwd", _fwd, "CompositeExplicitAutograd")
+schemas.LIBRARY.impl("low_rank_linear_bwd", _bwd, "CompositeExplicitAutograd")

@@ -1,0 +1,146 @@
+"""The operator in plain torch, on the fold. Runs wherever torch runs; strategies `split` and
+`merged`.
+
+With B = stack over the slices of up[g]·core[g]^T, [N, Ra], the aggregated group is one two-factor
+problem whatever G is, and the backward follows from P = x·down and S = dY·B:
+
+    y  = x·W^T + bias + P·B^T        dX     = dY·W + S·down^T
+    d_down = x^T·S                   d_B    = dY^T·P
+    d_core[g] = d_B[g]^T·up[g]       d_up[g] = d_B[g]·core[g]   (summed over g when `up` is shared)
+
+`split` adds P·B^T and S·down^T to the library GEMM's own output. `merged` adds B·down^T to the
+weight instead, in the wider of the two dtypes and rounded once, and lets the library GEMM do the
+rest.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STRATEGIES = ("split", "merged")
+
+Grads = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here: never."""
+    return None
+
+
+def rejects(x: Tensor) -> str | None:
+    """Why this backend cannot take an input on x's device: it takes all."""
+    return None
+
+
+def fold(core: Tensor | None, up: Tensor) -> Tensor:
+    """B = stack_g up[g]·core[g]^T, [N, Ra], in the factors' dtype."""
+    if core is None:
+        return up.flatten(0, 1)
+    return torch.matmul(up, core.mT).flatten(0, 1)
+
+
+def unfold_grads(
+    d_b: Tensor,  # [N, Ra]
+    core: Tensor | None,  # [G, Ra, Rb]
+    up: Tensor,  # [1 or G, N/G, Rb]
+    need_core: bool,
+    need_up: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(d_core, d_up) from d_B: the chain rule through `fold`, on tensors of N·Ra numbers."""
+    slices = up.shape[0] if core is None else core.shape[0]
+    d_b = d_b.unflatten(0, (slices, -1))  # [G, N/G, Ra]
+    d_core = torch.matmul(d_b.mT, up) if need_core and core is not None else None
+    d_up = None
+    if need_up:
+        d_up = d_b if core is None else torch.matmul(d_b, core)
+        if up.shape[0] != slices:
+            d_up = d_up.sum(0, keepdim=True)
+    return d_core, d_up
+
+
+def merge_weight(weight: Tensor, down: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """W + B·down^T, [N, K], added in the wider of the weight's and the factors' dtype, then rounded
+    once."""
+    wide = torch.promote_types(weight.dtype, down.dtype)
+    return torch.addmm(weight.to(wide), b.to(wide), down.to(wide).t()).to(dtype)
+
+
+def _mm_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a·b in `dtype`; on CUDA a half-precision product is stored from its float32 accumulator."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).to(dtype)
+
+
+def _thin_grad(tall: Tensor, thin: Tensor, dtype: torch.dtype) -> Tensor:
+    """tall^T·thin for tall [M, C] and thin [M, r], contiguous [C, r].
+
+    Formed as (thin^T·tall)^T: with r rows instead of r columns the CPU library blocks it better.
+    """
+    return _mm_into(thin.t(), tall, dtype).t().contiguous()
+
+
+def forward(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    down: Tensor,  # [K, Ra]
+    core: Tensor | None,  # [G, Ra, Rb]
+    up: Tensor,  # [1 or G, N/G, Rb]
+    *,
+    save_p: bool,
+    strategy: str,
+) -> tuple[Tensor, Tensor | None]:
+    """(y [M, N], P [M, Ra] if save_p else None), both in x's dtype."""
+    dtype = x.dtype
+    b = fold(core, up)
+    bias = None if bias is None else bias.to(dtype)
+    p = torch.mm(x, down.to(dtype)) if save_p or strategy == "split" else None
+    if strategy == "merged":
+        return F.linear(x, merge_weight(weight, down, b, dtype), bias), p
+    y = F.linear(x, weight.to(dtype), bias)
+    assert p is not None
+    return y.addmm_(p, b.to(dtype).t()), p if save_p else None
+
+
+def backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor | None,  # [M, K]
+    weight: Tensor,  # [N, K]
+    p: Tensor | None,  # [M, Ra]
+    down: Tensor,  # [K, Ra]
+    core: Tensor | None,  # [G, Ra, Rb]
+    up: Tensor,  # [1 or G, N/G, Rb]
+    *,
+    needs: tuple[bool, ...],
+    strategy: str,
+) -> Grads:
+    """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
+    need_x, need_weight, need_bias, need_down, need_core, need_up = needs
+    dtype = dy.dtype
+    b = fold(core, up)
+    s = None
+    if need_down or (need_x and strategy == "split"):
+        s = torch.mm(dy, b.to(dtype))  # [M, Ra]
+    dx = d_weight = d_bias = d_down = d_core = d_up = None
+    if need_x and strategy == "merged":
+        dx = torch.mm(dy, merge_weight(weight, down, b, dtype))
+    elif need_x:
+        assert s is not None
+        dx = torch.mm(dy, weight.to(dtype)).addmm_(s, down.to(dtype).t())
+    if need_weight:
+        assert x is not None
+        d_weight = _mm_into(dy.t(), x, weight.dtype)
+    if need_bias:
+        d_bias = dy.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
+    if need_down:
+        assert x is not None and s is not None
+        d_down = _thin_grad(x, s, down.dtype)
+    if need_core or need_up:
+        assert p is not None
+        d_core, d_up = unfold_grads(_thin_grad(dy, p, up.dtype), core, up, need_core, need_up)
+    return dx, d_weight, d_bias, d_down, d_core, d_up

@@ -1,0 +1,172 @@
+"""The low-rank GEMM: out = a·w + bias + (a·thin_in)·thin_out^T in one launch and one store of `out`.
+
+Forward and dX are the same function with the operands' roles swapped (B is the fold, see factors.py):
+
+    forward   y  = x·W^T + bias + P·B^T,    P = x·down     a=x,  w=W^T, thin_in=down, thin_out=B
+    backward  dX = dY·W + S·down^T,         S = dY·B       a=dY, w=W,   thin_in=B,    thin_out=down
+
+With RIDE, P = a·thin_in is accumulated in the same loop over I that reads `a` for the main product, so
+it costs matrix instructions but no memory traffic. Without, P is read where the loop ends: [a|P]·[w|thin_out],
+a loop longer by one step of the rank. Either way the product joins the float32 accumulator before the
+only store.
+
+Bytes moved, each operand once: M·I + I·C + C·(bias) + (I + C)·RANK + M·C, and M·rank more where P is
+stored or read. `plan.py` counts them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+
+
+@triton.jit
+def _tile_order(pid, tiles_m, tiles_c, GROUP_M: tl.constexpr):
+    """(row tile, column tile) of program `pid`: GROUP_M row tiles share a column's w tile while it is in L2."""
+    per_group = GROUP_M * tiles_c
+    first = (pid // per_group) * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    inside = pid % per_group
+    return first + inside % rows, inside // rows
+
+
+@triton.jit(do_not_specialize=["M"])
+def _low_rank_gemm_kernel(
+    a_ptr,  # [M, I], unit stride along I
+    w_ptr,  # [I, C], read through its strides; may be stored wider than a
+    bias_ptr,  # [C] or None
+    thin_in_ptr,  # [I, RANK], contiguous, zero beyond the true rank
+    thin_out_ptr,  # [C, RANK], contiguous, zero beyond the true rank
+    p_ptr,  # [M, width]: written by the first column tile if STORE_P, read if not RIDE
+    out_ptr,  # [M, C], contiguous
+    M,
+    C,
+    I,
+    width,
+    stride_a,
+    stride_wi,
+    stride_wc,
+    stride_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    RIDE: tl.constexpr,
+    STORE_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile_m, tile_c = _tile_order(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C), GROUP_M
+    )
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tile_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_i = tl.arange(0, BLOCK_I)
+    offs_r = tl.arange(0, RANK)
+    in_m = offs_m < M
+    in_c = offs_c < C
+
+    # Rows beyond M read row 0 and are dropped by the store: no row mask in the loop.
+    a_ptrs = a_ptr + tl.where(in_m, offs_m, 0)[:, None] * stride_a + offs_i[None, :]
+    w_ptrs = w_ptr + offs_i.to(tl.int64)[:, None] * stride_wi + offs_c[None, :] * stride_wc
+    d_ptrs = thin_in_ptr + offs_i[:, None] * RANK + offs_r[None, :]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    p_acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
+    for i in range(0, I, BLOCK_I):
+        if EVEN_I:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(offs_i < I - i)[None, :], other=0.0)
+        if EVEN_I and EVEN_C:
+            w = tl.load(w_ptrs)
+        elif EVEN_I:
+            w = tl.load(w_ptrs, mask=in_c[None, :], other=0.0)
+        else:
+            w = tl.load(w_ptrs, mask=(offs_i < I - i)[:, None] & in_c[None, :], other=0.0)
+        acc = tl.dot(a, w.to(a.dtype), acc, input_precision=PRECISION)
+        if RIDE:
+            if EVEN_I:
+                d = tl.load(d_ptrs)
+            else:
+                d = tl.load(d_ptrs, mask=(offs_i < I - i)[:, None], other=0.0)
+            p_acc = tl.dot(a, d, p_acc, input_precision=PRECISION)
+            d_ptrs += BLOCK_I * RANK
+        a_ptrs += BLOCK_I
+        w_ptrs += BLOCK_I * stride_wi
+
+    p_ptrs = p_ptr + offs_m[:, None] * stride_p + offs_r[None, :]
+    in_p = in_m[:, None] & (offs_r < width)[None, :]
+    if RIDE:
+        # An infinity in `a` times the padding is a NaN; it must not reach the next product.
+        p = tl.where((offs_r < width)[None, :], p_acc, 0.0).to(a_ptr.dtype.element_ty)
+        if STORE_P:
+            tl.store(p_ptrs, p, mask=in_p & (tile_c == 0))
+    else:
+        p = tl.load(p_ptrs, mask=in_p, other=0.0)
+    b = tl.load(
+        thin_out_ptr + offs_c[:, None] * RANK + offs_r[None, :], mask=in_c[:, None], other=0.0
+    )
+    acc = tl.dot(p, tl.trans(b), acc, input_precision=PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + offs_m[:, None] * C + offs_c[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_c[None, :])
+
+
+def launch_gemm(
+    a: Tensor,  # [M, I], unit last stride
+    w: Tensor,  # [I, C], any strides
+    bias: Tensor | None,  # [C]
+    thin_in: Tensor,  # [I, RANK]
+    thin_out: Tensor,  # [C, RANK]
+    p: Tensor | None,  # [M, width]: given when it is ready, to be filled when `ride`
+    *,
+    width: int,
+    ride: bool,
+) -> Tensor:
+    """out [M, C] in a's dtype. With `ride`, P is computed here and stored into `p` unless that is None."""
+    m, i = a.shape
+    c = w.shape[1]
+    rank = thin_in.shape[1]
+    config = tuning.gemm_config(
+        m.bit_length(), c, i, rank, a.dtype, w.dtype != a.dtype, ride, a.device.index
+    )
+    block_m, block_c, block_i, group_m, num_warps, num_stages = config
+    out = a.new_empty((m, c))
+    grid = (triton.cdiv(m, block_m) * triton.cdiv(c, block_c),)
+    _low_rank_gemm_kernel[grid](
+        a,
+        w,
+        bias,
+        thin_in,
+        thin_out,
+        out if p is None else p,
+        out,
+        m,
+        c,
+        i,
+        width,
+        a.stride(0),
+        w.stride(0),
+        w.stride(1),
+        0 if p is None else p.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        BLOCK_I=block_i,
+        RANK=rank,
+        GROUP_M=group_m,
+        EVEN_I=i % block_i == 0,
+        EVEN_C=c % block_c == 0,
+        RIDE=ride,
+        STORE_P=ride and p is not None,
+        PRECISION=tuning.dot_precision(a.dtype),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out

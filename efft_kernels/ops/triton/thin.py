@@ -1,0 +1,268 @@
+"""Passes over a tall matrix [M, C] beside thin ones of `rank` columns: what the factors' gradients need.
+
+    launch_thin        S = tall·thin_in, row tiles to themselves; in the same pass, if P is given, the
+                       partial sums of tall^T·P                     (P = x·down; S = dY·B with d_B = dY^T·P)
+    launch_tall_grad   partial sums of tall^T·thin, split over rows           (d_down = x^T·S; d_B = dY^T·P)
+    launch_reduce      the second stage: the partial sums added in a fixed order, in float32
+
+No atomics: the same inputs on the same device give the same bits. Bytes moved, operands once:
+
+    thin               M·C + C·RANK + M·rank,  and with P  M·rank + 2·programs·C·RANK·4 (written, then reduced)
+    tall_grad          M·C + M·rank + splits·C·RANK·4
+    reduce             parts·C·RANK·4 + C·rank
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .factors import padded_rank
+
+
+@triton.jit(do_not_specialize=["M"])
+def _thin_kernel(
+    tall_ptr,  # [M, C], unit stride along C
+    thin_in_ptr,  # [C, RANK], contiguous, zero beyond the true rank
+    s_ptr,  # [M, width_s]: out
+    p_ptr,  # [M, width_p], read if GRAD
+    partial_ptr,  # [programs, C, RANK] float32: out if GRAD
+    M,
+    C,
+    width_s,
+    width_p,
+    stride_tall,
+    stride_s,
+    stride_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    offs_r = tl.arange(0, RANK)
+    for block in range(pid, tl.cdiv(M, BLOCK_M), programs):
+        offs_m = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        in_m = offs_m < M
+        offs_c = tl.arange(0, BLOCK_C)
+        tall_ptrs = tall_ptr + offs_m[:, None] * stride_tall + offs_c[None, :]
+        thin_ptrs = thin_in_ptr + offs_c[:, None] * RANK + offs_r[None, :]
+        s = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
+        if GRAD:
+            p = tl.load(
+                p_ptr + offs_m[:, None] * stride_p + offs_r[None, :],
+                mask=in_m[:, None] & (offs_r < width_p)[None, :],
+                other=0.0,
+            )
+            partial_ptrs = (
+                partial_ptr
+                + pid.to(tl.int64) * C * RANK
+                + offs_c[:, None] * RANK
+                + offs_r[None, :]
+            )
+        for c in range(0, C, BLOCK_C):
+            if EVEN_C:
+                tall = tl.load(tall_ptrs, mask=in_m[:, None], other=0.0)
+                thin = tl.load(thin_ptrs)
+            else:
+                in_c = offs_c < C - c
+                tall = tl.load(tall_ptrs, mask=in_m[:, None] & in_c[None, :], other=0.0)
+                thin = tl.load(thin_ptrs, mask=in_c[:, None], other=0.0)
+            s = tl.dot(tall, thin, s, input_precision=PRECISION)
+            if GRAD:
+                part = tl.dot(tl.trans(tall), p, input_precision=PRECISION)
+                in_part = (offs_c < C - c)[:, None]
+                if block >= programs:
+                    part += tl.load(partial_ptrs, mask=in_part, other=0.0)
+                tl.store(partial_ptrs, part, mask=in_part)
+                partial_ptrs += BLOCK_C * RANK
+            tall_ptrs += BLOCK_C
+            thin_ptrs += BLOCK_C * RANK
+        tl.store(
+            s_ptr + offs_m[:, None] * stride_s + offs_r[None, :],
+            s.to(s_ptr.dtype.element_ty),
+            mask=in_m[:, None] & (offs_r < width_s)[None, :],
+        )
+        if GRAD:
+            # The next row block adds to this program's own partial sums, perhaps from other threads.
+            tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["M", "rows"])
+def _tall_grad_kernel(
+    tall_ptr,  # [M, C], unit stride along C
+    thin_ptr,  # [M, width]
+    partial_ptr,  # [splits, C, RANK] float32: out
+    M,
+    C,
+    width,
+    rows,  # per split, a multiple of BLOCK_M
+    stride_tall,
+    stride_thin,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    split = tl.program_id(1).to(tl.int64)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, RANK)
+    offs_m = split * rows + tl.arange(0, BLOCK_M)
+    in_c = offs_c < C
+    in_r = offs_r < width
+    tall_ptrs = tall_ptr + offs_m[:, None] * stride_tall + offs_c[None, :]
+    thin_ptrs = thin_ptr + offs_m[:, None] * stride_thin + offs_r[None, :]
+    acc = tl.zeros((BLOCK_C, RANK), dtype=tl.float32)
+    left = tl.minimum(M - split * rows, rows)
+    for m in range(0, left, BLOCK_M):
+        in_m = tl.arange(0, BLOCK_M) < left - m
+        thin = tl.load(thin_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)
+        if EVEN_C:
+            tall = tl.load(tall_ptrs, mask=in_m[:, None], other=0.0)
+        else:
+            tall = tl.load(tall_ptrs, mask=in_m[:, None] & in_c[None, :], other=0.0)
+        acc = tl.dot(tl.trans(tall), thin, acc, input_precision=PRECISION)
+        tall_ptrs += BLOCK_M * stride_tall
+        thin_ptrs += BLOCK_M * stride_thin
+    tl.store(
+        partial_ptr + (split * C + offs_c[:, None]) * RANK + offs_r[None, :],
+        acc,
+        mask=in_c[:, None],
+    )
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _reduce_kernel(
+    partial_ptr,  # [parts, C, RANK] float32, contiguous
+    out_ptr,  # [C, width], contiguous
+    parts,
+    C,
+    width,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_part = tl.arange(0, BLOCK_PARTS)
+    size = C * RANK
+    inside = offs < size
+    acc = tl.zeros((BLOCK_PARTS, BLOCK), dtype=tl.float32)
+    for part in range(0, parts, BLOCK_PARTS):
+        index = part + offs_part
+        acc += tl.load(
+            partial_ptr + index.to(tl.int64)[:, None] * size + offs[None, :],
+            mask=(index < parts)[:, None] & inside[None, :],
+            other=0.0,
+        )
+    c = offs // RANK
+    r = offs % RANK
+    tl.store(
+        out_ptr + c * width + r,
+        tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty),
+        mask=inside & (r < width),
+    )
+
+
+def launch_thin(
+    tall: Tensor,  # [M, C], unit last stride
+    thin_in: Tensor,  # [C, RANK]
+    s: Tensor,  # [M, width], filled here
+    p: Tensor | None,  # [M, rank]
+) -> Tensor | None:
+    """Fill s with tall·thin_in; with p also return the partial sums [programs, C, RANK] of tall^T·p."""
+    m, c = tall.shape
+    rank = thin_in.shape[1]
+    config = tuning.thin_config(
+        m.bit_length(), c, rank, tall.dtype, p is not None, tall.device.index
+    )
+    block_m, block_c, programs, num_warps, num_stages = config
+    programs = min(triton.cdiv(m, block_m), programs)
+    partial = None
+    if p is not None:
+        partial = torch.empty((programs, c, rank), dtype=torch.float32, device=tall.device)
+    _thin_kernel[(programs,)](
+        tall,
+        thin_in,
+        s,
+        p,
+        partial,
+        m,
+        c,
+        s.shape[1],
+        0 if p is None else p.shape[1],
+        tall.stride(0),
+        s.stride(0),
+        0 if p is None else p.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        RANK=rank,
+        EVEN_C=c % block_c == 0,
+        GRAD=p is not None,
+        PRECISION=tuning.dot_precision(tall.dtype),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return partial
+
+
+def launch_tall_grad(
+    tall: Tensor,  # [M, C], unit last stride
+    thin: Tensor,  # [M, width], unit last stride
+) -> Tensor:
+    """The partial sums [splits, C, RANK] of tall^T·thin, float32."""
+    m, c = tall.shape
+    rank = padded_rank(thin.shape[1])
+    config = tuning.tall_grad_config(m.bit_length(), c, rank, tall.dtype, tall.device.index)
+    block_m, block_c, splits, num_warps, num_stages = config
+    rows = triton.cdiv(triton.cdiv(m, splits), block_m) * block_m
+    splits = triton.cdiv(m, rows)
+    partial = torch.empty((splits, c, rank), dtype=torch.float32, device=tall.device)
+    _tall_grad_kernel[(triton.cdiv(c, block_c), splits)](
+        tall,
+        thin,
+        partial,
+        m,
+        c,
+        thin.shape[1],
+        rows,
+        tall.stride(0),
+        thin.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        RANK=rank,
+        EVEN_C=c % block_c == 0,
+        PRECISION=tuning.dot_precision(tall.dtype),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return partial
+
+
+def launch_reduce(
+    partial: Tensor,  # [parts, C, RANK]
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sum over the first dim, cropped to [C, width], rounded once to `dtype`."""
+    parts, c, rank = partial.shape
+    out = partial.new_empty((c, width), dtype=dtype)
+    block, block_parts, num_warps = tuning.REDUCE_CONFIG
+    _reduce_kernel[(triton.cdiv(c * rank, block),)](
+        partial,
+        out,
+        parts,
+        c,
+        width,
+        RANK=rank,
+        BLOCK=block,
+        BLOCK_PARTS=block_parts,
+        num_warps=num_warps,
+    )
+    return out
