@@ -2,7 +2,7 @@
 
 from .adapter import Adapter
 from .attach import attach, load
-from .methods import EFFT1, EFFT2
+from .methods import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA
 from .nn import FactorBank, FusedEFFTLinear
 from .ops import reference
 from .ops.dispatch import available_backends, use_backend
@@ -14,8 +14,12 @@ __all__ = [
     "EFFT1",
     "EFFT2",
     "Adapter",
+    "FacTTK",
+    "FacTTT",
     "FactorBank",
     "FusedEFFTLinear",
+    "KAdaptation",
+    "LoRA",
     "attach",
     "available_backends",
     "load",

@@ -37,6 +37,7 @@ class Attachment:
         base_shapes: parameter name → shape of the model before attaching, the fingerprint a file
             carries.
         required_grad: parameter name → requires_grad before attaching.
+        separated_bias: modules whose `qkv_bias_separate` was switched on.
     """
 
     method: Method
@@ -44,6 +45,7 @@ class Attachment:
     modules_to_train: tuple[str, ...]
     base_shapes: dict[str, tuple[int, ...]]
     required_grad: dict[str, bool]
+    separated_bias: tuple[str, ...] = ()
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -138,6 +140,9 @@ class Adapter:
         attachment = self._attachment
         for name, layer in self.layers().items():
             self.model.set_submodule(name, layer.to_linear())
+        for module in attachment.separated_bias:
+            attention: Any = self.model.get_submodule(module)
+            attention.qkv_bias_separate = False
         delattr(self.model, BANK_NAME)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(attachment.required_grad.get(name, parameter.requires_grad))

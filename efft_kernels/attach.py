@@ -7,13 +7,14 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from .adapter import BANK_NAME, Adapter, Attachment, is_attached, read_adapter_file, shorten
 from .methods import method_from_config
-from .methods.base import Method
+from .methods.base import Method, Site
 from .nn import FactorBank, FusedEFFTLinear
 from .sites import find_sites
 
@@ -62,7 +63,13 @@ def attach(
     if hasattr(model, BANK_NAME):
         raise ValueError(f"model must not have an attribute {BANK_NAME!r} of its own")
     trained = resolve_modules_to_train(model, modules_to_train)
-    sites = find_sites(model, targets, layers, exclude=trained)
+    targeted = find_sites(model, targets, layers, exclude=trained)
+    sites = method.select(targeted)
+    if not sites:
+        raise ValueError(
+            f"targets must include linears that {method} adapts, got only"
+            f" {', '.join(sorted({site.role for site in targeted}))}"
+        )
     linears: dict[str, nn.Linear] = {}
     for name in (site.name for site in sites):
         linear = model.get_submodule(name)
@@ -94,6 +101,7 @@ def attach(
         modules_to_train=tuple(trained),
         base_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
         required_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        separated_bias=tuple(_modules_with_fused_bias(model, sites)),
     )
     return _install(model, bank, layers_by_site, trained)
 
@@ -116,8 +124,25 @@ def _install(
             parameter.requires_grad_(True)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    for name in bank.attachment.separated_bias:  # type: ignore[union-attr]
+        attention: Any = model.get_submodule(name)
+        attention.qkv_bias_separate = True
     model.add_module(BANK_NAME, bank)
     return Adapter(model)
+
+
+def _modules_with_fused_bias(model: nn.Module, sites: Sequence[Site]) -> list[str]:
+    """Attention modules that hand their qkv's weight to F.linear with a bias made in forward.
+
+    timm's BEiT, EVA and Swin V2 do so unless `qkv_bias_separate` is set, and would pass the adapted
+    layer by; the two ways compute the same.
+    """
+    parents = (site.name.rpartition(".")[0] for site in sites if site.role == "qkv")
+    return [
+        name
+        for name in parents
+        if getattr(model.get_submodule(name), "qkv_bias_separate", None) is False
+    ]
 
 
 def resolve_modules_to_train(model: nn.Module, names: str | Sequence[str]) -> list[str]:
@@ -148,11 +173,11 @@ def resolve_modules_to_train(model: nn.Module, names: str | Sequence[str]) -> li
 def _classifier_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     config = getattr(model, "pretrained_cfg", None)
     classifier = config.get("classifier") if isinstance(config, dict) else None
-    names: list[str] = [classifier] if isinstance(classifier, str) else list(classifier or ())
-    names = [name for name in names if name in modules]
-    if not names:
-        names = [name for name in ("head", "classifier", "fc") if name in modules][:1]
-    return names
+    declared: list[str] = [classifier] if isinstance(classifier, str) else list(classifier or ())
+    if found := [name for name in declared if name in modules]:
+        return found
+    usual: tuple[str, ...] = ("head", "classifier", "fc")
+    return [name for name in usual if name in modules][:1]
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:

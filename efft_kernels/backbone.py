@@ -60,7 +60,7 @@ def build_backbone(
 
 
 def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and bits of the model's state, without modules `exclude`."""
+    """SHA-256 over names, dtypes, shapes and bits of the state outside the modules `exclude`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if any(name.startswith(f"{module}.") for module in exclude):
@@ -86,9 +86,12 @@ def _create(name: str, **options: Any) -> nn.Module:
     try:
         return timm.create_model(name, **options)
     except TypeError as error:
-        for option, flag in (("img_size", "--img-size"), ("drop_path_rate", "--drop-path")):
+        for option, advice in (
+            ("img_size", "leave --img-size out"),
+            ("drop_path_rate", "pass --drop-path 0"),
+        ):
             if f"'{option}'" in str(error):
-                raise ValueError(f"model {name} takes no {flag}: leave it out or 0") from error
+                raise ValueError(f"model {name} takes no {option}: {advice}") from error
         raise
 
 
@@ -135,7 +138,7 @@ def _from_state_dict(
             f" ({type(error).__name__}: {_first_line(error)})"
         ) from error
     file_classes = _head_rows(name, state)
-    # A model with the file's own head, or none, makes timm load strictly: a wrong architecture shows.
+    # With the file's own head, or none, timm loads strictly, so that a wrong architecture shows.
     overlay = {
         "state_dict": state,
         "num_classes": file_classes,

@@ -189,23 +189,43 @@ def _decode(path: str) -> Image.Image:
 
 
 def find_unreadable(
-    samples: Sequence[Sample], *, workers: int = 0, on_image: Callable[[int], None] | None = None
+    samples: Sequence[Sample],
+    *,
+    workers: int = 0,
+    on_check: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
     """Decode every image once; path -> reason of those that cannot be.
 
-    on_image is called with the number of images done since its last call.
+    on_check is called with (images checked, all images).
     """
     loader = DataLoader(_DecodeCheck(samples), batch_size=16, num_workers=workers, collate_fn=list)
-    unreadable: dict[str, str] = {}
-    done = 0
-    for reasons in loader:
-        for (path, _), reason in zip(samples[done : done + len(reasons)], reasons, strict=True):
-            if reason:
-                unreadable[path] = reason
-        done += len(reasons)
-        if on_image is not None:
-            on_image(len(reasons))
-    return unreadable
+    reasons: list[str] = []
+    for batch in loader:
+        reasons += batch
+        if on_check is not None:
+            on_check(len(reasons), len(samples))
+    return {path: reason for (path, _), reason in zip(samples, reasons, strict=True) if reason}
+
+
+def refuse_or_report(
+    unreadable: dict[str, str], *, skip: bool, notify: Callable[[str], None], limit: int = 5
+) -> None:
+    """Name the unreadable images: to `notify` if they are to be skipped, else in an error.
+
+    Raises UnreadableImageError.
+    """
+    if not unreadable:
+        return
+    reasons = list(unreadable.values())
+    named = "; ".join(reasons[:limit])
+    if len(reasons) > limit:
+        named += f"; and {len(reasons) - limit} more"
+    if not skip:
+        raise UnreadableImageError(
+            f"data must hold readable images, got {len(reasons)} unreadable: {named};"
+            " pass --skip-bad-images to leave them out"
+        )
+    notify(f"skipped {len(reasons)} unreadable images: {named}")
 
 
 def without(
@@ -223,13 +243,6 @@ def without(
             f" got none in {_few([classes[label] for label in sorted(lost)])}"
         )
     return kept
-
-
-def describe_unreadable(unreadable: dict[str, str], limit: int = 5) -> str:
-    """One line with the first few reasons and the number of the others."""
-    reasons = list(unreadable.values())
-    more = f"; and {len(reasons) - limit} more" if len(reasons) > limit else ""
-    return "; ".join(reasons[:limit]) + more
 
 
 def make_transforms(

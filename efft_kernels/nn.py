@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
 from .methods.tensor_train import Placement, TensorTrainGroup
-from .ops.functional import low_rank_linear
+from .ops.functional import low_rank_linear, low_rank_linear_with_dropout
 from .ops.reference import delta_weight
 
 
@@ -34,10 +34,10 @@ class FactorBank(nn.Module):
             self.add_module(name, group)
         self.group_of = dict(sites)
 
-    def factors(self, site: str, dropout: bool) -> Factors:
-        """The operands (down, core, up) of one site, differentiable in the bank's parameters."""
+    def group(self, site: str) -> FactorGroup:
+        """The group that holds a site's factors."""
         group: Any = self._modules[self.group_of[site]]
-        return group.factors(site, dropout)
+        return group  # type: ignore[no-any-return]
 
     def reset_parameters(self) -> None:
         """Initialise every group anew: each ΔW is exactly zero."""
@@ -167,12 +167,13 @@ class FusedEFFTLinear(nn.Linear):
         linear.__dict__ = state
         return linear
 
+    def _group(self) -> FactorGroup:
+        group: Any = self._bank[0].group(self._site) if self._bank else self.factors
+        return group  # type: ignore[no-any-return]
+
     def current_factors(self, dropout: bool = False) -> Factors:
         """(down [K, Ra], core [G, Ra, Rb], up [1 or G, N/G, Rb]), differentiable in the factors."""
-        if self._bank:
-            return self._bank[0].factors(self._site, dropout)
-        own: Any = self.factors
-        return own.factors(_OWN_SITE, dropout)
+        return self._group().factors(self._site, dropout)
 
     def delta_weight(self) -> Tensor:
         """ΔW [N, K], detached, in float32 (float64 where the factors are)."""
@@ -194,16 +195,15 @@ class FusedEFFTLinear(nn.Linear):
         `unmerge`."""
         if self.merged:
             return
-        base = self.weight
+        base: Any = self.weight
         with torch.no_grad():
-            delta = self.delta_weight()
-            merged = (base.to(torch.promote_types(base.dtype, delta.dtype)) + delta).to(base.dtype)
+            merged = self.delta_weight().add_(base).to(base.dtype)
         self.weight = nn.Parameter(merged, requires_grad=base.requires_grad)
         self._base_weight = (base,)
 
     def unmerge(self) -> None:
         """Put the very base weight back, bit for bit."""
-        if self.merged:
+        if self._base_weight:
             self.weight = self._base_weight[0]
             self._base_weight = ()
 
@@ -221,6 +221,8 @@ class FusedEFFTLinear(nn.Linear):
                 )
             return F.linear(input, self.weight, self.bias)
         down, core, up = self.current_factors(self.training)
+        if self.training and (p := self._group().activation_dropout):
+            return low_rank_linear_with_dropout(input, self.weight, self.bias, down, core, up, p)
         return low_rank_linear(
             input,
             self.weight,

@@ -17,9 +17,14 @@ Key = TypeVar("Key", bound=Hashable)
 # The tail of a module's name, after its block's prefix, for each role; the first that fits counts.
 _ROLE_TAILS: tuple[tuple[str, str], ...] = (
     (r"attn\.qkv", "qkv"),
-    (r"attn\.proj", "o"),
-    (r"mlp\.fc1", "fc1"),
-    (r"mlp\.fc2", "fc2"),
+    (r"(?:self_)?(?:attn|attention)\.q_proj|attention\.(?:attention|self)\.query", "q"),
+    (r"(?:self_)?(?:attn|attention)\.k_proj|attention\.(?:attention|self)\.key", "k"),
+    (r"(?:self_)?(?:attn|attention)\.v_proj|attention\.(?:attention|self)\.value", "v"),
+    (r"attn\.proj|(?:self_)?(?:attn|attention)\.(?:o|out)_proj|attention\.output\.dense", "o"),
+    (r"mlp\.fc1_g", "gate"),
+    (r"mlp\.fc1(?:_x)?|intermediate\.dense", "fc1"),
+    (r"mlp\.weights_in", "gate_fc1"),
+    (r"mlp\.fc2|mlp\.weights_out|output\.dense", "fc2"),
 )
 _TAIL = re.compile(
     r"^(?P<block>.*\d)\.(?:" + "|".join(f"({tail})" for tail, _ in _ROLE_TAILS) + r")$"
@@ -28,8 +33,7 @@ _ALIASES = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES}
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(block prefix, role) of a module's dotted name; role "linear" where the name tells
-    nothing."""
+    """(block prefix, role) of a dotted name; role "linear" where the name tells nothing."""
     match = _TAIL.match(name)
     if match is None:
         prefix = re.match(r"^(.*\.\d+)\.", name)
@@ -71,11 +75,21 @@ def find_sites(
         name: Site(name, role, blocks.get(block, 0), 0, linear.in_features, linear.out_features)
         for (name, linear), (block, role) in zip(linears.items(), named.values(), strict=True)
     }
+    _mark_packed_gates(everywhere, {name: block for name, (block, _) in named.items()})
     stages = _numbered(site.width for site in everywhere.values() if site.role != "linear")
     sites = [
         replace(everywhere[name], stage=stages.get(everywhere[name].width, 0)) for name in chosen
     ]
     return _filter_layers(sites, layers, len(blocks))
+
+
+def _mark_packed_gates(sites: dict[str, Site], block_of: dict[str, str]) -> None:
+    """Give an fc1 that is twice as wide as its block's fc2 takes in (gate and fc1 in one) its
+    role."""
+    hidden = {block_of[s.name]: s.in_features for s in sites.values() if s.role == "fc2"}
+    for name, site in sites.items():
+        if site.role == "fc1" and site.out_features == 2 * hidden.get(block_of[name], 0):
+            sites[name] = replace(site, role="gate_fc1")
 
 
 def _inside(name: str, outer: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 Rank = int | tuple[int, int]
 
+_PAPER_ORDER = ("q", "k", "v", "o", "gate", "fc1", "fc2", "linear")
 MHSA_ROLES = ("qkv", "q", "k", "v", "o")
-FFN_ROLES = ("fc1", "fc2")
+FFN_ROLES = ("gate", "fc1", "gate_fc1", "fc2")
 
 
 class Factors(NamedTuple):
@@ -37,7 +38,8 @@ class Site:
 
     Attributes:
         name: dotted module name, e.g. "blocks.0.attn.qkv".
-        role: "qkv", "q", "k", "v", "o", "fc1", "fc2", or "linear" where the name tells nothing.
+        role: "qkv" (fused), "q", "k", "v", "o", "fc1", "fc2", "gate" (a gated FFN's other fc1),
+            "gate_fc1" (these two fused), or "linear" where the name tells nothing.
         block: index of the transformer block, counted over the whole model from 0.
         stage: index of the block's width among the model's widths (0 throughout a plain ViT).
         in_features: K.
@@ -53,9 +55,14 @@ class Site:
 
     @property
     def slices(self) -> int:
-        """How many of the papers' matrices the weight stacks along out_features: 3 for a fused
-        qkv."""
-        return 3 if self.role == "qkv" else 1
+        """How many of the papers' matrices the weight stacks along out_features: 3 for a qkv."""
+        return len(self.matrices)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The papers' matrices that the weight stacks, in order: ("q", "k", "v") for a qkv."""
+        stacked = {"qkv": ("q", "k", "v"), "gate_fc1": ("gate", "fc1")}
+        return stacked.get(self.role, (self.role,))
 
     @property
     def width(self) -> int:
@@ -64,7 +71,14 @@ class Site:
 
 
 class FactorGroup(nn.Module, ABC):
-    """The parameters of one aggregated group of sites."""
+    """The parameters of one aggregated group of sites.
+
+    Attributes:
+        activation_dropout: probability of dropping an entry of the rank-r activation in training
+            (FacT); the layer applies it, since it sits behind x.
+    """
+
+    activation_dropout: float = 0.0
 
     @abstractmethod
     def factors(self, site: str, dropout: bool) -> Factors:
@@ -86,17 +100,25 @@ class Method(ABC):
 
     name: ClassVar[str]
 
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of the targeted sites that the method adapts; all unless it says otherwise."""
+        return list(sites)
+
+    def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
+        """Which selected sites each group holds, in order; one group unless it says otherwise.
+
+        Raises:
+            ValueError: the method has no place for one of the sites.
+        """
+        return {self.name: list(sites)}
+
     @abstractmethod
     def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
-        """Groups by name, with parameters on the default device and dtype, uninitialised or not.
+        """The groups that `members` names, with parameters on the default device, initialised.
 
         Raises:
             ValueError: the method has no place for one of the sites, or a rank does not fit it.
         """
-
-    @abstractmethod
-    def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
-        """Which sites each group holds, in order; every site in exactly one group."""
 
     def to_config(self) -> dict[str, Any]:
         """The configuration as JSON-ready data; tuples are marked so that they come back as
@@ -132,6 +154,74 @@ def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return [_decode(item) for item in value]
     return value
+
+
+def by_stage(sites: Sequence[Site], part: Callable[[Site], str]) -> dict[str, list[Site]]:
+    """Sites by part, and by stage where they span several: "mhsa", or "stage0_mhsa", ...
+
+    Within a group: by block, then in the papers' order q, k, v, o, gate, fc1, fc2.
+
+    Raises:
+        ValueError: a group of several widths.
+    """
+    stages = {site.stage for site in sites}
+    groups: dict[str, list[Site]] = {}
+    for site in sorted(sites, key=lambda s: (s.block, _PAPER_ORDER.index(s.matrices[0]))):
+        name = part(site) if len(stages) == 1 else f"stage{site.stage}_{part(site)}"
+        groups.setdefault(name, []).append(site)
+    for name, members in groups.items():
+        widths = sorted({site.width for site in members})
+        if len(widths) > 1:
+            raise ValueError(f"targets of group {name!r} must have one width d, got {widths}")
+    return groups
+
+
+def require_roles(method: Method, sites: Sequence[Site], roles: Sequence[str]) -> None:
+    """Raise ValueError for a site whose role is none of `roles`."""
+    for site in sites:
+        if site.role not in roles:
+            raise ValueError(
+                f"targets must be attention or FFN linears for {type(method).__name__}, which"
+                f" places {', '.join(roles)}; {site.name!r} is none of these (use LoRA for it)"
+            )
+
+
+def stage_rank(
+    name: str, rank: Rank | list[Rank], sites: Sequence[Site], stage: int
+) -> tuple[int, int]:
+    """(r1, r2) for one stage among those that `sites` span.
+
+    Raises:
+        ValueError: a list whose length is not the number of stages.
+    """
+    if not isinstance(rank, list):
+        return rank_pair(name, rank)
+    stages = sorted({site.stage for site in sites})
+    if len(rank) != len(stages):
+        raise ValueError(f"{name} must have one entry per stage ({len(stages)}), got {len(rank)}")
+    return rank_pair(name, rank[stages.index(stage)])
+
+
+def check_ranks(name: str, rank: object) -> None:
+    """Raise unless rank is an int, a pair of ints, or a list of these, all at least 1."""
+    if isinstance(rank, list) and not rank:
+        raise ValueError(f"{name} must have one entry per stage, got an empty list")
+    for item in rank if isinstance(rank, list) else [rank]:
+        rank_pair(name, item)
+
+
+def ffn_hidden(sites: Sequence[Site]) -> int:
+    """The one hidden width of a group's FFN linears.
+
+    Raises:
+        ValueError: they have several.
+    """
+    hidden = {s.in_features if s.role == "fc2" else s.out_features // s.slices for s in sites}
+    if len(hidden) > 1:
+        raise ValueError(
+            f"targets of one FFN group must share a hidden width, got {sorted(hidden)}"
+        )
+    return hidden.pop()
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -1,5 +1,4 @@
-"""EFFT1 and EFFT2: Aggregate, Decompose, and Fine-Tune (arXiv:2311.06749, Eq. 2 and 3, section
-3.2)."""
+"""EFFT1 and EFFT2: Aggregate, Decompose, and Fine-Tune (arXiv:2311.06749, Eq. 2 and 3)."""
 
 from __future__ import annotations
 
@@ -14,21 +13,21 @@ from .base import (
     Method,
     Rank,
     Site,
+    by_stage,
     check_choice,
     check_number,
     check_rank_fits,
-    rank_pair,
+    check_ranks,
+    ffn_hidden,
+    require_roles,
+    stage_rank,
 )
-from .tensor_train import Placement, TensorTrainGroup
-
-# The order of the papers' matrices in a block; the fused qkv stands at q and takes three places.
-_MHSA_ORDER = {"qkv": 0, "q": 0, "k": 1, "v": 2, "o": 3}
-_FFN_ORDER = {"fc1": 0, "fc2": 1}
+from .tensor_train import CoreIndex, Placement, TensorTrainGroup
 
 
 @dataclass(frozen=True)
 class _EFFT(Method):
-    """What EFFT1 and EFFT2 share: the options and the walk over stages.
+    """What EFFT1 and EFFT2 share.
 
     Attributes:
         rank: r, or (r1, r2) for U and V, or a list with one of these per stage (Swin).
@@ -47,11 +46,8 @@ class _EFFT(Method):
     cores: str = "per_layer"
     learn_scale: bool = False
 
-    roles: ClassVar[tuple[str, ...]] = MHSA_ROLES + FFN_ROLES
-
     def __post_init__(self) -> None:
-        for rank in self.rank if isinstance(self.rank, list) else [self.rank]:
-            rank_pair("rank", rank)
+        check_ranks("rank", self.rank)
         check_number("scale", self.scale)
         check_choice("init", self.init, ("u", "v"))
         check_number("dropout", self.dropout, low=0.0, below=1.0)
@@ -63,71 +59,32 @@ class _EFFT(Method):
         """The name of the group, within its stage, that a site belongs to."""
         raise NotImplementedError
 
-    def _stage_rank(
-        self, rank: Rank | list[Rank], name: str, stage: int, stages: int
-    ) -> tuple[int, int]:
-        if isinstance(rank, list):
-            if len(rank) != stages:
-                raise ValueError(
-                    f"{name} must have one entry per stage ({stages}), got {len(rank)}"
-                )
-            return rank_pair(name, rank[stage])
-        return rank_pair(name, rank)
+    def _build_group(
+        self, members: Sequence[Site], sites: Sequence[Site]
+    ) -> tuple[dict[str, Placement], tuple[int, int], tuple[int, int], int]:
+        """(placements, (rows of U, rows of V), rank, number of cores) of one group."""
+        raise NotImplementedError
 
     def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
-        stages = sorted({site.stage for site in sites})
-        groups: dict[str, list[Site]] = {}
-        for site in sorted(sites, key=_block_order):
-            if site.role not in self.roles:
-                raise ValueError(
-                    f"targets must be attention or FFN linears for {type(self).__name__}, which"
-                    f" places {', '.join(self.roles)}; {site.name!r} is none of these (use LoRA for it)"
-                )
-            part = self._part(site)
-            name = part if len(stages) == 1 else f"stage{site.stage}_{part}"
-            groups.setdefault(name, []).append(site)
-        for name, members in groups.items():
-            widths = sorted({site.width for site in members})
-            if len(widths) > 1:
-                raise ValueError(f"targets of group {name!r} must have one width d, got {widths}")
+        require_roles(self, sites, MHSA_ROLES + FFN_ROLES)
+        return by_stage(sites, self._part)
+
+    def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
+        groups: dict[str, FactorGroup] = {}
+        for name, members in self.members(sites).items():
+            placements, dims, rank, cores = self._build_group(members, sites)
+            check_rank_fits("rank", rank, members)
+            groups[name] = TensorTrainGroup(
+                placements,
+                dims=dims,
+                rank=rank,
+                cores=cores,
+                scale=self.scale,
+                learn_scale=self.learn_scale,
+                init=self.init,
+                dropout=self.dropout,
+            )
         return groups
-
-    def _group(
-        self,
-        placements: dict[str, Placement],
-        sites: Sequence[Site],
-        dims: tuple[int, int],
-        cores: int,
-        rank: tuple[int, int],
-    ) -> TensorTrainGroup:
-        check_rank_fits("rank", rank, sites)
-        return TensorTrainGroup(
-            placements,
-            dims=dims,
-            rank=rank,
-            cores=cores,
-            scale=self.scale,
-            learn_scale=self.learn_scale,
-            init=self.init,
-            dropout=self.dropout,
-        )
-
-    def _core_indices(self, keys: Sequence[tuple[tuple[int, str], int]]) -> tuple[list[int], int]:
-        """Σ's first index for each (block, kind) key that takes `count` cores, and how many Σ there
-        are.
-
-        The same key always gets the same cores; with `cores="shared"` the block does not count.
-        """
-        first: dict[tuple[int, str], int] = {}
-        total = 0
-        indices = []
-        for (block, kind), count in keys:
-            key = (0 if self.cores == "shared" else block, kind)
-            if key not in first:
-                first[key] = total
-                total += count
-            indices.append(first[key])
-        return indices, total
 
 
 @dataclass(frozen=True)
@@ -144,42 +101,31 @@ class EFFT1(_EFFT):
     def _part(self, site: Site) -> str:
         return "all"
 
-    def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
-        members = self.members(sites)
-        return {
-            name: self._build_group(group, self._stage_rank(self.rank, "rank", i, len(members)))
-            for i, (name, group) in enumerate(members.items())
-        }
-
-    def _build_group(self, sites: Sequence[Site], rank: tuple[int, int]) -> FactorGroup:
-        d = sites[0].width
-        has_ffn = any(site.role in FFN_ROLES for site in sites)
-        for site in sites:
-            hidden = max(site.in_features, site.out_features)
-            if site.role in FFN_ROLES and hidden != 4 * d:
-                raise ValueError(
-                    f"EFFT1 needs FFN linears with 4d={4 * d} hidden features, got {hidden} in"
-                    f" {site.name!r}; use EFFT2, whose FFN group has its own U"
-                )
-        kinds = [
-            kind
-            for kind in ("q", "k", "v", "o")
-            if has_ffn or any(kind in site.role and site.role in MHSA_ROLES for site in sites)
-        ]
-        indices, cores = self._core_indices(
-            [((s.block, "mhsa" if s.role in MHSA_ROLES else s.role), 1) for s in sites]
-        )
+    def _build_group(
+        self, members: Sequence[Site], sites: Sequence[Site]
+    ) -> tuple[dict[str, Placement], tuple[int, int], tuple[int, int], int]:
+        d = members[0].width
+        ffn = [site for site in members if site.role in FFN_ROLES]
+        if ffn and ffn_hidden(ffn) != 4 * d:
+            raise ValueError(
+                f"EFFT1 needs FFN linears with 4d={4 * d} hidden features, got {ffn_hidden(ffn)} in"
+                f" {ffn[0].name!r}; use EFFT2, whose FFN group has its own U"
+            )
+        present = {matrix for site in members for matrix in site.matrices}
+        stacked = [matrix for matrix in ("q", "k", "v", "o") if ffn or matrix in present]
+        index = CoreIndex(shared=self.cores == "shared")
         placements = {}
-        for site, index in zip(sites, indices, strict=True):
+        for site in members:
             if site.role in MHSA_ROLES:
-                start = kinds.index("q" if site.role == "qkv" else site.role) * d
-                placements[site.name] = Placement(
-                    index, 1, "out", (start, start + site.out_features)
-                )
+                start = stacked.index(site.matrices[0]) * d
+                rows = (start, start + site.out_features)
+                placements[site.name] = Placement(index.take(site.block, "mhsa"), 1, "out", rows)
             else:
-                side = "out" if site.role == "fc1" else "in"
-                placements[site.name] = Placement(index, 1, side, (0, 4 * d))
-        return self._group(placements, sites, (len(kinds) * d, d), cores, rank)
+                first = index.take(site.block, site.role, site.slices)
+                side = "in" if site.role == "fc2" else "out"
+                placements[site.name] = Placement(first, site.slices, side, (0, 4 * d))
+        rank = stage_rank("rank", self.rank, sites, members[0].stage)
+        return placements, (len(stacked) * d, d), rank, index.total
 
 
 @dataclass(frozen=True)
@@ -199,54 +145,38 @@ class EFFT2(_EFFT):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ffn_rank is not None:
-            for rank in self.ffn_rank if isinstance(self.ffn_rank, list) else [self.ffn_rank]:
-                rank_pair("ffn_rank", rank)
+            check_ranks("ffn_rank", self.ffn_rank)
 
     def _part(self, site: Site) -> str:
         return "mhsa" if site.role in MHSA_ROLES else "ffn"
 
-    def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
-        stages = sorted({site.stage for site in sites})
-        groups: dict[str, FactorGroup] = {}
-        for name, members in self.members(sites).items():
-            stage = stages.index(members[0].stage)
-            if members[0].role in MHSA_ROLES:
-                rank = self._stage_rank(self.rank, "rank", stage, len(stages))
-                groups[name] = self._build_mhsa(members, rank)
-            else:
-                ffn_rank = self.rank if self.ffn_rank is None else self.ffn_rank
-                rank = self._stage_rank(ffn_rank, "ffn_rank", stage, len(stages))
-                groups[name] = self._build_ffn(members, rank)
-        return groups
-
-    def _build_mhsa(self, sites: Sequence[Site], rank: tuple[int, int]) -> FactorGroup:
-        d = sites[0].width
-        for site in sites:
-            if (site.in_features, site.out_features) != (d, site.slices * d):
-                raise ValueError(
-                    f"EFFT2's attention group holds d×d matrices (d={d}), got {site.name!r} with"
-                    f" K={site.in_features}, N={site.out_features}"
-                )
-        indices, cores = self._core_indices([((s.block, s.role), s.slices) for s in sites])
-        placements = {
-            site.name: Placement(index, site.slices, "in", (0, d))
-            for site, index in zip(sites, indices, strict=True)
-        }
-        return self._group(placements, sites, (d, d), cores, rank)
-
-    def _build_ffn(self, sites: Sequence[Site], rank: tuple[int, int]) -> FactorGroup:
-        d = sites[0].width
-        hidden = sorted({s.out_features if s.role == "fc1" else s.in_features for s in sites})
-        if len(hidden) > 1:
-            raise ValueError(f"EFFT2's FFN group needs one hidden width, got {hidden}")
-        indices, cores = self._core_indices([((s.block, s.role), 1) for s in sites])
-        placements = {
-            site.name: Placement(index, 1, "in" if site.role == "fc2" else "out", (0, hidden[0]))
-            for site, index in zip(sites, indices, strict=True)
-        }
-        return self._group(placements, sites, (hidden[0], d), cores, rank)
+    def _build_group(
+        self, members: Sequence[Site], sites: Sequence[Site]
+    ) -> tuple[dict[str, Placement], tuple[int, int], tuple[int, int], int]:
+        d, stage = members[0].width, members[0].stage
+        index = CoreIndex(shared=self.cores == "shared")
+        placements = {}
+        if members[0].role in MHSA_ROLES:
+            rank = stage_rank("rank", self.rank, sites, stage)
+            for site in members:
+                check_square(site, d, "EFFT2's attention group")
+                first = index.take(site.block, site.role, site.slices)
+                placements[site.name] = Placement(first, site.slices, "in", (0, d))
+            return placements, (d, d), rank, index.total
+        own = self.ffn_rank is not None
+        rank = stage_rank("ffn_rank" if own else "rank", self.ffn_rank or self.rank, sites, stage)
+        hidden = ffn_hidden(members)
+        for site in members:
+            first = index.take(site.block, site.role, site.slices)
+            side = "in" if site.role == "fc2" else "out"
+            placements[site.name] = Placement(first, site.slices, side, (0, hidden))
+        return placements, (hidden, d), rank, index.total
 
 
-def _block_order(site: Site) -> tuple[int, int]:
-    order = _MHSA_ORDER if site.role in MHSA_ROLES else _FFN_ORDER
-    return site.block, order.get(site.role, 0) + (4 if site.role in FFN_ROLES else 0)
+def check_square(site: Site, d: int, what: str) -> None:
+    """Raise ValueError unless each of the site's matrices is d×d."""
+    if (site.in_features, site.out_features) != (d, site.slices * d):
+        raise ValueError(
+            f"{what} holds d×d matrices (d={d}), got {site.name!r} with K={site.in_features},"
+            f" N={site.out_features}"
+        )

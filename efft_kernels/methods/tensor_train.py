@@ -1,8 +1,7 @@
-"""Tensor-Train groups: ΔW_i = s·U·Σ_i·V^T with U and V shared by all slices (FacT Eq. 8, EFFT Eq.
-2).
+"""Tensor-Train groups: ΔW_i = s·U·Σ_i·V^T, U and V shared by all slices (FacT Eq. 8, EFFT Eq. 2).
 
-One class serves EFFT1, EFFT2, FacT-TT and a standalone layer; FacT-TK composes its Σ_i from a
-Tucker core.
+One class serves EFFT1, EFFT2, FacT-TT and a standalone layer; FacT-TK's Σ_i come from a Tucker
+core.
 """
 
 from __future__ import annotations
@@ -27,21 +26,45 @@ class Placement:
         u_side: "in" where U spans the site's in_features (y += x·U·Σ·V^T), "out" where it spans its
             out_features (y += x·V·Σ^T·U^T).
         u_rows: (start, stop), the rows of U that the site uses.
+        stacked: the axis along which the slices are stacked, "out" (each gives part of y) or "in"
+            (each takes part of x, and their products add up).
     """
 
     first_core: int
     slices: int
     u_side: str
     u_rows: tuple[int, int]
+    stacked: str = "out"
+
+
+class CoreIndex:
+    """Hands out Σ indices: the same (block, kind) always gets the same cores, the next one new
+    ones.
+
+    Args:
+        shared: cores belong to the kind alone, whatever the block.
+    """
+
+    def __init__(self, shared: bool) -> None:
+        self.shared = shared
+        self.total = 0
+        self._first: dict[tuple[int, str], int] = {}
+
+    def take(self, block: int, kind: str, count: int = 1) -> int:
+        """The index of the first of `count` consecutive cores."""
+        key = (0 if self.shared else block, kind)
+        if key not in self._first:
+            self._first[key] = self.total
+            self.total += count
+        return self._first[key]
 
 
 class TensorTrainGroup(FactorGroup):
     """U [D1, r1], V [D2, r2], core Σ [n, r1, r2] and a scale s, a float or a learnable scalar.
 
     Init: xavier_uniform_ for U or V and for each Σ_i as an r1×r2 matrix; the factor named by `init`
-        is zero,
-    so that ΔW starts at exactly zero. Dropout acts on U, V and Σ, with masks drawn anew for each
-    site.
+    is zero, so that ΔW starts at exactly zero. `dropout` acts on U, V and Σ, with masks drawn anew
+    for each site; `activation_dropout` on x·U·Σ.
     """
 
     U: nn.Parameter
@@ -60,17 +83,22 @@ class TensorTrainGroup(FactorGroup):
         learn_scale: bool = False,
         init: str = "v",
         dropout: float = 0.0,
+        activation_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.placements = dict(placements)
         self.init = init
         self.initial_scale = float(scale)
         self.dropout = dropout
+        self.activation_dropout = activation_dropout
         self.U = nn.Parameter(torch.empty(dims[0], rank[0]))
         self.V = nn.Parameter(torch.empty(dims[1], rank[1]))
-        self.core = nn.Parameter(torch.empty(cores, rank[0], rank[1]))
+        self._add_cores(cores, rank)
         self.scale = nn.Parameter(torch.empty(())) if learn_scale else self.initial_scale
         self.reset_parameters()
+
+    def _add_cores(self, count: int, rank: tuple[int, int]) -> None:
+        self.core = nn.Parameter(torch.empty(count, *rank))
 
     def reset_parameters(self) -> None:
         zero, random = (self.V, self.U) if self.init == "v" else (self.U, self.V)
@@ -93,14 +121,14 @@ class TensorTrainGroup(FactorGroup):
         if dropout and self.dropout > 0:
             u, v, core = (F.dropout(t, self.dropout) for t in (u, v, core))
         core = core * self.scale
+        if place.stacked == "in":
+            return Factors(torch.matmul(u, core).flatten(0, 1), None, v.unsqueeze(0))
         if place.u_side == "in":
             return Factors(u, core, v.unsqueeze(0))
         return Factors(v, core.mT, u.unsqueeze(0))
 
     def extra_repr(self) -> str:
-        (d1, r1), (d2, r2) = self.U.shape, self.V.shape
+        shapes = ", ".join(f"{name}={list(p.shape)}" for name, p in self.named_parameters())
         return (
-            f"U=[{d1}, {r1}], V=[{d2}, {r2}], core={list(self.core.shape)},"
-            f" scale={self.initial_scale:g}{' (learnt)' if isinstance(self.scale, nn.Parameter) else ''}, init={self.init!r},"
-            f" dropout={self.dropout:g}"
+            f"{shapes}, scale={self.initial_scale:g}, init={self.init!r}, dropout={self.dropout:g}"
         )

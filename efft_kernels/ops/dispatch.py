@@ -149,10 +149,15 @@ def _select_backend(backend: str, x: Tensor) -> tuple[ModuleType, str]:
     raise AssertionError("the torch backend takes every input")
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for the device; False where it does not exist (meta tensors)."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 @contextmanager
 def _without_autocast(device_type: str) -> Iterator[None]:
     """Inside the operators every cast is written out; an ambient autocast must add none."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             yield
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference, torch_backend
@@ -90,6 +91,43 @@ def low_rank_linear(
             flat, weight, bias, down, core, up, False, backend, strategy
         )
     return y if x.dim() == 2 else y.reshape(*lead, y.shape[-1])
+
+
+def low_rank_linear_with_dropout(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    p: float,
+) -> Tensor:
+    """`low_rank_linear` with dropout on the rank-r activation, x·down·core[g], as FacT trains.
+
+    A mask of M·G·Rb entries stands between the two thin products, so this is composed from torch's
+    own operators; the masks come from torch's generator and are replayed under checkpointing.
+
+    Args:
+        x: [..., K]; the other tensors, their dtypes and what is raised are as in `low_rank_linear`.
+        p: probability of dropping an entry; the others are scaled by 1 / (1 - p).
+
+    Returns:
+        [..., N]. Source: FacT (arXiv:2212.03145), its released training code.
+    """
+    x = _autocast(x, weight)
+    _check(x, weight, bias, down, core, up)
+    dtype = x.dtype
+    y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    slices = up.shape[0] if core is None else core.shape[0]
+    activation = torch.matmul(x, down.to(dtype))  # [..., Ra]
+    if core is not None:
+        wide = core.to(dtype).transpose(0, 1).flatten(1)  # [Ra, G·Rb]
+        activation = torch.matmul(activation, wide).unflatten(-1, (slices, -1))
+    else:
+        activation = activation.unsqueeze(-2)  # [..., 1, Ra]: the slices share its mask
+    activation = F.dropout(activation, p).expand(*x.shape[:-1], slices, -1)
+    low_rank = torch.einsum("...gb,gnb->...gn", activation, up.to(dtype).expand(slices, -1, -1))
+    return y + low_rank.flatten(-2)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -180,7 +218,7 @@ def _autocast(x: Tensor, weight: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype in (torch.float32, *_HALF):
+    if dispatch.autocast_enabled(device_type) and x.dtype in (torch.float32, *_HALF):
         return x.to(torch.get_autocast_dtype(device_type))
     return x
 
@@ -195,7 +233,7 @@ def _check(
 ) -> None:
     """Raise for a tensor whose kind, dtype, device or shape does not fit; name it, what was
     expected and what came."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = dispatch.autocast_enabled(x.device.type)
     for name, tensor in (
         ("x", x), ("weight", weight), ("bias", bias), ("down", down), ("core", core), ("up", up)
     ):  # fmt: skip

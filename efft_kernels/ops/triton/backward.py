@@ -50,12 +50,12 @@ def backward(
     need_x, need_weight, need_bias, need_down, need_core, need_up = needs
     dy = rows(dy)
     dx = d_weight = d_bias = d_down = d_core = d_up = None
-    if need_weight or need_bias:
-        # The frozen part's own gradients are the library's business.
-        _, d_weight, d_bias, *_ = torch_backend.backward(
-            dy, x, weight, None, down, core, up,
-            needs=(False, need_weight, need_bias, False, False, False), strategy="split",
-        )  # fmt: skip
+    # The frozen part's own gradients, when someone asks for them, are the library's business.
+    if need_weight:
+        assert x is not None
+        d_weight = torch_backend._mm_into(dy.t(), x, weight.dtype)
+    if need_bias:
+        d_bias = dy.sum(0, dtype=torch.float32).to(weight.dtype)
     need_fold_grad = need_core or need_up
     grad_p = rows(p) if need_fold_grad and p is not None else None
 

@@ -83,7 +83,7 @@ def _fold_kernel(
         tl.store(
             b_ptr + rows[:, None] * RANK + offs_a[None, :],
             b.to(b_ptr.dtype.element_ty),
-            mask=in_n & (offs_a >= 0)[None, :],
+            mask=in_n,
         )
     else:
         offs_k = (pid - tiles_b).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -96,7 +96,7 @@ def _fold_kernel(
         tl.store(
             down_out_ptr + offs_k[:, None] * RANK + offs_a[None, :],
             down.to(down_out_ptr.dtype.element_ty),
-            mask=in_k & (offs_a >= 0)[None, :],
+            mask=in_k,
         )
 
 

@@ -134,10 +134,18 @@ def launch_gemm(
     m, i = a.shape
     c = w.shape[1]
     rank = thin_in.shape[1]
-    config = tuning.gemm_config(
-        m.bit_length(), c, i, rank, a.dtype, w.dtype != a.dtype, ride, a.device.index
+    stride_a, stride_wi, stride_wc = a.stride(0), w.stride(0), w.stride(1)
+    block_m, block_c, block_i, group_m, num_warps, num_stages = tuning.gemm_config(
+        m,
+        c,
+        i,
+        rank,
+        a.dtype,
+        wide=w.dtype != a.dtype,
+        aligned=(stride_a | stride_wi * stride_wc | i | c) % 16 == 0,
+        ride=ride,
+        index=a.device.index,
     )
-    block_m, block_c, block_i, group_m, num_warps, num_stages = config
     out = a.new_empty((m, c))
     grid = (triton.cdiv(m, block_m) * triton.cdiv(c, block_c),)
     _low_rank_gemm_kernel[grid](
@@ -152,9 +160,9 @@ def launch_gemm(
         c,
         i,
         width,
-        a.stride(0),
-        w.stride(0),
-        w.stride(1),
+        stride_a,
+        stride_wi,
+        stride_wc,
         0 if p is None else p.stride(0),
         BLOCK_M=block_m,
         BLOCK_C=block_c,

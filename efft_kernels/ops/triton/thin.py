@@ -48,7 +48,7 @@ def _thin_kernel(
     programs = tl.num_programs(0)
     offs_r = tl.arange(0, RANK)
     for block in range(pid, tl.cdiv(M, BLOCK_M), programs):
-        offs_m = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_m = offs_m < M
         offs_c = tl.arange(0, BLOCK_C)
         tall_ptrs = tall_ptr + offs_m[:, None] * stride_tall + offs_c[None, :]
@@ -179,10 +179,15 @@ def launch_thin(
     """Fill s with tall·thin_in; with p also return the partial sums [programs, C, RANK] of tall^T·p."""
     m, c = tall.shape
     rank = thin_in.shape[1]
-    config = tuning.thin_config(
-        m.bit_length(), c, rank, tall.dtype, p is not None, tall.device.index
+    block_m, block_c, programs, num_warps, num_stages = tuning.pass_config(
+        "thin" if p is None else "thin_grad",
+        m,
+        c,
+        rank,
+        tall.dtype,
+        aligned=(tall.stride(0) | c) % 16 == 0,
+        index=tall.device.index,
     )
-    block_m, block_c, programs, num_warps, num_stages = config
     programs = min(triton.cdiv(m, block_m), programs)
     partial = None
     if p is not None:
@@ -219,8 +224,15 @@ def launch_tall_grad(
     """The partial sums [splits, C, RANK] of tall^T·thin, float32."""
     m, c = tall.shape
     rank = padded_rank(thin.shape[1])
-    config = tuning.tall_grad_config(m.bit_length(), c, rank, tall.dtype, tall.device.index)
-    block_m, block_c, splits, num_warps, num_stages = config
+    block_m, block_c, splits, num_warps, num_stages = tuning.pass_config(
+        "tall_grad",
+        m,
+        c,
+        rank,
+        tall.dtype,
+        aligned=(tall.stride(0) | c) % 16 == 0,
+        index=tall.device.index,
+    )
     rows = triton.cdiv(triton.cdiv(m, splits), block_m) * block_m
     splits = triton.cdiv(m, rows)
     partial = torch.empty((splits, c, rank), dtype=torch.float32, device=tall.device)

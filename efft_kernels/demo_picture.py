@@ -1,0 +1,59 @@
+"""The demo's picture: accuracy against the number of trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method: trained_params counts the head too; top1 is percent, one number per seed."""
+
+    label: str
+    trained_params: int
+    top1_mean: float
+    top1_std: float
+    top1: Sequence[float]
+
+
+def draw(points: Sequence[Point], title: str, path: Path) -> None:
+    """Write a PNG: a point with its standard deviation per method, a faint dot per seed."""
+    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    for point, colour in zip(points, _COLOURS, strict=True):
+        x = point.trained_params
+        axes.scatter(
+            [x] * len(point.top1), point.top1, s=14, color=colour, alpha=0.35, linewidths=0
+        )
+        axes.errorbar(
+            x, point.top1_mean, yerr=point.top1_std, fmt="o", markersize=7, capsize=4, color=colour
+        )
+    largest = max(point.trained_params for point in points)
+    for point, colour in zip(points, _COLOURS, strict=True):
+        left = point.trained_params == largest
+        axes.annotate(
+            f"{point.label}\n{point.top1_mean:.1f}%, {point.trained_params:,} parameters",
+            (point.trained_params, point.top1_mean),
+            xytext=(-10 if left else 10, -14),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="top",
+            color=colour,
+            fontsize=9,
+        )
+    axes.set_xlabel("trained parameters, classification head included (log scale)")
+    axes.set_ylabel("test top-1 accuracy (%)")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    figure.savefig(path)

@@ -1,0 +1,121 @@
+"""What this machine offers: versions, devices, and which backends really run."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import __version__, available_backends, low_rank_linear, reference
+
+LIBRARIES = ("torch", "torchvision", "triton", "timm", "torchmetrics", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """versions: name -> version, None where absent. devices: one line of text each.
+    backends: name -> None where it runs here, else the reason why not."""
+
+    versions: dict[str, str | None]
+    devices: list[str]
+    backends: dict[str, str | None]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether at least the torch backend runs."""
+        return self.backends.get("torch", "unknown") is None
+
+    def to_json(self) -> dict[str, Any]:
+        """The diagnosis in JSON's own types."""
+        return {
+            "versions": self.versions,
+            "devices": self.devices,
+            "backends": {
+                name: {"usable": reason is None, "reason": reason}
+                for name, reason in self.backends.items()
+            },
+            "healthy": self.healthy,
+        }
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine and run every available backend once on a small problem."""
+    backends = {
+        name: _trial(name) if reason is None else reason
+        for name, reason in available_backends().items()
+    }
+    return Diagnosis(_versions(), _devices(), backends)
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "efft-kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            versions[library] = None
+    versions["CUDA (torch's)"] = torch.version.cuda
+    versions["NVIDIA driver"] = _driver_version()
+    return versions
+
+
+def _driver_version() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = answer.stdout.split("\n")
+    return lines[0].strip() or None
+
+
+def _devices() -> list[str]:
+    devices = [
+        f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()},"
+        f" {torch.get_num_threads()} threads"
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor},"
+            f" {properties.total_memory / 2**30:.0f} GiB"
+        )
+    return devices
+
+
+def _trial(backend: str) -> str | None:
+    """None if the backend computes a small forward and backward as the reference does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    # M=7, K=48, N=64, G=2, Ra=Rb=16
+    x, weight, bias = draw(7, 48), draw(64, 48), draw(64)
+    factors = [draw(48, 16), draw(2, 16, 16), draw(1, 32, 16)]
+    expected = reference.low_rank_linear(x, weight, bias, *factors)
+    trained = [factor.requires_grad_() for factor in factors]
+    try:
+        y = low_rank_linear(x, weight, bias, *trained, backend=backend)
+        y.sum().backward()
+    except Exception as error:  # whatever a compiler, a driver or a loader raises is the finding
+        lines = str(error).strip().splitlines()
+        return f"a trial run failed: {type(error).__name__}: {lines[0] if lines else ''}"
+    # Relative to the largest output, wide enough for TF32 tensor cores.
+    deviation = ((y.detach() - expected).abs().max() / expected.abs().max()).item()
+    if not deviation < 1e-2:
+        return f"a trial run was wrong: it deviates from the reference by {deviation:.1e}"
+    return None

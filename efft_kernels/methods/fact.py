@@ -1,0 +1,160 @@
+"""FacT-TT and FacT-TK: one 12L×d×d tensor for the whole ViT (arXiv:2212.03145, Eq. 8 to 11).
+
+fc1 and fc2 count as hidden/d slices of d×d each (Eq. 3): fc1's are stacked along its output, fc2's
+along its input, so that y += Σ_i x_i·U·Σ_i·V^T for fc2's input chunks x_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import (
+    FFN_ROLES,
+    MHSA_ROLES,
+    FactorGroup,
+    Method,
+    Rank,
+    Site,
+    by_stage,
+    check_number,
+    check_rank_fits,
+    check_ranks,
+    require_roles,
+    stage_rank,
+)
+from .efft import check_square
+from .tensor_train import CoreIndex, Placement, TensorTrainGroup
+
+
+@dataclass(frozen=True)
+class _FacT(Method):
+    """What FacT-TT and FacT-TK share.
+
+    Attributes:
+        rank: r, or (r1, r2) for U and V, or a list with one of these per stage (Swin).
+        scale: s in ΔW = s·Σ ×2 U^T ×3 V^T.
+        dropout: probability of dropping an entry of the rank-r activation x·U·Σ in training.
+        learn_scale: make s a learnable scalar, one per stage.
+
+    V starts at zero, the others with xavier_uniform_.
+    """
+
+    rank: Rank | list[Rank] = 16
+    scale: float = 1.0
+    dropout: float = 0.1
+    learn_scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranks("rank", self.rank)
+        check_number("scale", self.scale)
+        check_number("dropout", self.dropout, low=0.0, below=1.0)
+        if not isinstance(self.learn_scale, bool):
+            raise TypeError(f"learn_scale must be a bool, got {type(self.learn_scale).__name__}")
+
+    def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
+        require_roles(self, sites, MHSA_ROLES + FFN_ROLES)
+        return by_stage(sites, lambda site: "all")
+
+    def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
+        groups: dict[str, FactorGroup] = {}
+        for name, members in self.members(sites).items():
+            rank = stage_rank("rank", self.rank, sites, members[0].stage)
+            check_rank_fits("rank", rank, members)
+            index = CoreIndex(shared=False)
+            d = members[0].width
+            placements = {site.name: _place(site, d, index) for site in members}
+            groups[name] = self._group(
+                placements,
+                dims=(d, d),
+                rank=rank,
+                cores=index.total,
+                scale=self.scale,
+                learn_scale=self.learn_scale,
+                activation_dropout=self.dropout,
+            )
+        return groups
+
+    def _group(self, placements: dict[str, Placement], **kwargs: Any) -> TensorTrainGroup:
+        raise NotImplementedError
+
+
+def _place(site: Site, d: int, index: CoreIndex) -> Placement:
+    if site.role in MHSA_ROLES:
+        check_square(site, d, "FacT's tensor")
+        first = index.take(site.block, site.role, site.slices)
+        return Placement(first, site.slices, "in", (0, d))
+    hidden = site.in_features if site.role == "fc2" else site.out_features
+    if hidden % d:
+        raise ValueError(
+            f"FacT cuts FFN linears into d×d matrices (d={d}), got {hidden} hidden features in"
+            f" {site.name!r}, not a multiple of d"
+        )
+    slices = hidden // d
+    stacked = "in" if site.role == "fc2" else "out"
+    return Placement(index.take(site.block, site.role, slices), slices, "in", (0, d), stacked)
+
+
+@dataclass(frozen=True)
+class FacTTT(_FacT):
+    """FacT in Tensor-Train format: ΔW = s·Σ ×2 U^T ×3 V^T (Eq. 8, 9).
+
+    U [d, r1], V [d, r2], Σ [12L, r1, r2]: 2dr + 12L·r² parameters; 61,440 on ViT-B at r = 16.
+    """
+
+    name: ClassVar[str] = "fact_tt"
+
+    def _group(self, placements: dict[str, Placement], **kwargs: Any) -> TensorTrainGroup:
+        return TensorTrainGroup(placements, **kwargs)
+
+
+@dataclass(frozen=True)
+class FacTTK(_FacT):
+    """FacT in Tucker format: ΔW = s·C ×1 P^T ×2 U^T ×3 V^T (Eq. 10, 11), so Σ_i = Σ_t P[i, t]·C[t].
+
+    U [d, r1], V [d, r2], P [12L, r], C [r, r1, r2]: 2dr + r³ + 12L·r parameters; 86,528 on ViT-B at
+    r = 32.
+
+    Attributes:
+        layer_rank: the mode-1 rank r of P and C; by default the larger of (r1, r2).
+    """
+
+    name: ClassVar[str] = "fact_tk"
+    layer_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer_rank is not None:
+            check_ranks("layer_rank", self.layer_rank)
+
+    def _group(self, placements: dict[str, Placement], **kwargs: Any) -> TensorTrainGroup:
+        return TuckerGroup(placements, self.layer_rank, **kwargs)
+
+
+class TuckerGroup(TensorTrainGroup):
+    """A Tensor-Train group whose Σ_i = Σ_t P[i, t]·C[t]; `core` is C, [r, r1, r2], and P is [n,
+    r]."""
+
+    P: nn.Parameter
+
+    def __init__(
+        self, placements: dict[str, Placement], layer_rank: int | None, **kwargs: Any
+    ) -> None:
+        self._layer_rank = layer_rank
+        super().__init__(placements, **kwargs)
+
+    def _add_cores(self, count: int, rank: tuple[int, int]) -> None:
+        layer_rank = self._layer_rank or max(rank)
+        self.P = nn.Parameter(torch.empty(count, layer_rank))
+        self.core = nn.Parameter(torch.empty(layer_rank, *rank))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.xavier_uniform_(self.P)
+
+    def cores(self, first: int, count: int) -> Tensor:
+        return torch.einsum("nt,tab->nab", self.P[first : first + count], self.core)

@@ -1,0 +1,120 @@
+"""KAdaptation: ΔW = Σ_i A_i ⊗ (u_i·v_i^T) with A shared by all layers (arXiv:2203.16329, Eq. 3,
+4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from .base import FactorGroup, Factors, Method, Site, check_choice, check_number, check_ranks
+from .lora import check_matrices, chosen_slices, stack_matrices
+
+
+@dataclass(frozen=True)
+class KAdaptation(Method):
+    """A sum of n Kronecker products for each matrix, seen as x·ΔW with ΔW [K, N].
+
+    A [n, n, n] is one tensor for the whole model (the slow weights); each matrix has u [n, K/n, r]
+    and v [n, N/n, r] (the fast weights): n³ + Σ (K + N)·r parameters. Written as (down, core, up)
+    the effective rank is n²·r.
+
+    Attributes:
+        products: n, the number of Kronecker products and the size of each A_i; divides K and N.
+        rank: r of the fast weights.
+        scale: s, a factor on ΔW (1 in the paper).
+        init: the fast weight that starts at zero, "v" or "u". The release starts both at zero,
+            after which neither learns; here the other, and A, start with xavier_uniform_.
+        matrices: as in LoRA; the paper adapts the attention's.
+    """
+
+    products: int = 4
+    rank: int = 1
+    scale: float = 1.0
+    init: str = "v"
+    matrices: tuple[str, ...] | None = ("q", "k", "v", "o")
+
+    name: ClassVar[str] = "kadaptation"
+
+    def __post_init__(self) -> None:
+        for field in ("products", "rank"):
+            if not isinstance(getattr(self, field), int):
+                raise TypeError(f"{field} must be an int, got {getattr(self, field)!r}")
+            check_ranks(field, getattr(self, field))
+        check_number("scale", self.scale)
+        check_choice("init", self.init, ("u", "v"))
+        check_matrices(self.matrices)
+
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        return [site for site in sites if chosen_slices(site, self.matrices)]
+
+    def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
+        return {self.name: KroneckerGroup(self, sites)}
+
+
+class KroneckerGroup(FactorGroup):
+    """A [n, n, n], and for each site u [m, n, K/n, r] and v [m, n, N/(G·n), r] of its m
+    matrices."""
+
+    def __init__(self, method: KAdaptation, sites: Sequence[Site]) -> None:
+        super().__init__()
+        n = method.products
+        self.init = method.init
+        self.scale = float(method.scale)
+        self.chosen = {
+            site.name: (0,) if method.matrices is None else chosen_slices(site, method.matrices)
+            for site in sites
+        }
+        self.slices = {site.name: 1 if method.matrices is None else site.slices for site in sites}
+        self.A = nn.Parameter(torch.empty(n, n, n))
+        self.u = nn.ParameterDict()
+        self.v = nn.ParameterDict()
+        for site in sites:
+            m, out = len(self.chosen[site.name]), site.out_features // self.slices[site.name]
+            if site.in_features % n or out % n:
+                raise ValueError(
+                    f"products must divide K={site.in_features} and N={out} of each matrix in"
+                    f" {site.name!r}, got {n}"
+                )
+            if n * n * method.rank > min(site.in_features, out):
+                raise ValueError(
+                    f"the effective rank products²·rank must be at most min(K, N)="
+                    f"{min(site.in_features, out)} of each matrix in {site.name!r}, got"
+                    f" {n * n * method.rank}"
+                )
+            key = _key(site.name)
+            self.u[key] = nn.Parameter(torch.empty(m, n, site.in_features // n, method.rank))
+            self.v[key] = nn.Parameter(torch.empty(m, n, out // n, method.rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for matrix in self.A.unbind():
+            nn.init.xavier_uniform_(matrix)
+        zero, random = (self.v, self.u) if self.init == "v" else (self.u, self.v)
+        for parameter in zero.values():
+            nn.init.zeros_(parameter)
+        for parameter in random.values():
+            for matrix in parameter.flatten(0, 1).unbind():
+                nn.init.xavier_uniform_(matrix)
+
+    def factors(self, site: str, dropout: bool) -> Factors:
+        # With (i, b, r) as rank index: down[(a, p), (i, b, r)] = A_i[a, b]·u_i[p, r] and
+        # up[(b', q), (i, b, r)] = v_i[q, r] where b' = b, else 0.
+        u, v = self.u[_key(site)], self.v[_key(site)]
+        n = self.A.shape[0]
+        eye = torch.eye(n, dtype=v.dtype, device=v.device)
+        down = torch.einsum("iab,mipr->mapibr", self.A * self.scale, u)
+        up = torch.einsum("bc,miqr->mbqicr", eye, v)
+        return stack_matrices(
+            down.flatten(3, 5).flatten(1, 2),
+            up.flatten(3, 5).flatten(1, 2),
+            self.chosen[site],
+            self.slices[site],
+        )
+
+
+def _key(site: str) -> str:
+    return site.replace(".", "_")

@@ -1,0 +1,376 @@
+"""Compile every shipped configuration ahead of time, without a GPU, and check the machine code.
+
+    python -m efft_kernels.ops.triton.aot [--arch 80 90 100] [--only gemm] [--jobs 2]
+
+For sm_80, sm_90 and sm_100 and for every row of tuned/defaults.json: no register spills, no stack, shared
+memory within the architecture's limit, and the tensor-core instruction that belongs there (HMMA, HGMMA,
+UTCHMMA). Exits with 1 and the failing rows named otherwise. bf16 and fp16 share every code path but the
+operand type; both are compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import tuning
+from .factors import _fold_kernel, _merge_kernel
+from .gemm import _low_rank_gemm_kernel
+from .thin import _reduce_kernel, _tall_grad_kernel, _thin_kernel
+
+ARCHS = (80, 90, 100)
+RANKS = (16, 32, 64, 128)
+KERNELS = {
+    "gemm": _low_rank_gemm_kernel,
+    "thin": _thin_kernel,
+    "tall_grad": _tall_grad_kernel,
+    "reduce": _reduce_kernel,
+    "fold": _fold_kernel,
+    "merge": _merge_kernel,
+}
+# The matrix instruction of each architecture; mma.sync is the right one for what wgmma cannot take.
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.*MMA"}
+_POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a kernel's argument types, its constants, and the instruction expected in its code."""
+
+    kernel: str
+    label: str
+    dtype: str
+    arch: int
+    rank: int
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    instruction: str | None
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch} {self.kernel} {self.label} {self.dtype} r{self.rank}"
+
+
+@dataclass
+class Report:
+    """What came out: registers per thread; bytes of stack, spills and shared memory; problems in words."""
+
+    case: Case
+    registers: int = 0
+    stack_bytes: int = 0
+    smem_bytes: int = 0
+    instructions: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+def _case(
+    kernel: str,
+    label: str,
+    arch: int,
+    dtype: str,
+    rank: int,
+    pointers: dict[str, str | None],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    instruction: str | None,
+    unit: tuple[str, ...] = (),
+    aligned: bool = True,
+) -> Case:
+    """Types and constants of every argument: pointers as given (None: absent), `unit` strides 1, other integers i32."""
+    signature: dict[str, str] = {}
+    values = dict(constants)
+    for name in KERNELS[kernel].arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            pointer = pointers[name]
+            signature[name] = "constexpr" if pointer is None else pointer
+            if pointer is None:
+                values[name] = None
+        elif name in unit:
+            signature[name] = "constexpr"
+            values[name] = 1
+        else:
+            signature[name] = "i32"
+    return Case(
+        kernel, label, dtype, arch, rank, signature, values, num_warps, num_stages, instruction, aligned
+    )
+
+
+def _kinds(dtype: str) -> tuple[tuple[str, str], ...]:
+    """(dtype class, tl.dot precision) pairs of a dtype."""
+    return (("half", "ieee"),) if dtype != "fp32" else (("tf32", "tf32"), ("ieee", "ieee"))
+
+
+def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Iterator[Case]:
+    pointer = _POINTER[dtype]
+    for kind, precision in _kinds(dtype):
+        for wide in (False, True) if kind == "half" else (False,):
+            suffix = "-wide" if wide and aligned else "" if aligned else "-unaligned"
+            for config in tuning.gemm_candidates(arch, f"{kind}{suffix}", rank):
+                for direction, unit in (("fwd", "stride_wi"), ("dx", "stride_wc")):
+                    for ride in (True, False):
+                        block = f"{config.block_m}x{config.block_c}x{config.block_i}"
+                        label = f"{direction} {'ride' if ride else 'given'} {block}"
+                        yield _case(
+                            "gemm",
+                            f"{label}{' wide' if wide else ''}{' ieee' if kind == 'ieee' else ''}",
+                            arch,
+                            dtype,
+                            rank,
+                            {
+                                "a_ptr": pointer,
+                                "w_ptr": "*fp32" if wide else pointer,
+                                "bias_ptr": pointer if direction == "fwd" else None,
+                                "thin_in_ptr": pointer,
+                                "thin_out_ptr": pointer,
+                                "p_ptr": pointer,
+                                "out_ptr": pointer,
+                            },
+                            {
+                                "BLOCK_M": config.block_m,
+                                "BLOCK_C": config.block_c,
+                                "BLOCK_I": config.block_i,
+                                "RANK": rank,
+                                "GROUP_M": config.group_m,
+                                "EVEN_I": True,
+                                "EVEN_C": True,
+                                "RIDE": ride,
+                                "STORE_P": ride,
+                                "PRECISION": precision,
+                            },
+                            config.num_warps,
+                            config.num_stages,
+                            None if kind == "ieee" else TENSOR_CORE[arch],
+                            unit=(unit,),
+                            aligned=aligned,
+                        )
+
+
+def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Iterator[Case]:
+    pointer = _POINTER[dtype]
+    for kind, precision in _kinds(dtype):
+        suffix = " ieee" if kind == "ieee" else ""
+        form = kind if aligned else f"{kind}-unaligned"
+        # Thin products have few columns; any tensor-core instruction serves a pass bound by memory.
+        instruction = None if kind == "ieee" else f"HMMA|{TENSOR_CORE[arch]}"
+        for grad in (False, True):
+            name = "thin_grad" if grad else "thin"
+            config = tuning.pass_defaults(name, arch, form, rank)
+            yield _case(
+                "thin",
+                f"{'S + d_B' if grad else 'S'} {config.block_m}x{config.block_c}{suffix}",
+                arch,
+                dtype,
+                rank,
+                {
+                    "tall_ptr": pointer,
+                    "thin_in_ptr": pointer,
+                    "s_ptr": pointer,
+                    "p_ptr": pointer if grad else None,
+                    "partial_ptr": "*fp32" if grad else None,
+                },
+                {
+                    "BLOCK_M": config.block_m,
+                    "BLOCK_C": config.block_c,
+                    "RANK": rank,
+                    "EVEN_C": True,
+                    "GRAD": grad,
+                    "PRECISION": precision,
+                },
+                config.num_warps,
+                config.num_stages,
+                instruction,
+                aligned=aligned,
+            )
+        config = tuning.pass_defaults("tall_grad", arch, form, rank)
+        yield _case(
+            "tall_grad",
+            f"{config.block_m}x{config.block_c}{suffix}",
+            arch,
+            dtype,
+            rank,
+            {"tall_ptr": pointer, "thin_ptr": pointer, "partial_ptr": "*fp32"},
+            {
+                "BLOCK_M": config.block_m,
+                "BLOCK_C": config.block_c,
+                "RANK": rank,
+                "EVEN_C": True,
+                "PRECISION": precision,
+            },
+            config.num_warps,
+            config.num_stages,
+            instruction,
+            aligned=aligned,
+        )
+
+
+def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
+    pointer = _POINTER[dtype]
+    block, block_parts, num_warps = tuning.REDUCE_CONFIG
+    yield _case(
+        "reduce", "", arch, dtype, rank,
+        {"partial_ptr": "*fp32", "out_ptr": pointer},
+        {"RANK": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
+        num_warps, 3, None,
+    )  # fmt: skip
+    block, block_rb, num_warps = tuning.FOLD_CONFIG
+    for factors in dict.fromkeys(("*fp32", pointer)):
+        for core in (factors, None):
+            yield _case(
+                "fold", f"{factors[1:]} factors{'' if core else ' no core'}", arch, dtype, rank,
+                {"down_ptr": factors, "core_ptr": core, "up_ptr": factors, "b_ptr": pointer, "down_out_ptr": pointer},
+                {"BLOCK": block, "BLOCK_RB": block_rb, "RANK": rank},
+                num_warps, 3, None, unit=("stride_dr", "stride_cb", "stride_ur"),
+            )  # fmt: skip
+    block_n, block_k, block_r, num_warps = tuning.MERGE_CONFIG
+    yield _case(
+        "merge", "fp32 weight", arch, dtype, rank,
+        {"weight_ptr": "*fp32", "b_ptr": "*fp32", "down_ptr": "*fp32", "out_ptr": pointer},
+        {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r, "RANK": rank},
+        num_warps, 3, None,
+    )  # fmt: skip
+
+
+def cases(archs: tuple[int, ...] = ARCHS) -> Iterator[Case]:
+    """Every shipped configuration of every kernel, as bf16, fp16 and fp32."""
+    for arch in archs:
+        for dtype in _POINTER:
+            for rank in RANKS:
+                yield from _gemm_cases(arch, dtype, rank)
+                yield from _pass_cases(arch, dtype, rank)
+                yield from _small_cases(arch, dtype, rank)
+        yield from _ragged_cases(arch)
+
+
+def _ragged_cases(arch: int) -> Iterator[Case]:
+    """The masked loads: multiples of 16 that no block divides, with the shipped configs, and odd sizes with theirs."""
+    for dtype in ("bf16", "fp32"):
+        for rank in (16, 128):
+            for aligned in (True, False):
+                for case in (
+                    *_gemm_cases(arch, dtype, rank, aligned),
+                    *_pass_cases(arch, dtype, rank, aligned),
+                ):
+                    even = {name: False for name in case.constants if name.startswith("EVEN")}
+                    label = f"{case.label} {'ragged' if aligned else 'unaligned'}"
+                    yield replace(case, label=label, constants={**case.constants, **even})
+
+
+def compile_case(case: Case) -> Report:
+    """Compile and inspect one case."""
+    kernel = KERNELS[case.kernel]
+    names = kernel.arg_names
+    attrs = {}
+    for position, name in enumerate(names):
+        if case.signature[name] == "constexpr":
+            continue
+        pointer = case.signature[name].startswith("*")
+        unspecialised = name in ("M", "rows", "parts", "width", "width_s", "width_p")
+        if pointer or (case.aligned and not unspecialised):
+            attrs[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        kernel,
+        case.signature,
+        {(names.index(name),): value for name, value in case.constants.items()},
+        attrs,
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", case.arch, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    report = Report(case, smem_bytes=compiled.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _cuobjdump("--dump-resource-usage", cubin.name)
+        sass = _cuobjdump("--dump-sass", cubin.name)
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
+    if found is None:
+        report.problems.append("cuobjdump named no resource usage")
+        return report
+    report.registers, report.stack_bytes = int(found[1]), int(found[2])
+    mnemonics = re.findall(r"\b(UTC[A-Z]*MMA|HGMMA|HMMA|FFMA)\b", sass)
+    report.instructions = "+".join(sorted(set(mnemonics)))
+    if report.stack_bytes:
+        report.problems.append(f"{report.stack_bytes} bytes of stack")
+    if re.search(r"\b(LDL|STL)\b", sass):
+        report.problems.append("register spills (LDL/STL)")
+    limit = tuning.SMEM_BYTES[case.arch]
+    if report.smem_bytes > limit:
+        report.problems.append(f"{report.smem_bytes} bytes of shared memory, limit {limit}")
+    if case.instruction and not any(re.fullmatch(case.instruction, name) for name in mnemonics):
+        report.problems.append(f"no {case.instruction} in the machine code")
+    return report
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
+
+
+def _compile_or_report(case: Case) -> Report:
+    try:
+        return compile_case(case)
+    except Exception as error:  # one case that does not compile must not hide the others' results
+        return Report(case, problems=[f"{type(error).__name__}: {str(error).strip()[:300]}"])
+
+
+def compile_all(selected: list[Case], jobs: int) -> Iterator[Report]:
+    """Reports in order, from `jobs` processes."""
+    if jobs <= 1:
+        yield from map(_compile_or_report, selected)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(_compile_or_report, selected, chunksize=4)
+
+
+def main() -> int:
+    """Print the table; 1 if any row fails."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if tuning.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to compile")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
+    parser.add_argument("--only", default="", help="a regular expression on 'sm_90 gemm fwd ride 128x256x64 bf16 r16'")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
+    arguments = parser.parse_args()
+    selected = [case for case in cases(tuple(arguments.arch)) if re.search(arguments.only, str(case))]
+    table = Table("arch", "kernel", "configuration", "dtype", "rank", "warps", "stages", "registers", "smem KiB", "instructions", "verdict")  # fmt: skip
+    failures = 0
+    for report in compile_all(selected, arguments.jobs):
+        case = report.case
+        failures += bool(report.problems)
+        table.add_row(
+            f"sm_{case.arch}", case.kernel, case.label, case.dtype, str(case.rank), str(case.num_warps),
+            str(case.num_stages), str(report.registers), f"{report.smem_bytes / 1024:.1f}", report.instructions,
+            "; ".join(report.problems) or "ok",
+        )  # fmt: skip
+        if report.problems:
+            print(f"{case}: {'; '.join(report.problems)}", file=sys.stderr, flush=True)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(f"{len(selected) - failures} of {len(selected)} compiled configurations pass")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

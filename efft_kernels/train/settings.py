@@ -1,0 +1,135 @@
+"""What a training run is told: its settings, and the checks on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..methods import METHODS
+from ..methods.base import Method
+
+AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides a run; the defaults are the papers' VTAB-1k recipe.
+
+    scale, init, dropout, cores, img_size: None is the method's or the model's own value
+    layers         block indices from 0; None for all
+    warmup_epochs  None is a tenth of the epochs
+    val_split      fraction of the images held out, for a folder without train/ and val/
+    device         "auto" is CUDA where there is one
+
+    Raises ValueError, naming the setting, for a value that makes no sense.
+    """
+
+    data: Path
+    model: str = "vit_tiny_patch16_224"
+    method: str = "efft2"
+    rank: int | tuple[int, int] = 16
+    scale: float | None = None
+    init: str | None = None
+    dropout: float | None = None
+    cores: str | None = None
+    learn_scale: bool = False
+    layers: tuple[int, ...] | None = None
+    targets: tuple[str, ...] | None = None
+    epochs: int = 100
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_epochs: int | None = None
+    min_lr: float = 1e-5
+    drop_path: float = 0.1
+    seed: int = 42
+    val_split: float = 0.2
+    augment: bool = False
+    workers: int = 0
+    device: str = "auto"
+    amp: str = "none"
+    checkpoint: Path | None = None
+    pretrained: bool = True
+    skip_bad_images: bool = False
+    backend: str = "auto"
+    img_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require("method", self.method in METHODS, f"one of {', '.join(METHODS)}", self.method)
+        require("amp", self.amp in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}", self.amp)
+        for name in ("epochs", "batch_size"):
+            require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("weight_decay", "min_lr", "workers"):
+            require(name, getattr(self, name) >= 0, "at least 0", getattr(self, name))
+        require("seed", 0 <= self.seed < 2**32, "within 0..2^32-1", self.seed)
+        require("lr", 0 < self.lr < math.inf, "above 0", self.lr)
+        require("min_lr", self.min_lr <= self.lr, f"at most lr={self.lr}", self.min_lr)
+        require("drop_path", 0 <= self.drop_path < 1, "within [0, 1)", self.drop_path)
+        require("val_split", 0 < self.val_split < 1, "between 0 and 1", self.val_split)
+        if self.img_size is not None:
+            require("img_size", self.img_size >= 1, "at least 1 (pixels)", self.img_size)
+        if self.warmup_epochs is not None:
+            expected = f"within 0..{self.epochs - 1} for epochs={self.epochs}"
+            fits = 0 <= self.warmup_epochs < self.epochs
+            require("warmup_epochs", fits, expected, self.warmup_epochs)
+
+    @property
+    def resolved_warmup_epochs(self) -> int:
+        """warmup_epochs, or a tenth of the epochs."""
+        return self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
+
+    def method_config(self) -> Method:
+        """The method's configuration, with the method's own defaults where nothing is set.
+
+        Raises ValueError or TypeError for a value the method refuses.
+        """
+        method = METHODS[self.method]
+        chosen: dict[str, Any] = {
+            "rank": self.rank,
+            "scale": self.scale,
+            "init": self.init,
+            "dropout": self.dropout,
+            "cores": self.cores,
+            "learn_scale": self.learn_scale or None,
+        }
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        known = {item.name for item in dataclasses.fields(method)}
+        for name, value in chosen.items():
+            require(name, name in known, f"left out for method {self.method}", value)
+        return method(**chosen)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings in JSON's own types, paths absolute."""
+        values = dataclasses.asdict(self)
+        for name, value in values.items():
+            if isinstance(value, Path):
+                values[name] = str(value.resolve())
+        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+
+def require(name: str, condition: bool, expected: str, got: object) -> None:
+    """Raise ValueError("NAME must be EXPECTED, got GOT") unless `condition`."""
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {got}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device `name` stands for. Raises ValueError where torch has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be auto, cpu or a CUDA device present here, got {name!r} ({reason})"
+        ) from error
+    require("device", device.type in ("cpu", "cuda"), "auto, cpu or a CUDA device", repr(name))
+    return device

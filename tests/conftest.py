@@ -1,0 +1,87 @@
+"""Settings and fixtures for every test: one thread, fixed seeds, small models, poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "efft", deadline=None, derandomize=True, database=None, max_examples=60
+)
+hypothesis.settings.load_profile("efft")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(20231106)
+
+
+@pytest.fixture(autouse=True)
+def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EFFT_KERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every fresh floating allocation holds NaN, so an element that is never written cannot
+    pass."""
+
+    def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return poisoned
+
+    for owner, name in (
+        (torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like"),
+        (torch, "empty_strided"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+    torch.use_deterministic_algorithms(True)  # also fills what torch's own operators allocate
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def make_vit() -> Callable[..., nn.Module]:
+    """A timm ViT of a few thousand parameters, none of them at a special value."""
+
+    def make(
+        distilled: bool = False, dtype: torch.dtype = torch.float32, seed: int = 7, **options: Any
+    ) -> nn.Module:
+        from timm.models.deit import VisionTransformerDistilled
+        from timm.models.vision_transformer import VisionTransformer
+
+        torch.manual_seed(seed)
+        kind = VisionTransformerDistilled if distilled else VisionTransformer
+        settings = {
+            "img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3,
+            "num_classes": 5,
+        }  # fmt: skip
+        model = kind(**(settings | options)).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def randomize() -> Callable[[Any], None]:
+    """Give every factor of an adapter or layer random values, so that ΔW is not zero."""
+
+    def fill(module: Any, std: float = 0.3) -> None:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn_like(parameter) * std)
+
+    return fill

@@ -1,0 +1,245 @@
+"""Choosing a backend and a strategy, and being told why not; opcheck of the two operators."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from efft_kernels import available_backends, low_rank_linear, reference, use_backend
+from efft_kernels.ops import dispatch, torch_backend
+
+NAMES = {"reference", "torch", "cpp", "triton", "cuda"}
+
+
+@pytest.fixture
+def tensors():
+    shapes = {"x": (5, 7), "weight": (15, 7), "bias": (15,), "down": (7, 3), "core": (3, 3, 2), "up": (1, 5, 2)}  # noqa: E501  # fmt: skip
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(backend, strategy) of every forward, in order."""
+    seen = []
+    real_forward, real_reference = torch_backend.forward, reference.low_rank_linear
+
+    def forward(*args, strategy, **kwargs):
+        seen.append(("torch", strategy))
+        return real_forward(*args, strategy=strategy, **kwargs)
+
+    def of_reference(*args, **kwargs):
+        seen.append(("reference", None))
+        return real_reference(*args, **kwargs)
+
+    monkeypatch.setattr(torch_backend, "forward", forward)
+    monkeypatch.setattr(reference, "low_rank_linear", of_reference)
+    return seen
+
+
+def missing_backends():
+    return [name for name, reason in available_backends().items() if reason is not None]
+
+
+def test_available_backends():
+    found = available_backends()
+    assert set(found) == NAMES
+    assert found["reference"] is None and found["torch"] is None
+    for name in ("cpp", "cuda"):
+        assert found[name] is None or len(found[name]) > 20
+
+
+def test_returned_table_is_the_callers():
+    available_backends().clear()
+    assert set(available_backends()) == NAMES
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_missing_backend_is_an_error_with_its_reason(tensors, grad, monkeypatch):
+    missing = missing_backends()
+    assert "cuda" in missing or torch.cuda.is_available()
+    tensors["down"].requires_grad_(grad)
+    for name in missing:
+        reason = available_backends()[name]
+        message = f"backend {name!r} was asked for but cannot run here: {reason}"
+        with pytest.raises(RuntimeError) as error:
+            low_rank_linear(**tensors, backend=name)
+        assert message in str(error.value)
+        with pytest.raises(RuntimeError) as error, use_backend(name):
+            pytest.fail("the context must not be entered")
+        assert message in str(error.value)
+        monkeypatch.setenv("EFFT_KERNELS_BACKEND", name)
+        with pytest.raises(RuntimeError) as error:
+            low_rank_linear(**tensors)
+        assert message in str(error.value)
+        monkeypatch.delenv("EFFT_KERNELS_BACKEND")
+
+
+def test_reason_is_looked_up_once(tensors, monkeypatch):
+    """A probe that has answered is not asked again in every step."""
+    low_rank_linear(**tensors)
+    monkeypatch.setattr(torch_backend, "unavailable", lambda: pytest.fail("asked again"))
+    low_rank_linear(**tensors)
+
+
+@pytest.mark.parametrize("name", ["tritton", "", "Torch", "CPU"])
+def test_unknown_backend(tensors, name, monkeypatch):
+    with pytest.raises(ValueError) as error:
+        low_rank_linear(**tensors, backend=name)
+    assert "backend must be 'auto' or one of" in str(error.value) and repr(name) in str(error.value)
+    with pytest.raises(ValueError, match="name must be 'auto' or one of"), use_backend(name):
+        pass
+    monkeypatch.setenv("EFFT_KERNELS_BACKEND", name)
+    with pytest.raises(ValueError) as error:
+        low_rank_linear(**tensors)
+    assert "EFFT_KERNELS_BACKEND must be 'auto' or one of" in str(error.value)
+    assert repr(name) in str(error.value)
+
+
+def test_argument_before_context_before_environment(tensors, calls, monkeypatch):
+    low_rank_linear(**tensors)
+    assert calls.pop()[0] == "torch"
+    monkeypatch.setenv("EFFT_KERNELS_BACKEND", "reference")
+    low_rank_linear(**tensors)
+    assert calls.pop()[0] == "reference"
+    with use_backend("torch"):
+        low_rank_linear(**tensors)
+        assert calls.pop()[0] == "torch"
+        low_rank_linear(**tensors, backend="reference")
+        assert calls.pop()[0] == "reference"
+    low_rank_linear(**tensors, backend="torch")
+    assert calls.pop()[0] == "torch"
+
+
+def test_contexts_nest_and_end(tensors, calls):
+    def chosen():
+        low_rank_linear(**tensors)
+        return calls.pop()[0]
+
+    with use_backend("reference"):
+        with use_backend("torch"):
+            with use_backend("auto"):
+                assert chosen() == "torch"
+            assert chosen() == "torch"
+        assert chosen() == "reference"
+        with pytest.raises(KeyError), use_backend("torch"):
+            raise KeyError
+        assert chosen() == "reference"
+        with pytest.raises(ValueError), use_backend("nonsense"):
+            pass
+        assert chosen() == "reference"
+        with use_backend("auto"):
+            assert chosen() == "torch"
+    assert chosen() == "torch"
+
+
+def test_reference_backend_equals_torch(tensors):
+    tensors = {name: t.double().requires_grad_() for name, t in tensors.items()}
+    grads = []
+    for backend in ("reference", "torch"):
+        y = low_rank_linear(**tensors, backend=backend)
+        grads.append([y, *torch.autograd.grad(y.sin().sum(), list(tensors.values()))])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_explicit_strategy_runs(tensors, calls):
+    for strategy in torch_backend.STRATEGIES:
+        low_rank_linear(**tensors, backend="torch", strategy=strategy)
+        assert calls.pop() == ("torch", strategy)
+
+
+def test_strategy_that_the_backend_lacks(tensors):
+    with pytest.raises(ValueError) as error:
+        low_rank_linear(**tensors, backend="torch", strategy="fused")
+    message = str(error.value)
+    assert "strategy must be one of" in message
+    assert all(text in message for text in ("'split'", "'merged'", "'torch'", "'fused'"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 5, 5000])
+def test_auto_never_merges_into_half_precision_weights(tensors, dtype, m, calls):
+    """An increment below half an ulp of W0 would vanish."""
+    given = {name: t.to(dtype) for name, t in tensors.items()} | {"x": torch.randn(m, 7).to(dtype)}
+    given["down"].requires_grad_()
+    low_rank_linear(**given)
+    assert calls == [("torch", "split")]
+
+
+def test_compiled_backend_refuses_torch_func(tensors, monkeypatch):
+    """It has no batching rule; the message names the backend that has."""
+    monkeypatch.setattr(dispatch, "requested_backend", lambda backend: "triton")
+    with pytest.raises(RuntimeError, match=r"'triton' does not support torch\.func.*'torch'"):
+        torch.func.grad(lambda x: low_rank_linear(**(tensors | {"x": x})).sum())(tensors["x"])
+
+
+def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
+    monkeypatch.setitem(dispatch._MODULES, "cpp", "efft_kernels.ops.there_is_no_such_module")
+    monkeypatch.delitem(dispatch._NOT_IN_THIS_RELEASE, "cpp", raising=False)
+    dispatch._load.cache_clear()
+    try:
+        reason = available_backends()["cpp"]
+        assert "cannot be imported" in reason and "there_is_no_such_module" in reason
+    finally:
+        dispatch._load.cache_clear()
+
+
+FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default
+BWD = torch.ops.efft_kernels.low_rank_linear_bwd.default
+
+# (x dtype, factor dtype, slices, core given, up shared, bias given)
+OPCHECKS = [
+    (torch.float32, torch.float32, 3, True, True, True),
+    (torch.float64, torch.float64, 1, True, True, False),
+    (torch.bfloat16, torch.float32, 3, False, False, True),
+    (torch.float32, torch.float32, 3, True, False, False),
+]
+
+
+def opcheck_operands(x_dtype, factor_dtype, slices, with_core, shared, with_bias, m):
+    k, per_slice, ra, rb = 7, 5, 3, 2 if with_core else 3
+    n = slices * per_slice
+    return (
+        torch.randn(m, k).to(x_dtype),
+        torch.randn(n, k).to(x_dtype),
+        torch.randn(n).to(x_dtype) if with_bias else None,
+        torch.randn(k, ra).to(factor_dtype),
+        torch.randn(slices, ra, rb).to(factor_dtype) if with_core else None,
+        torch.randn(1 if shared else slices, per_slice, rb).to(factor_dtype),
+    )
+
+
+@pytest.mark.parametrize("m", [11, 0])
+@pytest.mark.parametrize(("strategy", "save_p"), [("split", True), ("merged", False)])
+@pytest.mark.parametrize("case", OPCHECKS, ids=str)
+def test_opcheck_forward(case, strategy, save_p, m):
+    torch.library.opcheck(FWD, (*opcheck_operands(*case, m=m), save_p, "auto", strategy))
+
+
+@pytest.mark.parametrize("m", [11, 0])
+@pytest.mark.parametrize(
+    ("strategy", "needs"),
+    [("split", "dx d_weight d_bias d_down d_core d_up"), ("merged", "dx d_core"), ("auto", "d_up")],
+)
+@pytest.mark.parametrize("case", OPCHECKS, ids=str)
+def test_opcheck_backward(case, strategy, needs, m):
+    x, weight, bias, down, core, up = opcheck_operands(*case, m=m)
+    given = {"dx": x, "d_weight": weight, "d_bias": bias, "d_down": down, "d_core": core, "d_up": up}
+    wanted = [name in needs.split() and tensor is not None for name, tensor in given.items()]
+    dy = torch.randn(m, weight.shape[0]).to(x.dtype)
+    p = (x.to(down.dtype) @ down).to(x.dtype)
+    torch.library.opcheck(BWD, (dy, x, weight, p, down, core, up, wanted, "auto", strategy))
+
+
+def test_operators_do_not_alias_their_inputs():
+    tensors = opcheck_operands(*OPCHECKS[0], m=1)
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    outputs = [
+        *FWD(*tensors, True, "auto", "split"),
+        *BWD(torch.ones(1, 15), tensors[0], tensors[1], torch.ones(1, 3), *tensors[3:], [True] * 6, "auto", "split"),  # noqa: E501
+    ]  # fmt: skip
+    found = [t.untyped_storage().data_ptr() for t in outputs]
+    assert len(set(found)) == len(found) and not storages & set(found)
+    assert all(math.isfinite(t.sum()) for t in outputs)

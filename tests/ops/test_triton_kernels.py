@@ -1,0 +1,445 @@
+"""The Triton kernels against the float64 reference: the same cases in the interpreter and on a GPU.
+
+On a CUDA device they run there, bfloat16 included. With TRITON_INTERPRET=1 they run on the CPU in float32 and
+float16 (tests/ops/test_triton_interpreter.py runs this file so). Every buffer the launchers allocate starts
+as NaN, so a tile that nothing writes cannot pass.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from efft_kernels.ops import cost_model, dispatch, reference, schemas  # noqa: F401
+from efft_kernels.ops.functional import low_rank_linear
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+backend = pytest.importorskip("efft_kernels.ops.triton")
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+STRATEGIES = backend.STRATEGIES
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+NAMES = ("x", "weight", "bias", "down", "core", "up")
+ALL = (True,) * 6
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch):
+    """Every uninitialised floating buffer is NaN."""
+    new_empty, empty = Tensor.new_empty, torch.empty
+
+    def poison(t: Tensor) -> Tensor:
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Distinct primes (n = N/G), so that no two axes can be taken for each other."""
+
+    M: int = 67
+    K: int = 71
+    n: int = 29
+    G: int = 3
+    Ra: int = 7
+    Rb: int = 5
+    core: bool = True
+    shared: bool = True
+    bias: bool = True
+
+    def __str__(self) -> str:
+        up = "none" if not self.core else "shared" if self.shared else "each"
+        return f"M{self.M}-K{self.K}-n{self.n}-G{self.G}-r{self.Ra}x{self.Rb}-{up}"
+
+
+SHARED = Shape()
+EACH = Shape(M=53, K=83, n=37, Ra=5, Rb=11, shared=False)
+NO_CORE = Shape(M=41, K=97, n=23, Ra=3, Rb=3, core=False, shared=False, bias=False)
+ONE_SLICE = Shape(M=103, K=37, n=131, G=1, Ra=13, Rb=7)
+SHAPES = (SHARED, EACH, NO_CORE, ONE_SLICE)
+
+
+def operands(shape: Shape, dtype: torch.dtype, *, exact: bool = False, seed: int = 0):
+    """(x, weight, bias, down, core, up, dy), values of order one; with `exact`, sparse small integers."""
+    g = torch.Generator().manual_seed(seed)
+    s = shape
+
+    def draw(*size: int, scale: float = 1.0) -> Tensor:
+        if exact:
+            signs = torch.randint(0, 2, size, generator=g) * 2 - 1
+            return (signs * (torch.rand(size, generator=g) < 0.25)).to(DEVICE, dtype)
+        return (torch.randn(size, generator=g, dtype=torch.float64) * scale).to(DEVICE, dtype)
+
+    return (
+        draw(s.M, s.K),
+        draw(s.n * s.G, s.K, scale=s.K**-0.5),
+        draw(s.n * s.G) if s.bias else None,
+        draw(s.K, s.Ra, scale=s.K**-0.5),
+        draw(s.G, s.Ra, s.Rb, scale=s.Ra**-0.5) if s.core else None,
+        draw(1 if s.core and s.shared else s.G, s.n, s.Rb, scale=s.Rb**-0.5),
+        draw(s.M, s.n * s.G),
+    )
+
+
+def by_reference(operands, dtype: torch.dtype) -> dict[str, Tensor]:
+    """y and the gradients by the reference and torch's autograd, computed in `dtype`."""
+    *tensors, dy = operands
+    leaves = [None if t is None else t.to(dtype).detach().requires_grad_() for t in tensors]
+    y = reference.low_rank_linear(*leaves)
+    present = [leaf for leaf in leaves if leaf is not None]
+    grads = torch.autograd.grad(y, present, dy.to(dtype))
+    out = {"y": y.detach()}
+    out.update(zip((n for n, leaf in zip(NAMES, leaves, strict=True) if leaf is not None), grads, strict=True))
+    return out
+
+
+def by_kernels(operands, strategy: str, needs=ALL) -> dict[str, Tensor]:
+    """y, P and the gradients by the Triton backend."""
+    *tensors, dy = operands
+    x, weight, bias, down, core, up = tensors
+    y, p = backend.forward(*tensors, save_p=True, strategy=strategy)
+    grads = backend.backward(dy, x, weight, p, down, core, up, needs=needs, strategy=strategy)
+    out = {"y": y, "p": p}
+    for name, tensor, grad, need in zip(NAMES, tensors, grads, needs, strict=True):
+        assert (grad is None) == (not need or (name == "core" and tensor is None)) or name == "bias"
+        if grad is not None and tensor is not None:
+            assert grad.shape == tensor.shape, name
+            assert grad.dtype == tensor.dtype, name
+            out[name] = grad
+    return out
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """‖value − exact‖ / ‖exact‖ in float64."""
+    exact = exact.double()
+    norm = exact.norm().clamp_min(1e-300)
+    return float((value.double() - exact).norm() / norm)
+
+
+def assert_within_budget(got, operands) -> None:
+    """Each result errs at most twice as much as plain torch in the same dtype (or as one rounding)."""
+    dtype = operands[0].dtype
+    exact = by_reference(operands, torch.float64)
+    same_dtype = by_reference([None if t is None else t.to(dtype) for t in operands], dtype)
+    for name, value in got.items():
+        if name == "p":
+            continue
+        budget = 2 * max(error(same_dtype[name], exact[name]), torch.finfo(dtype).eps / 2)
+        found = error(value, exact[name])
+        assert found <= budget, f"{name}: error {found:.2e}, budget {budget:.2e}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_results_within_the_error_budget(shape, dtype, strategy):
+    tensors = operands(shape, dtype)
+    assert_within_budget(by_kernels(tensors, strategy), tensors)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exact_operands_give_exact_results(shape, dtype, strategy):
+    tensors = operands(shape, dtype, exact=True)
+    exact = by_reference(tensors, torch.float64)
+    limit = 256 if dtype == torch.bfloat16 else 2048
+    for name, value in by_kernels(tensors, strategy).items():
+        if name == "p":
+            expected = tensors[0].double() @ tensors[3].double()
+        else:
+            expected = exact[name]
+        if expected.abs().max() < limit:
+            assert torch.equal(value.double(), expected), name
+        else:
+            assert torch.equal(value, expected.to(dtype)), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 2), (16, 16), (33, 17), (128, 128)], ids=str)
+def test_every_rank(ranks, strategy):
+    shape = Shape(M=37, K=41, n=23, G=2, Ra=ranks[0], Rb=ranks[1])
+    tensors = operands(shape, torch.float32)
+    assert_within_budget(by_kernels(tensors, strategy), tensors)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 131])
+def test_every_number_of_rows(rows, strategy):
+    shape = Shape(M=rows, K=37, n=13)
+    tensors = operands(shape, torch.float32)
+    got = by_kernels(tensors, strategy)
+    if rows:
+        assert_within_budget(got, tensors)
+    else:
+        assert got["y"].shape == (0, 39) and got["p"].shape == (0, 7)
+        assert all(not got[name].any() for name in NAMES)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sizes_that_blocks_divide(strategy):
+    tensors = operands(Shape(M=64, K=64, n=64, G=2, Ra=16, Rb=16), torch.float16)
+    assert_within_budget(by_kernels(tensors, strategy), tensors)
+
+
+def layouts() -> dict[str, object]:
+    """Layouts of a [rows, columns] tensor whose values are the argument's."""
+
+    def padded(t: Tensor) -> Tensor:
+        out = t.new_full((t.shape[0], t.shape[1] + 6), float("nan"))
+        out[:, 3:-3] = t
+        return out[:, 3:-3]
+
+    def every_second_row(t: Tensor) -> Tensor:
+        out = t.new_full((2 * t.shape[0], t.shape[1]), float("nan"))
+        out[::2] = t
+        return out[::2]
+
+    return {
+        "transposed": lambda t: t.t().contiguous().t(),
+        "padded rows": padded,
+        "every second row": every_second_row,
+        "expanded": lambda t: t[:1].expand_as(t),
+    }
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layout", layouts())
+def test_every_layout(layout, strategy):
+    *tensors, dy = operands(Shape(M=37, K=41, n=23), torch.float32)
+    change = layouts()[layout]
+    x, weight, bias, down, core, up = tensors
+    changed = (
+        change(x), change(weight), bias, change(down), core.mT.contiguous().mT, change(up[0])[None], change(dy)
+    )  # fmt: skip
+    contiguous = [t.contiguous() for t in changed]
+    for name, value in by_kernels(changed, strategy).items():
+        assert torch.equal(value, by_kernels(contiguous, strategy)[name]), name
+    assert_within_budget(by_kernels(changed, strategy), contiguous)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "needed", ["x", "weight", "bias", "down", "core", "up", "x down", "down up", "core up"]
+)
+def test_only_what_is_needed(needed, strategy):
+    tensors = operands(Shape(M=37, K=41, n=23), torch.float32)
+    needs = tuple(name in needed.split() for name in NAMES)
+    assert_within_budget(by_kernels(tensors, strategy, needs), tensors)
+    assert set(by_kernels(tensors, strategy, needs)) - {"y", "p"} == set(needed.split())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_float32_weight_and_factors_beside_half_precision_rows(strategy):
+    """As under autocast: y is as good as from operands cast beforehand, and factor gradients are float32."""
+    *tensors, dy = operands(SHARED, torch.float32)
+    x, weight, bias, down, core, up = tensors
+    mixed = (x.half(), weight, bias, down, core, up, dy.half())
+    got = by_kernels(mixed, strategy)
+    assert got["y"].dtype == got["p"].dtype == got["x"].dtype == torch.float16
+    exact = by_reference(mixed, torch.float64)
+    plain = by_reference([t.half() for t in mixed], torch.float16)
+    for name in (*NAMES, "y"):
+        assert error(got[name], exact[name]) <= 2 * error(plain[name], exact[name]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_bits_every_time(strategy):
+    tensors = operands(ONE_SLICE, torch.float16)
+    first, second = by_kernels(tensors, strategy), by_kernels(tensors, strategy)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_infinity_stays_in_its_row(strategy):
+    tensors = list(operands(SHARED, torch.float32))
+    tensors[0][5, 3] = float("inf")
+    y, _ = backend.forward(*tensors[:-1], save_p=False, strategy=strategy)
+    assert not y[5].isfinite().any()
+    keep = [row for row in range(SHARED.M) if row != 5]
+    assert y[keep].isfinite().all()
+    expected = reference.low_rank_linear(*tensors[:-1])
+    if strategy != "merged":
+        assert torch.equal(y[5].isnan(), expected[5].isnan())
+
+
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
+def test_through_the_public_operator(strategy):
+    *tensors, _ = operands(SHARED, torch.float32)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    leaves[0] = leaves[0].detach().reshape(1, 67, 71).requires_grad_()
+    y = low_rank_linear(*leaves, backend="triton", strategy=strategy)
+    y.sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    expected = reference.low_rank_linear(*exact)
+    expected.sum().backward()
+    assert error(y.detach(), expected.detach()) < 1e-6
+    for name, leaf, double in zip(NAMES, leaves, exact, strict=True):
+        assert error(leaf.grad, double.grad) < 2e-6, name
+
+
+def test_a_rank_beyond_the_kernels_runs_in_torch(caplog):
+    from efft_kernels.ops.triton import forward as forward_module
+
+    forward_module._note_rank.cache_clear()
+    tensors = operands(Shape(M=37, K=41, n=23, Ra=131, Rb=5), torch.float32)
+    with caplog.at_level("WARNING"):
+        assert_within_budget(by_kernels(tensors, "fused"), tensors)
+    assert "rank 131 is above 128" in caplog.text
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The launches made: [(kernel, bytes of its tensor operands, each once)]."""
+    from efft_kernels.ops.triton import factors, gemm, thin
+
+    launches: list[tuple[str, int]] = []
+
+    class Recorder:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            def launch(*args, **meta):
+                tensors = {t.data_ptr(): t for t in args if isinstance(t, Tensor)}
+                moved = sum(t.numel() * t.element_size() for t in tensors.values())
+                launches.append((self.name + ("_grad" if meta.get("GRAD") else ""), moved))
+                return self.kernel[grid](*args, **meta)
+
+            return launch
+
+    for module, attribute, name in (
+        (factors, "_fold_kernel", "fold"),
+        (factors, "_merge_kernel", "merge"),
+        (gemm, "_low_rank_gemm_kernel", "gemm"),
+        (thin, "_thin_kernel", "thin"),
+        (thin, "_tall_grad_kernel", "tall_grad"),
+        (thin, "_reduce_kernel", "reduce"),
+    ):
+        monkeypatch.setattr(module, attribute, Recorder(getattr(module, attribute), name))
+    return launches
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_launches_and_bytes_are_the_plans(strategy, recorded):
+    """What runs is what cost_model.plan says: no launch more, no pass over x or dY more, no byte more."""
+    from efft_kernels.ops.triton import tuning
+
+    s = Shape(M=160, K=64, n=48, G=2, Ra=16, Rb=16)
+    *tensors, dy = operands(s, torch.float32)
+    x, weight, _, down, core, up = tensors
+    problem = cost_model.Problem.of(x, weight, down, core, up, training=True)
+    device = cost_model.DEVICES["H200"]
+    aligned = {"aligned": True, "index": None}
+    thin_grad = tuning.pass_config("thin_grad", s.M, 96, 16, x.dtype, **aligned)
+    by_dy = tuning.pass_config("tall_grad", s.M, 96, 16, x.dtype, **aligned)
+    by_x = tuning.pass_config("tall_grad", s.M, 64, 16, x.dtype, **aligned)
+
+    def parts(config):
+        rows = -(-(-(-s.M // config.programs)) // config.block_m) * config.block_m
+        return -(-s.M // rows)
+
+    tiling = cost_model.Tiling(
+        min(-(-s.M // thin_grad.block_m), thin_grad.programs), parts(by_dy), parts(by_x)
+    )
+    in_library = ("library gemm", "unfold")
+
+    def planned(backward):
+        launches = cost_model.plan(problem._replace(backward=backward), strategy, device, tiling)
+        return [(name, moved) for name, _, moved, _ in launches if name not in in_library]
+
+    y, p = backend.forward(*tensors, save_p=True, strategy=strategy)
+    assert recorded == planned(backward=False)
+    recorded.clear()
+    needs = (True, False, False, True, True, True)
+    backend.backward(dy, x, weight, p, down, core, up, needs=needs, strategy=strategy)
+    assert sorted(recorded) == sorted(planned(backward=True))
+
+
+def test_folded_factors_need_no_launch(recorded):
+    tensors = operands(Shape(M=37, K=41, n=23, Ra=16, Rb=16, core=False), torch.float32)
+    backend.forward(*tensors[:-1], save_p=True, strategy="fused")
+    assert [name for name, _ in recorded] == ["gemm"]
+
+
+needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("strategy", ["fused", "split"])
+def test_a_training_step_in_a_cuda_graph(strategy):
+    *tensors, dy = operands(Shape(M=256, K=128, n=64, Ra=16, Rb=16), torch.bfloat16)
+    leaves = [t.clone().requires_grad_(name != "weight") for name, t in zip(NAMES, tensors, strict=True)]
+
+    def step():
+        y = low_rank_linear(*leaves, backend="triton", strategy=strategy)
+        return torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], dy)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_cuda
+def test_a_compiled_training_step_has_no_graph_break():
+    *tensors, dy = operands(Shape(M=256, K=128, n=64, Ra=16, Rb=16), torch.bfloat16)
+    leaves = [t.clone().requires_grad_(name != "weight") for name, t in zip(NAMES, tensors, strict=True)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def loss(x, *rest):
+        return (low_rank_linear(x, *rest, backend="triton") * dy).float().sum()
+
+    eager = torch.autograd.grad(loss(*leaves), wanted)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), wanted)
+    for got, want in zip(compiled, eager, strict=True):
+        assert error(got, want) < 1e-2
+
+
+@needs_cuda
+def test_offsets_beyond_32_bits():
+    M, N, K = 70_001, 32_768, 32
+    x = torch.randint(-1, 2, (M, K), device="cuda", dtype=torch.bfloat16)
+    weight = torch.randint(-1, 2, (N, K), device="cuda", dtype=torch.bfloat16)
+    down = torch.randint(-1, 2, (K, 16), device="cuda", dtype=torch.bfloat16)
+    up = torch.randint(-1, 2, (1, N, 16), device="cuda", dtype=torch.bfloat16)
+    for strategy in ("fused", "split"):
+        y, _ = backend.forward(x, weight, None, down, None, up, save_p=False, strategy=strategy)
+        tail = [t.double() for t in (x[-3:], weight, down, up)]
+        expected = reference.low_rank_linear(tail[0], tail[1], None, tail[2], None, tail[3])
+        assert torch.equal(y[-3:], expected.to(y.dtype))
+        del y
+
+
+@needs_cuda
+def test_no_synchronisation():
+    tensors = operands(SHARED, torch.bfloat16)
+    by_kernels(tensors, "fused")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for strategy in STRATEGIES:
+            *inputs, dy = tensors
+            _, p = backend.forward(*inputs, save_p=True, strategy=strategy)
+            x, weight, _, down, core, up = inputs
+            backend.backward(dy, x, weight, p, down, core, up, needs=ALL, strategy=strategy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
