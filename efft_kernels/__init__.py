@@ -1,6 +1,7 @@
 """Fused low-rank linears for factor-tuning vision transformers: EFFT and kin on one operator."""
 
 from .adapter import Adapter
+from .adapter_set import AdapterSet
 from .attach import attach, load
 from .methods import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA
 from .nn import FactorBank, FusedEFFTLinear
@@ -14,6 +15,7 @@ __all__ = [
     "EFFT1",
     "EFFT2",
     "Adapter",
+    "AdapterSet",
     "FacTTK",
     "FacTTT",
     "FactorBank",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .methods.base import Method, Site
 from .nn import FactorBank, FusedEFFTLinear
+from .shared_input import unshare_inputs
 
 BANK_NAME = "factor_bank"
 FORMAT = "efft-kernels.adapter"
@@ -140,6 +141,7 @@ class Adapter:
         attachment = self._attachment
         for name, layer in self.layers().items():
             self.model.set_submodule(name, layer.to_linear())
+        unshare_inputs(self.model)
         for module in attachment.separated_bias:
             attention: Any = self.model.get_submodule(module)
             attention.qkv_bias_separate = False

@@ -16,6 +16,7 @@ from .adapter import BANK_NAME, Adapter, Attachment, is_attached, read_adapter_f
 from .methods import method_from_config
 from .methods.base import Method, Site
 from .nn import FactorBank, FusedEFFTLinear
+from .shared_input import share_inputs
 from .sites import find_sites
 
 
@@ -95,7 +96,7 @@ def attach(
         name: FusedEFFTLinear.from_linear(linear, bank=bank, site=name)
         for name, linear in linears.items()
     }
-    bank.attachment = Attachment(  # type: ignore[assignment]
+    bank.attachment = attachment = Attachment(
         method=method,
         sites=tuple(sites),
         modules_to_train=tuple(trained),
@@ -103,7 +104,7 @@ def attach(
         required_grad={name: p.requires_grad for name, p in model.named_parameters()},
         separated_bias=tuple(_modules_with_fused_bias(model, sites)),
     )
-    return _install(model, bank, layers_by_site, trained)
+    return _install(model, bank, layers_by_site, attachment)
 
 
 def _check_not_attached(model: nn.Module) -> None:
@@ -115,19 +116,23 @@ def _check_not_attached(model: nn.Module) -> None:
 
 
 def _install(
-    model: nn.Module, bank: FactorBank, layers: dict[str, FusedEFFTLinear], trained: Sequence[str]
+    model: nn.Module,
+    bank: FactorBank,
+    layers: dict[str, FusedEFFTLinear],
+    attachment: Attachment,
 ) -> Adapter:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name in trained:
+    for name in attachment.modules_to_train:
         for parameter in model.get_submodule(name).parameters():
             parameter.requires_grad_(True)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    for name in bank.attachment.separated_bias:  # type: ignore[union-attr]
+    for name in attachment.separated_bias:
         attention: Any = model.get_submodule(name)
         attention.qkv_bias_separate = True
     model.add_module(BANK_NAME, bank)
+    share_inputs(model, bank, attachment.sites)
     return Adapter(model)
 
 
@@ -177,7 +182,8 @@ def _classifier_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[s
     if found := [name for name in declared if name in modules]:
         return found
     usual: tuple[str, ...] = ("head", "classifier", "fc")
-    return [name for name in usual if name in modules][:1]
+    second = [name for name in ("head_dist",) if name in modules]  # distilled DeiT's
+    return [name for name in usual if name in modules][:1] + second
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:

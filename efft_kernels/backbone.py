@@ -52,6 +52,7 @@ def build_backbone(
             f"checkpoint must end in .npz or one of {', '.join(TORCH_SUFFIXES)}, got {checkpoint}"
         )
     if pretrained:
+        notify(f"loading timm's pretrained weights of {name}, from the network unless cached")
         return _from_hub(name, num_classes, options)
     notify(
         "the backbone's weights are random: expect poor accuracy; pass --pretrained or --checkpoint"

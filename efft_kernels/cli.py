@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from . import __version__, use_backend
 from .methods import METHODS
+from .ops.dispatch import requested_backend
 from .train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ app = typer.Typer(
 )
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+_IMAGES, _MODEL, _METHOD, _TRAINING, _RUN = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Images", "Model", "Method", "Training", "Run")
+)
 
 
 class Amp(str, Enum):
@@ -101,9 +108,9 @@ def _training_errors(run: Run) -> Iterator[None]:
 
 
 def _check_backend(name: str) -> None:
-    """Raise ValueError for a backend that is unknown or cannot run here."""
+    """Raise ValueError for a backend, by option or environment, unknown or unable to run here."""
     try:
-        with use_backend(name):
+        with use_backend(requested_backend(name)):
             pass
     except RuntimeError as error:
         raise ValueError(str(error)) from error
@@ -181,58 +188,56 @@ def demo(
 @app.command()
 def train(
     data: Annotated[
-        Path, typer.Option(help="One folder of images per class, or train/ and val/ of such.")
+        Path, _IMAGES(help="One folder of images per class, or train/ and val/ of such.")
     ],
-    model: Annotated[str, typer.Option(help="timm model.")] = TrainSettings.model,
-    method: Annotated[
-        str, typer.Option(help=f"One of {', '.join(METHODS)}.")
-    ] = TrainSettings.method,
-    rank: Annotated[str, typer.Option(help="Rank R, or R1,R2 for U and V.")] = "16",
-    scale: Annotated[float | None, typer.Option(help="Factor s on ΔW.")] = None,
-    init: Annotated[str | None, typer.Option(help="Factor that starts at zero: u or v.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout on the factors.")] = None,
-    cores: Annotated[str | None, typer.Option(help="per_layer or shared.")] = None,
-    learn_scale: Annotated[
-        bool, typer.Option("--learn-scale", help="Train the scale too.")
-    ] = TrainSettings.learn_scale,
-    layers: Annotated[str | None, typer.Option(help="Blocks to adapt, e.g. 0-3,11.")] = None,
-    targets: Annotated[
-        str | None, typer.Option(help="Linears to adapt, e.g. mhsa, ffn, attn.qkv,mlp.fc1.")
-    ] = None,
-    epochs: Annotated[int, typer.Option()] = TrainSettings.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = TrainSettings.batch_size,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TrainSettings.lr,
-    weight_decay: Annotated[float, typer.Option()] = TrainSettings.weight_decay,
-    warmup_epochs: Annotated[
-        int | None, typer.Option(help="Default: a tenth of the epochs.")
-    ] = TrainSettings.warmup_epochs,
-    min_lr: Annotated[float, typer.Option(help="Last learning rate.")] = TrainSettings.min_lr,
-    drop_path: Annotated[float, typer.Option(help="Stochastic depth.")] = TrainSettings.drop_path,
-    seed: Annotated[int, typer.Option()] = TrainSettings.seed,
     val_split: Annotated[
-        float, typer.Option(help="Fraction held out where there is no val/.")
+        float, _IMAGES(help="Fraction held out where there is no val/.")
     ] = TrainSettings.val_split,
+    img_size: Annotated[int | None, _IMAGES(help="Pixels; default: the model's.")] = None,
     augment: Annotated[
-        bool, typer.Option("--augment", help="Random crops, flips and colours.")
+        bool, _IMAGES("--augment", help="Random crops, flips and colours.")
     ] = TrainSettings.augment,
-    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    amp: Annotated[Amp, typer.Option(help="Autocast dtype.")] = Amp.none,
+    skip_bad_images: Annotated[
+        bool, _IMAGES("--skip-bad-images", help="Leave out images that cannot be read.")
+    ] = False,
+    workers: Annotated[int, _IMAGES(help="Processes that load images.")] = 2,
+    model: Annotated[str, _MODEL(help="timm model.")] = TrainSettings.model,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Local weights: .safetensors, .pth, or ViT's .npz.")
+        Path | None, _MODEL(help="Local weights: .safetensors, .pth, or ViT's .npz.")
     ] = None,
     pretrained: Annotated[
-        bool, typer.Option(help="Fetch timm's weights where no --checkpoint is given.")
+        bool, _MODEL(help="Fetch timm's weights where no --checkpoint is given.")
     ] = True,
-    output: Annotated[
-        Path | None, typer.Option(help="Default: runs/train/DATA-MODEL-METHOD-rRANK.")
+    method: Annotated[str, _METHOD(help=f"{', '.join(METHODS)}.")] = TrainSettings.method,
+    rank: Annotated[str, _METHOD(help="Rank R, or R1,R2 for U and V.")] = "16",
+    scale: Annotated[float | None, _METHOD(help="Factor s on ΔW.")] = None,
+    init: Annotated[str | None, _METHOD(help="Factor that starts at zero: u or v.")] = None,
+    dropout: Annotated[float | None, _METHOD(help="Dropout on the factors.")] = None,
+    cores: Annotated[str | None, _METHOD(help="per_layer or shared.")] = None,
+    learn_scale: Annotated[
+        bool, _METHOD("--learn-scale", help="Train the scale too.")
+    ] = TrainSettings.learn_scale,
+    layers: Annotated[str | None, _METHOD(help="Blocks to adapt, e.g. 0-3,11.")] = None,
+    targets: Annotated[
+        str | None, _METHOD(help="Linears to adapt: mhsa, ffn, or names such as attn.qkv,fc1.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
-    skip_bad_images: Annotated[
-        bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be read.")
-    ] = False,
-    backend: Annotated[str, typer.Option(help="Kernels: auto, torch, triton, ...")] = "auto",
-    img_size: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    epochs: Annotated[int, _TRAINING()] = TrainSettings.epochs,
+    batch_size: Annotated[int, _TRAINING(help="Images per step.")] = TrainSettings.batch_size,
+    lr: Annotated[float, _TRAINING(help="Peak learning rate.")] = TrainSettings.lr,
+    min_lr: Annotated[float, _TRAINING(help="Last learning rate.")] = TrainSettings.min_lr,
+    warmup_epochs: Annotated[
+        int | None, _TRAINING(help="Default: a tenth of the epochs.")
+    ] = TrainSettings.warmup_epochs,
+    weight_decay: Annotated[float, _TRAINING()] = TrainSettings.weight_decay,
+    drop_path: Annotated[float, _TRAINING(help="Stochastic depth.")] = TrainSettings.drop_path,
+    amp: Annotated[Amp, _TRAINING(help="Autocast dtype.")] = Amp.none,
+    seed: Annotated[int, _TRAINING()] = TrainSettings.seed,
+    device: Annotated[str, _TRAINING(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    backend: Annotated[str, _TRAINING(help="Kernels: auto, torch, triton, ...")] = "auto",
+    output: Annotated[
+        Path | None, _RUN(help="Default: runs/train/DATA-MODEL-METHOD-rRANK.")
+    ] = None,
+    resume: Annotated[bool, _RUN("--resume", help="Continue the run in --output.")] = False,
 ) -> None:
     """Adapt a timm model to a folder of images; stop it at any time and --resume."""
     console = Console(soft_wrap=True)

@@ -69,7 +69,7 @@ def train_one_epoch(
     clip_grad     largest norm of all gradients together
     on_step       called after each update with (step, loss), steps counted from 0
     scaler        gradient scaler, for `autocast_dtype=torch.float16`
-    epoch         counted from 0; names the place in errors and offsets the scheduler
+    epoch         counted from 0 (in errors, epochs and steps count from 1); offsets the scheduler
 
     Raises NonFiniteLossError before the optimizer step when a batch's loss is NaN or infinite.
     """
@@ -95,7 +95,7 @@ def train_one_epoch(
             loss = criterion(model(images), targets)
         loss_value = loss.item()
         if not math.isfinite(loss_value):
-            raise NonFiniteLossError(f"loss is {loss_value} in epoch {epoch}, step {step}")
+            raise NonFiniteLossError(f"loss is {loss_value} in epoch {epoch + 1}, step {step + 1}")
 
         optimizer.zero_grad(set_to_none=True)
         if scaler is None:

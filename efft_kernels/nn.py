@@ -4,7 +4,7 @@ share."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,18 @@ from torch import Tensor, nn
 
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
 from .methods.tensor_train import Placement, TensorTrainGroup
+from .ops.dispatch import requested_backend
 from .ops.functional import low_rank_linear, low_rank_linear_with_dropout
+from .ops.projected import linear_plus_projected
 from .ops.reference import delta_weight
+from .ops.torch_backend import fold
+
+
+class TaskBatch(NamedTuple):
+    """The factors of several tasks and which task each row of a batch belongs to."""
+
+    parameters: dict[str, Tensor]  # bank parameter name → [tasks, ...]
+    task_of_row: Tensor  # [B]
 
 
 class FactorBank(nn.Module):
@@ -33,11 +43,31 @@ class FactorBank(nn.Module):
         for name, group in groups.items():
             self.add_module(name, group)
         self.group_of = dict(sites)
+        self.attachment: Any = None
+        self.tasks: TaskBatch | None = None
 
     def group(self, site: str) -> FactorGroup:
         """The group that holds a site's factors."""
         group: Any = self._modules[self.group_of[site]]
         return group  # type: ignore[no-any-return]
+
+    def task_factors(self, site: str) -> tuple[Tensor, Tensor]:
+        """(down [tasks, K, Ra], B [tasks, N, Ra]) of one site for every task of the present
+        batch."""
+        assert self.tasks is not None
+        name, group = self.group_of[site], self.group(site)
+        prefix = name + "."
+        own = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in self.tasks.parameters.items()
+            if key.startswith(prefix)
+        }
+
+        def of_one_task(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            down, core, up = torch.func.functional_call(group, parameters, (site, False))
+            return down, fold(core, up)
+
+        return torch.func.vmap(of_one_task)(own)
 
     def reset_parameters(self) -> None:
         """Initialise every group anew: each ΔW is exactly zero."""
@@ -110,6 +140,7 @@ class FusedEFFTLinear(nn.Linear):
         self.factors = None
         self._bank: tuple[FactorBank, ...] = ()
         self._site = _OWN_SITE
+        self.shared_input: tuple[Any, ...] = ()
         self._base_weight: tuple[nn.Parameter, ...] = ()
 
     @classmethod
@@ -161,7 +192,7 @@ class FusedEFFTLinear(nn.Linear):
         factors left behind."""
         linear = nn.Linear.__new__(nn.Linear)
         state = _module_state(self)
-        for name in ("backend", "strategy", "_bank", "_site", "_base_weight"):
+        for name in ("backend", "strategy", "_bank", "_site", "_base_weight", "shared_input"):
             del state[name]
         state["_modules"].pop("factors", None)
         linear.__dict__ = state
@@ -220,9 +251,14 @@ class FusedEFFTLinear(nn.Linear):
                     " to train, or eval() to use the merged weight"
                 )
             return F.linear(input, self.weight, self.bias)
+        if self._bank and self._bank[0].tasks is not None:
+            return self._forward_tasks(input)
         down, core, up = self.current_factors(self.training)
         if self.training and (p := self._group().activation_dropout):
             return low_rank_linear_with_dropout(input, self.weight, self.bias, down, core, up, p)
+        if self.shared_input and self._shares(input):
+            p = self.shared_input[0].projection(input, down)
+            return linear_plus_projected(input, self.weight, self.bias, p, core, up)
         return low_rank_linear(
             input,
             self.weight,
@@ -233,6 +269,33 @@ class FusedEFFTLinear(nn.Linear):
             backend=self.backend,
             strategy=self.strategy,
         )
+
+    def _forward_tasks(self, x: Tensor) -> Tensor:
+        """Each row of the batch with its own task's factors; x's leading dim is B, or B windows'
+        worth."""
+        bank = self._bank[0]
+        assert bank.tasks is not None
+        index = bank.tasks.task_of_row
+        if x.shape[0] % index.shape[0]:
+            raise ValueError(
+                f"task_ids must name one task per row of the batch, got {index.shape[0]} for a leading"
+                f" dimension of {x.shape[0]}"
+            )
+        down, b = bank.task_factors(self._site)
+        y = F.linear(x, self.weight, self.bias)
+        rows = x.reshape(index.shape[0], -1, x.shape[-1]).to(y.dtype)  # [B, rows, K]
+        p = torch.bmm(rows, down[index].to(y.dtype))  # [B, rows, Ra]
+        return torch.baddbmm(y.reshape(*rows.shape[:2], -1), p, b[index].mT.to(y.dtype)).reshape(
+            y.shape
+        )
+
+    def _shares(self, x: Tensor) -> bool:
+        """Whether to take P from the attention module: where no fused kernel would make it in
+        passing."""
+        backend = requested_backend(self.backend)
+        cpu_auto = backend == "auto" and x.device.type == "cpu"
+        shares = cpu_auto or backend == "torch"
+        return shares and self.strategy == "auto" and self.shared_input[0].active
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedEFFTLinear:
         super()._apply(fn, recurse)

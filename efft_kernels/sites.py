@@ -114,6 +114,8 @@ def _match_targets(
                 f" {model_name}; name them, e.g. targets=['query', 'value']"
             )
         return found
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"targets must be a name, a pattern or several, got {targets!r}")
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"targets must be a name, a pattern or several, got {targets!r}")
@@ -141,6 +143,8 @@ def _filter_layers(
 ) -> list[Site]:
     if layers is None:
         return sites
+    if not isinstance(layers, int | Iterable):
+        raise TypeError(f"layers must be block indices (int), got {layers!r}")
     wanted = [layers] if isinstance(layers, int) else list(layers)
     if not wanted:
         raise ValueError("layers must name at least one block, got none")

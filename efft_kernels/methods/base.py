@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -80,6 +80,11 @@ class FactorGroup(nn.Module, ABC):
 
     activation_dropout: float = 0.0
 
+    def forward(self, site: str, dropout: bool) -> Factors:
+        """`factors`; as a module's forward, so that torch.func can call it with other
+        parameters."""
+        return self.factors(site, dropout)
+
     @abstractmethod
     def factors(self, site: str, dropout: bool) -> Factors:
         """The operands for one site, differentiable in this group's parameters.
@@ -88,6 +93,11 @@ class FactorGroup(nn.Module, ABC):
             site: the site's name.
             dropout: apply the method's dropout (training).
         """
+
+    def down_key(self, site: str) -> Hashable | None:
+        """Sites of the group with the same key have the same `down`; None where nothing is
+        shared."""
+        return None
 
     @abstractmethod
     def reset_parameters(self) -> None:

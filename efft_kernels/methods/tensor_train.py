@@ -113,6 +113,12 @@ class TensorTrainGroup(FactorGroup):
         """Σ_first ... Σ_(first+count-1), [count, r1, r2], without scale and dropout."""
         return self.core[first : first + count]
 
+    def down_key(self, site: str) -> tuple[object, ...] | None:
+        place = self.placements[site]
+        if place.stacked == "in":
+            return None
+        return ("U", place.u_rows) if place.u_side == "in" else ("V",)
+
     def factors(self, site: str, dropout: bool) -> Factors:
         place = self.placements[site]
         u = self.U[place.u_rows[0] : place.u_rows[1]]

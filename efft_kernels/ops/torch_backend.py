@@ -69,19 +69,19 @@ def merge_weight(weight: Tensor, down: Tensor, b: Tensor, dtype: torch.dtype) ->
     return torch.addmm(weight.to(wide), b.to(wide), down.to(wide).t()).to(dtype)
 
 
-def _mm_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def mm_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a·b in `dtype`; on CUDA a half-precision product is stored from its float32 accumulator."""
     if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).to(dtype)
 
 
-def _thin_grad(tall: Tensor, thin: Tensor, dtype: torch.dtype) -> Tensor:
+def thin_grad(tall: Tensor, thin: Tensor, dtype: torch.dtype) -> Tensor:
     """tall^T·thin for tall [M, C] and thin [M, r], contiguous [C, r].
 
     Formed as (thin^T·tall)^T: with r rows instead of r columns the CPU library blocks it better.
     """
-    return _mm_into(thin.t(), tall, dtype).t().contiguous()
+    return mm_into(thin.t(), tall, dtype).t().contiguous()
 
 
 def forward(
@@ -134,13 +134,13 @@ def backward(
         dx = torch.mm(dy, weight.to(dtype)).addmm_(s, down.to(dtype).t())
     if need_weight:
         assert x is not None
-        d_weight = _mm_into(dy.t(), x, weight.dtype)
+        d_weight = mm_into(dy.t(), x, weight.dtype)
     if need_bias:
         d_bias = dy.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
     if need_down:
         assert x is not None and s is not None
-        d_down = _thin_grad(x, s, down.dtype)
+        d_down = thin_grad(x, s, down.dtype)
     if need_core or need_up:
         assert p is not None
-        d_core, d_up = unfold_grads(_thin_grad(dy, p, up.dtype), core, up, need_core, need_up)
+        d_core, d_up = unfold_grads(thin_grad(dy, p, up.dtype), core, up, need_core, need_up)
     return dx, d_weight, d_bias, d_down, d_core, d_up

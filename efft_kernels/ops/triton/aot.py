@@ -125,7 +125,7 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
             suffix = "-wide" if wide and aligned else "" if aligned else "-unaligned"
             for config in tuning.gemm_candidates(arch, f"{kind}{suffix}", rank):
                 for direction, unit in (("fwd", "stride_wi"), ("dx", "stride_wc")):
-                    for ride in (True, False):
+                    for ride in (True, False) if kind != "ieee" or rank <= 64 else (False,):
                         block = f"{config.block_m}x{config.block_c}x{config.block_i}"
                         label = f"{direction} {'ride' if ride else 'given'} {block}"
                         yield _case(
@@ -148,6 +148,7 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                                 "BLOCK_C": config.block_c,
                                 "BLOCK_I": config.block_i,
                                 "RANK": rank,
+                                "BLOCK_R": min(rank, 32) if kind == "ieee" else rank,
                                 "GROUP_M": config.group_m,
                                 "EVEN_I": True,
                                 "EVEN_C": True,

@@ -22,9 +22,10 @@ from torch import Tensor
 from .. import torch_backend
 from ..torch_backend import Grads
 from .factors import launch_fold
-from .forward import merged_weight, out_of_reach, rows, torch_strategy
+from .forward import merged_weight, out_of_reach, rows, thin_buffer, torch_strategy
 from .gemm import launch_gemm
 from .thin import launch_reduce, launch_tall_grad, launch_thin
+from .tuning import can_ride
 
 
 def backward(
@@ -53,7 +54,7 @@ def backward(
     # The frozen part's own gradients, when someone asks for them, are the library's business.
     if need_weight:
         assert x is not None
-        d_weight = torch_backend._mm_into(dy.t(), x, weight.dtype)
+        d_weight = torch_backend.mm_into(dy.t(), x, weight.dtype)
     if need_bias:
         d_bias = dy.sum(0, dtype=torch.float32).to(weight.dtype)
     need_fold_grad = need_core or need_up
@@ -63,15 +64,17 @@ def backward(
     if need_down or need_x:
         b, down_in = launch_fold(down, core, up, n, dy.dtype)
         rank = b.shape[1]
+        if strategy == "fused" and not can_ride(dy.dtype, rank):
+            strategy = "split"
         ride = need_x and strategy == "fused"
         if need_down or (need_x and strategy == "split"):
-            s = dy.new_empty((m, rank))
+            s = thin_buffer(dy, ra, rank)
         if ride:
-            dx = launch_gemm(dy, weight, None, b, down_in, s, width=rank, ride=True)
+            dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=True)
         elif s is not None:
             partial = launch_thin(dy, b, s, grad_p)
         if need_x and strategy == "split":
-            dx = launch_gemm(dy, weight, None, b, down_in, s, width=rank, ride=False)
+            dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=False)
         elif need_x and strategy == "merged":
             dx = torch.mm(dy, merged_weight(weight, down, core, up, dy.dtype))
     if grad_p is not None:

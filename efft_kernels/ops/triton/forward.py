@@ -18,6 +18,7 @@ from .. import torch_backend
 from .factors import MAX_RANK, launch_fold, launch_merge, padded_rank
 from .gemm import launch_gemm
 from .thin import launch_thin
+from .tuning import can_ride
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,12 @@ logger = logging.getLogger(__name__)
 def rows(t: Tensor) -> Tensor:
     """t [M, C] itself where its last stride is one, else a contiguous copy."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def thin_buffer(like: Tensor, width: int, rank: int) -> Tensor:
+    """An empty [M, width] in rows of the padded rank, which keeps them aligned."""
+    buffer = like.new_empty((like.shape[0], rank))
+    return buffer if width == rank else buffer[:, :width]
 
 
 def out_of_reach(m: int, n: int, k: int, rank: int) -> bool:
@@ -88,11 +95,10 @@ def forward(
         w = merged_weight(weight, down, core, up, x.dtype)
         return F.linear(x, w, None if bias is None else bias.to(x.dtype)), p
     b, down = launch_fold(down, core, up, n, x.dtype)
-    if strategy == "split":
-        thin_p = x.new_empty((m, down.shape[1])) if p is None else p
-        launch_thin(x, down, thin_p, None)
-        y = launch_gemm(x, weight.t(), bias, down, b, thin_p, width=thin_p.shape[1], ride=False)
-        return y, p
+    if strategy == "split" or not can_ride(x.dtype, down.shape[1]):
+        given = thin_buffer(x, ra, down.shape[1]) if p is None else p
+        launch_thin(x, down, given, None)
+        return launch_gemm(x, weight.t(), bias, down, b, given, width=ra, ride=False), p
     return launch_gemm(x, weight.t(), bias, down, b, p, width=ra, ride=True), p
 
 

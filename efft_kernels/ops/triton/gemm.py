@@ -54,6 +54,7 @@ def _low_rank_gemm_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
     RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_C: tl.constexpr,
@@ -100,19 +101,23 @@ def _low_rank_gemm_kernel(
         a_ptrs += BLOCK_I
         w_ptrs += BLOCK_I * stride_wi
 
-    p_ptrs = p_ptr + offs_m[:, None] * stride_p + offs_r[None, :]
-    in_p = in_m[:, None] & (offs_r < width)[None, :]
+    p_ptrs = p_ptr + offs_m[:, None] * stride_p
+    b_ptrs = thin_out_ptr + offs_c[:, None] * RANK
     if RIDE:
         # An infinity in `a` times the padding is a NaN; it must not reach the next product.
         p = tl.where((offs_r < width)[None, :], p_acc, 0.0).to(a_ptr.dtype.element_ty)
         if STORE_P:
-            tl.store(p_ptrs, p, mask=in_p & (tile_c == 0))
+            in_p = in_m[:, None] & (offs_r < width)[None, :] & (tile_c == 0)
+            tl.store(p_ptrs + offs_r[None, :], p, mask=in_p)
+        b = tl.load(b_ptrs + offs_r[None, :], mask=in_c[:, None], other=0.0)
+        acc = tl.dot(p, tl.trans(b), acc, input_precision=PRECISION)
     else:
-        p = tl.load(p_ptrs, mask=in_p, other=0.0)
-    b = tl.load(
-        thin_out_ptr + offs_c[:, None] * RANK + offs_r[None, :], mask=in_c[:, None], other=0.0
-    )
-    acc = tl.dot(p, tl.trans(b), acc, input_precision=PRECISION)
+        for r in tl.static_range(0, RANK, BLOCK_R):
+            rs = r + tl.arange(0, BLOCK_R)
+            in_p = in_m[:, None] & (rs < width)[None, :]
+            p = tl.load(p_ptrs + rs[None, :], mask=in_p, other=0.0)
+            b = tl.load(b_ptrs + rs[None, :], mask=in_c[:, None], other=0.0)
+            acc = tl.dot(p, tl.trans(b), acc, input_precision=PRECISION)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + offs_m[:, None] * C + offs_c[None, :]
@@ -147,6 +152,7 @@ def launch_gemm(
         index=a.device.index,
     )
     out = a.new_empty((m, c))
+    precision = tuning.dot_precision(a.dtype)
     grid = (triton.cdiv(m, block_m) * triton.cdiv(c, block_c),)
     _low_rank_gemm_kernel[grid](
         a,
@@ -168,12 +174,13 @@ def launch_gemm(
         BLOCK_C=block_c,
         BLOCK_I=block_i,
         RANK=rank,
+        BLOCK_R=tuning.rank_block(a.dtype, precision, rank),
         GROUP_M=group_m,
         EVEN_I=i % block_i == 0,
         EVEN_C=c % block_c == 0,
         RIDE=ride,
         STORE_P=ride and p is not None,
-        PRECISION=tuning.dot_precision(a.dtype),
+        PRECISION=precision,
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -95,6 +95,23 @@ def dtype_class(dtype: torch.dtype) -> str:
     return "half" if dtype.itemsize == 2 else dot_precision(dtype)
 
 
+# Float32 products outside the tensor cores keep each thread's share of both operands in registers for the
+# whole inner length, so there the rank is taken in steps, and a rank beyond the limit cannot ride in the loop.
+_IEEE_RANK_BLOCK = 32
+_IEEE_RIDE_LIMIT = 64
+
+
+def rank_block(dtype: torch.dtype, precision: str, rank: int) -> int:
+    """Ranks per step of the product P·thin_out^T where P is read from memory."""
+    plain = dtype == torch.float32 and precision == "ieee"
+    return min(rank, _IEEE_RANK_BLOCK) if plain else rank
+
+
+def can_ride(dtype: torch.dtype, rank: int) -> bool:
+    """Whether P fits in registers beside the main accumulator; where not, `fused` runs as `split`."""
+    return dtype != torch.float32 or rank <= _IEEE_RIDE_LIMIT or dot_precision(dtype) == "tf32"
+
+
 def operand_form(dtype: torch.dtype, wide: bool, aligned: bool) -> str:
     """The dtype class, and what else changes the loads: 'half-wide' (w stored in float32), '...-unaligned'.
 

@@ -1,0 +1,201 @@
+"""The analyses' pictures, as PNG and SVG.
+
+Colours are told apart with any colour vision; where a print loses them, hatching, markers and
+numbers remain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from ..train.folder import replacing
+from .ablation import Ablation, ScaleSweep
+from .intrinsic_dimension import IntrinsicDimension
+from .subspace import BlockComparison, Comparison, Matrix
+from .tables import SIDE_WORDS, layers_word
+
+# Okabe and Ito's colours.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "---")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+# From dark to light in grey too.
+COLOUR_MAP = "cividis"
+MOST_NUMBERS = 8  # a grid of more cells a side is too fine to write in
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write folder/name.png and .svg, each beside and then renamed; the paths."""
+    paths = []
+    for suffix in ("png", "svg"):
+        path = folder / f"{name}.{suffix}"
+        with replacing(path) as beside, matplotlib.rc_context({"svg.fonttype": "none"}):
+            figure.savefig(beside, format=suffix)
+        paths.append(path)
+    return paths
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def draw_comparisons(comparisons: Sequence[Comparison]) -> Figure:
+    """A heat map for each comparison: similarity above random for i down and j across."""
+    panels = [
+        (
+            f"{item.first}\nand {item.second}\n{SIDE_WORDS[item.side]}, dim {item.dim}",
+            item.above_random,
+            [str(i) for i in range(1, item.similarity.shape[0] + 1)],
+            [str(j) for j in range(1, item.similarity.shape[1] + 1)],
+        )
+        for item in comparisons
+    ]
+    return _heat_maps(panels, "i of the first", "j of the second")
+
+
+def draw_blocks(comparisons: Sequence[BlockComparison]) -> Figure:
+    """A heat map for each role: similarity above random of every block with every other."""
+    panels = []
+    for item in comparisons:
+        title = f"ΔW of {item.role}, i = j = {item.top}\n{SIDE_WORDS[item.side]}, dim {item.dim}"
+        labels = [str(block) for block in item.blocks]
+        panels.append((title, item.above_random, labels, labels))
+    return _heat_maps(panels, "block", "block")
+
+
+def _heat_maps(
+    panels: Sequence[tuple[str, Matrix, list[str], list[str]]], y_label: str, x_label: str
+) -> Figure:
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(3.1 * columns + 1.0, 3.3 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, values, y_ticks, x_ticks) in zip(grid.flat, panels, strict=False):
+        image = axes.imshow(values, cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="equal")
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.set_ylabel(y_label, fontsize=8)
+        for axis, labels in ((axes.xaxis, x_ticks), (axes.yaxis, y_ticks)):
+            step = math.ceil(len(labels) / 12)
+            axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=7)
+        if max(values.shape) <= MOST_NUMBERS:
+            for (i, j), value in np.ndenumerate(values):
+                colour = "black" if value > 0.55 else "white"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", size=6, color=colour)
+    if image is not None:
+        figure.colorbar(
+            image, ax=grid, label="similarity above random", shrink=0.8, extend="min"
+        )
+    return figure
+
+
+def draw_dimensions(results: Sequence[IntrinsicDimension]) -> Figure:
+    """Accuracy over d for each module, the thresholds dashed, d_t filled (KAdaptation, Fig. 3)."""
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    for index, item in enumerate(results):
+        colour = COLOURS[index % len(COLOURS)]
+        marker = MARKERS[index % len(MARKERS)]
+        d_t = "not reached" if item.dimension is None else str(item.dimension)
+        axes.plot(
+            [d for d, _ in item.curve],
+            [top1 for _, top1 in item.curve],
+            color=colour,
+            marker=marker,
+            markerfacecolor="white",
+            label=f"{item.module} ({item.parameters:,} parameters): d_t {d_t}",
+        )
+        if item.dimension is not None:
+            reached = dict(item.curve)[item.dimension]
+            axes.plot(item.dimension, reached, color=colour, marker=marker, markersize=9)
+    for index, level in enumerate(sorted({item.threshold_top1_percent for item in results})):
+        axes.axhline(
+            level,
+            color="0.35",
+            linestyle="--",
+            linewidth=1,
+            label=None if index else f"threshold: {results[0].fraction:g} of the full accuracy",
+        )
+    axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("dimension d of the random subspace (0: head alone)")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def draw_ablation(ablation: Ablation) -> Figure:
+    """Bars of the relative change, grouped by layers, one kind of bar per method and part."""
+    spans = list(dict.fromkeys(cell.layers for cell in ablation.cells))
+    series = list(dict.fromkeys((cell.method, cell.part) for cell in ablation.cells))
+    by_place = {(cell.method, cell.part, cell.layers): cell for cell in ablation.cells}
+    figure = _figure(max(6.4, 0.34 * len(spans) * (len(series) + 1)), 4.2)
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    for index, (method, part) in enumerate(series):
+        cells = [by_place.get((method, part, span)) for span in spans]
+        axes.bar(
+            [x + (index - (len(series) - 1) / 2) * width for x in range(len(spans))],
+            [math.nan if c is None else ablation.relative_change_percent(c) for c in cells],
+            width,
+            color=COLOURS[index % len(COLOURS)],
+            hatch=HATCHES[index % len(HATCHES)],
+            edgecolor="black",
+            linewidth=0.6,
+            label=f"{method}, {part}",
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(spans)), [layers_word(span) for span in spans])
+    axes.set_xlabel("adapted layers")
+    axes.set_ylabel("change against the full adaptation (%)")
+    axes.set_title(ablation.task, fontsize=10, loc="left")
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def draw_scales(sweep: ScaleSweep) -> Figure:
+    """A panel per method, a line per data set: normalised accuracy over s (Figs. 7 and 8)."""
+    figure = _figure(3.4 * len(sweep.methods) + 0.6, 3.8)
+    panels = figure.subplots(1, len(sweep.methods), squeeze=False, sharey=True)[0]
+    order = np.argsort(sweep.scales)
+    scales = np.asarray(sweep.scales)[order]
+    for m, (axes, method) in enumerate(zip(panels, sweep.methods, strict=True)):
+        for t, task in enumerate(sweep.tasks):
+            axes.plot(
+                scales,
+                sweep.normalised[t, m][order],
+                color=COLOURS[t % len(COLOURS)],
+                marker=MARKERS[t % len(MARKERS)],
+                linestyle=("-", "--", ":")[t // len(COLOURS) % 3],
+                label=task,
+            )
+        if (scales > 0).all():
+            axes.set_xscale("log")
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.minorticks_off()
+        axes.set_xlabel("scale s")
+        axes.set_title(method, fontsize=10, loc="left")
+        axes.set_ylim(-0.05, 1.05)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _tidy(axes)
+    panels[0].set_ylabel("top-1, worst = 0, best = 1")
+    panels[-1].legend(fontsize=8, frameon=False)
+    return figure

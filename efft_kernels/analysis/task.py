@@ -1,0 +1,245 @@
+"""What an analysis trains on, and how: a backbone, images of a data set, and one budget for all."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader
+
+from ..backbone import Notify, build_backbone
+from ..data import (
+    epoch_seed,
+    find_unreadable,
+    make_loader,
+    make_transforms,
+    open_splits,
+    refuse_or_report,
+)
+from ..engine import NonFiniteLossError, evaluate, seed_everything, train_one_epoch
+from ..train.settings import resolve_device
+
+Loader = DataLoader[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set and the backbone to adapt to it.
+
+    Attributes:
+        name: of the data set.
+        model: the backbone with a head for the classes; only copies of it are trained.
+        train, val: loaders of (images [B, C, H, W], targets [B] int64).
+        num_classes: of the data set.
+        device: where to train.
+    """
+
+    name: str
+    model: nn.Module
+    train: Loader
+    val: Loader
+    num_classes: int
+    device: torch.device
+
+    def copy_of_model(self) -> nn.Module:
+        """A copy to train, on the task's device."""
+        return copy.deepcopy(self.model).to(self.device)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and how fast every run of an analysis trains.
+
+    AdamW; the learning rate rises over the first tenth of the epochs to `lr` and falls to zero as a
+    cosine. The defaults are EFFT's for VTAB-1k.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    epochs: int = 100
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+
+
+def top1_after_training(
+    model: nn.Module,
+    task: Task,
+    budget: Budget,
+    seed: int,
+    parameter_groups: Iterable[dict[str, Any]] | None = None,
+) -> float:
+    """Train what requires grad and measure.
+
+    Args:
+        model: trained in place, on the task's device.
+        task: the images.
+        budget: the epochs and the learning rate.
+        seed: of the order of the images and of dropout.
+        parameter_groups: for the optimizer, each with a learning rate of its own if it likes; None
+            for all parameters that require grad. Without any parameter the model is only measured.
+
+    Returns:
+        Top-1 in percent of the validation images, after the last epoch; NaN where the loss became
+        NaN or infinite on the way.
+    """
+    if parameter_groups is None:
+        parameter_groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    groups = [group for group in parameter_groups if group["params"]]
+    if groups and not _train(model, task, budget, seed, groups):
+        return math.nan
+    with parametrize.cached():
+        return evaluate(model, task.val, device=task.device, num_classes=task.num_classes)
+
+
+def _train(
+    model: nn.Module, task: Task, budget: Budget, seed: int, groups: list[dict[str, Any]]
+) -> bool:
+    """Whether the loss stayed finite."""
+    optimizer = torch.optim.AdamW(groups, lr=budget.lr, weight_decay=budget.weight_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=budget.epochs,
+        warmup_epochs=budget.epochs // 10,
+        warmup_lr=budget.lr / 10,
+        min_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=len(task.train),
+    )
+    for epoch in range(budget.epochs):
+        epochs_own = epoch_seed(seed, epoch + 1)
+        seed_everything(epochs_own)
+        if task.train.generator is not None:
+            task.train.generator.manual_seed(epochs_own)
+        try:
+            train_one_epoch(
+                model, task.train, optimizer, device=task.device, scheduler=scheduler, epoch=epoch
+            )
+        except NonFiniteLossError:
+            return False
+    return True
+
+
+def folder_task(
+    data: Path,
+    *,
+    model: str,
+    checkpoint: Path | None = None,
+    pretrained: bool = True,
+    img_size: int | None = None,
+    val_split: float = 0.2,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+    notify: Notify = lambda message: None,
+) -> Task:
+    """A folder of images, one folder per class, and a timm model.
+
+    Args:
+        data: as for `efft-kernels train`.
+        seed: of the head's weights and of what is held out, the same for all runs.
+        (others): as for `efft-kernels train`.
+
+    Raises:
+        ValueError: the images, the model or the checkpoint do not fit, or no such device.
+    """
+    _check_batch_size(batch_size)
+    torch_device = resolve_device(device)
+    splits = open_splits(data, val_split=val_split, seed=seed)
+    unreadable = find_unreadable(splits.train + splits.val, workers=workers)
+    refuse_or_report(unreadable, skip=False, notify=notify)
+    seed_everything(seed)
+    backbone = build_backbone(
+        model,
+        num_classes=len(splits.classes),
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        img_size=img_size,
+        notify=notify,
+    )
+    train_transform, val_transform = make_transforms(backbone, img_size=img_size)
+
+    def loader(samples: Any, transform: Any, shuffle: bool) -> Loader:
+        return make_loader(
+            samples,
+            transform,
+            batch_size=batch_size,
+            workers=workers,
+            shuffle=shuffle,
+            pin_memory=torch_device.type == "cuda",
+        )
+
+    return Task(
+        name=data.resolve().name,
+        model=backbone,
+        train=loader(splits.train, train_transform, True),
+        val=loader(splits.val, val_transform, False),
+        num_classes=len(splits.classes),
+        device=torch_device,
+    )
+
+
+def digits_task(
+    *,
+    batch_size: int = 20,
+    source_epochs: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> Task:
+    """The demo's: a small ViT trained on the handwritten digits 0 to 4, to be adapted to 5 to 9.
+
+    Args:
+        batch_size: images per step.
+        source_epochs: of the training on 0 to 4; None for the demo's own number.
+        device: where to adapt; the training on 0 to 4 is on the CPU.
+        seed: of the 20 training images a digit and of the head's weights.
+        on_epoch: called after each epoch of the training on 0 to 4.
+
+    Raises:
+        ValueError: no such device, or a number below 1.
+    """
+    from .. import demo
+
+    _check_batch_size(batch_size)
+    settings = demo.Settings()
+    if source_epochs is not None:
+        Budget(epochs=source_epochs)
+        settings = demo.Settings(source_epochs=source_epochs)
+    torch_device = resolve_device(device)
+    backbone, _ = demo.pretrain(demo.SOURCE_CLASSES, settings, on_epoch)
+    train, test = demo.split_digits(demo.TARGET_CLASSES, demo.TRAIN_PER_CLASS, seed)
+    seed_everything(seed)
+    backbone.reset_classifier(len(demo.TARGET_CLASSES))
+    generator = torch.Generator()
+    return Task(
+        name="digits 5 to 9",
+        model=backbone,
+        train=DataLoader(train, batch_size, shuffle=True, drop_last=True, generator=generator),
+        val=DataLoader(test, batch_size=256),
+        num_classes=len(demo.TARGET_CLASSES),
+        device=torch_device,
+    )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
