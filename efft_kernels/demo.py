@@ -65,8 +65,8 @@ class Recipe:
 RECIPES = {
     "linear": Recipe(lr=1.0),
     "full": Recipe(lr=1e-3, backbone=True),
-    "efft1": Recipe(lr=1e-2, method=EFFT1(rank=RANK, scale=1.0)),
-    "efft2": Recipe(lr=1e-2, method=EFFT2(rank=RANK, scale=1.0)),
+    "efft1": Recipe(lr=3e-2, method=EFFT1(rank=RANK, scale=0.1)),
+    "efft2": Recipe(lr=3e-2, method=EFFT2(rank=RANK, scale=0.1)),
 }
 
 
@@ -77,7 +77,7 @@ class Settings:
     source_epochs: int = 15
     epochs: int = 30
     batch_size: int = 20
-    timing_rounds: int = 40
+    timing_rounds: int = 20
     weight_decay: float = 0.05
     source_lr: float = 2e-3
     source_batch_size: int = 36
