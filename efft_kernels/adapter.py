@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .description import Description
 from .methods.base import Method, Site
 from .nn import FactorBank, FusedEFFTLinear
 from .shared_input import unshare_inputs
@@ -214,14 +215,39 @@ class Adapter:
             for name, tensor in self.state_dict().items()
         }
         path = Path(path)
-        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        # Not mkstemp, whose file nobody else could read.
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        beside.touch(exist_ok=False)
         try:
             save_file(tensors, beside, metadata={**(metadata or {}), **header})
             os.replace(beside, path)
         except BaseException:
-            Path(beside).unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
             raise
+
+    def describe(self) -> Description:
+        """What was grouped with what: one row a linear, and each group's parameters.
+
+        Printed with rich it is a table; `rows` and `groups` are plain data.
+        """
+        rows = [
+            {
+                "name": site.name,
+                "role": site.role,
+                "block": site.block,
+                "stage": site.stage,
+                "in_features": site.in_features,
+                "out_features": site.out_features,
+                "group": self.bank.group_of[site.name],
+                "rank": self.layers()[site.name].current_factors().down.shape[1],
+            }
+            for site in self.sites
+        ]
+        groups = {
+            name: {key: list(parameter.shape) for key, parameter in group.named_parameters()}
+            for name, group in self.bank.named_children()
+        }
+        return Description(str(self.method), rows, groups)
 
     def __repr__(self) -> str:
         return (

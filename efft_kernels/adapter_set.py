@@ -95,7 +95,7 @@ class AdapterSet:
         if set(state) != set(own):
             differing = sorted(set(state) ^ set(own))
             raise ValueError(
-                f"source must hold the set's {len(own)} tensors, got {differing[:3]} off"
+                f"source must hold the set's {len(own)} tensors, missing or unknown {differing[:3]}"
             )
         for key, tensor in state.items():
             if tensor.shape != own[key].shape:
@@ -164,19 +164,21 @@ class AdapterSet:
 
         Raises:
             KeyError: a name that is not in the set.
+            ValueError: no names at all; in the model's forward, a batch of another size.
             RuntimeError: the model is in training mode, or merged.
         """
         if self.model.training:
             raise RuntimeError("tasks() is for inference: call model.eval() first")
         if self.adapter.merged:
             raise RuntimeError("tasks() needs the factors: call unmerge() first")
+        if not task_ids:
+            raise ValueError("task_ids must name one task per row of the batch, got none")
         distinct = list(dict.fromkeys(self._known(name) for name in task_ids))
         states = [self._states[name] for name in distinct]
         device = next(self.adapter.parameters()).device
         index = torch.tensor([distinct.index(name) for name in task_ids], device=device)
         stacked = {
-            key: torch.stack([state[key] for state in states])
-            for key in (states[0] if states else {})
+            key: torch.stack([state[key] for state in states]) for key in self.adapter.state_dict()
         }
         bank = self.adapter.bank
         hooks = [

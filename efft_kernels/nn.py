@@ -194,7 +194,8 @@ class FusedEFFTLinear(nn.Linear):
         state = _module_state(self)
         for name in ("backend", "strategy", "_bank", "_site", "_base_weight", "shared_input"):
             del state[name]
-        state["_modules"].pop("factors", None)
+        for attributes in (state, state["_modules"]):
+            attributes.pop("factors", None)
         linear.__dict__ = state
         return linear
 
@@ -278,8 +279,8 @@ class FusedEFFTLinear(nn.Linear):
         index = bank.tasks.task_of_row
         if x.shape[0] % index.shape[0]:
             raise ValueError(
-                f"task_ids must name one task per row of the batch, got {index.shape[0]} for a leading"
-                f" dimension of {x.shape[0]}"
+                f"task_ids must name one task per row of the batch, got {index.shape[0]} for a"
+                f" leading dimension of {x.shape[0]}"
             )
         down, b = bank.task_factors(self._site)
         y = F.linear(x, self.weight, self.bias)

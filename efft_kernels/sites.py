@@ -65,7 +65,9 @@ def find_sites(
     linears = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and not any(_inside(name, outer) for outer in exclude)
+        if isinstance(module, nn.Linear)
+        and name  # the model itself has no parent to swap it in
+        and not any(_inside(name, outer) for outer in exclude)
     }
     named = {name: split_name(name) for name in linears}
     known = [block for block, role in named.values() if role != "linear"]

@@ -1,0 +1,57 @@
+"""A report of what an adapter grouped with what, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `Adapter.describe` returns.
+
+    Attributes:
+        method: the method's configuration as text.
+        rows: one per linear: name, role, block, stage, in_features, out_features, group, rank (Ra, the
+            width of its fold).
+        groups: group name → parameter name → shape.
+    """
+
+    method: str
+    rows: list[dict[str, Any]]
+    groups: dict[str, dict[str, list[int]]]
+
+    def __rich__(self) -> Table:
+        table = Table(title=self.method)
+        for header in ("group", "parameters", "shapes", "linears", "rank"):
+            table.add_column(
+                header, justify="right" if header in ("parameters", "rank") else "left"
+            )
+        for name, shapes in self.groups.items():
+            members = [row for row in self.rows if row["group"] == name]
+            count = sum(prod(shape) for shape in shapes.values())
+            table.add_row(
+                name,
+                f"{count:,}",
+                ", ".join(f"{key} {shape}" for key, shape in shapes.items()),
+                _summary([row["name"] for row in members]),
+                ", ".join(str(rank) for rank in sorted({row["rank"] for row in members})),
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, record=True, quiet=True)
+        console.print(self)
+        return console.export_text()
+
+
+def _summary(names: list[str]) -> str:
+    """Names with their block numbers as *, each once, and how many linears that is."""
+    patterns = dict.fromkeys(
+        ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names
+    )
+    return f"{len(names)}: " + ", ".join(patterns)
