@@ -215,11 +215,12 @@ class Adapter:
             for name, tensor in self.state_dict().items()
         }
         path = Path(path)
-        # Not mkstemp, whose file nobody else could read.
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         beside.touch(exist_ok=False)
         try:
+            mode = beside.stat().st_mode
             save_file(tensors, beside, metadata={**(metadata or {}), **header})
+            beside.chmod(mode)  # safetensors' own file is for its owner alone
             os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)

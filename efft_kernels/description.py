@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import StringIO
 from math import prod
 from typing import Any
 
@@ -16,8 +17,8 @@ class Description:
 
     Attributes:
         method: the method's configuration as text.
-        rows: one per linear: name, role, block, stage, in_features, out_features, group, rank (Ra, the
-            width of its fold).
+        rows: one per linear: name, role, block, stage, in_features, out_features, group, rank (Ra,
+            the width of its fold).
         groups: group name → parameter name → shape.
     """
 
@@ -44,9 +45,9 @@ class Description:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120, record=True, quiet=True)
-        console.print(self)
-        return console.export_text()
+        text = StringIO()
+        Console(width=120, file=text).print(self)
+        return text.getvalue()
 
 
 def _summary(names: list[str]) -> str:

@@ -60,7 +60,9 @@ class TestHandle:
         assert all(a is b for a, b in zip(again.parameters(), adapter.parameters(), strict=True))
 
     def test_refuses_a_model_without_one(self, make_vit):
-        with pytest.raises(ValueError, match="model must carry an adapter, got a VisionTransformer"):
+        with pytest.raises(
+            ValueError, match="model must carry an adapter, got a VisionTransformer"
+        ):
             Adapter(make_vit())
 
     def test_num_parameters_counts_the_factors(self, adapted):
@@ -170,8 +172,12 @@ class TestDetach:
     def test_handle_is_dead_afterwards(self, adapted, tmp_path):
         model, adapter = adapted()
         adapter.detach()
-        for use in (adapter.detach, adapter.merge, adapter.delta_weights,
-                    lambda: adapter.save(tmp_path / "a.safetensors")):  # fmt: skip
+        for use in (
+            adapter.detach,
+            adapter.merge,
+            adapter.delta_weights,
+            lambda: adapter.save(tmp_path / "a.safetensors"),
+        ):
             with pytest.raises(RuntimeError, match="detached"):
                 use()
         assert list(tmp_path.iterdir()) == []
@@ -203,10 +209,16 @@ class TestStateDict:
         [
             (lambda s: s.pop("factors.all.U"), ["missing", "factors.all.U"]),
             (lambda s: s.update(extra=torch.ones(1)), ["unknown", "extra"]),
-            (lambda s: s.update({"factors.all.V": torch.ones(3, 12)}), ["factors.all.V must be [12, 3]", "[3, 12]"]),  # noqa: E501
-            (lambda s: s.update({"modules.head.bias": torch.ones(4)}), ["modules.head.bias must be [5]", "[4]"]),  # noqa: E501
+            (
+                lambda s: s.update({"factors.all.V": torch.ones(3, 12)}),
+                ["factors.all.V must be [12, 3]", "[3, 12]"],
+            ),
+            (
+                lambda s: s.update({"modules.head.bias": torch.ones(4)}),
+                ["modules.head.bias must be [5]", "[4]"],
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_nothing_is_copied_unless_all_fits(self, adapted, change, texts):
         model, adapter = adapted()
         before = bits(model)
@@ -252,9 +264,12 @@ class TestFile:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
         assert set(tensors) == {
-            "factors.all.U", "factors.all.V", "factors.all.core",
-            "modules.head.weight", "modules.head.bias",
-        }  # fmt: skip
+            "factors.all.U",
+            "factors.all.V",
+            "factors.all.core",
+            "modules.head.weight",
+            "modules.head.bias",
+        }
         assert torch.equal(tensors["factors.all.U"], model.factor_bank.get_submodule("all").U)
         numbers = adapter.num_parameters() + sum(p.numel() for p in model.head.parameters())
         assert sum(t.numel() for t in tensors.values()) == numbers
@@ -404,7 +419,9 @@ class TestBadFiles:
         assert_refused(make_vit(), saved, "written by Adapter.save", str(saved))
 
     def test_missing_file(self, make_vit, tmp_path):
-        assert_refused(make_vit(), tmp_path / "no.safetensors", "no.safetensors", kind=FileNotFoundError)  # noqa: E501  # fmt: skip
+        assert_refused(
+            make_vit(), tmp_path / "no.safetensors", "no.safetensors", kind=FileNotFoundError
+        )
         assert_refused(make_vit(), tmp_path, str(tmp_path), kind=FileNotFoundError)
 
     @pytest.mark.parametrize("version", ["2", "0", "1.0", "", None])
@@ -441,11 +458,20 @@ class TestBadFiles:
             (lambda t: t.pop("factors.all.core"), ["missing", "factors.all.core"]),
             (lambda t: t.pop("modules.head.bias"), ["missing", "modules.head.bias"]),
             (lambda t: t.update(more=torch.ones(1)), ["unknown", "more"]),
-            (lambda t: t.update({"factors.all.U": torch.ones(48, 2)}), ["factors.all.U", "[48, 3]", "[48, 2]"]),  # noqa: E501
-            (lambda t: t.update({"factors.all.U": torch.ones(1, 1)}), ["factors.all.U", "[48, 3]", "[1, 1]"]),  # noqa: E501
-            (lambda t: t.update({"modules.head.weight": torch.ones(12, 5)}), ["modules.head.weight", "[5, 12]", "[12, 5]"]),  # noqa: E501
+            (
+                lambda t: t.update({"factors.all.U": torch.ones(48, 2)}),
+                ["factors.all.U", "[48, 3]", "[48, 2]"],
+            ),
+            (
+                lambda t: t.update({"factors.all.U": torch.ones(1, 1)}),
+                ["factors.all.U", "[48, 3]", "[1, 1]"],
+            ),
+            (
+                lambda t: t.update({"modules.head.weight": torch.ones(12, 5)}),
+                ["modules.head.weight", "[5, 12]", "[12, 5]"],
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_tensors_that_do_not_fit(self, make_vit, saved, change, texts):
         rewrite(saved, change)
         assert_refused(make_vit(), saved, str(saved), *texts)
@@ -480,7 +506,7 @@ class TestBadFiles:
         model = make_vit()
         attach(model, EFFT2(rank=2))
         before, state = adapter_snapshot(model), bits(model)
-        with pytest.raises(ValueError, match="model must carry no adapter.*detach"):
+        with pytest.raises(ValueError, match=r"model must carry no adapter.*detach"):
             load(model, saved)
         assert adapter_snapshot(model) == before and same_bits(bits(model), state)
 

@@ -98,14 +98,17 @@ def test_both_heads_of_distilled_deit_are_trained(make_vit, made_by):
         ({"targets": "attn.qkv"}, {(0, "qkv"), (1, "qkv")}),
         ({"targets": "mhsa"}, {(0, "qkv"), (0, "o"), (1, "qkv"), (1, "o")}),
         ({"targets": ["ffn"]}, {(0, "fc1"), (0, "fc2"), (1, "fc1"), (1, "fc2")}),
-        ({"targets": ["mhsa", "fc1"]}, {(0, "qkv"), (0, "o"), (0, "fc1"), (1, "qkv"), (1, "o"), (1, "fc1")}),  # noqa: E501
+        (
+            {"targets": ["mhsa", "fc1"]},
+            {(0, "qkv"), (0, "o"), (0, "fc1"), (1, "qkv"), (1, "o"), (1, "fc1")},
+        ),
         ({"targets": "blocks.1.*"}, {(1, "qkv"), (1, "o"), (1, "fc1"), (1, "fc2")}),
         ({"targets": "blocks.0.mlp.fc2"}, {(0, "fc2")}),
         ({"layers": 0, "targets": "mhsa"}, {(0, "qkv"), (0, "o")}),
         ({"layers": range(1, 2), "targets": "ffn"}, {(1, "fc1"), (1, "fc2")}),
         ({"layers": {1}, "targets": "attn.proj"}, {(1, "o")}),
     ],
-)  # fmt: skip
+)
 def test_targets_and_layers(make_vit, options, expected):
     model = make_vit()
     adapter = attach(model, EFFT2(rank=3), **options)
@@ -153,35 +156,82 @@ def test_meta_model_materialises(make_vit):
     )
 
 
-
 # (arguments of attach beside the model, error, texts of its message)
 BAD = {
-    "rank above min(K, N)": ({"method": EFFT2(rank=13)}, ValueError, ["rank must be at most min(K, N)=12", "K=12", "N=36", "13"]),
-    "ffn rank above min(K, N)": ({"method": EFFT2(rank=3, ffn_rank=13)}, ValueError, ["rank must be at most min(K, N)=12", "13"]),
-    "second rank above min(K, N)": ({"method": EFFT1(rank=(3, 13))}, ValueError, ["rank must be at most min(K, N)=12", "13"]),
-    "rank list of another length": ({"method": EFFT2(rank=[3, 3])}, ValueError, ["rank", "one entry per stage", "1", "2"]),
+    "rank above min(K, N)": (
+        {"method": EFFT2(rank=13)},
+        ValueError,
+        ["rank must be at most min(K, N)=12", "K=12", "N=36", "13"],
+    ),
+    "ffn rank above min(K, N)": (
+        {"method": EFFT2(rank=3, ffn_rank=13)},
+        ValueError,
+        ["rank must be at most min(K, N)=12", "13"],
+    ),
+    "second rank above min(K, N)": (
+        {"method": EFFT1(rank=(3, 13))},
+        ValueError,
+        ["rank must be at most min(K, N)=12", "13"],
+    ),
+    "rank list of another length": (
+        {"method": EFFT2(rank=[3, 3])},
+        ValueError,
+        ["rank", "one entry per stage", "1", "2"],
+    ),
     "method is a class": ({"method": EFFT2}, TypeError, ["method must be", "EFFT2"]),
     "method is a string": ({"method": "efft2"}, TypeError, ["method must be", "'efft2'"]),
-    "target that matches nothing": ({"targets": "attn.qvk"}, ValueError, ["targets", "'attn.qvk'", "matches no nn.Linear", "blocks.0.attn.qkv"]),
-    "one of two targets matches nothing": ({"targets": ["mhsa", "query"]}, ValueError, ["targets", "'query'"]),
+    "target that matches nothing": (
+        {"targets": "attn.qvk"},
+        ValueError,
+        ["targets", "'attn.qvk'", "matches no nn.Linear", "blocks.0.attn.qkv"],
+    ),
+    "one of two targets matches nothing": (
+        {"targets": ["mhsa", "query"]},
+        ValueError,
+        ["targets", "'query'"],
+    ),
     "target of another kind": ({"targets": "norm1"}, ValueError, ["targets", "'norm1'"]),
     "no targets": ({"targets": []}, TypeError, ["targets must be", "[]"]),
     "targets is a number": ({"targets": 3}, TypeError, ["targets must be", "3"]),
     "targets holds a number": ({"targets": ["mhsa", 3]}, TypeError, ["targets must be", "3"]),
-    "target without a place in the method": ({"targets": "head", "modules_to_train": ()}, ValueError, ["targets", "head"]),
+    "target without a place in the method": (
+        {"targets": "head", "modules_to_train": ()},
+        ValueError,
+        ["targets", "head"],
+    ),
     "layer out of range": ({"layers": 2}, ValueError, ["layers must be within 0..1", "2"]),
     "negative layer": ({"layers": [-1]}, ValueError, ["layers must be within 0..1", "-1"]),
     "no layers": ({"layers": []}, ValueError, ["layers must name at least one block"]),
     "layers is a bool": ({"layers": True}, TypeError, ["layers must be block indices", "True"]),
     "layers is a float": ({"layers": 1.0}, TypeError, ["layers must be", "1.0"]),
     "layers is text": ({"layers": "01"}, TypeError, ["layers must be", "'0'"]),
-    "layers without the targets": ({"targets": "blocks.0.*", "layers": 1}, ValueError, ["layers [1]", "targets"]),
-    "unknown module to train": ({"modules_to_train": ("haed",)}, ValueError, ["modules_to_train", "'haed'", "patch_embed"]),
-    "root as module to train": ({"modules_to_train": ("",)}, ValueError, ["modules_to_train", "''"]),
-    "modules to train of another kind": ({"modules_to_train": 3}, TypeError, ["modules_to_train", "3"]),
-    "modules to train holds None": ({"modules_to_train": [None]}, TypeError, ["modules_to_train", "None"]),
+    "layers without the targets": (
+        {"targets": "blocks.0.*", "layers": 1},
+        ValueError,
+        ["layers [1]", "targets"],
+    ),
+    "unknown module to train": (
+        {"modules_to_train": ("haed",)},
+        ValueError,
+        ["modules_to_train", "'haed'", "patch_embed"],
+    ),
+    "root as module to train": (
+        {"modules_to_train": ("",)},
+        ValueError,
+        ["modules_to_train", "''"],
+    ),
+    "modules to train of another kind": (
+        {"modules_to_train": 3},
+        TypeError,
+        ["modules_to_train", "3"],
+    ),
+    "modules to train holds None": (
+        {"modules_to_train": [None]},
+        TypeError,
+        ["modules_to_train", "None"],
+    ),
     "everything trained whole": ({"modules_to_train": "blocks"}, ValueError, ["targets"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -201,7 +251,7 @@ def test_already_attached(make_vit):
     model = make_vit()
     attach(model, EFFT2(rank=3))
     before = snapshot(model)
-    with pytest.raises(ValueError, match="model must carry no adapter.*detach"):
+    with pytest.raises(ValueError, match=r"model must carry no adapter.*detach"):
         attach(model, EFFT1(rank=3))
     assert snapshot(model) == before
 
@@ -262,7 +312,9 @@ def test_model_that_is_a_linear_itself():
 
 def test_model_without_linears():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    with pytest.raises(ValueError, match="targets=None finds .*timm's ViT, DeiT and Swin.*Sequential"):
+    with pytest.raises(
+        ValueError, match=r"targets=None finds .*timm's ViT, DeiT and Swin.*Sequential"
+    ):
         attach(model, EFFT2(rank=3), modules_to_train=())
 
 

@@ -87,9 +87,14 @@ class TestDropIn:
     @pytest.mark.parametrize("lead", [(4,), (), (2, 3), (0,)])
     def test_forward_is_the_dense_formula(self, randomize, slices, learn_scale, lead):
         layer = FusedEFFTLinear(
-            7, 15, rank=(3, 2), scale=0.7, slices=slices, learn_scale=learn_scale,
+            7,
+            15,
+            rank=(3, 2),
+            scale=0.7,
+            slices=slices,
+            learn_scale=learn_scale,
             dtype=torch.float64,
-        )  # fmt: skip
+        )
         randomize(layer.factors)
         x = torch.randn(*lead, 7, dtype=torch.float64)
         delta = dense_delta(layer)
@@ -444,7 +449,7 @@ def test_bad_input_to_forward(layer):
         layer(torch.randn(2, 8))
     with pytest.raises(TypeError, match=r"x must be float64, float32.*got torch\.int64"):
         layer(torch.ones(2, 7, dtype=torch.int64))
-    with pytest.raises(TypeError, match="weight must have x's dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"weight must have x's dtype torch.float64"):
         layer(torch.randn(2, 7, dtype=torch.float64))
 
 
@@ -454,10 +459,14 @@ class TestFactorBank:
         adapter = attach(model, EFFT2(rank=3))
         keys = [key for key in model.state_dict() if key.startswith("factor_bank.")]
         assert sorted(keys) == sorted(
-            f"factor_bank.{group}.{name}" for group in ("mhsa", "ffn") for name in ("U", "V", "core")
+            f"factor_bank.{group}.{name}"
+            for group in ("mhsa", "ffn")
+            for name in ("U", "V", "core")
         )
         assert len(list(adapter.parameters())) == 6
-        assert not any(isinstance(child, FactorBank) for block in model.blocks for child in block.modules())  # noqa: E501  # fmt: skip
+        assert not any(
+            isinstance(child, FactorBank) for block in model.blocks for child in block.modules()
+        )
 
     def test_reset_makes_every_increment_zero(self, make_vit, randomize):
         model = make_vit()

@@ -143,6 +143,8 @@ def _select_backend(backend: str, x: Tensor) -> tuple[ModuleType, str]:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot take x: {reason}")
         return module, backend
     for name in _PREFERENCE:
+        if name == "triton" and not x.is_cuda:
+            continue  # its interpreter takes CPU tensors, for whoever asks for it by name
         module_or_none, _ = _load(name)
         if module_or_none is not None and module_or_none.rejects(x) is None:
             return module_or_none, name
@@ -198,7 +200,7 @@ def _bwd(
     backend: str,
     strategy: str,
 ) -> tuple[Tensor, ...]:
-    problem = cost_model.Problem.of(dy, weight, down, core, up, training=True)
+    problem = cost_model.Problem.of(dy, weight, down, core, up, training=True, backward=True)
     module, strategy = select(backend, strategy, problem, dy)
     with _without_autocast(dy.device.type):
         dx, d_weight, d_bias, d_down, d_core, d_up = module.backward(

@@ -91,7 +91,9 @@ def tensor_of(core, u, v, scale):
 def efft1_deltas(groups, layers, parts, shared):
     """Weight name → ΔW [N, K]: slices [q;k;v;o] stacked along out, fc1, fc2^T of each layer."""
     slices = tensor_of(**groups["all"])
-    kinds = [kind for kind, part in (("mhsa", "mhsa"), ("fc1", "ffn"), ("fc2", "ffn")) if part in parts]  # noqa: E501  # fmt: skip
+    kinds = [
+        kind for kind, part in (("mhsa", "mhsa"), ("fc1", "ffn"), ("fc2", "ffn")) if part in parts
+    ]
     deltas = {}
     for position, layer in enumerate(layers):
         first = 0 if shared else position * len(kinds)
@@ -267,7 +269,11 @@ def test_dropout_masks_entries_and_rescales(make_vit, randomize):
     masks = {"U": [], "V": [], "core": []}
     for _ in range(400):
         down, core, up = layer.current_factors(dropout=True)
-        for name, t, full in (("U", down, group.U), ("V", up[0], group.V), ("core", core, group.core[:3])):  # noqa: E501  # fmt: skip
+        for name, t, full in (
+            ("U", down, group.U),
+            ("V", up[0], group.V),
+            ("core", core, group.core[:3]),
+        ):
             ratio = t / full
             kept = ratio != 0
             torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / 0.75))

@@ -39,9 +39,7 @@ class Graphs:
 
             return compiler
 
-        self.backend = aot_autograd(
-            fw_compiler=keep(self.forward), bw_compiler=keep(self.backward)
-        )
+        self.backend = aot_autograd(fw_compiler=keep(self.forward), bw_compiler=keep(self.backward))
 
     @staticmethod
     def count(graphs, operator) -> int:
@@ -64,7 +62,14 @@ def backward_rows(monkeypatch):
 
 def operands(m, lead=None):
     torch.manual_seed(m)
-    shapes = {"x": (*(lead or (m,)), 7), "weight": (15, 7), "bias": (15,), "down": (7, 3), "core": (3, 3, 2), "up": (1, 5, 2)}  # noqa: E501  # fmt: skip
+    shapes = {
+        "x": (*(lead or (m,)), 7),
+        "weight": (15, 7),
+        "bias": (15,),
+        "down": (7, 3),
+        "core": (3, 3, 2),
+        "up": (1, 5, 2),
+    }
     return {
         name: torch.randn(shape, dtype=torch.float64).requires_grad_()
         for name, shape in shapes.items()
@@ -241,7 +246,9 @@ def test_factor_dropout_in_a_compiled_step(make_vit, randomize):
     randomize(adapter)
     model.train()
     images = torch.randn(2, 3, 8, 8)
-    compiled = torch.compile(lambda: model(images).tanh().sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda: model(images).tanh().sum(), fullgraph=True, backend="aot_eager"
+    )
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

@@ -15,7 +15,14 @@ NAMES = {"reference", "torch", "cpp", "triton", "cuda"}
 
 @pytest.fixture
 def tensors():
-    shapes = {"x": (5, 7), "weight": (15, 7), "bias": (15,), "down": (7, 3), "core": (3, 3, 2), "up": (1, 5, 2)}  # noqa: E501  # fmt: skip
+    shapes = {
+        "x": (5, 7),
+        "weight": (15, 7),
+        "bias": (15,),
+        "down": (7, 3),
+        "core": (3, 3, 2),
+        "up": (1, 5, 2),
+    }
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
@@ -226,7 +233,14 @@ def test_opcheck_forward(case, strategy, save_p, m):
 @pytest.mark.parametrize("case", OPCHECKS, ids=str)
 def test_opcheck_backward(case, strategy, needs, m):
     x, weight, bias, down, core, up = opcheck_operands(*case, m=m)
-    given = {"dx": x, "d_weight": weight, "d_bias": bias, "d_down": down, "d_core": core, "d_up": up}
+    given = {
+        "dx": x,
+        "d_weight": weight,
+        "d_bias": bias,
+        "d_down": down,
+        "d_core": core,
+        "d_up": up,
+    }
     wanted = [name in needs.split() and tensor is not None for name, tensor in given.items()]
     dy = torch.randn(m, weight.shape[0]).to(x.dtype)
     p = (x.to(down.dtype) @ down).to(x.dtype)
@@ -238,8 +252,17 @@ def test_operators_do_not_alias_their_inputs():
     storages = {t.untyped_storage().data_ptr() for t in tensors}
     outputs = [
         *FWD(*tensors, True, "auto", "split"),
-        *BWD(torch.ones(1, 15), tensors[0], tensors[1], torch.ones(1, 3), *tensors[3:], [True] * 6, "auto", "split"),  # noqa: E501
-    ]  # fmt: skip
+        *BWD(
+            torch.ones(1, 15),
+            tensors[0],
+            tensors[1],
+            torch.ones(1, 3),
+            *tensors[3:],
+            [True] * 6,
+            "auto",
+            "split",
+        ),
+    ]
     found = [t.untyped_storage().data_ptr() for t in outputs]
     assert len(set(found)) == len(found) and not storages & set(found)
     assert all(math.isfinite(t.sum()) for t in outputs)

@@ -29,9 +29,19 @@ CASES = [
 
 
 def operands(
-    slices=3, with_core=True, shared=True, with_bias=True, *,
-    lead=(11,), k=7, per_slice=5, ra=3, rb=2, dtype=torch.float64, factor_dtype=None,
-):  # fmt: skip
+    slices=3,
+    with_core=True,
+    shared=True,
+    with_bias=True,
+    *,
+    lead=(11,),
+    k=7,
+    per_slice=5,
+    ra=3,
+    rb=2,
+    dtype=torch.float64,
+    factor_dtype=None,
+):
     """Random operands by name, scaled so that both terms of y are of order one."""
     rb = rb if with_core else ra
     n = slices * per_slice
@@ -129,7 +139,18 @@ def test_any_layout(name, layout, strategy):
     ):
         leaves = {key: given[key].detach().requires_grad_() for key in NAMES}
         y = function(**leaves)
-        results.append((y, dict(zip(NAMES, torch.autograd.grad(y, list(leaves.values()), given["dy"]), strict=True))))  # noqa: E501  # fmt: skip
+        results.append(
+            (
+                y,
+                dict(
+                    zip(
+                        NAMES,
+                        torch.autograd.grad(y, list(leaves.values()), given["dy"]),
+                        strict=True,
+                    )
+                ),
+            )
+        )
     assert_same(*results)
 
 
@@ -200,9 +221,7 @@ def test_error_budget(dtype, factor_dtype, case, strategy):
         {name: None if t is None else t.double() for name, t in tensors.items()},
         dy,
     )
-    ours_y, ours = differentiate(
-        lambda **t: low_rank_linear(**t, strategy=strategy), tensors, dy
-    )
+    ours_y, ours = differentiate(lambda **t: low_rank_linear(**t, strategy=strategy), tensors, dy)
     torch_y, torchs = differentiate(plain, tensors, dy)
     assert relative_error(ours_y, exact_y) <= 2 * relative_error(torch_y, exact_y)
     for name in exact:
@@ -219,11 +238,7 @@ def test_bias_gradient_of_many_rows_in_half_precision():
     assert grads["bias"].tolist() == [4096.0] * 15
 
 
-PRESENT = [
-    wanted
-    for count in range(1, 7)
-    for wanted in itertools.combinations(NAMES, count)
-]
+PRESENT = [wanted for count in range(1, 7) for wanted in itertools.combinations(NAMES, count)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -372,12 +387,18 @@ def problems(draw):
         )
     )
     tensors = operands(
-        slices, with_core, draw(st.booleans()), draw(st.booleans()),
+        slices,
+        with_core,
+        draw(st.booleans()),
+        draw(st.booleans()),
         lead=tuple(draw(st.lists(st.integers(0, 5), max_size=3))),
-        k=draw(st.integers(1, 20)), per_slice=draw(st.integers(1, 9)),
-        ra=draw(st.integers(1, 6)), rb=draw(st.integers(1, 6)),
-        dtype=dtype, factor_dtype=factor_dtype,
-    )  # fmt: skip
+        k=draw(st.integers(1, 20)),
+        per_slice=draw(st.integers(1, 9)),
+        ra=draw(st.integers(1, 6)),
+        rb=draw(st.integers(1, 6)),
+        dtype=dtype,
+        factor_dtype=factor_dtype,
+    )
     for name in tensors:
         t = tensors[name]
         if t is not None and t.dim() > 1 and draw(st.booleans()):
@@ -386,9 +407,11 @@ def problems(draw):
 
 
 EPSILON = {
-    torch.float64: 2.0**-52, torch.float32: 2.0**-23,
-    torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7,
-}  # fmt: skip
+    torch.float64: 2.0**-52,
+    torch.float32: 2.0**-23,
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-7,
+}
 
 
 @hypothesis.given(problems(), st.integers(0, 2**31))
@@ -419,7 +442,14 @@ def f32(**shapes):
     return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
-BASE = {"x": (4, 7), "weight": (15, 7), "bias": (15,), "down": (7, 3), "core": (3, 3, 2), "up": (1, 5, 2)}  # noqa: E501  # fmt: skip
+BASE = {
+    "x": (4, 7),
+    "weight": (15, 7),
+    "bias": (15,),
+    "down": (7, 3),
+    "core": (3, 3, 2),
+    "up": (1, 5, 2),
+}
 
 SHAPE_ERRORS = [
     ({"weight": (15,)}, ["weight must be [N, K]", "(15,)"]),
@@ -483,7 +513,7 @@ DTYPE_ERRORS = [
         {"x": half, "weight": half, "bias": half, "up": half},
         ["share one dtype", "down torch.float32", "core torch.float32", "up torch.float16"],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "texts"), DTYPE_ERRORS)

@@ -134,13 +134,14 @@ def launch_gemm(
     *,
     width: int,
     ride: bool,
+    config: tuning.GemmConfig | None = None,
 ) -> Tensor:
     """out [M, C] in a's dtype. With `ride`, P is computed here and stored into `p` unless that is None."""
     m, i = a.shape
     c = w.shape[1]
     rank = thin_in.shape[1]
     stride_a, stride_wi, stride_wc = a.stride(0), w.stride(0), w.stride(1)
-    block_m, block_c, block_i, group_m, num_warps, num_stages = tuning.gemm_config(
+    block_m, block_c, block_i, group_m, num_warps, num_stages = config or tuning.gemm_config(
         m,
         c,
         i,

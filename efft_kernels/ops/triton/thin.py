@@ -175,11 +175,12 @@ def launch_thin(
     thin_in: Tensor,  # [C, RANK]
     s: Tensor,  # [M, width], filled here
     p: Tensor | None,  # [M, rank]
+    config: tuning.PassConfig | None = None,
 ) -> Tensor | None:
     """Fill s with tall·thin_in; with p also return the partial sums [programs, C, RANK] of tall^T·p."""
     m, c = tall.shape
     rank = thin_in.shape[1]
-    block_m, block_c, programs, num_warps, num_stages = tuning.pass_config(
+    block_m, block_c, programs, num_warps, num_stages = config or tuning.pass_config(
         "thin" if p is None else "thin_grad",
         m,
         c,
@@ -220,11 +221,12 @@ def launch_thin(
 def launch_tall_grad(
     tall: Tensor,  # [M, C], unit last stride
     thin: Tensor,  # [M, width], unit last stride
+    config: tuning.PassConfig | None = None,
 ) -> Tensor:
     """The partial sums [splits, C, RANK] of tall^T·thin, float32."""
     m, c = tall.shape
     rank = padded_rank(thin.shape[1])
-    block_m, block_c, splits, num_warps, num_stages = tuning.pass_config(
+    block_m, block_c, splits, num_warps, num_stages = config or tuning.pass_config(
         "tall_grad",
         m,
         c,
