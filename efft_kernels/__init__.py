@@ -3,6 +3,7 @@
 from .adapter import Adapter
 from .adapter_set import AdapterSet
 from .attach import attach, load
+from .interop import export_peft_lora, import_fact, import_peft_lora
 from .methods import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA
 from .nn import FactorBank, FusedEFFTLinear
 from .ops import reference
@@ -24,6 +25,9 @@ __all__ = [
     "LoRA",
     "attach",
     "available_backends",
+    "export_peft_lora",
+    "import_fact",
+    "import_peft_lora",
     "load",
     "low_rank_linear",
     "reference",

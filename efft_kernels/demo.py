@@ -6,8 +6,8 @@ ways: `linear` (the head alone), `full` (everything), `efft1` and `efft2` (facto
 seed draws its own training images; images, augmentation, batch size, epochs and schedule are the
 same for every method.
 
-The learning rates and scales in `RECIPES` were chosen by `search`, which never sees a digit from 5
-to 9: it pretends that some of the digits 0 to 4 are the new ones.
+The learning rates, ranks and scales in `RECIPES` were chosen by `search`, which never sees a digit
+from 5 to 9: it pretends that some of the digits 0 to 4 are the new ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ TRAIN_PER_CLASS = 20
 SOURCE_TRAIN_SHARE = 0.8
 SOURCE_TOP1_NEEDED = 95.0
 DEVICE = "cpu"
-RANK = 8
 # Steps this small gain little from a second thread, and lose much when it has to be waited for.
 THREADS = 1
 
@@ -62,11 +61,12 @@ class Recipe:
     backbone: bool = False
 
 
+# The winners of `search`, where they reached 77.0%, 94.7%, 92.3% and 91.7%.
 RECIPES = {
     "linear": Recipe(lr=1.0),
     "full": Recipe(lr=1e-3, backbone=True),
-    "efft1": Recipe(lr=3e-2, method=EFFT1(rank=RANK, scale=0.1)),
-    "efft2": Recipe(lr=3e-2, method=EFFT2(rank=RANK, scale=0.1)),
+    "efft1": Recipe(lr=3e-2, method=EFFT1(rank=16, scale=0.1)),
+    "efft2": Recipe(lr=3e-2, method=EFFT2(rank=16, scale=0.1)),
 }
 
 
@@ -268,8 +268,15 @@ def search(console: Console | None = None) -> None:
     }
     for name, kind in (("efft1", EFFT1), ("efft2", EFFT2)):
         candidates[name] = [
-            Recipe(lr, kind(rank=RANK, scale=scale))
-            for scale, lr in ((0.1, 1e-2), (0.1, 3e-2), (1.0, 3e-3), (1.0, 1e-2), (10.0, 3e-3))
+            Recipe(lr, kind(rank=rank, scale=scale))
+            for rank, scale, lr in (
+                (8, 0.1, 1e-2),
+                (8, 0.1, 3e-2),
+                (8, 1.0, 3e-3),
+                (8, 1.0, 1e-2),
+                (8, 10.0, 3e-3),
+                (16, 0.1, 3e-2),
+            )
         ]
     with _reproducible():
         sources = ((0, 1), (2, 3), (1, 4), (0, 4))

@@ -31,19 +31,19 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     axes.set_xscale("log")
     for point, colour in zip(points, _COLOURS, strict=True):
         x = point.trained_params
-        axes.scatter(
-            [x] * len(point.top1), point.top1, s=14, color=colour, alpha=0.35, linewidths=0
-        )
+        beside = [x / 1.12] * len(point.top1)
+        axes.scatter(beside, point.top1, s=14, color=colour, alpha=0.4, linewidths=0)
         axes.errorbar(
             x, point.top1_mean, yerr=point.top1_std, fmt="o", markersize=7, capsize=4, color=colour
         )
-    largest = max(point.trained_params for point in points)
+    counts = [point.trained_params for point in points]
     for point, colour in zip(points, _COLOURS, strict=True):
-        left = point.trained_params == largest
+        x = point.trained_params
+        left = x == max(counts) or any(x < other < 3 * x for other in counts)
         axes.annotate(
             f"{point.label}\n{point.top1_mean:.1f}%, {point.trained_params:,} parameters",
-            (point.trained_params, point.top1_mean),
-            xytext=(-10 if left else 10, -14),
+            (x, point.top1_mean),
+            xytext=(-14 if left else 10, -12),
             textcoords="offset points",
             ha="right" if left else "left",
             va="top",

@@ -36,15 +36,26 @@ class FactorBank(nn.Module):
     Args:
         groups: name → group of parameters; a name becomes the prefix of its state-dict keys.
         sites: site name → name of its group.
+
+    Raises:
+        ValueError: a group named like one of the bank's own attributes.
     """
 
     def __init__(self, groups: Mapping[str, FactorGroup], sites: Mapping[str, str]) -> None:
         super().__init__()
-        for name, group in groups.items():
-            self.add_module(name, group)
         self.group_of = dict(sites)
         self.attachment: Any = None
         self.tasks: TaskBatch | None = None
+        for name, group in groups.items():
+            if hasattr(self, name):
+                raise ValueError(
+                    f"groups must not be named like a FactorBank's own attribute, got {name!r}"
+                )
+            self.add_module(name, group)
+
+    def forward(self, input: Any) -> Any:
+        """The input itself: at the root of an nn.Sequential the bank is the last of the chain."""
+        return input
 
     def group(self, site: str) -> FactorGroup:
         """The group that holds a site's factors."""
@@ -296,6 +307,9 @@ class FusedEFFTLinear(nn.Linear):
         backend = requested_backend(self.backend)
         cpu_auto = backend == "auto" and x.device.type == "cpu"
         shares = cpu_auto or backend == "torch"
+        # Traced, the shared path's gradients come out as zero; torch.func cannot batch it.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
         return shares and self.strategy == "auto" and self.shared_input[0].active
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedEFFTLinear:

@@ -170,7 +170,7 @@ class TestDetach:
         assert all(p.requires_grad for p in model.parameters())
 
     def test_handle_is_dead_afterwards(self, adapted, tmp_path):
-        model, adapter = adapted()
+        _, adapter = adapted()
         adapter.detach()
         for use in (
             adapter.detach,

@@ -9,7 +9,11 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT1, EFFT2, Adapter, FactorBank, FusedEFFTLinear, LoRA, attach
 
@@ -396,8 +400,6 @@ def test_state_dict_round_trip_by_assignment(make_vit, randomize):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_blocks_give_the_same_gradients(make_vit, randomize, use_reentrant):
     """Factor dropout included: recomputation draws the same masks."""
-    from torch.utils.checkpoint import checkpoint
-
     model = make_vit(dtype=torch.float64)
     adapter = attach(model, EFFT2(rank=3, dropout=0.5))
     randomize(adapter)
@@ -425,10 +427,6 @@ def test_checkpointed_blocks_give_the_same_gradients(make_vit, randomize, use_re
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 def test_distributed_wrappers_give_the_same_gradients(make_vit, randomize, wrapper):
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
     def prepared():
         model = make_vit()
         adapter = attach(model, EFFT2(rank=3, dropout=0.0))

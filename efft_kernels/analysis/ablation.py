@@ -1,5 +1,7 @@
-"""Which layers and blocks to adapt, and at which scale (EFFT, arXiv:2311.06749, section 4.3, Table 4
-and Figs. 7 to 9)."""
+"""Which layers and blocks to adapt, and at which scale.
+
+Source: EFFT (arXiv:2311.06749), section 4.3, Table 4 and Figs. 7 to 9.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from ..attach import attach
 from ..engine import seed_everything
 from ..methods.base import Method
 from ..sites import find_sites
-from .task import Budget, Task, top1_after_training
+from .task import Budget, Task, top1_after_training, without_nan
 
 LayerRange = tuple[int, int]  # first and last block, both included
 
@@ -50,7 +52,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Ablation:
-    """All cells, and for each method the full adaptation (both parts of all layers) to compare with.
+    """All cells, and what they are compared with: both parts of all layers adapted.
 
     Attributes:
         task: name of the data set.
@@ -262,14 +264,3 @@ def _check_runs(methods: Sequence[Method], seeds: Sequence[int]) -> None:
         raise ValueError(f"methods must be one or several, each once, got {names}")
     if not seeds:
         raise ValueError("seeds must hold at least one")
-
-
-def without_nan(value: Any) -> Any:
-    """`value` in JSON's own types: NaN becomes None."""
-    if isinstance(value, float):
-        return None if math.isnan(value) else value
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return value

@@ -99,9 +99,7 @@ def _heat_maps(
                 colour = "black" if value > 0.55 else "white"
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", size=6, color=colour)
     if image is not None:
-        figure.colorbar(
-            image, ax=grid, label="similarity above random", shrink=0.8, extend="min"
-        )
+        figure.colorbar(image, ax=grid, label="similarity above random", shrink=0.8, extend="min")
     return figure
 
 
@@ -114,16 +112,16 @@ def draw_dimensions(results: Sequence[IntrinsicDimension]) -> Figure:
         marker = MARKERS[index % len(MARKERS)]
         d_t = "not reached" if item.dimension is None else str(item.dimension)
         axes.plot(
-            [d for d, _ in item.curve],
-            [top1 for _, top1 in item.curve],
+            [point.dim for point in item.curve],
+            [point.top1_percent for point in item.curve],
             color=colour,
             marker=marker,
             markerfacecolor="white",
             label=f"{item.module} ({item.parameters:,} parameters): d_t {d_t}",
         )
-        if item.dimension is not None:
-            reached = dict(item.curve)[item.dimension]
-            axes.plot(item.dimension, reached, color=colour, marker=marker, markersize=9)
+        for point in item.curve:
+            if point.dim == item.dimension:
+                axes.plot(point.dim, point.top1_percent, color=colour, marker=marker, markersize=9)
     for index, level in enumerate(sorted({item.threshold_top1_percent for item in results})):
         axes.axhline(
             level,

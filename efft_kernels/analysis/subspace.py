@@ -244,7 +244,7 @@ def _triangle(matrix: Tensor) -> Tensor:
 
 
 def factor_matrices(adapter: Adapter) -> dict[str, Tensor]:
-    """The factors U and V by their names in the bank, [D, r] each; empty for LoRA and KAdaptation."""
+    """The factors U and V by their names in the bank, [D, r]; none for LoRA and KAdaptation."""
     return {
         name: parameter.detach()
         for name, parameter in adapter.named_parameters()
@@ -347,9 +347,7 @@ def between_seeds(a: Adapter, b: Adapter, limit: int | None = None) -> list[Comp
     others = factor_matrices(b)
     for name, factor in factor_matrices(a).items():
         if name in others and others[name].shape[0] == factor.shape[0]:
-            found.append(
-                _compare("seeds", name, name, "factor", factor, others[name], limit)
-            )
+            found.append(_compare("seeds", name, name, "factor", factor, others[name], limit))
     if not found:
         raise ValueError("the two adapters must adapt linears of the same kind, got none in common")
     return found
@@ -387,8 +385,11 @@ def between_blocks(adapter: Adapter, role: str, side: str, top: int = 4) -> list
     if not bases:
         roles = sorted({site.role for site in adapter.sites})
         raise ValueError(f"role must be one of {roles}, got {role!r}")
-    return [_compare_blocks(role, side, top, of_stage) for of_stage in bases.values()
-            if len(of_stage) > 1]
+    return [
+        _compare_blocks(role, side, top, of_stage)
+        for of_stage in bases.values()
+        if len(of_stage) > 1
+    ]
 
 
 def _compare_blocks(role: str, side: str, top: int, bases: dict[int, Tensor]) -> BlockComparison:
@@ -397,7 +398,12 @@ def _compare_blocks(role: str, side: str, top: int, bases: dict[int, Tensor]) ->
     overlaps = torch.einsum("adi,bdj->abij", stacked, stacked).square().sum((2, 3)) / top
     dim = stacked.shape[1]
     return BlockComparison(
-        role, side, dim, top, tuple(bases), overlaps.clamp(max=1.0).numpy(),
+        role,
+        side,
+        dim,
+        top,
+        tuple(bases),
+        overlaps.clamp(max=1.0).numpy(),
         random_baseline(dim, top, top),
     )
 

@@ -87,8 +87,8 @@ def dimension_table(results: Sequence[IntrinsicDimension]) -> Table:
     for name in ("parameters", "full top-1 %", "threshold %", "d_t", "top-1 % there"):
         table.add_column(name, justify="right")
     for item in results:
-        reached = dict(item.curve).get(-1 if item.dimension is None else item.dimension)
-        beyond = f"> {item.curve[-1][0]}" if item.curve else "?"
+        reached = next((p.top1_percent for p in item.curve if p.dim == item.dimension), None)
+        beyond = f"> {item.curve[-1].dim}" if item.curve else "?"
         table.add_row(
             item.module,
             f"{item.parameters:,}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,12 +229,15 @@ def digits_task(
     train, test = demo.split_digits(demo.TARGET_CLASSES, demo.TRAIN_PER_CLASS, seed)
     seed_everything(seed)
     backbone.reset_classifier(len(demo.TARGET_CLASSES))
-    generator = torch.Generator()
+    shuffled: Any = DataLoader(
+        train, batch_size, shuffle=True, drop_last=True, generator=torch.Generator()
+    )
+    in_order: Any = DataLoader(test, batch_size=256)
     return Task(
         name="digits 5 to 9",
         model=backbone,
-        train=DataLoader(train, batch_size, shuffle=True, drop_last=True, generator=generator),
-        val=DataLoader(test, batch_size=256),
+        train=shuffled,
+        val=in_order,
         num_classes=len(demo.TARGET_CLASSES),
         device=torch_device,
     )
@@ -243,3 +246,14 @@ def digits_task(
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def without_nan(value: Any) -> Any:
+    """`value` in JSON's own types: NaN becomes None."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return value

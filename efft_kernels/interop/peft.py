@@ -342,8 +342,10 @@ def _saved_modules(
 def _exact_pair(factors: Factors) -> tuple[Tensor, Tensor]:
     """(A [R, K], B [N, R]) in float64 with B·A = ΔW [N, K], R the smallest that needs no
     decomposition."""
-    down, up = factors.down.double(), factors.up.double()  # [K, Ra], [1 or G, N/G, Rb]
-    core = None if factors.core is None else factors.core.double()  # [G, Ra, Rb]
+    # On the CPU: not every device has float64.
+    down = factors.down.to("cpu", torch.float64)  # [K, Ra]
+    up = factors.up.to("cpu", torch.float64)  # [1 or G, N/G, Rb]
+    core = None if factors.core is None else factors.core.to("cpu", torch.float64)  # [G, Ra, Rb]
     slices = up.shape[0] if core is None else core.shape[0]
     if core is None or down.shape[1] <= slices * up.shape[2]:
         fold = up if core is None else up @ core.mT  # [G, N/G, Ra]
@@ -356,7 +358,7 @@ def _exact_pair(factors: Factors) -> tuple[Tensor, Tensor]:
     a, b = a[used], b[:, used]
     n, k = b.shape[0], a.shape[1]
     if a.shape[0] > min(k, n):
-        delta, eye = b @ a, torch.eye(min(k, n), dtype=a.dtype, device=a.device)
+        delta, eye = b @ a, torch.eye(min(k, n), dtype=a.dtype)
         return (eye, delta) if k <= n else (delta, eye)
     return a, b
 

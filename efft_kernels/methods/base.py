@@ -17,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+_RESERVED = frozenset(dir(nn.ParameterDict()))
+
 Rank = int | tuple[int, int]
 
 _PAPER_ORDER = ("q", "k", "v", "o", "gate", "fc1", "fc2", "linear")
@@ -184,6 +186,18 @@ def by_stage(sites: Sequence[Site], part: Callable[[Site], str]) -> dict[str, li
         if len(widths) > 1:
             raise ValueError(f"targets of group {name!r} must have one width d, got {widths}")
     return groups
+
+
+def undotted_names(sites: Sequence[Site]) -> dict[str, str]:
+    """Site name → a name for a child module or parameter: with _ for dots, and further _ where that
+    is another site's or one of torch's own."""
+    names: dict[str, str] = {}
+    for site in sites:
+        name = site.name.replace(".", "_")
+        while name in _RESERVED or name in names.values():
+            name += "_"
+        names[site.name] = name
+    return names
 
 
 def require_roles(method: Method, sites: Sequence[Site], roles: Sequence[str]) -> None:

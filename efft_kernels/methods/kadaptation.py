@@ -10,7 +10,16 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .base import FactorGroup, Factors, Method, Site, check_choice, check_number, check_ranks
+from .base import (
+    FactorGroup,
+    Factors,
+    Method,
+    Site,
+    check_choice,
+    check_number,
+    check_ranks,
+    undotted_names,
+)
 from .lora import check_matrices, chosen_slices, stack_matrices
 
 
@@ -72,6 +81,7 @@ class KroneckerGroup(FactorGroup):
         self.A = nn.Parameter(torch.empty(n, n, n))
         self.u = nn.ParameterDict()
         self.v = nn.ParameterDict()
+        self.names = undotted_names(sites)
         for site in sites:
             m, out = len(self.chosen[site.name]), site.out_features // self.slices[site.name]
             if site.in_features % n or out % n:
@@ -85,7 +95,7 @@ class KroneckerGroup(FactorGroup):
                     f"{min(site.in_features, out)} of each matrix in {site.name!r}, got"
                     f" {n * n * method.rank}"
                 )
-            key = _key(site.name)
+            key = self.names[site.name]
             self.u[key] = nn.Parameter(torch.empty(m, n, site.in_features // n, method.rank))
             self.v[key] = nn.Parameter(torch.empty(m, n, out // n, method.rank))
         self.reset_parameters()
@@ -103,7 +113,7 @@ class KroneckerGroup(FactorGroup):
     def factors(self, site: str, dropout: bool) -> Factors:
         # With (i, b, r) as rank index: down[(a, p), (i, b, r)] = A_i[a, b]·u_i[p, r] and
         # up[(b', q), (i, b, r)] = v_i[q, r] where b' = b, else 0.
-        u, v = self.u[_key(site)], self.v[_key(site)]
+        u, v = self.u[self.names[site]], self.v[self.names[site]]
         n = self.A.shape[0]
         eye = torch.eye(n, dtype=v.dtype, device=v.device)
         down = torch.einsum("iab,mipr->mapibr", self.A * self.scale, u)
@@ -114,7 +124,3 @@ class KroneckerGroup(FactorGroup):
             self.chosen[site],
             self.slices[site],
         )
-
-
-def _key(site: str) -> str:
-    return site.replace(".", "_")

@@ -22,6 +22,7 @@ from .base import (
     check_rank_fits,
     check_ranks,
     rank_pair,
+    undotted_names,
 )
 
 KINDS = ("q", "k", "v", "o", "gate", "fc1", "fc2")
@@ -103,7 +104,8 @@ class LoRA(Method):
         return [site for site in sites if chosen_slices(site, self.matrices)]
 
     def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
-        return {site.name.replace(".", "_"): [site] for site in sites}
+        names = undotted_names(sites)
+        return {names[site.name]: [site] for site in sites}
 
     def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
         check_rank_fits("rank", rank_pair("rank", self.rank), sites)

@@ -68,7 +68,6 @@ class _LinearPlusProjected(torch.autograd.Function):
             return y.addmm_(p, b.t())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, p, core, up = ctx.saved_tensors
         need_x, need_weight, need_bias, need_p, need_core, need_up = ctx.needs_input_grad

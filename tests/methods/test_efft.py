@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from efft_kernels import EFFT1, EFFT2, attach
+from efft_kernels.methods import method_from_config
 
 D, DEPTH = 12, 2  # of the small model
 
@@ -189,6 +192,7 @@ def test_starts_at_exactly_zero(make_vit, kind, init, learn_scale):
     assert all(delta.dtype == torch.float32 for delta in deltas.values())
     torch.testing.assert_close(model(images), before)
     for group in adapter.bank.children():
+        assert group.scale == 10.0 and isinstance(group.scale, nn.Parameter) is learn_scale
         zero, random = (group.V, group.U) if init == "v" else (group.U, group.V)
         assert not zero.any() and random.all() and group.core.all()
 
@@ -316,10 +320,6 @@ def test_bad_ffn_rank():
 
 
 def test_configurations_survive_json():
-    import json
-
-    from efft_kernels.methods import method_from_config
-
     for method in (
         EFFT1(rank=(3, 2), scale=0.1, init="u", dropout=0.0, cores="shared", learn_scale=True),
         EFFT2(rank=4, ffn_rank=(2, 3)),

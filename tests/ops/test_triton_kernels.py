@@ -296,6 +296,33 @@ def test_a_rank_beyond_the_kernels_runs_in_torch(caplog):
     assert "rank 131 is above 128" in caplog.text
 
 
+@pytest.mark.skipif(
+    not INTERPRETED and torch.cuda.get_device_capability() < (9, 0), reason="needs compute capability 9.0"
+)
+@pytest.mark.parametrize("ride", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_tiles_through_the_copy_engine(direction, ride):
+    """Config.tma, which only a measurement turns on, on ragged tiles in every direction."""
+    from efft_kernels.ops.triton.gemm import launch_gemm
+    from efft_kernels.ops.triton.tuning import GemmConfig
+
+    block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 128, 64, 8, 4, 3)
+    M, I, C = 201, 176, 208
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randint(-1, 2, size, generator=g).to(DEVICE, torch.float16)
+
+    a, thin_in, thin_out = draw(M, I), draw(I, 16), draw(C, 16)
+    w = draw(C, I).t() if direction == "forward" else draw(I, C)
+    expected_p = a.double() @ thin_in.double()
+    p = torch.empty_like(expected_p, dtype=a.dtype) if ride else expected_p.to(a.dtype)
+    out = launch_gemm(a, w, None, thin_in, thin_out, p, width=16, ride=ride, config=GemmConfig(*block, tma=True))
+    assert torch.equal(p.double(), expected_p)
+    exact = a.double() @ w.double() + expected_p @ thin_out.double().t()
+    assert exact.abs().max() < 2048 and torch.equal(out.double(), exact)
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """The launches made: [(kernel, bytes of its tensor operands, each once)]."""

@@ -118,15 +118,24 @@ def _kinds(dtype: str) -> tuple[tuple[str, str], ...]:
     return (("half", "ieee"),) if dtype != "fp32" else (("tf32", "tf32"), ("ieee", "ieee"))
 
 
+def _descriptor(dtype: str, config: tuning.GemmConfig, rows: int, columns: int) -> str | None:
+    return f"tensordesc<{dtype}[{rows}, {columns}]>" if config.tma else None
+
+
 def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Iterator[Case]:
     pointer = _POINTER[dtype]
     for kind, precision in _kinds(dtype):
         for wide in (False, True) if kind == "half" else (False,):
             suffix = "-wide" if wide and aligned else "" if aligned else "-unaligned"
-            for config in tuning.gemm_candidates(arch, f"{kind}{suffix}", rank):
+            configs = tuning.gemm_candidates(arch, f"{kind}{suffix}", rank)
+            if arch >= 90 and kind == "half" and aligned and not wide:
+                configs += tuple(config._replace(tma=True) for config in configs)
+            for config in configs:
                 for direction, unit in (("fwd", "stride_wi"), ("dx", "stride_wc")):
                     for ride in (True, False) if kind != "ieee" or rank <= 64 else (False,):
                         block = f"{config.block_m}x{config.block_c}x{config.block_i}"
+                        block += " tma" if config.tma else ""
+                        w_block = (config.block_c, config.block_i)
                         label = f"{direction} {'ride' if ride else 'given'} {block}"
                         yield _case(
                             "gemm",
@@ -137,6 +146,11 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                             {
                                 "a_ptr": pointer,
                                 "w_ptr": "*fp32" if wide else pointer,
+                                "a_desc": _descriptor(dtype, config, config.block_m, config.block_i),
+                                "w_desc": _descriptor(
+                                    dtype, config, *(w_block if direction == "fwd" else w_block[::-1])
+                                ),
+                                "d_desc": _descriptor(dtype, config, config.block_i, rank),
                                 "bias_ptr": pointer if direction == "fwd" else None,
                                 "thin_in_ptr": pointer,
                                 "thin_out_ptr": pointer,
@@ -155,6 +169,8 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                                 "RIDE": ride,
                                 "STORE_P": ride,
                                 "PRECISION": precision,
+                                "TMA": config.tma,
+                                "W_ROWS_ALONG_I": direction == "fwd",
                             },
                             config.num_warps,
                             config.num_stages,
@@ -308,7 +324,7 @@ def compile_case(case: Case) -> Report:
         report.problems.append("cuobjdump named no resource usage")
         return report
     report.registers, report.stack_bytes = int(found[1]), int(found[2])
-    mnemonics = re.findall(r"\b(UTC[A-Z]*MMA|HGMMA|HMMA|FFMA)\b", sass)
+    mnemonics = re.findall(r"\b(UTC[A-Z]*MMA|HGMMA|HMMA|FFMA|UTMALDG)\b", sass)
     report.instructions = "+".join(sorted(set(mnemonics)))
     if report.stack_bytes:
         report.problems.append(f"{report.stack_bytes} bytes of stack")
@@ -319,6 +335,8 @@ def compile_case(case: Case) -> Report:
         report.problems.append(f"{report.smem_bytes} bytes of shared memory, limit {limit}")
     if case.instruction and not any(re.fullmatch(case.instruction, name) for name in mnemonics):
         report.problems.append(f"no {case.instruction} in the machine code")
+    if case.constants.get("TMA") and "UTMALDG" not in mnemonics:
+        report.problems.append("no UTMALDG (copy engine) in the machine code")
     return report
 
 

@@ -165,9 +165,9 @@ def launch_fold(
     b = down.new_empty((n, rank), dtype=dtype)
     down_out = down.new_empty((k, rank), dtype=dtype)
     block, block_rb, num_warps = tuning.FOLD_CONFIG
-    tiles_b = slices * triton.cdiv(slice_n, block)
+    tiles_b = slices * tuning.cdiv(slice_n, block)
     core_strides = (0, 0, 0) if core is None else core.stride()
-    _fold_kernel[(tiles_b + triton.cdiv(k, block),)](
+    _fold_kernel[(tiles_b + tuning.cdiv(k, block),)](
         down,
         core,
         up,
@@ -201,7 +201,7 @@ def launch_merge(
     n, k = weight.shape
     out = weight.new_empty((n, k), dtype=dtype)
     block_n, block_k, block_r, num_warps = tuning.MERGE_CONFIG
-    _merge_kernel[(triton.cdiv(n, block_n) * triton.cdiv(k, block_k),)](
+    _merge_kernel[(tuning.cdiv(n, block_n) * tuning.cdiv(k, block_k),)](
         weight,
         b,
         down,

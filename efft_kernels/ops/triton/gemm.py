@@ -10,6 +10,9 @@ it costs matrix instructions but no memory traffic. Without, P is read where the
 a loop longer by one step of the rank. Either way the product joins the float32 accumulator before the
 only store.
 
+With a config's `tma` (Hopper and later) the copy engine loads the tiles through tensor descriptors: no
+address arithmetic in registers, no masks. Pointers serve everything else, rows that are not aligned included.
+
 Bytes moved, each operand once: M·I + I·C + C·(bias) + (I + C)·RANK + M·C, and M·rank more where P is
 stored or read. `plan.py` counts them.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
 
@@ -37,6 +41,9 @@ def _tile_order(pid, tiles_m, tiles_c, GROUP_M: tl.constexpr):
 def _low_rank_gemm_kernel(
     a_ptr,  # [M, I], unit stride along I
     w_ptr,  # [I, C], read through its strides; may be stored wider than a
+    a_desc,  # the same two and thin_in as tensor descriptors if TMA, else None;
+    w_desc,  # w's is of its rows in memory: [C, I] in the forward, [I, C] for dX
+    d_desc,
     bias_ptr,  # [C] or None
     thin_in_ptr,  # [I, RANK], contiguous, zero beyond the true rank
     thin_out_ptr,  # [C, RANK], contiguous, zero beyond the true rank
@@ -61,6 +68,8 @@ def _low_rank_gemm_kernel(
     RIDE: tl.constexpr,
     STORE_P: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    W_ROWS_ALONG_I: tl.constexpr,
 ):
     tile_m, tile_c = _tile_order(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C), GROUP_M
@@ -80,11 +89,19 @@ def _low_rank_gemm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     p_acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
     for i in range(0, I, BLOCK_I):
-        if EVEN_I:
+        # The copy engine fills what lies beyond a tensor with zeros; pointers need masks.
+        if TMA:
+            a = a_desc.load([tile_m * BLOCK_M, i])
+        elif EVEN_I:
             a = tl.load(a_ptrs)
         else:
             a = tl.load(a_ptrs, mask=(offs_i < I - i)[None, :], other=0.0)
-        if EVEN_I and EVEN_C:
+        if TMA:
+            if W_ROWS_ALONG_I:
+                w = w_desc.load([tile_c * BLOCK_C, i]).T
+            else:
+                w = w_desc.load([i, tile_c * BLOCK_C])
+        elif EVEN_I and EVEN_C:
             w = tl.load(w_ptrs)
         elif EVEN_I:
             w = tl.load(w_ptrs, mask=in_c[None, :], other=0.0)
@@ -92,7 +109,9 @@ def _low_rank_gemm_kernel(
             w = tl.load(w_ptrs, mask=(offs_i < I - i)[:, None] & in_c[None, :], other=0.0)
         acc = tl.dot(a, w.to(a.dtype), acc, input_precision=PRECISION)
         if RIDE:
-            if EVEN_I:
+            if TMA:
+                d = d_desc.load([i, 0])
+            elif EVEN_I:
                 d = tl.load(d_ptrs)
             else:
                 d = tl.load(d_ptrs, mask=(offs_i < I - i)[:, None], other=0.0)
@@ -141,7 +160,7 @@ def launch_gemm(
     c = w.shape[1]
     rank = thin_in.shape[1]
     stride_a, stride_wi, stride_wc = a.stride(0), w.stride(0), w.stride(1)
-    block_m, block_c, block_i, group_m, num_warps, num_stages = config or tuning.gemm_config(
+    block_m, block_c, block_i, group_m, num_warps, num_stages, tma = config or tuning.gemm_config(
         m,
         c,
         i,
@@ -154,10 +173,26 @@ def launch_gemm(
     )
     out = a.new_empty((m, c))
     precision = tuning.dot_precision(a.dtype)
-    grid = (triton.cdiv(m, block_m) * triton.cdiv(c, block_c),)
+    a_desc = w_desc = d_desc = None
+    # A slice may start anywhere, an expanded row repeats, and a measured config knows neither.
+    tma = (
+        tma
+        and (stride_wi == 1 or stride_wc == 1)
+        and stride_a >= i
+        and (a.data_ptr() | w.data_ptr()) % 16 == 0
+    )
+    if tma:
+        stored, w_block = (w.t(), (block_c, block_i)) if stride_wi == 1 else (w, (block_i, block_c))
+        a_desc = TensorDescriptor.from_tensor(a, (block_m, block_i))
+        w_desc = TensorDescriptor.from_tensor(stored, w_block)
+        d_desc = TensorDescriptor.from_tensor(thin_in, (block_i, rank))
+    grid = (tuning.cdiv(m, block_m) * tuning.cdiv(c, block_c),)
     _low_rank_gemm_kernel[grid](
         a,
         w,
+        a_desc,
+        w_desc,
+        d_desc,
         bias,
         thin_in,
         thin_out,
@@ -182,6 +217,8 @@ def launch_gemm(
         RIDE=ride,
         STORE_P=ride and p is not None,
         PRECISION=precision,
+        TMA=tma,
+        W_ROWS_ALONG_I=stride_wi == 1,
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -189,7 +189,7 @@ def launch_thin(
         aligned=(tall.stride(0) | c) % 16 == 0,
         index=tall.device.index,
     )
-    programs = min(triton.cdiv(m, block_m), programs)
+    programs = min(tuning.cdiv(m, block_m), programs)
     partial = None
     if p is not None:
         partial = torch.empty((programs, c, rank), dtype=torch.float32, device=tall.device)
@@ -235,10 +235,10 @@ def launch_tall_grad(
         aligned=(tall.stride(0) | c) % 16 == 0,
         index=tall.device.index,
     )
-    rows = triton.cdiv(triton.cdiv(m, splits), block_m) * block_m
-    splits = triton.cdiv(m, rows)
+    rows = tuning.cdiv(tuning.cdiv(m, splits), block_m) * block_m
+    splits = tuning.cdiv(m, rows)
     partial = torch.empty((splits, c, rank), dtype=torch.float32, device=tall.device)
-    _tall_grad_kernel[(triton.cdiv(c, block_c), splits)](
+    _tall_grad_kernel[(tuning.cdiv(c, block_c), splits)](
         tall,
         thin,
         partial,
@@ -268,7 +268,7 @@ def launch_reduce(
     parts, c, rank = partial.shape
     out = partial.new_empty((c, width), dtype=dtype)
     block, block_parts, num_warps = tuning.REDUCE_CONFIG
-    _reduce_kernel[(triton.cdiv(c * rank, block),)](
+    _reduce_kernel[(tuning.cdiv(c * rank, block),)](
         partial,
         out,
         parts,

@@ -56,6 +56,8 @@ def gemm_space(
         registers = accumulators / (32 * config.num_warps)
         if tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes and registers <= 160:
             yield config
+            if dev.arch >= 90:
+                yield config._replace(tma=True)
 
 
 def pass_space(

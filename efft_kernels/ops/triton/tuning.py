@@ -38,6 +38,11 @@ FOLD_CONFIG = (32, 16, 4)  # rows, columns of rb at a time, warps
 MERGE_CONFIG = (64, 64, 16, 4)  # rows, columns, ranks at a time, warps
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up (triton.cdiv is the same, but costs the host microseconds)."""
+    return -(-a // b)
+
+
 class GemmConfig(NamedTuple):
     block_m: int
     block_c: int
@@ -45,6 +50,7 @@ class GemmConfig(NamedTuple):
     group_m: int
     num_warps: int
     num_stages: int
+    tma: bool = False  # tiles through the copy engine: compute capability 9.0 and later, aligned rows
 
 
 class PassConfig(NamedTuple):
@@ -160,14 +166,14 @@ _TILE_EFFICIENCY = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 256: 0.88, 64 * 128: 0
 
 def _gemm_cost(config: GemmConfig, m: int, c: int, rank: int, ride: bool, dev: Device) -> float:
     """Time of the whole grid in units of one multiprocessor's multiply-adds per I, waves rounded up."""
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(c, config.block_c)
+    tiles = cdiv(m, config.block_m) * cdiv(c, config.block_c)
     smem_bytes = gemm_smem_bytes(config, rank, 2, 2, ride)
     resident = max(1, min(dev.smem_bytes // smem_bytes, 16 // config.num_warps, 2))
     outputs = config.block_m * config.block_c
     tile = config.block_m * (config.block_c + (rank if ride else 0))
     tile = tile / _TILE_EFFICIENCY.get(outputs, 0.5)
     full, rest = divmod(tiles, dev.multiprocessors * resident)
-    waves = full * resident + min(resident, triton.cdiv(rest, dev.multiprocessors))
+    waves = full * resident + min(resident, cdiv(rest, dev.multiprocessors))
     return waves * tile
 
 
@@ -176,7 +182,8 @@ def _gemm_config(
     m: int, c: int, i: int, rank: int, form: str, wide: bool, ride: bool, index: int | None
 ) -> GemmConfig:
     dev = device(index)
-    measured = _measured(dev.name, gemm_key(c, i, rank, form, ride), m)
+    aligned = not form.endswith("unaligned")
+    measured = _measured(dev.name, gemm_key(c, i, rank, form, ride), m) if aligned else None
     if measured is not None:
         return GemmConfig(*measured)
     _note_fallback(dev.name, "gemm")
@@ -241,13 +248,13 @@ def pass_programs(kernel: str, m: int, c: int, config: PassConfig, multiprocesso
     of partial sums. tall_grad: as many splits of the rows as make two programs per multiprocessor, each with
     at least four row blocks to pipeline.
     """
-    row_tiles = triton.cdiv(m, config.block_m)
+    row_tiles = cdiv(m, config.block_m)
     if kernel == "thin":
         return row_tiles
     if kernel == "thin_grad":
         return min(row_tiles, 2 * multiprocessors)
-    wanted = 2 * multiprocessors // triton.cdiv(c, config.block_c)
-    return max(1, min(wanted, triton.cdiv(row_tiles, 4)))
+    wanted = 2 * multiprocessors // cdiv(c, config.block_c)
+    return max(1, min(wanted, cdiv(row_tiles, 4)))
 
 
 def pass_config(

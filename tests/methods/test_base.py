@@ -1,0 +1,237 @@
+"""What every method is built from: sites, ranks per stage, configurations, and a method of one's
+own."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from efft_kernels import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA, attach, load
+from efft_kernels.methods import METHODS, method_from_config, register_method
+from efft_kernels.methods.base import (
+    MHSA_ROLES,
+    FactorGroup,
+    Factors,
+    Method,
+    Site,
+    by_stage,
+    check_number,
+    ffn_hidden,
+    stage_rank,
+)
+
+
+def site(role, k=12, n=12, block=0, stage=0):
+    return Site(f"blocks.{block}.{role}", role, block, stage, k, n)
+
+
+@pytest.mark.parametrize(
+    ("role", "k", "n", "matrices", "width"),
+    [
+        ("qkv", 12, 36, ("q", "k", "v"), 12),
+        ("q", 12, 12, ("q",), 12),
+        ("o", 20, 12, ("o",), 12),
+        ("fc1", 12, 48, ("fc1",), 12),
+        ("gate_fc1", 12, 64, ("gate", "fc1"), 12),
+        ("fc2", 48, 12, ("fc2",), 12),
+        ("linear", 7, 5, ("linear",), 7),
+    ],
+)
+def test_site(role, k, n, matrices, width):
+    it = site(role, k, n)
+    assert (it.matrices, it.slices, it.width) == (matrices, len(matrices), width)
+
+
+def test_groups_are_in_the_papers_order_by_block():
+    roles = ["fc2", "o", "fc1", "v", "gate", "q", "k"]
+    shuffled = [site(role, block=block) for block in (1, 0) for role in roles]
+    groups = by_stage(shuffled, lambda s: "mhsa" if s.role in MHSA_ROLES else "ffn")
+    assert [(s.block, s.role) for s in groups["mhsa"]] == [
+        (block, role) for block in (0, 1) for role in ("q", "k", "v", "o")
+    ]
+    assert [(s.block, s.role) for s in groups["ffn"]] == [
+        (block, role) for block in (0, 1) for role in ("gate", "fc1", "fc2")
+    ]
+
+
+def test_groups_of_several_stages_carry_the_stage():
+    sites = [site("q", 8, 8, 0, 0), site("q", 16, 16, 1, 2)]
+    assert list(by_stage(sites, lambda s: "all")) == ["stage0_all", "stage2_all"]
+    with pytest.raises(ValueError, match=r"'all' must have one width d, got \[8, 16\]"):
+        by_stage([dataclasses.replace(s, stage=0) for s in sites], lambda s: "all")
+
+
+def test_rank_of_a_stage_counts_the_stages_that_are_there():
+    sites = [site("q", stage=1), site("q", stage=3)]
+    assert stage_rank("rank", [2, (5, 3)], sites, 1) == (2, 2)
+    assert stage_rank("rank", [2, (5, 3)], sites, 3) == (5, 3)
+    assert stage_rank("rank", (4, 6), sites, 3) == (4, 6)
+    with pytest.raises(ValueError, match=r"rank must have one entry per stage \(2\), got 4"):
+        stage_rank("rank", [1, 2, 3, 4], sites, 1)
+
+
+def test_hidden_width_of_packed_gates():
+    assert ffn_hidden([site("gate_fc1", 12, 64), site("fc2", 32, 12)]) == 32
+    with pytest.raises(ValueError, match=r"share a hidden width, got \[32, 48\]"):
+        ffn_hidden([site("fc1", 12, 48), site("fc2", 32, 12)])
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(True, TypeError), ("1", TypeError), (float("nan"), ValueError), (float("inf"), ValueError)],
+)
+def test_check_number(value, kind):
+    with pytest.raises(kind, match="scale must be"):
+        check_number("scale", value)
+
+
+CONFIGURATIONS = [
+    EFFT1(rank=(3, 2), scale=0.5, init="u", learn_scale=True),
+    EFFT2(rank=[2, (3, 4)], ffn_rank=[(1, 2), 3], cores="shared", dropout=0.0),
+    FacTTT(rank=[1, 2], dropout=0.3),
+    FacTTK(rank=(3, 2), layer_rank=7, scale=100.0),
+    LoRA(rank=5, matrices=("q", "fc2")),
+    LoRA(matrices=None),
+    KAdaptation(products=2, rank=3, init="u", matrices=("k",)),
+]
+
+
+@pytest.mark.parametrize("method", CONFIGURATIONS, ids=str)
+def test_configuration_survives_json(method):
+    config = json.loads(json.dumps(method.to_config()))
+    again = method_from_config(config)
+    assert again == method and type(again) is type(method)
+    assert all(
+        type(getattr(again, f.name)) is type(getattr(method, f.name))
+        for f in dataclasses.fields(method)
+    )
+    with pytest.raises(ValueError, match=r"got unknown \['colour'\]"):
+        method_from_config(config | {"colour": 1})
+
+
+BAD = [
+    (lambda: FacTTT(rank=0), ValueError, "rank must be at least 1"),
+    (lambda: FacTTT(rank=[]), ValueError, "rank must have one entry per stage"),
+    (lambda: FacTTT(dropout=1.0), ValueError, "dropout must be"),
+    (lambda: FacTTT(scale="1"), TypeError, "scale must be a number"),
+    (lambda: FacTTT(learn_scale=1), TypeError, "learn_scale must be a bool"),
+    (lambda: FacTTK(layer_rank=0), ValueError, "layer_rank must be at least 1"),
+    (lambda: LoRA(rank=(2, 2)), TypeError, "rank must be an int"),
+    (lambda: LoRA(rank=True), TypeError, "rank must be an int"),
+    (lambda: LoRA(rank=0), ValueError, "rank must be at least 1"),
+    (lambda: LoRA(matrices=()), TypeError, "matrices must be None or a tuple"),
+    (lambda: LoRA(matrices="q"), TypeError, "matrices must be None or a tuple"),
+    (lambda: LoRA(matrices=("q", "w")), ValueError, "matrices must be one of .* got 'w'"),
+    (lambda: KAdaptation(products=0), ValueError, "products must be at least 1"),
+    (lambda: KAdaptation(products=2.0), TypeError, "products must be an int"),
+    (lambda: KAdaptation(init="uv"), ValueError, "init must be one of"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_options(case):
+    make, kind, text = BAD[case]
+    with pytest.raises(kind, match=text):
+        make()
+
+
+@dataclass(frozen=True)
+class CP(Method):
+    """A canonical polyadic method of one's own: ΔW_i[j, k] = Σ_t a[i, t]·b[j, t]·c[k, t]."""
+
+    rank: int = 4
+    name: ClassVar[str] = "toy_cp"
+
+    def select(self, sites):
+        return [site for site in sites if site.role in MHSA_ROLES]
+
+    def build(self, sites):
+        return {self.name: CPGroup(sites, self.rank)}
+
+
+class CPGroup(FactorGroup):
+    def __init__(self, sites, rank):
+        super().__init__()
+        self.first, total = {}, 0
+        for site in sites:
+            self.first[site.name] = slice(total, total + site.slices)
+            total += site.slices
+        d = sites[0].width
+        self.a, self.b, self.c = (nn.Parameter(torch.empty(n, rank)) for n in (total, d, d))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.xavier_uniform_(self.a)
+        nn.init.xavier_uniform_(self.b)
+        nn.init.zeros_(self.c)
+
+    def factors(self, site, dropout):
+        cores = torch.diag_embed(self.a[self.first[site]])
+        return Factors(self.b, cores, self.c.unsqueeze(0))
+
+
+@pytest.fixture
+def registered():
+    register_method(CP)
+    yield
+    del METHODS[CP.name]
+
+
+def test_a_method_of_ones_own_is_short():
+    assert sum(len(inspect.getsource(part).splitlines()) for part in (CP, CPGroup)) < 40
+
+
+def test_a_method_of_ones_own_attaches_trains_saves_and_loads(make_vit, tmp_path, registered):
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    model = make_vit()
+    before = model.eval()(images)
+    adapter = attach(model, CP(rank=3))
+    torch.testing.assert_close(model(images), before, rtol=1e-6, atol=1e-6)
+    assert adapter.num_parameters() == (2 * 4 + 12 + 12) * 3
+    assert {s.role for s in adapter.sites} == {"qkv", "o"}
+
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=0.02)
+    losses = []
+    for _ in range(8):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    group = adapter.bank.toy_cp
+    dense = torch.einsum("it,jt,kt->ikj", group.a, group.b, group.c).detach()  # [slice, out, in]
+    found = adapter.delta_weights()
+    torch.testing.assert_close(found["blocks.0.attn.qkv"], dense[:3].flatten(0, 1))
+    torch.testing.assert_close(found["blocks.1.attn.proj"], dense[7])
+
+    adapter.save(tmp_path / "cp.safetensors")
+    twin = make_vit()
+    again = load(twin, tmp_path / "cp.safetensors")
+    assert again.method == CP(rank=3)
+    assert torch.equal(twin.eval()(images), model(images))
+    assert (model(images) - before).abs().max() > 1e-2
+
+
+def test_the_name_of_a_method_is_taken_once(registered):
+    assert register_method(CP) is CP  # again, the same one
+
+    class Other(CP):
+        pass
+
+    with pytest.raises(ValueError, match="name must be new among .*'toy_cp'"):
+        register_method(Other)
+    assert METHODS["toy_cp"] is CP
+
+
+def test_an_unregistered_method_is_refused_by_name(make_vit, tmp_path):
+    attach(make_vit(), CP(rank=3)).save(tmp_path / "cp.safetensors")
+    with pytest.raises(ValueError, match="method must be one of .* got 'toy_cp'"):
+        load(make_vit(), tmp_path / "cp.safetensors")

@@ -1,0 +1,271 @@
+"""LoRA, one pair of factors per matrix, against ΔW = s·(A·B)^T written out."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from efft_kernels import KAdaptation, LoRA, attach, load
+
+D = 12  # of the small model
+PER_SITE = {"attn.qkv": ("q", "k", "v"), "attn.proj": ("o",), "mlp.fc1": ("fc1",),
+            "mlp.fc2": ("fc2",)}  # fmt: skip
+
+
+def meta(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+COUNTS = [
+    (LoRA(rank=8), 294_912),  # q and v: 12·2·(768 + 768)·8
+    (LoRA(rank=8, matrices=("q",)), 12 * 1536 * 8),
+    (LoRA(rank=4, matrices=("q", "k", "v", "o")), 12 * 4 * 1536 * 4),
+    (LoRA(rank=4, matrices=("fc1", "fc2")), 12 * 2 * (768 + 3072) * 4),
+    # A fused qkv as one 768×2304 matrix beside proj, fc1 and fc2.
+    (LoRA(rank=4, matrices=None), 12 * 4 * (768 + 2304 + 2 * 768 + 2 * (768 + 3072))),
+]
+
+
+@pytest.mark.parametrize(("method", "expected"), COUNTS, ids=str)
+def test_parameter_counts_on_vit_base(method, expected):
+    assert attach(meta("vit_base_patch16_224"), method).num_parameters() == expected
+
+
+def leaves_of(adapter):
+    return {
+        site: {
+            key: p.detach().double().clone().requires_grad_()
+            for key, p in adapter.bank.group(site).named_parameters()
+        }
+        for site in adapter.layers()
+    }
+
+
+def dense(site, tensors, matrices, s):
+    """ΔW [N, K]: each chosen matrix s·(A·B)^T with A [K, r], B [r, N/G]; zero for the others."""
+    if matrices is None:
+        (a,), (b,) = tensors["A"], tensors["B"]
+        return s * (a.T @ b.T).T
+    kinds = PER_SITE[site.split(".", 2)[2]]
+    pairs = iter(zip(tensors["A"], tensors["B"], strict=True))
+    width = tensors["B"].shape[1]
+    parts = []
+    for kind in kinds:
+        if kind in matrices:
+            a, b = next(pairs)
+            parts.append(s * torch.matmul(a.T, b.T).T)
+        else:
+            parts.append(torch.zeros(width, tensors["A"].shape[2], dtype=torch.float64))
+    assert next(pairs, None) is None
+    return torch.cat(parts)
+
+
+CASES = [
+    ("q", "v"), ("v", "q"), ("k",), ("q", "k", "v", "o"), ("o", "fc1"), ("fc2",),
+    ("q", "k", "v", "o", "fc1", "fc2"), None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("matrices", CASES, ids=str)
+def test_every_slice_and_a_training_step_are_the_dense_models(make_vit, randomize, matrices):
+    plain, model = make_vit(dtype=torch.float64), make_vit(dtype=torch.float64)
+    adapter = attach(model, LoRA(rank=3, scale=0.7, matrices=matrices))
+    randomize(adapter)
+    groups = leaves_of(adapter)
+    deltas = {site: dense(site, tensors, matrices, 0.7) for site, tensors in groups.items()}
+    found = adapter.delta_weights()
+    for site, delta in deltas.items():
+        assert delta.norm() > 1e-3
+        torch.testing.assert_close(found[site], delta.detach(), rtol=1e-11, atol=1e-11)
+    expected_sites = {
+        f"blocks.{i}.{tail}"
+        for i in range(2)
+        for tail, kinds in PER_SITE.items()
+        if matrices is None or set(kinds) & set(matrices)
+    }
+    assert found.keys() == expected_sites
+
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    x, y = images.clone().requires_grad_(), images.clone().requires_grad_()
+    model.train()(x).square().sum().backward()
+    weights = {f"{n}.weight": plain.get_submodule(n).weight.detach() + d for n, d in deltas.items()}
+    functional_call(plain.train(), weights, (y,)).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-9)
+    for site, tensors in groups.items():
+        for key, parameter in adapter.bank.group(site).named_parameters():
+            assert tensors[key].grad.norm() > 1e-6
+            torch.testing.assert_close(parameter.grad, tensors[key].grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("matrices", [("q", "v"), ("k",)], ids=str)
+def test_other_slices_outputs_are_untouched_to_the_bit(
+    make_vit, randomize, matrices, training, dtype
+):
+    model = make_vit(dtype=dtype)
+    layer = model.blocks[0].attn.qkv
+    x = torch.randn(2, 5, D, dtype=dtype)
+    before = layer(x).unflatten(-1, (3, D))
+    adapter = attach(model, LoRA(rank=3, matrices=matrices))
+    randomize(adapter)
+    after = model.train(training).blocks[0].attn.qkv(x).unflatten(-1, (3, D))
+    for position, kind in enumerate(("q", "k", "v")):
+        same = torch.equal(after[..., position, :], before[..., position, :])
+        assert same == (kind not in matrices)
+    adapter.merge()
+    merged = model.blocks[0].attn.qkv.weight.unflatten(0, (3, D))
+    adapter.unmerge()
+    base = model.blocks[0].attn.qkv.weight.unflatten(0, (3, D))
+    for position, kind in enumerate(("q", "k", "v")):
+        assert torch.equal(merged[position], base[position]) == (kind not in matrices)
+
+
+def test_starts_at_exactly_zero_and_leaves_it_with_the_first_step(make_vit):
+    torch.manual_seed(0)
+    model = make_vit(embed_dim=48)
+    adapter = attach(model, LoRA(rank=8, matrices=("q", "v", "fc2")))
+    assert not any(delta.any() for delta in adapter.delta_weights().values())
+    for group in adapter.bank.children():
+        assert not group.B.any()
+        for matrix in group.A:  # kaiming_uniform_(a=√5) of each by itself: bound 1 / √K
+            bound = 1 / math.sqrt(matrix.shape[1])
+            assert matrix.abs().max() <= bound
+            assert matrix.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter -= 0.1 * parameter.grad
+    for name, delta in adapter.delta_weights().items():
+        parts = delta.unflatten(0, (3, -1)) if name.endswith("qkv") else delta[None]
+        moved = [bool(part.abs().max() > 1e-8) for part in parts]
+        assert moved == ([True, False, True] if len(moved) == 3 else [True])
+
+
+def test_rank_above_the_matrix_is_refused(make_vit):
+    with pytest.raises(ValueError, match=r"rank must be at most min\(K, N\)=12 .*qkv"):
+        attach(make_vit(), LoRA(rank=13))
+
+
+def test_targets_without_an_adapted_matrix_are_refused(make_vit):
+    with pytest.raises(ValueError, match="targets must include linears that LoRA.* got only fc1"):
+        attach(make_vit(), LoRA(matrices=("q",)), targets="fc1")
+
+
+@pytest.fixture
+def mlp():
+    torch.manual_seed(2)
+    layers = [nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 13), nn.Tanh(), nn.Linear(13, 3)]
+    return nn.Sequential(*layers).double()
+
+
+UNKNOWN = [
+    ({"targets": ["0", "2"]}, {"0", "2"}),
+    ({"targets": "*"}, {"0", "2", "4"}),
+    ({"targets": "*", "modules_to_train": "4"}, {"0", "2"}),
+    ({"targets": "[02]"}, {"0", "2"}),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), UNKNOWN, ids=str)
+@pytest.mark.parametrize("method", [LoRA(rank=2, scale=1.5), LoRA(rank=2, matrices=None)], ids=str)
+def test_any_other_model_through_targets(
+    mlp, randomize, tmp_path, options, expected, method
+):
+    """Roles unknown: each targeted linear is one matrix, whatever `matrices` says."""
+    base = {name: p.clone() for name, p in mlp.named_parameters()}
+    x = torch.randn(5, 7, dtype=torch.float64)
+    before = mlp(x)
+    adapter = attach(mlp, method, **({"modules_to_train": ()} | options))
+    assert set(adapter.layers()) == expected
+    assert {(s.role, s.slices) for s in adapter.sites} == {("linear", 1)}
+    torch.testing.assert_close(mlp(x), before, rtol=1e-12, atol=1e-12)
+    randomize(adapter)
+    deltas = {
+        name: method.scale * t["B"][0].detach() @ t["A"][0].detach()
+        for name, t in leaves_of(adapter).items()
+    }
+    for name, found in adapter.delta_weights().items():
+        torch.testing.assert_close(found, deltas[name], rtol=1e-11, atol=1e-11)
+    h = x
+    for index in ("0", "2", "4"):
+        weight = base[f"{index}.weight"] + deltas.get(index, 0.0)
+        h = nn.functional.linear(h, weight, base[f"{index}.bias"])
+        h = h if index == "4" else h.tanh()
+    torch.testing.assert_close(mlp(x), h, rtol=1e-11, atol=1e-11)
+    assert (h - before).abs().max() > 1e-2
+    adapter.save(tmp_path / "a.safetensors")
+    adapter.detach()
+    assert torch.equal(mlp(x), before)
+    load(mlp, tmp_path / "a.safetensors")
+    torch.testing.assert_close(mlp(x), h, rtol=1e-11, atol=1e-11)
+
+
+def test_default_targets_of_an_unknown_model_are_refused(mlp):
+    with pytest.raises(ValueError, match="found none in Sequential; name them"):
+        attach(mlp, LoRA(rank=2), modules_to_train=())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(rank=2, matrices=None), KAdaptation(products=2, rank=1, matrices=None)],
+    ids=str,
+)
+def test_names_that_differ_in_dots_and_underscores_alone(randomize, method):
+    """a.b_c and a_b.c have factors of their own."""
+
+    def pair(**linears):
+        return nn.ModuleDict(linears)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        OrderedDict(
+            a=pair(b_c=nn.Linear(8, 8)), a_b=pair(c=nn.Linear(8, 8)), a_b_c=nn.Linear(8, 8)
+        )
+    )
+    adapter = attach(model, method, targets="*", modules_to_train=())
+    per_linear = 32 if isinstance(method, LoRA) else 16
+    shared = 0 if isinstance(method, LoRA) else 8
+    assert adapter.num_parameters() == 3 * per_linear + shared
+    randomize(adapter)
+    deltas = list(adapter.delta_weights().values())
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(deltas, deltas[1:], strict=False))
+
+
+class Named(nn.Module):
+    """A model with a linear at its root, under a given name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(8, 8)])
+        self.add_module(name, nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("name", ["values", "keys", "update"])
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(rank=2, matrices=None), KAdaptation(products=2, rank=1, matrices=None)],
+    ids=str,
+)
+def test_names_that_torchs_containers_use_themselves(randomize, method, name):
+    adapter = attach(Named(name), method, targets="*", modules_to_train=())
+    randomize(adapter)
+    assert set(adapter.delta_weights()) == {name, "inner.0"}
+    assert all(delta.norm() > 1e-3 for delta in adapter.delta_weights().values())
+    tensors = 4 if isinstance(method, LoRA) else 5
+    assert len(list(adapter.parameters())) == len(adapter.state_dict()) == tensors
+
+
+@pytest.mark.parametrize("name", ["group", "tasks", "attachment"])
+def test_names_that_the_bank_uses_itself_are_refused(name):
+    model = Named(name)
+    with pytest.raises(ValueError, match=f"own attribute, got '{name}'"):
+        attach(model, LoRA(rank=2, matrices=None), targets="*", modules_to_train=())
+    assert type(model.inner[0]) is nn.Linear and not hasattr(model, "factor_bank")

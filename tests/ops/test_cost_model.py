@@ -1,0 +1,132 @@
+"""The cost model: what it picks, why, and that measurements overrule it."""
+
+from __future__ import annotations
+
+import timeit
+
+import pytest
+import torch
+
+from efft_kernels.ops import cost_model
+from efft_kernels.ops.cost_model import DEVICES, Problem, explain, plan, seconds
+
+ALL = ("fused", "split", "merged")
+QKV = Problem(12608, 768, 2304, 3, 16, True, 2, 2, "cuda")
+
+
+@pytest.fixture
+def forget():
+    yield
+    cost_model._measured.clear()
+    cost_model.choose.cache_clear()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_merged_is_never_picked_for_half_precision_weights(training, backward):
+    for M in (1, 197, 100_000):
+        for rank in (1, 16, 128, 4096):
+            problem = QKV._replace(M=M, rank=rank, training=training, backward=backward)
+            assert cost_model.choose(problem, ALL, "triton") != "merged"
+            assert cost_model.choose(problem, ("split", "merged"), "torch") == "split"
+
+
+def test_merged_is_picked_for_float32_weights_under_autocast():
+    """The cast is made anyway, and adding ΔW in float32 before it is nearly free."""
+    e = explain(12608, 768, 2304, 3, 16, device="H200", weight_dtype=torch.float32)
+    assert e.chosen == "merged"
+
+
+def test_a_rank_beyond_the_kernels_is_planned_in_torch():
+    e = explain(1024, 768, 768, rank=256, device="H200")
+    assert e.chosen == "split"
+    assert "rank 256 is above 128" in e.excluded["fused"]
+
+
+def test_arithmetic_of_one_forward():
+    """fused on ViT-B's qkv: the bytes of DESIGN's table, and a riding product at wgmma's price."""
+    fold, gemm = plan(QKV, "fused", DEVICES["H200"])
+    assert fold.name == "fold" and gemm.name == "gemm"
+    x, w, y, p = 12608 * 768, 768 * 2304, 12608 * 2304, 12608 * 16
+    assert gemm.bytes_moved == 2 * (x + w + y + p + (768 + 2304) * 16 + 2304)
+    main, riding, last = 2 * 12608 * 768 * 2304, 72 / 256, 2 * 12608 * 2304 * 16
+    assert gemm.flops == pytest.approx(main * (1 + riding) + last)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "split"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_pass_over_rows_that_the_formulas_do_not_need(strategy, backward):
+    """x and dY: one pass beside the GEMM's own for each gradient that reduces over rows, none for y beyond its store."""
+    wide = QKV._replace(M=10_000_019, backward=backward)
+    moved = sum(launch.bytes_moved for launch in plan(wide, strategy, DEVICES["H200"]))
+    passes = moved / wide.M / wide.compute_bytes
+    thin = 6 * wide.rank
+    if backward:
+        expected = 2 * wide.N + 2 * wide.K  # dY twice, x once, dX stored
+    else:
+        expected = wide.N + (1 if strategy == "fused" else 2) * wide.K
+    assert expected <= passes <= expected + thin
+
+
+def test_measured_rows_overrule_the_model(forget):
+    predicted = cost_model.choose(QKV, ALL, "triton")
+    other = "split" if predicted == "fused" else "fused"
+    common = dict(backend="triton", backward=False, compute_bytes=2, weight_bytes=2, K=768, N=2304, rank=16)
+    cost_model.add_measured(
+        [
+            {**common, "M": 12608, "strategy": other, "ms_p50": 0.05},
+            {**common, "M": 12608, "strategy": predicted, "ms_p50": 0.09},
+        ]
+    )
+    assert cost_model.choose(QKV, ALL, "triton") == other
+    assert cost_model.choose(QKV._replace(M=9000), ALL, "triton") == other
+    assert cost_model.choose(QKV._replace(M=1000), ALL, "triton") == cost_model.choose(
+        QKV._replace(M=1001), ALL, "triton"
+    )
+    assert cost_model.choose(QKV._replace(backward=True), ALL, "triton") in ("fused", "split")
+
+
+def test_one_measured_strategy_alone_decides_nothing(forget):
+    predicted = cost_model.choose(QKV, ALL, "triton")
+    cost_model.add_measured(
+        [dict(backend="triton", backward=False, compute_bytes=2, weight_bytes=2, K=768, N=2304, rank=16,
+              M=12608, strategy="split" if predicted == "fused" else "fused", ms_p50=1e-9)]
+    )  # fmt: skip
+    assert cost_model.choose(QKV, ALL, "triton") == predicted
+
+
+def test_explanation_reads_as_text():
+    text = str(explain(12608, 768, 2304, 3, 16, device="H200"))
+    assert "[12608, 768] x [768 -> 2304], G=3, rank 16" in text
+    assert "the least predicted time" in text
+    assert "merged  ruled out: the weight is stored in half precision" in text
+
+
+def test_explain_names_what_is_wrong():
+    with pytest.raises(ValueError, match="device must be one of"):
+        explain(1, 2, 3, device="TPU")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        explain(1, 2, 3, device="H200", backend="fortran")
+
+
+def test_every_layer_has_a_prediction():
+    for device in ("A100", "H100", "H200", "B200"):
+        for layers in cost_model.models(64).values():
+            for _, M, K, N, G in layers:
+                e = explain(M, K, N, G, device=device)
+                assert e.times_us[e.chosen] == min(e.times_us.values())
+                assert e.times_us[e.chosen] > 0.99 * e.floor_us
+
+
+def test_a_repeated_choice_costs_microseconds():
+    cost_model.choose(QKV, ALL, "triton")
+    per_call = min(timeit.repeat(lambda: cost_model.choose(QKV, ALL, "triton"), number=1000, repeat=5)) / 1000
+    assert per_call < 20e-6
+
+
+def test_seconds_is_the_longer_of_arithmetic_and_memory():
+    device = DEVICES["H200"]
+    launch = cost_model.Launch("x", device.half_flops, 0)
+    assert seconds([launch], QKV, device) == pytest.approx(1 + device.launch_s)
+    launch = cost_model.Launch("x", 0, int(2 * device.bandwidth))
+    assert seconds([launch], QKV, device) == pytest.approx(2 + device.launch_s)

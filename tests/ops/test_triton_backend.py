@@ -1,0 +1,154 @@
+"""The Triton backend without a GPU: availability, the choice of block shapes, ahead-of-time builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+triton_package = pytest.importorskip("triton")
+
+from efft_kernels.ops import dispatch  # noqa: E402
+from efft_kernels.ops import triton as backend  # noqa: E402
+from efft_kernels.ops.triton import aot, tuning  # noqa: E402
+from efft_kernels.ops.triton.factors import padded_rank  # noqa: E402
+
+H200 = tuning.Device("NVIDIA_H200", 90, 132, 227 * 1024)
+A100 = tuning.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
+RTX3090 = tuning.Device("NVIDIA_GeForce_RTX_3090", 86, 82, 99 * 1024)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Pretend that a device is there, as far as the choice of block shapes goes."""
+
+    def pretend(device):
+        monkeypatch.setattr(tuning, "device", lambda index: device)
+        for cached in (tuning._gemm_config, tuning._pass_config, tuning._tables, tuning._note_fallback):
+            cached.cache_clear()
+
+    yield pretend
+    for cached in (tuning._gemm_config, tuning._pass_config, tuning._tables, tuning._note_fallback):
+        cached.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_unavailable_says_how_to_get_it():
+    reason = backend.unavailable()
+    assert "no CUDA device" in reason and "TRITON_INTERPRET=1" in reason
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        dispatch.require_backend("triton")
+
+
+def test_rejects_names_what_came():
+    assert "float64" in backend.rejects(torch.zeros(2, 3, dtype=torch.float64))
+    assert "cpu" in backend.rejects(torch.zeros(2, 3))
+
+
+def test_auto_never_takes_the_interpreter():
+    code = """
+import torch
+from efft_kernels.ops import dispatch
+from efft_kernels.ops import triton as backend
+x = torch.zeros(2, 3)
+assert backend.unavailable() is None and backend.rejects(x) is None
+assert "bfloat16" in backend.rejects(x.bfloat16())
+assert dispatch._select_backend("auto", x)[1] == "torch"
+assert dispatch._select_backend("triton", x)[1] == "triton"
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("rank,padded", [(1, 16), (16, 16), (17, 32), (33, 64), (65, 128), (128, 128)])
+def test_padded_rank(rank, padded):
+    assert padded_rank(rank) == padded
+
+
+@pytest.mark.parametrize("device", [H200, A100, RTX3090], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_shape_has_a_config_that_fits(on, device, dtype):
+    on(device)
+    for rank in (16, 32, 64, 128):
+        for ride in (True, False):
+            for wide in (True, False) if dtype == torch.bfloat16 else (False,):
+                for aligned in (True, False):
+                    for m, c, i in ((1, 16, 16), (12608, 2304, 768), (12608, 768, 3072)):
+                        config = tuning.gemm_config(
+                            m, c, i, rank, dtype, wide=wide, aligned=aligned, ride=ride, index=0
+                        )
+                        wb = 4 if wide else dtype.itemsize
+                        smem = tuning.gemm_smem_bytes(config, rank, dtype.itemsize, wb, ride)
+                        assert smem <= device.smem_bytes
+
+
+def test_small_problems_get_small_tiles(on):
+    on(H200)
+    shape = dict(wide=False, aligned=True, ride=True, index=0)
+    many = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **shape)
+    few = tuning.gemm_config(197, 768, 768, 16, torch.bfloat16, **shape)
+    assert many.block_m * many.block_c > few.block_m * few.block_c
+
+
+def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_path):
+    key = tuning.gemm_key(2304, 768, 16, "half", True)
+    table = {"device": H200.name, "rows": {key: {"14": [64, 64, 64, 4, 4, 2]}}}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(table))
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
+    on(H200)
+    shape = dict(wide=False, aligned=True, ride=True, index=0)
+    assert tuning.gemm_config(12608, 2304, 768, 16, torch.bfloat16, **shape) == (64, 64, 64, 4, 4, 2)
+    assert tuning.gemm_config(600, 2304, 768, 16, torch.bfloat16, **shape) != (64, 64, 64, 4, 4, 2)
+    assert tuning.gemm_config(12608, 768, 768, 16, torch.bfloat16, **shape) != (64, 64, 64, 4, 4, 2)
+
+
+def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_path, caplog):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"device": "NVIDIA_B200", "rows": {}}))
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
+    on(H200)
+    with caplog.at_level("INFO"):
+        tuning.pass_config("thin", 197, 768, 16, torch.bfloat16, aligned=True, index=0)
+    assert "was measured on NVIDIA_B200" in caplog.text
+    assert "no measured thin config" in caplog.text
+
+
+def test_shipped_defaults_say_that_nothing_was_measured():
+    assert tuning._defaults()["source"] == "predicted"
+    assert "NOT a measurement" in tuning._defaults()["_about"]
+
+
+def test_tf32_only_where_torch_allows_it():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert tuning.dot_precision(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert tuning.dot_precision(torch.float32) == "tf32"
+        assert tuning.dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+# `make aot` builds every shipped configuration; here, those a ViT in bf16 at rank 16 runs, on each architecture.
+REPRESENTATIVE = [
+    case
+    for case in aot.cases()
+    if case.dtype == "bf16"
+    and case.rank == 16
+    and not any(word in case.label for word in ("ragged", "unaligned", "wide", "no core"))
+    and (case.kernel != "gemm" or "128x" in case.label)
+]
+
+
+@pytest.mark.skipif(tuning.INTERPRETED, reason="the kernels are interpreted")
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
+def test_compiles_ahead_of_time_without_spills(case):
+    report = aot.compile_case(case)
+    assert not report.problems, report

@@ -1,0 +1,135 @@
+"""Separate query, key and value linears that share x·down, against the same layers that do not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import efft_kernels.nn
+from efft_kernels import EFFT2, Adapter, attach
+
+D = 12
+X = torch.linspace(-1, 1, 2 * 5 * D, dtype=torch.float64).sin().view(2, 5, D)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).mT
+        return torch.softmax(scores, -1) @ self.value(x)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.Module()
+        self.attention.attention = Attention()
+
+    def forward(self, x):
+        return x + self.attention.attention(x)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.ModuleList([Block(), Block()])
+        self.classifier = nn.Linear(D, 3)
+
+    def forward(self, x):
+        for block in self.layer:
+            x = block(x)
+        return self.classifier(x.mean(-2))
+
+
+@pytest.fixture
+def shared_calls(monkeypatch):
+    calls = []
+    real = efft_kernels.nn.linear_plus_projected
+
+    def recording(*args):
+        calls.append(args[0].shape)
+        return real(*args)
+
+    monkeypatch.setattr(efft_kernels.nn, "linear_plus_projected", recording)
+    return calls
+
+
+@pytest.fixture
+def models(randomize):
+    """An adapted model twice: as it comes, and with a fixed strategy, which shares nothing."""
+    model = Model().double()
+    adapter = attach(model, EFFT2(rank=3, dropout=0.0, scale=1.0))
+    randomize(adapter, 0.3)
+    alone = copy.deepcopy(model)
+    for layer in Adapter(alone).layers().values():
+        layer.strategy = "split"
+    return model, alone
+
+
+def factors(model):
+    return list(model.factor_bank.parameters())
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert b.norm() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_first_derivatives(models, shared_calls):
+    results = []
+    for model in models:
+        x = X.clone().requires_grad_()
+        y = model(x).tanh()
+        results.append([y, *torch.autograd.grad(y.sum(), [x, *factors(model)])])
+    assert len(shared_calls) == 6  # of the first model alone
+    close(*results)
+
+
+def test_second_derivatives(models, shared_calls):
+    results = []
+    for model in models:
+        first = torch.autograd.grad(model(X).tanh().sum(), factors(model), create_graph=True)
+        penalty = sum(grad.pow(2).sum() for grad in first)
+        results.append(torch.autograd.grad(penalty, factors(model)))
+    assert len(shared_calls) == 6
+    close(*results)
+
+
+def test_torch_func(models):
+    results = []
+    for model in models:
+        values = dict(model.factor_bank.named_parameters(prefix="factor_bank"))
+
+        def loss(values, row, model=model):
+            return torch.func.functional_call(model, values, (row,)).tanh().sum()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, X)
+        results.append(list(per_sample.values()))
+    close(*results)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed(models, use_reentrant):
+    results = []
+    for model in models:
+        x = X.clone().requires_grad_()
+        y = checkpoint(model.layer[0], x, use_reentrant=use_reentrant)
+        model.layer[1](y).tanh().sum().backward()
+        results.append([p.grad for p in [x, *factors(model)]])
+    close(*results)
+
+
+def test_compiled(models):
+    results = []
+    for model in models:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        results.append(torch.autograd.grad(compiled(X).tanh().sum(), factors(model)))
+    close(*results)
