@@ -41,22 +41,22 @@ tuned=$results/$device.json
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
 
-stage "tests" 200 "$python" -m pytest -q -m gpu ${parallel[@]+"${parallel[@]}"} -p no:cacheprovider \
+stage "tests" 150 "$python" -m pytest -q -m gpu ${parallel[@]+"${parallel[@]}"} -p no:cacheprovider \
   tests/ops/test_triton_kernels.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    stage "compute-sanitizer $tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    stage "compute-sanitizer $tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" -m pytest -q -p no:cacheprovider tests/ops/test_triton_kernels.py \
       -k "exact_operands and M67 and float16"
   done
 else
   summary+=("skipped compute-sanitizer: not on the PATH")
 fi
-stage "benchmark, model's block shapes" 60 "$python" benchmarks/operator_bench.py \
+stage "benchmark, model's block shapes" 45 "$python" benchmarks/operator_bench.py \
   --impl triton:fused triton:split torch:split peft --out "$results/operators_untuned.csv"
-stage "tuning" 130 "$python" -m efft_kernels.ops.triton.tune --seconds 100 --out "$tuned"
+stage "tuning" 160 "$python" -m efft_kernels.ops.triton.tune --seconds 130 --out "$tuned"
 export EFFT_KERNELS_TUNED=$tuned
-stage "benchmark, tuned" 60 "$python" benchmarks/operator_bench.py \
+stage "benchmark, tuned" 45 "$python" benchmarks/operator_bench.py \
   --impl triton:auto triton:fused triton:split torch:split peft --out "$results/operators.csv"
 stage "benchmark, host overhead included" 40 "$python" benchmarks/operator_bench.py --eager \
   --impl triton:auto triton:fused triton:split torch:split peft --out "$results/operators.csv"

@@ -1,12 +1,14 @@
 """Times `low_rank_linear` beside torch's own frozen F.linear, layer by layer, and appends CSV rows.
 
-    python benchmarks/operator_bench.py --models ViT-B/16 --images 64 --rank 16 --impl triton:auto torch:split
+    python benchmarks/operator_bench.py --models ViT-B/16 --images 64 --rank 16 --impl triton:auto
+    torch:split
 
-Every implementation first has to match the float64 reference within twice plain torch's error in the same
-dtype; one that does not is reported and gets no row. Then all are timed in turn, round after round, with the
-L2 cache flushed before each on a GPU, where each call is a replayed CUDA graph (or, with --eager, the calls
-themselves, host overhead included). The floor that every ratio refers to is the frozen nn.Linear in the same
-run: F.linear for "fwd", and F.linear with the gradient of its input for "fwd+bwd".
+Every implementation first has to match the float64 reference within twice plain torch's error in
+the same dtype; one that does not is reported and gets no row. Then all are timed in turn, round
+after round, with the L2 cache flushed before each on a GPU, where each call is a replayed CUDA
+graph (or, with --eager, the calls themselves, host overhead included). The floor that every ratio
+refers to is the frozen nn.Linear in the same run: F.linear for "fwd", and F.linear with the
+gradient of its input for "fwd+bwd".
 
 An implementation is backend:strategy, or "peft" for the unfused LoRA formula in eager torch.
 """
@@ -33,10 +35,32 @@ from efft_kernels.ops import cost_model, reference
 from efft_kernels.ops.functional import low_rank_linear
 
 COLUMNS = (
-    "op", "impl", "strategy", "mode", "dtype", "M", "K", "N", "G", "r", "ms_p20", "ms_p50", "ms_p80", "tflops",
-    "gbps", "roofline_frac", "ratio_to_linear", "peak_mem_mb", "err_ratio", "device", "torch", "triton", "cuda",
-    "commit", "timestamp",
-)  # fmt: skip
+    "op",
+    "impl",
+    "strategy",
+    "mode",
+    "dtype",
+    "M",
+    "K",
+    "N",
+    "G",
+    "r",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "tflops",
+    "gbps",
+    "roofline_frac",
+    "ratio_to_linear",
+    "peak_mem_mb",
+    "err_ratio",
+    "device",
+    "torch",
+    "triton",
+    "cuda",
+    "commit",
+    "timestamp",
+)
 FLOOR = "F.linear"
 Layer = tuple[str, int, int, int, int]
 
@@ -107,7 +131,7 @@ def call_of(impl: str, mode: str, o: Operands) -> Callable[[], object]:
 
 
 def err_ratio(impl: str, o: Operands) -> float:
-    """The largest, over y and the gradients, of error / plain torch's error, both against float64."""
+    """The largest over y and the gradients of error / plain torch's error, against float64."""
 
     def results(forward: Callable[[], Tensor], operands: Operands) -> list[Tensor]:
         y = forward()
@@ -132,7 +156,9 @@ def err_ratio(impl: str, o: Operands) -> float:
 
 
 class Timer:
-    """Milliseconds of one call, on a GPU by events around a cold-cache replay, on a CPU by the clock."""
+    """Milliseconds of one call, on a GPU by events around a cold-cache replay, on a CPU by the
+    clock.
+    """
 
     def __init__(self, device: str, eager: bool):
         self.cuda = device == "cuda"
@@ -186,13 +212,23 @@ def peak_mem_mb(call: Callable[[], object], cuda: bool) -> float:
 
 def commit() -> str:
     run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
     )
     return run.stdout.strip() or "unknown"
 
 
 def bench_layer(
-    layer: Layer, impls: list[str], modes: list[str], rank: int, dtype: torch.dtype, device: str, repeats: int, eager: bool
+    layer: Layer,
+    impls: list[str],
+    modes: list[str],
+    rank: int,
+    dtype: torch.dtype,
+    device: str,
+    repeats: int,
+    eager: bool,
 ) -> list[dict[str, object]]:
     """Rows of one layer, floor first."""
     name, M, K, N, G = layer
@@ -205,7 +241,9 @@ def bench_layer(
             print(f"{name} {impl}: {error}", file=sys.stderr)
             continue
         if not ratios[impl] <= 2:
-            print(f"{name} {impl}: error {ratios[impl]:.2f} x plain torch's; no row", file=sys.stderr)
+            print(
+                f"{name} {impl}: error {ratios[impl]:.2f} x plain torch's; no row", file=sys.stderr
+            )
             del ratios[impl]
     timer = Timer(device, eager)
     peaks = cost_model.device_of(device)
@@ -219,7 +257,9 @@ def bench_layer(
             for impl, call in prepared.items():
                 samples[impl].append(timer.time(call))
         passes = 1 if mode == "fwd" else 2
-        problem = cost_model.Problem(M, K, N, G, rank, passes == 2, o.weight.element_size(), o.x.element_size(), device)
+        problem = cost_model.Problem(
+            M, K, N, G, rank, passes == 2, o.weight.element_size(), o.x.element_size(), device
+        )
         floor_ms = 1e3 * passes * cost_model.floor_seconds(problem, peaks)
         moved = passes * (M * (K + N) + N * K) * o.x.element_size()
         linear_ms = statistics.median(samples[FLOOR])
@@ -227,19 +267,34 @@ def bench_layer(
             p20, p50, p80 = (statistics.quantiles(ms, n=10)[i] for i in (1, 4, 7))
             backend, _, strategy = impl.partition(":")
             rows.append(
-                dict(
-                    op=name, impl=backend, strategy=strategy,
-                    mode=f"{mode} (eager)" if eager and device == "cuda" else mode,
-                    dtype=str(dtype).removeprefix("torch."), M=M, K=K, N=N, G=G, r=rank,
-                    ms_p20=round(p20, 5), ms_p50=round(p50, 5), ms_p80=round(p80, 5),
-                    tflops=round(passes * 2e-9 * M * N * K / p50, 2), gbps=round(1e-6 * moved / p50, 1),
-                    roofline_frac=round(floor_ms / p50, 4), ratio_to_linear=round(p50 / linear_ms, 4),
-                    peak_mem_mb=round(memory[impl], 1), err_ratio=round(ratios[impl], 3),
-                    device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                    torch=torch.__version__, triton=_version("triton"), cuda=torch.version.cuda or "",
-                    commit=commit(), timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                )
-            )  # fmt: skip
+                {
+                    "op": name,
+                    "impl": backend,
+                    "strategy": strategy,
+                    "mode": f"{mode} (eager)" if eager and device == "cuda" else mode,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "M": M,
+                    "K": K,
+                    "N": N,
+                    "G": G,
+                    "r": rank,
+                    "ms_p20": round(p20, 5),
+                    "ms_p50": round(p50, 5),
+                    "ms_p80": round(p80, 5),
+                    "tflops": round(passes * 2e-09 * M * N * K / p50, 2),
+                    "gbps": round(1e-06 * moved / p50, 1),
+                    "roofline_frac": round(floor_ms / p50, 4),
+                    "ratio_to_linear": round(p50 / linear_ms, 4),
+                    "peak_mem_mb": round(memory[impl], 1),
+                    "err_ratio": round(ratios[impl], 3),
+                    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+                    "torch": torch.__version__,
+                    "triton": _version("triton"),
+                    "cuda": torch.version.cuda or "",
+                    "commit": commit(),
+                    "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                }
+            )
     return rows
 
 
@@ -268,34 +323,77 @@ def show(rows: list[dict[str, object]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layer", "M", "K -> N", "mode", "impl", "ms", "TFLOP/s", "GB/s", "of roofline", "x F.linear", "MiB", "error")  # fmt: skip
+    table = Table(
+        "layer",
+        "M",
+        "K -> N",
+        "mode",
+        "impl",
+        "ms",
+        "TFLOP/s",
+        "GB/s",
+        "of roofline",
+        "x F.linear",
+        "MiB",
+        "error",
+    )
     means: dict[tuple[str, str], list[float]] = {}
     for r in rows:
         impl = f"{r['impl']}:{r['strategy']}" if r["strategy"] else str(r["impl"])
         means.setdefault((str(r["mode"]), impl), []).append(float(str(r["ratio_to_linear"])))
         table.add_row(
-            str(r["op"]), f"{r['M']:,}", f"{r['K']} -> {r['N']}", str(r["mode"]), impl, f"{r['ms_p50']:.4f}",
-            str(r["tflops"]), str(r["gbps"]), f"{r['roofline_frac']:.2f}", f"{r['ratio_to_linear']:.3f}",
-            str(r["peak_mem_mb"]), f"{r['err_ratio']:.2f}",
-        )  # fmt: skip
+            str(r["op"]),
+            f"{r['M']:,}",
+            f"{r['K']} -> {r['N']}",
+            str(r["mode"]),
+            impl,
+            f"{r['ms_p50']:.4f}",
+            str(r["tflops"]),
+            str(r["gbps"]),
+            f"{r['roofline_frac']:.2f}",
+            f"{r['ratio_to_linear']:.3f}",
+            str(r["peak_mem_mb"]),
+            f"{r['err_ratio']:.2f}",
+        )
     Console(width=None if sys.stdout.isatty() else 150).print(table)
     for (mode, impl), values in means.items():
-        print(f"{mode:12} {impl:16} geometric mean over {len(values)} layers: {statistics.geometric_mean(values):.3f} x F.linear")
+        print(
+            f"{mode:12} {impl:16} geometric mean over {len(values)} layers: "
+            f"{statistics.geometric_mean(values):.3f} x F.linear"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["ViT-B/16"], choices=sorted(cost_model.models(1)))
-    parser.add_argument("--layers", help="a comma-separated choice of the models' layers, e.g. qkv,fc1")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["ViT-B/16"], choices=sorted(cost_model.models(1))
+    )
+    parser.add_argument(
+        "--layers", help="a comma-separated choice of the models' layers, e.g. qkv,fc1"
+    )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--impl", nargs="+", help="default: triton's strategies and torch's on a GPU, torch's on a CPU")
-    parser.add_argument("--modes", nargs="+", default=["fwd", "fwd+bwd"], choices=("fwd", "fwd+bwd"))
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu")
+    )
+    parser.add_argument(
+        "--impl",
+        nargs="+",
+        help="default: triton's strategies and torch's on a GPU, torch's on a CPU",
+    )
+    parser.add_argument(
+        "--modes", nargs="+", default=["fwd", "fwd+bwd"], choices=("fwd", "fwd+bwd")
+    )
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--eager", action="store_true", help="on a GPU, time the calls instead of replayed graphs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "operators.csv")
+    parser.add_argument(
+        "--eager", action="store_true", help="on a GPU, time the calls instead of replayed graphs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "operators.csv"
+    )
     arguments = parser.parse_args()
     impls = arguments.impl or (
         ["triton:auto", "triton:fused", "triton:split", "torch:split", "peft"]
@@ -308,9 +406,15 @@ def main() -> None:
             if arguments.layers and layer[0] not in arguments.layers.split(","):
                 continue
             found = bench_layer(
-                (f"{model} {layer[0]}", *layer[1:]), impls, arguments.modes, arguments.rank,
-                getattr(torch, arguments.dtype), arguments.device, arguments.repeats, arguments.eager,
-            )  # fmt: skip
+                (f"{model} {layer[0]}", *layer[1:]),
+                impls,
+                arguments.modes,
+                arguments.rank,
+                getattr(torch, arguments.dtype),
+                arguments.device,
+                arguments.repeats,
+                arguments.eager,
+            )
             append(found, arguments.out)
             rows += found
     show(rows)

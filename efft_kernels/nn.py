@@ -307,8 +307,7 @@ class FusedEFFTLinear(nn.Linear):
         backend = requested_backend(self.backend)
         cpu_auto = backend == "auto" and x.device.type == "cpu"
         shares = cpu_auto or backend == "torch"
-        # Traced, the shared path's gradients come out as zero; torch.func cannot batch it.
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             return False
         return shares and self.strategy == "auto" and self.shared_input[0].active
 

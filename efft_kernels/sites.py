@@ -21,10 +21,10 @@ _ROLE_TAILS: tuple[tuple[str, str], ...] = (
     (r"(?:self_)?(?:attn|attention)\.k_proj|attention\.(?:attention|self)\.key", "k"),
     (r"(?:self_)?(?:attn|attention)\.v_proj|attention\.(?:attention|self)\.value", "v"),
     (r"attn\.proj|(?:self_)?(?:attn|attention)\.(?:o|out)_proj|attention\.output\.dense", "o"),
-    (r"mlp\.fc1_g", "gate"),
-    (r"mlp\.fc1(?:_x)?|intermediate\.dense", "fc1"),
+    (r"mlp\.(?:fc1_g|gate_proj)", "gate"),
+    (r"mlp\.(?:fc1(?:_x)?|up_proj)|intermediate\.dense", "fc1"),
     (r"mlp\.weights_in", "gate_fc1"),
-    (r"mlp\.fc2|mlp\.weights_out|output\.dense", "fc2"),
+    (r"mlp\.(?:fc2|weights_out|down_proj)|output\.dense", "fc2"),
 )
 _TAIL = re.compile(
     r"^(?P<block>.*\d)\.(?:" + "|".join(f"({tail})" for tail, _ in _ROLE_TAILS) + r")$"

@@ -35,13 +35,13 @@ def test_report_has_the_four_methods_and_their_numbers(finished, report):
         assert row["top1_std"] == 0
         assert row["step_ms_p50"] > 0
         assert row["saved_mib"] > 0
-    d, layers, r = 96, 6, 16
+    d, layers, r1, r2 = 96, 6, 8, 16
     backbone = sum(p.numel() for p in demo.build_backbone(0).parameters())
     assert [row["trainable_params"] for row in rows] == [
         0,
         backbone,
-        5 * d * r + 3 * layers * r**2,
-        7 * d * r + 6 * layers * r**2,
+        5 * d * r1 + 3 * layers * r1**2,
+        7 * d * r2 + 6 * layers * r2**2,
     ]
     assert report["head_params"] == 5 * d + 5
     assert report["test_images"] == 796

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from ..methods.base import Method
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .task import Task
+    from .task import Budget, Task
 
 # The commands import what they need: timm and matplotlib take seconds to load, and --help needs
 # neither.
@@ -122,6 +122,14 @@ class _TaskOptions:
             )
             for folder in self.data
         ]
+
+
+def _settings(options: _TaskOptions, budget: Budget, **more: Any) -> dict[str, Any]:
+    """What the results came from, in JSON's own types."""
+    settings = {**asdict(options), **asdict(budget), **more}
+    settings["data"] = [str(folder) for folder in options.data]
+    settings["checkpoint"] = None if options.checkpoint is None else str(options.checkpoint)
+    return settings
 
 
 def _methods(names: Sequence[str] | None, rank: int, scale: float | None) -> list[Method]:
@@ -301,7 +309,11 @@ def intrinsic_dimension(
 
         results = analysis.intrinsic_dimensions(task, names, budget, settings, on_result=show)
         console.print(dimension_table(results))
-        content = {"task": task.name, "results": [item.to_json() for item in results]}
+        content = {
+            "settings": _settings(options, budget, **asdict(settings)),
+            "task": task.name,
+            "results": [item.to_json() for item in results],
+        }
         figures = {"intrinsic-dimension": draw_dimensions(results)}
         _write(output, "intrinsic-dimension", content, figures, console)
 
@@ -363,7 +375,9 @@ def ablation(
             on_result=show,
         )  # fmt: skip
         console.print(ablation_table(result))
-        _write(output, "ablation", result.to_json(), {"ablation": draw_ablation(result)}, console)
+        more = {"methods": [item.to_config() for item in configured], "seeds": seeds}
+        content = {"settings": _settings(options, budget, **more), **result.to_json()}
+        _write(output, "ablation", content, {"ablation": draw_ablation(result)}, console)
 
 
 @app.command()
@@ -413,4 +427,6 @@ def scales(
             tasks, configured, budget, scales=swept, seeds=range(seeds), on_result=show
         )
         console.print(scale_table(result))
-        _write(output, "scales", result.to_json(), {"scales": draw_scales(result)}, console)
+        more = {"methods": [item.to_config() for item in configured], "seeds": seeds}
+        content = {"settings": _settings(options, budget, **more), **result.to_json()}
+        _write(output, "scales", content, {"scales": draw_scales(result)}, console)

@@ -56,7 +56,7 @@ def draw_comparisons(comparisons: Sequence[Comparison]) -> Figure:
     """A heat map for each comparison: similarity above random for i down and j across."""
     panels = [
         (
-            f"{item.first}\nand {item.second}\n{SIDE_WORDS[item.side]}, dim {item.dim}",
+            f"{_pair(item.first, item.second)}\n{SIDE_WORDS[item.side]}, dim {item.dim}",
             item.above_random,
             [str(i) for i in range(1, item.similarity.shape[0] + 1)],
             [str(j) for j in range(1, item.similarity.shape[1] + 1)],
@@ -76,12 +76,16 @@ def draw_blocks(comparisons: Sequence[BlockComparison]) -> Figure:
     return _heat_maps(panels, "block", "block")
 
 
+def _pair(first: str, second: str) -> str:
+    return f"{first} of both" if first == second else f"{first}, {second}"
+
+
 def _heat_maps(
     panels: Sequence[tuple[str, Matrix, list[str], list[str]]], y_label: str, x_label: str
 ) -> Figure:
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(3.1 * columns + 1.0, 3.3 * rows)
+    figure = _figure(3.1 * columns + 1.0, 3.5 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     image = None
     for axes in grid.flat[len(panels) :]:
@@ -97,7 +101,8 @@ def _heat_maps(
         if max(values.shape) <= MOST_NUMBERS:
             for (i, j), value in np.ndenumerate(values):
                 colour = "black" if value > 0.55 else "white"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", size=6, color=colour)
+                text = f"{round(value, 2) + 0.0:.2f}"  # no -0.00
+                axes.text(j, i, text, ha="center", va="center", size=6, color=colour)
     if image is not None:
         figure.colorbar(image, ax=grid, label="similarity above random", shrink=0.8, extend="min")
     return figure
@@ -195,5 +200,6 @@ def draw_scales(sweep: ScaleSweep) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _tidy(axes)
     panels[0].set_ylabel("top-1, worst = 0, best = 1")
-    panels[-1].legend(fontsize=8, frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure

@@ -11,7 +11,7 @@ from .ablation import Ablation, Cell, LayerRange, ScaleSweep
 from .intrinsic_dimension import IntrinsicDimension
 from .subspace import BlockComparison, Comparison
 
-SIDE_WORDS = {"in": "features read", "out": "features written", "factor": "factor itself"}
+SIDE_WORDS = {"in": "features read", "out": "features written", "factor": "rows of the factor"}
 
 
 def layers_word(span: LayerRange | None) -> str:
@@ -33,7 +33,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         caption="Above random: minus max(i, j)/dim, what random subspaces give.",
     )
     for name in ("first", "second", "space"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("dim", "i, j", "similarity", "above random"):
         table.add_column(name, justify="right")
     for item in comparisons:

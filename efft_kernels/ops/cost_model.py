@@ -1,8 +1,9 @@
-"""Which strategy is cheapest for a problem: operations and bytes over the device's peaks, unless measured.
+"""Which strategy is cheapest for a problem: operations and bytes over the device's peaks, unless
+measured.
 
-A strategy is a list of launches (`plan`), each with the FLOPs it must do and the bytes it must move. A launch
-takes the longer of the two times plus its start-up; a strategy takes the sum. Where benchmark rows of the
-same device say otherwise (`add_measured`), they decide.
+A strategy is a list of launches (`plan`), each with the FLOPs it must do and the bytes it must
+move. A launch takes the longer of the two times plus its start-up; a strategy takes the sum. Where
+benchmark rows of the same device say otherwise (`add_measured`), they decide.
 
     python -m efft_kernels.ops.cost_model [--device H200] [--images 64] [--rank 16]
 
@@ -42,7 +43,9 @@ class Problem(NamedTuple):
     weight_bytes: int  # as stored
     compute_bytes: int
     device_type: str
-    backward: bool = False  # which of the two operators; `training` alone is the forward that saves P
+    backward: bool = (
+        False  # which of the two operators; `training` alone is the forward that saves P
+    )
 
     @classmethod
     def of(
@@ -55,7 +58,7 @@ class Problem(NamedTuple):
         training: bool,
         backward: bool = False,
     ) -> Problem:
-        """The problem of one call. `x` may be dY as well: only its rows, dtype and device are read."""
+        """The problem of one call. `x` may be dY: only its rows, dtype and device are read."""
         return cls(
             M=x.shape[0],
             K=weight.shape[1],
@@ -81,30 +84,41 @@ class Device:
     launch_s: float  # from one kernel's end to the next one's start
     gemm_efficiency: float  # share of the library's GEMM rate that the Triton GEMM reaches
     tile_columns: int  # output columns per tile of that GEMM
-    thin_columns: int  # columns a thin product riding in the loop costs at least, in main-product columns
+    thin_columns: (
+        int  # columns a thin product riding in the loop costs at least, in main-product columns
+    )
     multiprocessors: int
-    thin_efficiency: float = 1.0  # share of the peak that a library product with `rank` columns reaches
+    thin_efficiency: float = (
+        1.0  # share of the peak that a library product with `rank` columns reaches
+    )
     source: str = "datasheet"
 
 
-# Peaks: H200 measured on one machine (8192³ bf16 product on random data, device-to-device copy); the others
-# are datasheet figures times the shares that the H200 reached of its own (0.8 of the rate, 0.9 of the bandwidth).
-# gemm_efficiency and launch_s are assumptions until benchmarks/gpu_check.sh has run. thin_columns: on sm_80
-# the rows of `a` are in registers already, so a thin product costs its own columns; on sm_90 every wgmma
-# reads them from shared memory again (64×16 elements, 16 to 20 cycles, as long as 64 to 80 more columns);
-# on sm_100 the matrix unit is twice as fast and the read as long.
+# Peaks: H200 measured on one machine (8192³ bf16 product on random data, device-to-device copy);
+# the others are datasheet figures times the shares that the H200 reached of its own (0.8 of the
+# rate, 0.9 of the bandwidth). gemm_efficiency and launch_s are assumptions until
+# benchmarks/gpu_check.sh has run. thin_columns: on sm_80 the rows of `a` are in registers already,
+# so a thin product costs its own columns; on sm_90 every wgmma reads them from shared memory again
+# (64×16 elements, 16 to 20 cycles, as long as 64 to 80 more columns); on sm_100 the matrix unit is
+# twice as fast and the read as long.
 DEVICES = {
     "A100": Device("A100", 250e12, 125e12, 1.8e12, 2e-6, 0.90, 128, 16, 108),
     "H100": Device("H100", 788e12, 390e12, 3.0e12, 2e-6, 0.85, 256, 72, 132),
-    "H200": Device("H200", 788e12, 390e12, 4.3e12, 2e-6, 0.85, 256, 72, 132, source="peaks measured"),
+    "H200": Device(
+        "H200", 788e12, 390e12, 4.3e12, 2e-6, 0.85, 256, 72, 132, source="peaks measured"
+    ),
     "B200": Device("B200", 1800e12, 900e12, 7.2e12, 2e-6, 0.80, 256, 128, 148),
     # Plain torch on a few cores. thin_efficiency: products with 16 columns against square ones.
-    "CPU": Device("CPU", 60e9, 100e9, 20e9, 5e-6, 1.0, 64, 1, 2, thin_efficiency=0.25, source="assumed"),
+    "CPU": Device(
+        "CPU", 60e9, 100e9, 20e9, 5e-6, 1.0, 64, 1, 2, thin_efficiency=0.25, source="assumed"
+    ),
 }
 
 
 class Launch(NamedTuple):
-    """One kernel: which, the FLOPs it does on matrix units, the bytes it moves with each operand counted once."""
+    """One kernel: which, the FLOPs it does on matrix units, the bytes it moves with each operand
+    counted once.
+    """
 
     name: str
     flops: float
@@ -126,7 +140,9 @@ def padded_rank(rank: int) -> int:
 
 
 def default_tiling(problem: Problem, multiprocessors: int) -> Tiling:
-    """As the Triton backend tiles by default: 128-row tiles, 128-column tiles, two programs per multiprocessor."""
+    """As the Triton backend tiles by default: 128-row tiles, 128-column tiles, two programs per
+    multiprocessor.
+    """
     row_tiles = -(-problem.M // 128)
 
     def splits(columns: int) -> int:
@@ -135,11 +151,13 @@ def default_tiling(problem: Problem, multiprocessors: int) -> Tiling:
     return Tiling(min(row_tiles, 2 * multiprocessors), splits(problem.N), splits(problem.K))
 
 
-def plan(problem: Problem, strategy: str, device: Device, tiling: Tiling | None = None) -> list[Launch]:
+def plan(
+    problem: Problem, strategy: str, device: Device, tiling: Tiling | None = None
+) -> list[Launch]:
     """The Triton backend's launches for one call, in order.
 
-    The backward is the usual one: dX, and the gradients of down, core and up. `fold` is left out by the
-    backend where the factors come folded.
+    The backward is the usual one: dX, and the gradients of down, core and up. `fold` is left out by
+    the backend where the factors come folded.
     """
     M, K, N, G, rank, *_ = problem
     b, wb = problem.compute_bytes, problem.weight_bytes
@@ -163,7 +181,9 @@ def plan(problem: Problem, strategy: str, device: Device, tiling: Tiling | None 
         return Launch("thin", 2 * M * columns * R, (M * (columns + width) + columns * R) * b)
 
     def tall_grad(columns: int, width: int, parts: int) -> Launch:
-        return Launch("tall_grad", 2 * M * columns * R, M * (columns + width) * b + parts * columns * R * 4)
+        return Launch(
+            "tall_grad", 2 * M * columns * R, M * (columns + width) * b + parts * columns * R * 4
+        )
 
     def reduce(columns: int, parts: int) -> Launch:
         return Launch("reduce", 0, parts * columns * R * 4 + columns * rank * 4)
@@ -229,14 +249,17 @@ def seconds(launches: Iterable[Launch], problem: Problem, device: Device) -> flo
     """The predicted time of launches run one after another."""
     rate = device.half_flops if problem.compute_bytes == 2 else device.float_flops
     return sum(
-        max(launch.flops / (rate * launch.efficiency), launch.bytes_moved / device.bandwidth) + device.launch_s
+        max(launch.flops / (rate * launch.efficiency), launch.bytes_moved / device.bandwidth)
+        + device.launch_s
         for launch in launches
     )
 
 
 @cache
 def device_of(device_type: str) -> Device:
-    """The peaks of this machine's device; an unknown GPU gets those of the nearest known architecture."""
+    """The peaks of this machine's device; an unknown GPU gets those of the nearest known
+    architecture.
+    """
     if device_type != "cuda" or not torch.cuda.is_available():
         return DEVICES["CPU"]
     name = torch.cuda.get_device_name()
@@ -249,7 +272,9 @@ def device_of(device_type: str) -> Device:
     return nearest
 
 
-def candidates(problem: Problem, strategies: tuple[str, ...], backend: str) -> tuple[dict[str, float], dict[str, str]]:
+def candidates(
+    problem: Problem, strategies: tuple[str, ...], backend: str
+) -> tuple[dict[str, float], dict[str, str]]:
     """({strategy: predicted seconds}, {strategy: why it is ruled out})."""
     device = device_of(problem.device_type)
     return _candidates(problem, strategies, backend, device)
@@ -264,13 +289,18 @@ def _candidates(
     for strategy in strategies:
         if strategy == "merged" and problem.weight_bytes < 4:
             excluded[strategy] = (
-                "the weight is stored in half precision: increments below half an ulp of W0 would vanish"
+                "the weight is stored in half precision: increments below half an ulp of W0"
+                " would vanish"
             )
         elif strategy == "fused" and in_torch:
-            excluded[strategy] = f"rank {problem.rank} is above {TRITON_MAX_RANK}; plain torch runs it"
+            excluded[strategy] = (
+                f"rank {problem.rank} is above {TRITON_MAX_RANK}; plain torch runs it"
+            )
         else:
             launches = (
-                torch_plan(problem, strategy, device) if in_torch else plan(problem, strategy, device)
+                torch_plan(problem, strategy, device)
+                if in_torch
+                else plan(problem, strategy, device)
             )
             predicted[strategy] = seconds(launches, problem, device)
     return predicted, excluded
@@ -288,14 +318,22 @@ def _key(problem: Problem, backend: str) -> _Key:
 def add_measured(rows: Iterable[Mapping[str, Any]]) -> None:
     """Let benchmark rows of this machine's device decide instead of the model.
 
-    Each row: backend, backward (bool), compute_bytes, weight_bytes, M, K, N, rank, strategy, ms_p50.
+    Each row: backend, backward (bool), compute_bytes, weight_bytes, M, K, N, rank, strategy,
+    ms_p50.
     """
     for row in rows:
         key = (
-            str(row["backend"]), bool(row["backward"]), int(row["compute_bytes"]),
-            int(row["weight_bytes"]), int(row["K"]), int(row["N"]), int(row["rank"]),
-        )  # fmt: skip
-        _measured.setdefault(key, {}).setdefault(str(row["strategy"]), {})[int(row["M"])] = float(row["ms_p50"])
+            str(row["backend"]),
+            bool(row["backward"]),
+            int(row["compute_bytes"]),
+            int(row["weight_bytes"]),
+            int(row["K"]),
+            int(row["N"]),
+            int(row["rank"]),
+        )
+        _measured.setdefault(key, {}).setdefault(str(row["strategy"]), {})[int(row["M"])] = float(
+            row["ms_p50"]
+        )
     choose.cache_clear()
 
 
@@ -307,7 +345,9 @@ def _load_shipped() -> None:
 
 
 def measured_ms(problem: Problem, strategies: Iterable[str], backend: str) -> dict[str, float]:
-    """{strategy: milliseconds} measured at the nearest M within a factor of two; two strategies or none."""
+    """{strategy: milliseconds} measured at the nearest M within a factor of two; two strategies or
+    none.
+    """
     found = {}
     for strategy, by_rows in _measured.get(_key(problem, backend), {}).items():
         nearest = min(by_rows, key=lambda m: abs(m - problem.M))
@@ -320,8 +360,8 @@ def measured_ms(problem: Problem, strategies: Iterable[str], backend: str) -> di
 def choose(problem: Problem, strategies: tuple[str, ...], backend: str) -> str:
     """The strategy of `strategies` with the least measured, else the least predicted, time.
 
-    `merged` is ruled out for weights stored in half precision, where an increment below half an ulp of W0
-    would vanish.
+    `merged` is ruled out for weights stored in half precision, where an increment below half an ulp
+    of W0 would vanish.
     """
     _load_shipped()
     predicted, _ = candidates(problem, strategies, backend)
@@ -354,7 +394,9 @@ class Explanation:
             f"the least {self.source} time",
         ]
         for strategy, us in sorted(self.times_us.items(), key=lambda item: item[1]):
-            lines.append(f"  {strategy:<7} {us:9.1f} us  {us / self.floor_us:5.2f} x the frozen layer")
+            lines.append(
+                f"  {strategy:<7} {us:9.1f} us  {us / self.floor_us:5.2f} x the frozen layer"
+            )
         lines.extend(f"  {strategy:<7} ruled out: {why}" for strategy, why in self.excluded.items())
         return "\n".join(lines)
 
@@ -399,14 +441,24 @@ def explain(
     if backend not in _BACKEND_STRATEGIES:
         raise ValueError(f"backend must be one of {tuple(_BACKEND_STRATEGIES)}, got {backend!r}")
     problem = Problem(
-        M, K, N, G, rank, training or backward, (weight_dtype or dtype).itemsize, dtype.itemsize,
-        device_type, backward,
-    )  # fmt: skip
+        M,
+        K,
+        N,
+        G,
+        rank,
+        training or backward,
+        (weight_dtype or dtype).itemsize,
+        dtype.itemsize,
+        device_type,
+        backward,
+    )
     strategies = _BACKEND_STRATEGIES[backend]
     predicted, excluded = _candidates(problem, strategies, backend, peaks)
     here = peaks == device_of(device_type)
     measured = measured_ms(problem, predicted, backend) if here else {}
-    times = {s: 1e3 * ms for s, ms in measured.items()} or {s: 1e6 * t for s, t in predicted.items()}
+    times = {s: 1e3 * ms for s, ms in measured.items()} or {
+        s: 1e6 * t for s, t in predicted.items()
+    }
     return Explanation(
         problem,
         peaks,
@@ -420,9 +472,13 @@ def explain(
 
 
 def floor_seconds(problem: Problem, device: Device) -> float:
-    """The frozen layer's own product (y, or dX in the backward) at the library's rate: what no adapter goes below."""
+    """The frozen layer's own product (y, or dX in the backward) at the library's rate: what no
+    adapter goes below.
+    """
     p = problem
-    library = Launch("library gemm", 2 * p.M * p.N * p.K, (p.M * (p.N + p.K) + p.N * p.K) * p.compute_bytes)
+    library = Launch(
+        "library gemm", 2 * p.M * p.N * p.K, (p.M * (p.N + p.K) + p.N * p.K) * p.compute_bytes
+    )
     return seconds([library], p, device) - device.launch_s
 
 
@@ -440,7 +496,10 @@ def models(images: int) -> dict[str, list[tuple[str, int, int, int, int]]]:
     """{model: [(layer, M, K, N, G), ...]} at 224×224 pixels."""
     swin = []
     for stage, width in enumerate((128, 256, 512, 1024)):
-        swin += [(f"stage {stage + 1} {layer[0]}", *layer[1:]) for layer in _vit(width, (56 >> stage) ** 2, images)]
+        swin += [
+            (f"stage {stage + 1} {layer[0]}", *layer[1:])
+            for layer in _vit(width, (56 >> stage) ** 2, images)
+        ]
     return {
         "ViT-B/16": _vit(768, 197, images),
         "ViT-L/16": _vit(1024, 197, images),
@@ -456,29 +515,63 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    parser = argparse.ArgumentParser(description="Predicted strategy times (nothing here is measured).")
-    parser.add_argument("--device", choices=[name for name in DEVICES if name != "CPU"], default="H200")
+    parser = argparse.ArgumentParser(
+        description="Predicted strategy times (nothing here is measured)."
+    )
+    parser.add_argument(
+        "--device", choices=[name for name in DEVICES if name != "CPU"], default="H200"
+    )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--weights", choices=("bfloat16", "float32"), default="bfloat16", help="as stored; x is bfloat16")
+    parser.add_argument(
+        "--weights",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="as stored; x is bfloat16",
+    )
     arguments = parser.parse_args()
+    peaks = arguments.device
     console = Console(width=None if sys.stdout.isatty() else 150)
     for model, layers in models(arguments.images).items():
         table = Table(
-            "layer", "M", "K -> N", "pass", "floor us", "fused us", "split us", "merged us", "picked", "x floor",
-            title=f"{model}, {arguments.device}, bf16, rank {arguments.rank}: predicted by the cost model, not measured",
-        )  # fmt: skip
+            "layer",
+            "M",
+            "K -> N",
+            "pass",
+            "floor us",
+            "fused us",
+            "split us",
+            "merged us",
+            "picked",
+            "x floor",
+            title=f"{model}, {peaks}, bf16, rank {arguments.rank}: predicted, not measured",
+        )
         for layer, M, K, N, G in layers:
             for backward in (False, True):
                 e = explain(
-                    M, K, N, G, arguments.rank, torch.bfloat16, arguments.device,
-                    weight_dtype=getattr(torch, arguments.weights), backward=backward,
-                )  # fmt: skip
+                    M,
+                    K,
+                    N,
+                    G,
+                    arguments.rank,
+                    torch.bfloat16,
+                    arguments.device,
+                    weight_dtype=getattr(torch, arguments.weights),
+                    backward=backward,
+                )
                 table.add_row(
-                    layer, f"{M:,}", f"{K} -> {N}", "backward" if backward else "forward", f"{e.floor_us:.1f}",
-                    *(f"{e.times_us[s]:.1f}" if s in e.times_us else "-" for s in ("fused", "split", "merged")),
-                    e.chosen, f"{e.times_us[e.chosen] / e.floor_us:.2f}",
-                )  # fmt: skip
+                    layer,
+                    f"{M:,}",
+                    f"{K} -> {N}",
+                    "backward" if backward else "forward",
+                    f"{e.floor_us:.1f}",
+                    *(
+                        f"{e.times_us[s]:.1f}" if s in e.times_us else "-"
+                        for s in ("fused", "split", "merged")
+                    ),
+                    e.chosen,
+                    f"{e.times_us[e.chosen] / e.floor_us:.2f}",
+                )
         console.print(table)
 
 

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import autocast_enabled
 from .torch_backend import fold, mm_into, thin_grad, unfold_grads
 
 
 def project(x: Tensor, down: Tensor) -> Tensor:
     """P = x·down, [..., Ra], in x's dtype (autocast's under autocast); differentiable in both."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    if autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return torch.matmul(x, down.to(x.dtype))
 
 
@@ -60,12 +60,13 @@ class _LinearPlusProjected(torch.autograd.Function):
         core: Tensor | None,  # [G, Ra, Rb]
         up: Tensor,  # [1 or G, N/G, Rb]
     ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, p, core, up)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
-            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, p, core, up)
-            ctx.bias_dtype = None if bias is None else bias.dtype
             b = fold(core, up).to(p.dtype)
             y = F.linear(x, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
-            return y.addmm_(p, b.t())
+            # Dynamo (torch 2.11) gives zero gradients when a Function's output was updated in place.
+            return torch.addmm(y, p, b.t()) if torch.compiler.is_compiling() else y.addmm_(p, b.t())
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

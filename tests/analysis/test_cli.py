@@ -116,6 +116,8 @@ def test_ablation_of_a_folder(folder_options: list[str], tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     data = json.loads((output / "ablation.json").read_text())
     assert [cell["layers"] for cell in data["cells"]] == [None, [0, 0]]
+    assert data["settings"]["methods"][0]["rank"] == 2
+    assert data["settings"]["model"] == "test_vit"
     assert (output / "ablation.png").is_file()
 
 

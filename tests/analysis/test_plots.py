@@ -88,9 +88,6 @@ def test_pictures_name_their_axes(tmp_path: Path) -> None:
 
 
 def text_of(table: Table) -> str:
-    console = Console(width=160, record=True, quiet=True)
-    with console.capture():
-        console.print(table)
     console = Console(width=160)
     with console.capture() as capture:
         console.print(table)

@@ -56,7 +56,9 @@ def test_arithmetic_of_one_forward():
 @pytest.mark.parametrize("strategy", ["fused", "split"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_pass_over_rows_that_the_formulas_do_not_need(strategy, backward):
-    """x and dY: one pass beside the GEMM's own for each gradient that reduces over rows, none for y beyond its store."""
+    """x and dY: one pass beside the GEMM's own for each gradient that reduces over rows, none for y
+    beyond its store.
+    """
     wide = QKV._replace(M=10_000_019, backward=backward)
     moved = sum(launch.bytes_moved for launch in plan(wide, strategy, DEVICES["H200"]))
     passes = moved / wide.M / wide.compute_bytes
@@ -71,7 +73,15 @@ def test_no_pass_over_rows_that_the_formulas_do_not_need(strategy, backward):
 def test_measured_rows_overrule_the_model(forget):
     predicted = cost_model.choose(QKV, ALL, "triton")
     other = "split" if predicted == "fused" else "fused"
-    common = dict(backend="triton", backward=False, compute_bytes=2, weight_bytes=2, K=768, N=2304, rank=16)
+    common = {
+        "backend": "triton",
+        "backward": False,
+        "compute_bytes": 2,
+        "weight_bytes": 2,
+        "K": 768,
+        "N": 2304,
+        "rank": 16,
+    }
     cost_model.add_measured(
         [
             {**common, "M": 12608, "strategy": other, "ms_p50": 0.05},
@@ -89,9 +99,21 @@ def test_measured_rows_overrule_the_model(forget):
 def test_one_measured_strategy_alone_decides_nothing(forget):
     predicted = cost_model.choose(QKV, ALL, "triton")
     cost_model.add_measured(
-        [dict(backend="triton", backward=False, compute_bytes=2, weight_bytes=2, K=768, N=2304, rank=16,
-              M=12608, strategy="split" if predicted == "fused" else "fused", ms_p50=1e-9)]
-    )  # fmt: skip
+        [
+            {
+                "backend": "triton",
+                "backward": False,
+                "compute_bytes": 2,
+                "weight_bytes": 2,
+                "K": 768,
+                "N": 2304,
+                "rank": 16,
+                "M": 12608,
+                "strategy": "split" if predicted == "fused" else "fused",
+                "ms_p50": 1e-9,
+            }
+        ]
+    )
     assert cost_model.choose(QKV, ALL, "triton") == predicted
 
 
@@ -120,7 +142,10 @@ def test_every_layer_has_a_prediction():
 
 def test_a_repeated_choice_costs_microseconds():
     cost_model.choose(QKV, ALL, "triton")
-    per_call = min(timeit.repeat(lambda: cost_model.choose(QKV, ALL, "triton"), number=1000, repeat=5)) / 1000
+    per_call = (
+        min(timeit.repeat(lambda: cost_model.choose(QKV, ALL, "triton"), number=1000, repeat=5))
+        / 1000
+    )
     assert per_call < 20e-6
 
 

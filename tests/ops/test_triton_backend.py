@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: availability, the choice of block shapes, ahead-of-time builds."""
+"""The Triton backend without a GPU: availability, choice of block shapes, ahead-of-time builds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def on(monkeypatch):
 
     def pretend(device):
         monkeypatch.setattr(tuning, "device", lambda index: device)
-        for cached in (tuning._gemm_config, tuning._pass_config, tuning._tables, tuning._note_fallback):
+        for cached in (
+            tuning._gemm_config,
+            tuning._pass_config,
+            tuning._tables,
+            tuning._note_fallback,
+        ):
             cached.cache_clear()
 
     yield pretend
@@ -61,11 +66,15 @@ assert dispatch._select_backend("auto", x)[1] == "torch"
 assert dispatch._select_backend("triton", x)[1] == "triton"
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("rank,padded", [(1, 16), (16, 16), (17, 32), (33, 64), (65, 128), (128, 128)])
+@pytest.mark.parametrize(
+    "rank,padded", [(1, 16), (16, 16), (17, 32), (33, 64), (65, 128), (128, 128)]
+)
 def test_padded_rank(rank, padded):
     assert padded_rank(rank) == padded
 
@@ -89,23 +98,28 @@ def test_every_shape_has_a_config_that_fits(on, device, dtype):
 
 def test_small_problems_get_small_tiles(on):
     on(H200)
-    shape = dict(wide=False, aligned=True, ride=True, index=0)
+    shape = {"wide": False, "aligned": True, "ride": True, "index": 0}
     many = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **shape)
     few = tuning.gemm_config(197, 768, 768, 16, torch.bfloat16, **shape)
     assert many.block_m * many.block_c > few.block_m * few.block_c
 
 
 def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_path):
+    row = [64, 64, 64, 4, 4, 2, 1]
     key = tuning.gemm_key(2304, 768, 16, "half", True)
-    table = {"device": H200.name, "rows": {key: {"14": [64, 64, 64, 4, 4, 2]}}}
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps(table))
+    path.write_text(json.dumps({"device": H200.name, "rows": {key: {"14": row}}}))
     monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
     on(H200)
-    shape = dict(wide=False, aligned=True, ride=True, index=0)
-    assert tuning.gemm_config(12608, 2304, 768, 16, torch.bfloat16, **shape) == (64, 64, 64, 4, 4, 2)
-    assert tuning.gemm_config(600, 2304, 768, 16, torch.bfloat16, **shape) != (64, 64, 64, 4, 4, 2)
-    assert tuning.gemm_config(12608, 768, 768, 16, torch.bfloat16, **shape) != (64, 64, 64, 4, 4, 2)
+
+    def config(m, c, aligned=True):
+        shape = {"wide": False, "aligned": aligned, "ride": True, "index": 0}
+        return list(tuning.gemm_config(m, c, 768, 16, torch.bfloat16, **shape))
+
+    assert config(12608, 2304) == row
+    assert config(600, 2304) != row
+    assert config(12608, 768) != row
+    assert config(12608, 2304, aligned=False) != row
 
 
 def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_path, caplog):
@@ -136,7 +150,8 @@ def test_tf32_only_where_torch_allows_it():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-# `make aot` builds every shipped configuration; here, those a ViT in bf16 at rank 16 runs, on each architecture.
+# `make aot` builds every shipped configuration; here, those a ViT in bf16 at rank 16 runs, on each
+# architecture.
 REPRESENTATIVE = [
     case
     for case in aot.cases()

@@ -1,8 +1,8 @@
 """The Triton kernels against the float64 reference: the same cases in the interpreter and on a GPU.
 
-On a CUDA device they run there, bfloat16 included. With TRITON_INTERPRET=1 they run on the CPU in float32 and
-float16 (tests/ops/test_triton_interpreter.py runs this file so). Every buffer the launchers allocate starts
-as NaN, so a tile that nothing writes cannot pass.
+On a CUDA device they run there, bfloat16 included. With TRITON_INTERPRET=1 they run on the CPU in
+float32 and float16 (tests/ops/test_triton_interpreter.py runs this file so). Every buffer the
+launchers allocate starts as NaN, so a tile that nothing writes cannot pass.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ SHAPES = (SHARED, EACH, NO_CORE, ONE_SLICE)
 
 
 def operands(shape: Shape, dtype: torch.dtype, *, exact: bool = False, seed: int = 0):
-    """(x, weight, bias, down, core, up, dy), values of order one; with `exact`, sparse small integers."""
+    """(x, weight, bias, down, core, up, dy), values of order one; with `exact`, sparse small
+    integers.
+    """
     g = torch.Generator().manual_seed(seed)
     s = shape
 
@@ -100,14 +102,20 @@ def by_reference(operands, dtype: torch.dtype) -> dict[str, Tensor]:
     present = [leaf for leaf in leaves if leaf is not None]
     grads = torch.autograd.grad(y, present, dy.to(dtype))
     out = {"y": y.detach()}
-    out.update(zip((n for n, leaf in zip(NAMES, leaves, strict=True) if leaf is not None), grads, strict=True))
+    out.update(
+        zip(
+            (n for n, leaf in zip(NAMES, leaves, strict=True) if leaf is not None),
+            grads,
+            strict=True,
+        )
+    )
     return out
 
 
 def by_kernels(operands, strategy: str, needs=ALL) -> dict[str, Tensor]:
     """y, P and the gradients by the Triton backend."""
     *tensors, dy = operands
-    x, weight, bias, down, core, up = tensors
+    x, weight, _, down, core, up = tensors
     y, p = backend.forward(*tensors, save_p=True, strategy=strategy)
     grads = backend.backward(dy, x, weight, p, down, core, up, needs=needs, strategy=strategy)
     out = {"y": y, "p": p}
@@ -128,7 +136,7 @@ def error(value: Tensor, exact: Tensor) -> float:
 
 
 def assert_within_budget(got, operands) -> None:
-    """Each result errs at most twice as much as plain torch in the same dtype (or as one rounding)."""
+    """Each result errs at most twice as much as plain torch in its dtype (or as one rounding)."""
     dtype = operands[0].dtype
     exact = by_reference(operands, torch.float64)
     same_dtype = by_reference([None if t is None else t.to(dtype) for t in operands], dtype)
@@ -156,10 +164,7 @@ def test_exact_operands_give_exact_results(shape, dtype, strategy):
     exact = by_reference(tensors, torch.float64)
     limit = 256 if dtype == torch.bfloat16 else 2048
     for name, value in by_kernels(tensors, strategy).items():
-        if name == "p":
-            expected = tensors[0].double() @ tensors[3].double()
-        else:
-            expected = exact[name]
+        expected = tensors[0].double() @ tensors[3].double() if name == "p" else exact[name]
         if expected.abs().max() < limit:
             assert torch.equal(value.double(), expected), name
         else:
@@ -222,8 +227,14 @@ def test_every_layout(layout, strategy):
     change = layouts()[layout]
     x, weight, bias, down, core, up = tensors
     changed = (
-        change(x), change(weight), bias, change(down), core.mT.contiguous().mT, change(up[0])[None], change(dy)
-    )  # fmt: skip
+        change(x),
+        change(weight),
+        bias,
+        change(down),
+        core.mT.contiguous().mT,
+        change(up[0])[None],
+        change(dy),
+    )
     contiguous = [t.contiguous() for t in changed]
     got, expected = by_kernels(changed, strategy), by_kernels(contiguous, strategy)
     for name, value in got.items():
@@ -242,7 +253,9 @@ def test_only_what_is_needed(needed, strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_float32_weight_and_factors_beside_half_precision_rows(strategy):
-    """As under autocast: y is as good as from operands cast beforehand, and factor gradients are float32."""
+    """As under autocast: y is as good as from operands cast beforehand, and factor gradients are
+    float32.
+    """
     *tensors, dy = operands(SHARED, torch.float32)
     x, weight, bias, down, core, up = tensors
     mixed = (x.half(), weight, bias, down, core, up, dy.half())
@@ -297,7 +310,8 @@ def test_a_rank_beyond_the_kernels_runs_in_torch(caplog):
 
 
 @pytest.mark.skipif(
-    not INTERPRETED and torch.cuda.get_device_capability() < (9, 0), reason="needs compute capability 9.0"
+    not INTERPRETED and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs compute capability 9.0",
 )
 @pytest.mark.parametrize("ride", [True, False])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -307,17 +321,19 @@ def test_tiles_through_the_copy_engine(direction, ride):
     from efft_kernels.ops.triton.tuning import GemmConfig
 
     block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 128, 64, 8, 4, 3)
-    M, I, C = 201, 176, 208
+    M, inner, C = 201, 176, 208
     g = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
         return torch.randint(-1, 2, size, generator=g).to(DEVICE, torch.float16)
 
-    a, thin_in, thin_out = draw(M, I), draw(I, 16), draw(C, 16)
-    w = draw(C, I).t() if direction == "forward" else draw(I, C)
+    a, thin_in, thin_out = draw(M, inner), draw(inner, 16), draw(C, 16)
+    w = draw(C, inner).t() if direction == "forward" else draw(inner, C)
     expected_p = a.double() @ thin_in.double()
     p = torch.empty_like(expected_p, dtype=a.dtype) if ride else expected_p.to(a.dtype)
-    out = launch_gemm(a, w, None, thin_in, thin_out, p, width=16, ride=ride, config=GemmConfig(*block, tma=True))
+    out = launch_gemm(
+        a, w, None, thin_in, thin_out, p, width=16, ride=ride, config=GemmConfig(*block, tma=True)
+    )
     assert torch.equal(p.double(), expected_p)
     exact = a.double() @ w.double() + expected_p @ thin_out.double().t()
     assert exact.abs().max() < 2048 and torch.equal(out.double(), exact)
@@ -357,7 +373,9 @@ def recorded(monkeypatch):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_launches_and_bytes_are_the_plans(strategy, recorded):
-    """What runs is what cost_model.plan says: no launch more, no pass over x or dY more, no byte more."""
+    """What runs is what cost_model.plan says: no launch more, no pass over x or dY more, no byte
+    more.
+    """
     from efft_kernels.ops.triton import tuning
 
     s = Shape(M=160, K=64, n=48, G=2, Ra=16, Rb=16, shared=False)
@@ -371,8 +389,8 @@ def test_launches_and_bytes_are_the_plans(strategy, recorded):
     by_x = tuning.pass_config("tall_grad", s.M, 64, 16, x.dtype, **aligned)
 
     def parts(config):
-        rows = -(-(-(-s.M // config.programs)) // config.block_m) * config.block_m
-        return -(-s.M // rows)
+        rows = tuning.cdiv(tuning.cdiv(s.M, config.programs), config.block_m) * config.block_m
+        return tuning.cdiv(s.M, rows)
 
     tiling = cost_model.Tiling(
         min(-(-s.M // thin_grad.block_m), thin_grad.programs), parts(by_dy), parts(by_x)
@@ -383,7 +401,7 @@ def test_launches_and_bytes_are_the_plans(strategy, recorded):
         launches = cost_model.plan(problem._replace(backward=backward), strategy, device, tiling)
         return [(name, moved) for name, _, moved, _ in launches if name not in in_library]
 
-    y, p = backend.forward(*tensors, save_p=True, strategy=strategy)
+    _, p = backend.forward(*tensors, save_p=True, strategy=strategy)
     assert recorded == planned(backward=False)
     recorded.clear()
     needs = (True, False, False, True, True, True)
@@ -404,7 +422,9 @@ needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 @pytest.mark.parametrize("strategy", ["fused", "split"])
 def test_a_training_step_in_a_cuda_graph(strategy):
     *tensors, dy = operands(Shape(M=256, K=128, n=64, Ra=16, Rb=16), torch.bfloat16)
-    leaves = [t.clone().requires_grad_(name != "weight") for name, t in zip(NAMES, tensors, strict=True)]
+    leaves = [
+        t.clone().requires_grad_(name != "weight") for name, t in zip(NAMES, tensors, strict=True)
+    ]
 
     def step():
         y = low_rank_linear(*leaves, backend="triton", strategy=strategy)
@@ -427,7 +447,9 @@ def test_a_training_step_in_a_cuda_graph(strategy):
 @needs_cuda
 def test_a_compiled_training_step_has_no_graph_break():
     *tensors, dy = operands(Shape(M=256, K=128, n=64, Ra=16, Rb=16), torch.bfloat16)
-    leaves = [t.clone().requires_grad_(name != "weight") for name, t in zip(NAMES, tensors, strict=True)]
+    leaves = [
+        t.clone().requires_grad_(name != "weight") for name, t in zip(NAMES, tensors, strict=True)
+    ]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
 
     def loss(x, *rest):

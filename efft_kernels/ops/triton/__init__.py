@@ -1,14 +1,15 @@
 """The Triton backend: every strategy in fused kernels, on CUDA or in Triton's interpreter.
 
-    gemm.py       out = a·w + (a·thin_in)·thin_out^T: the forward, and dX with the operands' roles swapped
-    thin.py       passes over a tall matrix: S = tall·thin, d = tall^T·thin, and their two-stage reduction
+    gemm.py       out = a·w + (a·thin_in)·thin_out^T: the forward, and dX with the roles swapped
+    thin.py       passes over a tall matrix: tall·thin and tall^T·thin, with their two-stage sums
     factors.py    the fold of (down, core, up) into the two thin factors; W + ΔW for `merged`
     forward.py, backward.py    the order in which they run
-    tuning.py     block shapes by device, dtype and shape;  plan.py  launches and bytes moved
+    tuning.py     block shapes by device, dtype and shape; tune.py measures them on request
     aot.py        compiles all of it for GPUs that are not here
 
-The interpreter takes CPU tensors when TRITON_INTERPRET=1 was set before this package was imported. It
-checks kernels and is thousands of times slower than plain torch, so only an explicit choice reaches it.
+The interpreter takes CPU tensors when TRITON_INTERPRET=1 was set before this package was imported.
+It checks kernels and is thousands of times slower than plain torch, so only an explicit choice
+reaches it.
 """
 
 from __future__ import annotations
@@ -32,18 +33,20 @@ if find_spec("triton") is not None:
 def unavailable() -> str | None:
     """Why this backend cannot run here, and what would change that."""
     if find_spec("triton") is None:
-        return "triton is not installed; `pip install triton` (Linux with an NVIDIA GPU; it comes with torch there)"
+        return "triton is not installed; `pip install triton` (it comes with torch on Linux)"
     if INTERPRETED:
         return None
     if torch.version.hip is not None:
         return "the kernels are written and checked for NVIDIA GPUs; this torch is built for ROCm"
     if not torch.cuda.is_available():
         return (
-            "no CUDA device is visible to torch; use backend='torch', or set TRITON_INTERPRET=1 before Python"
-            " starts to run the kernels on the CPU in Triton's interpreter (slow, for tests)"
+            "no CUDA device is visible to torch; use backend='torch', or set TRITON_INTERPRET=1"
+            " before Python starts to run the kernels on the CPU in Triton's interpreter (slow, for"
+            " tests)"
         )
     if torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0; use backend='torch'"
+        name = torch.cuda.get_device_name()
+        return f"{name} is older than compute capability 8.0; use backend='torch'"
     return None
 
 
@@ -53,7 +56,7 @@ def rejects(x: Tensor) -> str | None:
         return f"dtype must be float16, bfloat16 or float32, got {x.dtype}; use backend='torch'"
     if INTERPRETED:
         if x.dtype == torch.bfloat16:
-            return "Triton's interpreter multiplies bfloat16 incorrectly; use float16 or float32 under TRITON_INTERPRET=1"
+            return "Triton's interpreter multiplies bfloat16 incorrectly; use float16 or float32"
         return None
     if not x.is_cuda:
         return f"x is on {x.device}; move it to a CUDA device or use backend='torch'"

@@ -2,10 +2,10 @@
 
     python -m efft_kernels.ops.triton.aot [--arch 80 90 100] [--only gemm] [--jobs 2]
 
-For sm_80, sm_90 and sm_100 and for every row of tuned/defaults.json: no register spills, no stack, shared
-memory within the architecture's limit, and the tensor-core instruction that belongs there (HMMA, HGMMA,
-UTCHMMA). Exits with 1 and the failing rows named otherwise. bf16 and fp16 share every code path but the
-operand type; both are compiled.
+For sm_80, sm_90 and sm_100 and for every row of tuned/defaults.json: no register spills, no stack,
+shared memory within the architecture's limit, and the tensor-core instruction that belongs there
+(HMMA, HGMMA, UTCHMMA). Exits with 1 and the failing rows named otherwise. bf16 and fp16 share every
+code path but the operand type; both are compiled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ _POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: a kernel's argument types, its constants, and the instruction expected in its code."""
+    """One compilation: a kernel's argument types, its constants, and the instruction expected in
+    its code.
+    """
 
     kernel: str
     label: str
@@ -68,7 +70,9 @@ class Case:
 
 @dataclass
 class Report:
-    """What came out: registers per thread; bytes of stack, spills and shared memory; problems in words."""
+    """What came out: registers per thread; bytes of stack, spills and shared memory; problems in
+    words.
+    """
 
     case: Case
     registers: int = 0
@@ -92,7 +96,9 @@ def _case(
     unit: tuple[str, ...] = (),
     aligned: bool = True,
 ) -> Case:
-    """Types and constants of every argument: pointers as given (None: absent), `unit` strides 1, other integers i32."""
+    """Types and constants of every argument: pointers as given (None: absent), `unit` strides 1,
+    other integers i32.
+    """
     signature: dict[str, str] = {}
     values = dict(constants)
     for name in KERNELS[kernel].arg_names:
@@ -109,7 +115,17 @@ def _case(
         else:
             signature[name] = "i32"
     return Case(
-        kernel, label, dtype, arch, rank, signature, values, num_warps, num_stages, instruction, aligned
+        kernel,
+        label,
+        dtype,
+        arch,
+        rank,
+        signature,
+        values,
+        num_warps,
+        num_stages,
+        instruction,
+        aligned,
     )
 
 
@@ -146,9 +162,13 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                             {
                                 "a_ptr": pointer,
                                 "w_ptr": "*fp32" if wide else pointer,
-                                "a_desc": _descriptor(dtype, config, config.block_m, config.block_i),
+                                "a_desc": _descriptor(
+                                    dtype, config, config.block_m, config.block_i
+                                ),
                                 "w_desc": _descriptor(
-                                    dtype, config, *(w_block if direction == "fwd" else w_block[::-1])
+                                    dtype,
+                                    config,
+                                    *(w_block if direction == "fwd" else w_block[::-1]),
                                 ),
                                 "d_desc": _descriptor(dtype, config, config.block_i, rank),
                                 "bias_ptr": pointer if direction == "fwd" else None,
@@ -242,27 +262,52 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
     pointer = _POINTER[dtype]
     block, block_parts, num_warps = tuning.REDUCE_CONFIG
     yield _case(
-        "reduce", "", arch, dtype, rank,
+        "reduce",
+        "",
+        arch,
+        dtype,
+        rank,
         {"partial_ptr": "*fp32", "out_ptr": pointer},
         {"RANK": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
-        num_warps, 3, None,
-    )  # fmt: skip
+        num_warps,
+        3,
+        None,
+    )
     block, block_rb, num_warps = tuning.FOLD_CONFIG
     for factors in dict.fromkeys(("*fp32", pointer)):
         for core in (factors, None):
             yield _case(
-                "fold", f"{factors[1:]} factors{'' if core else ' no core'}", arch, dtype, rank,
-                {"down_ptr": factors, "core_ptr": core, "up_ptr": factors, "b_ptr": pointer, "down_out_ptr": pointer},
+                "fold",
+                f"{factors[1:]} factors{'' if core else ' no core'}",
+                arch,
+                dtype,
+                rank,
+                {
+                    "down_ptr": factors,
+                    "core_ptr": core,
+                    "up_ptr": factors,
+                    "b_ptr": pointer,
+                    "down_out_ptr": pointer,
+                },
                 {"BLOCK": block, "BLOCK_RB": block_rb, "RANK": rank},
-                num_warps, 3, None, unit=("stride_dr", "stride_cb", "stride_ur"),
-            )  # fmt: skip
+                num_warps,
+                3,
+                None,
+                unit=("stride_dr", "stride_cb", "stride_ur"),
+            )
     block_n, block_k, block_r, num_warps = tuning.MERGE_CONFIG
     yield _case(
-        "merge", "fp32 weight", arch, dtype, rank,
+        "merge",
+        "fp32 weight",
+        arch,
+        dtype,
+        rank,
         {"weight_ptr": "*fp32", "b_ptr": "*fp32", "down_ptr": "*fp32", "out_ptr": pointer},
         {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r, "RANK": rank},
-        num_warps, 3, None,
-    )  # fmt: skip
+        num_warps,
+        3,
+        None,
+    )
 
 
 def cases(archs: tuple[int, ...] = ARCHS) -> Iterator[Case]:
@@ -277,7 +322,9 @@ def cases(archs: tuple[int, ...] = ARCHS) -> Iterator[Case]:
 
 
 def _ragged_cases(arch: int) -> Iterator[Case]:
-    """The masked loads: multiples of 16 that no block divides, with the shipped configs, and odd sizes with theirs."""
+    """The masked loads: multiples of 16 that no block divides, with the shipped configs, and odd
+    sizes with theirs.
+    """
     for dtype in ("bf16", "fp32"):
         for rank in (16, 128):
             for aligned in (True, False):
@@ -367,23 +414,53 @@ def main() -> int:
     from rich.table import Table
 
     if tuning.INTERPRETED:
-        sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to compile")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sys.exit(
+            "TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to compile"
+        )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
-    parser.add_argument("--only", default="", help="a regular expression on 'sm_90 gemm fwd ride 128x256x64 bf16 r16'")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="a regular expression on 'sm_90 gemm fwd ride 128x256x64 bf16 r16'",
+    )
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     arguments = parser.parse_args()
-    selected = [case for case in cases(tuple(arguments.arch)) if re.search(arguments.only, str(case))]
-    table = Table("arch", "kernel", "configuration", "dtype", "rank", "warps", "stages", "registers", "smem KiB", "instructions", "verdict")  # fmt: skip
+    selected = [
+        case for case in cases(tuple(arguments.arch)) if re.search(arguments.only, str(case))
+    ]
+    table = Table(
+        "arch",
+        "kernel",
+        "configuration",
+        "dtype",
+        "rank",
+        "warps",
+        "stages",
+        "registers",
+        "smem KiB",
+        "instructions",
+        "verdict",
+    )
     failures = 0
     for report in compile_all(selected, arguments.jobs):
         case = report.case
         failures += bool(report.problems)
         table.add_row(
-            f"sm_{case.arch}", case.kernel, case.label, case.dtype, str(case.rank), str(case.num_warps),
-            str(case.num_stages), str(report.registers), f"{report.smem_bytes / 1024:.1f}", report.instructions,
+            f"sm_{case.arch}",
+            case.kernel,
+            case.label,
+            case.dtype,
+            str(case.rank),
+            str(case.num_warps),
+            str(case.num_stages),
+            str(report.registers),
+            f"{report.smem_bytes / 1024:.1f}",
+            report.instructions,
             "; ".join(report.problems) or "ok",
-        )  # fmt: skip
+        )
         if report.problems:
             print(f"{case}: {'; '.join(report.problems)}", file=sys.stderr, flush=True)
     Console(width=None if sys.stdout.isatty() else 160).print(table)

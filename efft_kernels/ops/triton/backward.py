@@ -3,15 +3,17 @@
 With P = x·down saved by the forward and B = stack_g up[g]·core[g]^T:
 
     S = dY·B            dX = dY·W + S·down^T          d_down = x^T·S
-    d_B = dY^T·P        d_core[g] = d_B[g]^T·up[g]    d_up[g] = d_B[g]·core[g]   (summed over g when shared)
+    d_B = dY^T·P        d_core[g] = d_B[g]^T·up[g]    d_up[g] = d_B[g]·core[g]
+                                                      (summed over g when `up` is shared)
 
-    fused            gemm (dX, S rides and is stored), tall_grad (dY, P), tall_grad (x, S), two reductions
-    split, merged    thin (S and the partial sums of d_B from one pass over dY), gemm (dX) or W + ΔW and
-                     the library's GEMM, tall_grad (x, S), two reductions
+    fused            gemm (dX, S rides and is stored), tall_grad (dY, P), tall_grad (x, S),
+                     two reductions
+    split, merged    thin (S and the partial sums of d_B from one pass over dY), gemm (dX) or W + ΔW
+                     and the library's GEMM, tall_grad (x, S), two reductions
     dX not needed    as split, without the GEMM
 
-So dY is read twice and x once for everything, whatever G is: dX needs a GEMM over rows of dY while d_B
-reduces over them. No temporary has M·N or M·K elements; the largest are the partial sums.
+So dY is read twice and x once for everything, whatever G is: dX needs a GEMM over rows of dY while
+d_B reduces over them. No temporary has M·N or M·K elements; the largest are the partial sums.
 """
 
 from __future__ import annotations

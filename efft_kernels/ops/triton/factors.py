@@ -1,11 +1,11 @@
 """From (down, core, up) to the two thin factors the kernels take, and to W + ΔW for `merged`.
 
-The fold B = stack_g up[g]·core[g]^T costs 2·N·Ra·Rb FLOPs, some ten thousandths of the layer's own. It
-is one small launch, not a part of the GEMM, because its result is used by every row tile, and because the
-GEMM then reads operands of its own dtype, padded to a power of two and aligned: a float32 factor cast
-inside the loop over K would go through registers there and stop the asynchronous copies. Factors that come
-folded already (core=None, the compute dtype, a rank that needs no padding) are taken as they are, with
-no launch.
+The fold B = stack_g up[g]·core[g]^T costs 2·N·Ra·Rb FLOPs, some ten thousandths of the layer's own.
+It is one small launch, not a part of the GEMM, because its result is used by every row tile, and
+because the GEMM then reads operands of its own dtype, padded to a power of two and aligned: a
+float32 factor cast inside the loop over K would go through registers there and stop the
+asynchronous copies. Factors that come folded already (core=None, the compute dtype, a rank that
+needs no padding) are taken as they are, with no launch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """y = x·W^T + bias + x·down·core[g]·up[g]^T: which launches, in which order.
 
-    fused    fold, gemm (P rides)           2 launches, 1 where the factors come folded
-    split    fold, thin (P = x·down), gemm  3 launches
-    merged   fold, merge, the library's GEMM; and thin where P is saved
+fused    fold, gemm (P rides)           2 launches, 1 where the factors come folded
+split    fold, thin (P = x·down), gemm  3 launches
+merged   fold, merge, the library's GEMM; and thin where P is saved
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def thin_buffer(like: Tensor, width: int, rank: int) -> Tensor:
 
 
 def out_of_reach(m: int, n: int, k: int, rank: int) -> bool:
-    """Whether plain torch runs instead: nothing to launch on, or a rank beyond what a tile's registers hold."""
+    """Whether plain torch runs instead: nothing to launch on, or a rank beyond what a tile's
+    registers hold.
+    """
     if rank > MAX_RANK:
         _note_rank(rank)
         return True

@@ -1,20 +1,23 @@
-"""The low-rank GEMM: out = a·w + bias + (a·thin_in)·thin_out^T in one launch and one store of `out`.
+"""The low-rank GEMM: out = a·w + bias + (a·thin_in)·thin_out^T in one launch and one store of
+`out`.
 
-Forward and dX are the same function with the operands' roles swapped (B is the fold, see factors.py):
+Forward and dX are the same function with the operands' roles swapped (B is the fold, see
+factors.py):
 
     forward   y  = x·W^T + bias + P·B^T,    P = x·down     a=x,  w=W^T, thin_in=down, thin_out=B
     backward  dX = dY·W + S·down^T,         S = dY·B       a=dY, w=W,   thin_in=B,    thin_out=down
 
-With RIDE, P = a·thin_in is accumulated in the same loop over I that reads `a` for the main product, so
-it costs matrix instructions but no memory traffic. Without, P is read where the loop ends: [a|P]·[w|thin_out],
-a loop longer by one step of the rank. Either way the product joins the float32 accumulator before the
-only store.
+With RIDE, P = a·thin_in is accumulated in the same loop over I that reads `a` for the main product,
+so it costs matrix instructions but no memory traffic. Without, P is read where the loop ends:
+[a|P]·[w|thin_out], a loop longer by one step of the rank. Either way the product joins the float32
+accumulator before the only store.
 
-With a config's `tma` (Hopper and later) the copy engine loads the tiles through tensor descriptors: no
-address arithmetic in registers, no masks. Pointers serve everything else, rows that are not aligned included.
+With a config's `tma` (Hopper and later) the copy engine loads the tiles through tensor descriptors:
+no address arithmetic in registers, no masks. Pointers serve everything else, rows that are not
+aligned included.
 
-Bytes moved, each operand once: M·I + I·C + C·(bias) + (I + C)·RANK + M·C, and M·rank more where P is
-stored or read. `plan.py` counts them.
+Bytes moved, each operand once: M·I + I·C + C·(bias) + (I + C)·RANK + M·C, and M·rank more where P
+is stored or read. `plan` in ops/cost_model.py counts them.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from . import tuning
 
 @triton.jit
 def _tile_order(pid, tiles_m, tiles_c, GROUP_M: tl.constexpr):
-    """(row tile, column tile) of program `pid`: GROUP_M row tiles share a column's w tile while it is in L2."""
+    """(row tile, column tile) of program `pid`: GROUP_M row tiles share a column's w tile while it
+    is in L2.
+    """
     per_group = GROUP_M * tiles_c
     first = (pid // per_group) * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
@@ -51,7 +56,7 @@ def _low_rank_gemm_kernel(
     out_ptr,  # [M, C], contiguous
     M,
     C,
-    I,
+    I,  # noqa: E741
     width,
     stride_a,
     stride_wi,
@@ -155,7 +160,9 @@ def launch_gemm(
     ride: bool,
     config: tuning.GemmConfig | None = None,
 ) -> Tensor:
-    """out [M, C] in a's dtype. With `ride`, P is computed here and stored into `p` unless that is None."""
+    """out [M, C] in a's dtype. With `ride`, P is computed here and stored into `p` unless that is
+    None.
+    """
     m, i = a.shape
     c = w.shape[1]
     rank = thin_in.shape[1]
@@ -176,7 +183,7 @@ def launch_gemm(
     a_desc = w_desc = d_desc = None
     # A slice may start anywhere, an expanded row repeats, and a measured config knows neither.
     tma = (
-        tma
+        bool(tma)
         and (stride_wi == 1 or stride_wc == 1)
         and stride_a >= i
         and (a.data_ptr() | w.data_ptr()) % 16 == 0

@@ -1,15 +1,20 @@
-"""Passes over a tall matrix [M, C] beside thin ones of `rank` columns: what the factors' gradients need.
+"""Passes over a tall matrix [M, C] beside thin ones of `rank` columns: what the factors' gradients
+need.
 
-    launch_thin        S = tall·thin_in, row tiles to themselves; in the same pass, if P is given, the
-                       partial sums of tall^T·P                     (P = x·down; S = dY·B with d_B = dY^T·P)
-    launch_tall_grad   partial sums of tall^T·thin, split over rows           (d_down = x^T·S; d_B = dY^T·P)
+    launch_thin        S = tall·thin_in; in the same pass, if P is given, the partial sums of
+                       tall^T·P                 (P = x·down; S = dY·B with d_B = dY^T·P)
+    launch_tall_grad   partial sums of tall^T·thin, split over rows
+                                                (d_down = x^T·S; d_B = dY^T·P)
     launch_reduce      the second stage: the partial sums added in a fixed order, in float32
 
 No atomics: the same inputs on the same device give the same bits. Bytes moved, operands once:
 
-    thin               M·C + C·RANK + M·rank,  and with P  M·rank + 2·programs·C·RANK·4 (written, then reduced)
+    thin               M·C + C·RANK + M·rank; with P also M·rank + programs·C·RANK·4
     tall_grad          M·C + M·rank + splits·C·RANK·4
     reduce             parts·C·RANK·4 + C·rank
+
+`plan` in ops/cost_model.py counts them, and the tests hold the launches to it. With more row tiles
+than programs, `thin` also updates its own partial sums in place, which stay in L2.
 """
 
 from __future__ import annotations
@@ -61,10 +66,7 @@ def _thin_kernel(
                 other=0.0,
             )
             partial_ptrs = (
-                partial_ptr
-                + pid.to(tl.int64) * C * RANK
-                + offs_c[:, None] * RANK
-                + offs_r[None, :]
+                partial_ptr + pid.to(tl.int64) * C * RANK + offs_c[:, None] * RANK + offs_r[None, :]
             )
         for c in range(0, C, BLOCK_C):
             if EVEN_C:
@@ -90,7 +92,8 @@ def _thin_kernel(
             mask=in_m[:, None] & (offs_r < width_s)[None, :],
         )
         if GRAD:
-            # The next row block adds to this program's own partial sums, perhaps from other threads.
+            # The next row block adds to this program's own partial sums, perhaps from other
+            # threads.
             tl.debug_barrier()
 
 
@@ -177,7 +180,9 @@ def launch_thin(
     p: Tensor | None,  # [M, rank]
     config: tuning.PassConfig | None = None,
 ) -> Tensor | None:
-    """Fill s with tall·thin_in; with p also return the partial sums [programs, C, RANK] of tall^T·p."""
+    """Fill s with tall·thin_in; with p also return the partial sums [programs, C, RANK] of
+    tall^T·p.
+    """
     m, c = tall.shape
     rank = thin_in.shape[1]
     block_m, block_c, programs, num_warps, num_stages = config or tuning.pass_config(

@@ -2,13 +2,16 @@
 
 A launcher asks for a config; the answer comes from the first of
 
-    1. a row measured on this very device type by `tune()`: tuned/<device>.json beside this file, and the file
+    1. a row measured on this very device type by `tune()`: tuned/<device>.json beside this file,
+    and the file
        named by EFFT_KERNELS_TUNED, for the nearest row count
-    2. the candidates of `tuned/defaults.json` for the device's architecture, those that fit its shared memory,
-       ranked by how well their tiles fill whole waves of multiprocessors (a model, not a measurement)
+    2. the candidates of `tuned/defaults.json` for the device's architecture, those that fit its
+    shared memory,
+       ranked by how well their tiles fill whole waves of multiprocessors (a model, not a
+       measurement)
 
-and is cached, so that a step costs one dictionary look-up per launch and the first step none of autotuning's
-minutes. `tune()` runs only when called.
+and is cached, so that a step costs one dictionary look-up per launch and the first step none of
+autotuning's minutes. `tune()` runs only when called.
 """
 
 from __future__ import annotations
@@ -31,7 +34,14 @@ FOLDER = Path(__file__).parent / "tuned"
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # What a block may allocate, in bytes (CUDA C++ programming guide, technical specifications).
-SMEM_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SMEM_BYTES = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 
 REDUCE_CONFIG = (128, 8, 4)  # elements, parts at a time, warps
 FOLD_CONFIG = (32, 16, 4)  # rows, columns of rb at a time, warps
@@ -50,7 +60,9 @@ class GemmConfig(NamedTuple):
     group_m: int
     num_warps: int
     num_stages: int
-    tma: bool = False  # tiles through the copy engine: compute capability 9.0 and later, aligned rows
+    tma: bool = (
+        False  # tiles through the copy engine: compute capability 9.0 and later, aligned rows
+    )
 
 
 class PassConfig(NamedTuple):
@@ -78,15 +90,19 @@ class Device(NamedTuple):
 @cache
 def device(index: int | None) -> Device:
     """The CUDA device's properties, read once."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    properties = torch.cuda.get_device_properties(
+        torch.cuda.current_device() if index is None else index
+    )
     arch = 10 * properties.major + properties.minor
-    smem_bytes = getattr(properties, "shared_memory_per_block_optin", SMEM_BYTES.get(arch, 99 * 1024))
+    smem_bytes = getattr(
+        properties, "shared_memory_per_block_optin", SMEM_BYTES.get(arch, 99 * 1024)
+    )
     name = re.sub(r"[^A-Za-z0-9]+", "_", properties.name).strip("_")
     return Device(name, arch, properties.multi_processor_count, smem_bytes)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """tl.dot's input_precision: TF32 for float32 only where torch's own matrix products may use it."""
+    """tl.dot's input_precision: TF32 for float32 only where torch's own products may use it."""
     if dtype == torch.float32 and _tf32_allowed():
         return "tf32"
     return "ieee"
@@ -101,8 +117,9 @@ def dtype_class(dtype: torch.dtype) -> str:
     return "half" if dtype.itemsize == 2 else dot_precision(dtype)
 
 
-# Float32 products outside the tensor cores keep each thread's share of both operands in registers for the
-# whole inner length, so there the rank is taken in steps, and a rank beyond the limit cannot ride in the loop.
+# Float32 products outside the tensor cores keep each thread's share of both operands in registers
+# for the whole inner length, so there the rank is taken in steps, and a rank beyond the limit
+# cannot ride in the loop.
 _IEEE_RANK_BLOCK = 32
 _IEEE_RIDE_LIMIT = 64
 
@@ -114,15 +131,16 @@ def rank_block(dtype: torch.dtype, precision: str, rank: int) -> int:
 
 
 def can_ride(dtype: torch.dtype, rank: int) -> bool:
-    """Whether P fits in registers beside the main accumulator; where not, `fused` runs as `split`."""
+    """Whether P fits in registers beside the main product; where not, `fused` runs as `split`."""
     return dtype != torch.float32 or rank <= _IEEE_RIDE_LIMIT or dot_precision(dtype) == "tf32"
 
 
 def operand_form(dtype: torch.dtype, wide: bool, aligned: bool) -> str:
-    """The dtype class, and what else changes the loads: 'half-wide' (w stored in float32), '...-unaligned'.
+    """The dtype class, and what else changes the loads: 'half-wide' (w stored in float32),
+    '...-unaligned'.
 
-    Sizes and strides that are not multiples of 16 elements (`aligned` False) are copied element by element
-    through registers, which leaves room for small tiles only.
+    Sizes and strides that are not multiples of 16 elements (`aligned` False) are copied element by
+    element through registers, which leaves room for small tiles only.
     """
     kind = dtype_class(dtype)
     if not aligned:
@@ -136,7 +154,7 @@ def family(arch: int) -> int:
 
 
 def gemm_smem_bytes(config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, ride: bool) -> int:
-    """Shared memory of the pipelined operands, bytes; what the compiler adds is in aot.py's table."""
+    """Shared memory of the pipelined operands, bytes; aot.py's table has what is used in all."""
     a = config.block_m * config.block_i * a_bytes
     w = config.block_i * config.block_c * w_bytes
     d = config.block_i * rank * a_bytes if ride else 0
@@ -144,7 +162,9 @@ def gemm_smem_bytes(config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, r
 
 
 def gemm_candidates(arch: int, form: str, rank: int) -> tuple[GemmConfig, ...]:
-    """The shipped GEMM configs for an architecture family, operand form and padded rank, best first on paper."""
+    """The shipped GEMM configs for an architecture family, operand form and padded rank, best first
+    on paper.
+    """
     for limit, configs in _defaults()["gemm"][f"sm_{family(arch)}"][form]:
         if rank <= limit:
             return tuple(GemmConfig(*c) for c in configs)
@@ -152,26 +172,30 @@ def gemm_candidates(arch: int, form: str, rank: int) -> tuple[GemmConfig, ...]:
 
 
 def pass_defaults(kernel: str, arch: int, form: str, rank: int) -> PassConfig:
-    """The shipped config of `thin`, `thin_grad` or `tall_grad`; its third field still to be set by shape."""
+    """The shipped config of `thin`, `thin_grad` or `tall_grad`; its third field still to be set by
+    shape.
+    """
     for limit, config in _defaults()[kernel][f"sm_{family(arch)}"][form]:
         if rank <= limit:
             return PassConfig(*config)
     raise AssertionError(f"defaults.json has no {kernel} entry for {form} at rank {rank}")
 
 
-# Share of the matrix units' rate a tile of this many outputs reaches: the larger, the fewer operand bytes
-# per product. On paper; `tune()` replaces the choice that follows from it.
+# Share of the matrix units' rate a tile of this many outputs reaches: the larger, the fewer operand
+# bytes per product. On paper; `tune()` replaces the choice that follows from it.
 _TILE_EFFICIENCY = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 256: 0.88, 64 * 128: 0.80, 64 * 64: 0.62}
 
 
 def _gemm_cost(config: GemmConfig, m: int, c: int, rank: int, ride: bool, dev: Device) -> float:
-    """Time of the whole grid in units of one multiprocessor's multiply-adds per I, waves rounded up."""
+    """Time of the whole grid in units of one multiprocessor's multiply-adds per I, waves rounded
+    up.
+    """
     tiles = cdiv(m, config.block_m) * cdiv(c, config.block_c)
     smem_bytes = gemm_smem_bytes(config, rank, 2, 2, ride)
     resident = max(1, min(dev.smem_bytes // smem_bytes, 16 // config.num_warps, 2))
     outputs = config.block_m * config.block_c
-    tile = config.block_m * (config.block_c + (rank if ride else 0))
-    tile = tile / _TILE_EFFICIENCY.get(outputs, 0.5)
+    work = config.block_m * (config.block_c + (rank if ride else 0))
+    tile = work / _TILE_EFFICIENCY.get(outputs, 0.5)
     full, rest = divmod(tiles, dev.multiprocessors * resident)
     waves = full * resident + min(resident, cdiv(rest, dev.multiprocessors))
     return waves * tile
@@ -185,7 +209,7 @@ def _gemm_config(
     aligned = not form.endswith("unaligned")
     measured = _measured(dev.name, gemm_key(c, i, rank, form, ride), m) if aligned else None
     if measured is not None:
-        return GemmConfig(*measured)
+        return GemmConfig._make(measured)
     _note_fallback(dev.name, "gemm")
     candidates = gemm_candidates(dev.arch, form, rank)
     half = form.startswith("half")
@@ -235,7 +259,7 @@ def _pass_config(
     dev = device(index)
     measured = _measured(dev.name, pass_key(kernel, c, rank, form), m)
     if measured is not None:
-        return PassConfig(*measured)
+        return PassConfig._make(measured)
     _note_fallback(dev.name, kernel)
     config = pass_defaults(kernel, dev.arch, form, rank)
     return config._replace(programs=pass_programs(kernel, m, c, config, dev.multiprocessors))
@@ -244,9 +268,9 @@ def _pass_config(
 def pass_programs(kernel: str, m: int, c: int, config: PassConfig, multiprocessors: int) -> int:
     """The third field of a pass's config.
 
-    thin: one program per row tile. thin_grad: at most two per multiprocessor, since each owns c·rank floats
-    of partial sums. tall_grad: as many splits of the rows as make two programs per multiprocessor, each with
-    at least four row blocks to pipeline.
+    thin: one program per row tile. thin_grad: at most two per multiprocessor, since each owns
+    c·rank floats of partial sums. tall_grad: as many splits of the rows as make two programs per
+    multiprocessor, each with at least four row blocks to pipeline.
     """
     row_tiles = cdiv(m, config.block_m)
     if kernel == "thin":
@@ -282,7 +306,9 @@ def _tables(device_name: str) -> dict[str, dict[str, list[int]]]:
             if table.get("device") == device_name:
                 rows.update(table["rows"])
             else:
-                logger.warning("%s was measured on %s, not %s; ignored", path, table.get("device"), device_name)
+                logger.warning(
+                    "%s was measured on %s, not %s; ignored", path, table.get("device"), device_name
+                )
     return rows
 
 
@@ -297,4 +323,8 @@ def _measured(device_name: str, key: str, m: int) -> list[int] | None:
 
 @cache
 def _note_fallback(device_name: str, kernel: str) -> None:
-    logger.info("no measured %s config for %s here; the choice comes from the model in tuning.py", kernel, device_name)
+    logger.info(
+        "no measured %s config for %s here; the choice comes from the model in tuning.py",
+        kernel,
+        device_name,
+    )

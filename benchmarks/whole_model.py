@@ -1,0 +1,261 @@
+"""One training step of a whole timm model: this package, its peers, and the frozen floor.
+
+    python -m benchmarks.whole_model [--models vit_small_patch16_224:8 ...] [--rank 16]
+        [--seconds 60] [--compile] [--memory-batches 1 2 4 8]
+
+A step is zero_grad, forward, cross entropy, backward and AdamW on what trains; the head trains
+everywhere. The floor is the frozen backbone with the gradient flowing to its first block's input.
+Before anything is timed, every implementation of a method has to match float64 in logits and in all
+factor gradients within twice the error of plain torch; one that does not gets no row. All are then
+timed in interleaved rounds, and the ratios to the floor are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from efft_kernels.engine import saved_for_backward_mib
+
+from . import peers, tables
+from .harness import (
+    WHOLE_MODEL_COLUMNS,
+    WHOLE_MODEL_CSV,
+    Row,
+    Timings,
+    append_rows,
+    interleave,
+    provenance,
+    worst_error,
+)
+from .operator_bench import peak_mem_mb
+from .peers import COMPILED, FLOOR, Peer
+
+# On two cores a step of each takes 0.2 to 2 s.
+DEFAULT_MODELS = (
+    "vit_tiny_patch16_224:8",
+    "vit_small_patch16_224:8",
+    "vit_base_patch16_224:2",
+    "swin_tiny_patch4_window7_224:4",
+)
+COMPILABLE = (
+    FLOOR, "EFFT2", peers.PEFT_LORA, peers.EAGER_EFFT2, peers.RELEASED_EFFT2, peers.PUBLISHED_FACT,
+)  # fmt: skip
+MEMORY_IMPLS = (FLOOR, "EFFT2", peers.PEFT_LORA, peers.RELEASED_EFFT2, peers.FULL)
+GATE_IMAGES = 2
+
+
+def make_base(name: str, device: str) -> nn.Module:
+    """A timm model with random weights, no dropout, the backbone frozen and the head trainable."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, drop_rate=0.0, drop_path_rate=0.0).to(device)
+    model.requires_grad_(False)
+    model.get_classifier().requires_grad_()
+    return model.train()
+
+
+def draw_batch(model: nn.Module, images: int, device: str) -> tuple[Tensor, Tensor]:
+    """(images [B, 3, H, W], targets [B]), random."""
+    generator = torch.Generator().manual_seed(1)
+    size = model.pretrained_cfg["input_size"]
+    x = torch.randn(images, *size, generator=generator)
+    targets = torch.randint(model.num_classes, (images,), generator=generator)
+    return x.to(device), targets.to(device)
+
+
+def step_of(
+    peer: Peer, images: Tensor, targets: Tensor, amp: torch.dtype | None
+) -> Callable[[], Tensor]:
+    """One training step; returns the loss."""
+    optimizer = torch.optim.AdamW(peer.trainable(), lr=1e-6)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with _autocast(images.device.type, amp):
+            loss = F.cross_entropy(peer.model(images), targets)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def results(peer: Peer, images: Tensor, targets: Tensor, amp: torch.dtype | None) -> list[Tensor]:
+    """[logits, all factor gradients as one vector] of one forward and backward."""
+    peer.model.zero_grad(set_to_none=True)
+    with _autocast(images.device.type, amp):
+        logits = peer.model(images)
+        loss = F.cross_entropy(logits, targets)
+    loss.backward()
+    found = [logits.detach(), peer.factor_grads()]
+    peer.model.zero_grad(set_to_none=True)
+    return found
+
+
+def error_ratios(
+    candidates: Iterable[Peer],
+    base: nn.Module,
+    rank: int,
+    batch: tuple[Tensor, Tensor],
+    amp: torch.dtype | None,
+) -> dict[str, float]:
+    """name → error over plain torch's, both against float64, for every peer that is some method."""
+    images, targets = (t[:GATE_IMAGES] for t in batch)
+    exact_base = copy.deepcopy(base).double()
+    by_method: dict[str, list[Peer]] = {}
+    for peer in candidates:
+        if peer.method is not None:
+            by_method.setdefault(peer.method, []).append(peer)
+    ratios = {}
+    for method, own in by_method.items():
+        exact = peers.build(method, exact_base, rank, formula=peers.factored)
+        # The very float32 values, not another draw rounded otherwise.
+        with torch.no_grad():
+            for name, parameter in exact.factors.items():
+                parameter.copy_(own[0].factors[name].view(parameter.shape))
+        truth = results(exact, images.double(), targets, None)
+        plain = results(
+            peers.build(method, base, rank, formula=peers.factored), images, targets, amp
+        )
+        for peer in own:
+            ratios[peer.name] = worst_error(results(peer, images, targets, amp), plain, truth)
+    return ratios
+
+
+def bench_model(
+    name: str,
+    images: int,
+    rank: int,
+    *,
+    device: str,
+    amp: torch.dtype | None,
+    impls: Sequence[str] = peers.EVERY,
+    compiled: Sequence[str] = (),
+    seconds: float = 60.0,
+    fewest_rounds: int = 3,
+    timed: bool = True,
+) -> list[Row]:
+    """Rows of one model: the floor first; without `timed` only what each saves for backward."""
+    base = make_base(name, device)
+    batch = draw_batch(base, images, device)
+    candidates = [peers.build(impl, base, rank) for impl in dict.fromkeys((FLOOR, *impls))]
+    for impl in compiled:
+        peer = peers.build(impl, base, rank)
+        candidates.append(
+            Peer(impl + COMPILED, torch.compile(peer.model), peer.method, peer.factors)
+        )
+    ratios: dict[str, float] = {}
+    if timed:
+        ratios = error_ratios(candidates, base, rank, batch, amp)
+        for peer in list(candidates):
+            if not ratios.get(peer.name, 0.0) <= 2:
+                print(
+                    f"{name} {peer.name}: error {ratios[peer.name]:.2f} x plain torch's; no row",
+                    file=sys.stderr,
+                )
+                candidates.remove(peer)
+    steps = {peer.name: step_of(peer, *batch, amp) for peer in candidates}
+    timings, losses, memory = None, {}, {}
+    if timed:
+        losses = {impl: float(step()) for impl, step in steps.items()}  # the warm-up, too
+        if device == "cuda":
+            memory = {impl: peak_mem_mb(step, True) for impl, step in steps.items()}
+        timings = interleave(
+            steps, seconds=seconds, device=device, fewest_rounds=fewest_rounds, warm_ups=0
+        )
+    where = provenance(device, ("timm", "peft"))
+    return [
+        {
+            "model": name,
+            "impl": peer.name,
+            "dtype": "float32" if amp is None else f"{str(amp).removeprefix('torch.')} autocast",
+            "batch": images,
+            "r": rank,
+            **_times(peer.name, timings),
+            "saved_mib": _saved_mib(peer, batch, amp),
+            "peak_mem_mb": f"{memory[peer.name]:.1f}" if peer.name in memory else "",
+            "trainable": sum(p.numel() for p in peer.trainable()),
+            "loss": f"{losses[peer.name]:.6f}" if peer.name in losses else "",
+            "err_ratio": f"{ratios[peer.name]:.3f}" if peer.name in ratios else "",
+            **where,
+        }
+        for peer in candidates
+    ]
+
+
+def _times(impl: str, timings: Timings | None) -> dict[str, str]:
+    if timings is None:
+        return {}
+    ms, ratio = timings.time(impl), timings.ratio(impl, FLOOR)
+    return {
+        "rounds": str(timings.rounds),
+        "ms_p20": f"{ms.p20:.3f}", "ms_p50": f"{ms.p50:.3f}", "ms_p80": f"{ms.p80:.3f}",
+        "ratio_to_floor": f"{ratio.p50:.4f}",
+        "ratio_p20": f"{ratio.p20:.4f}", "ratio_p80": f"{ratio.p80:.4f}",
+    }  # fmt: skip
+
+
+def _saved_mib(peer: Peer, batch: tuple[Tensor, Tensor], amp: torch.dtype | None) -> str:
+    if peer.name.endswith(COMPILED):
+        return ""  # its graph keeps what it saves to itself
+    return f"{saved_for_backward_mib(peer.model, *batch, autocast_dtype=amp):.2f}"
+
+
+def _autocast(device: str, dtype: torch.dtype | None) -> Any:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=DEFAULT_MODELS, help="timm name:images", metavar="NAME:B"
+    )
+    parser.add_argument("--impls", nargs="+", default=peers.EVERY, choices=peers.EVERY, metavar="I")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--amp", choices=("none", "bfloat16"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of rounds for each model")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the eager ones too")
+    parser.add_argument(
+        "--memory-batches", type=int, nargs="*", default=(),
+        help="also rows without times: what the last model saves for backward at these batches",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=WHOLE_MODEL_CSV)
+    arguments = parser.parse_args()
+    amp_name = arguments.amp or ("bfloat16" if arguments.device == "cuda" else "none")
+    amp = None if amp_name == "none" else torch.bfloat16
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    for entry in arguments.models:
+        name, _, images = entry.partition(":")
+        rows = bench_model(
+            name, int(images or 8), arguments.rank, device=arguments.device, amp=amp,
+            impls=arguments.impls, compiled=COMPILABLE if arguments.compile else (),
+            seconds=arguments.seconds,
+        )  # fmt: skip
+        append_rows(arguments.out, WHOLE_MODEL_COLUMNS, rows)
+        console.print(tables.whole_model_table(rows))
+    for images in arguments.memory_batches:
+        rows = bench_model(
+            name, images, arguments.rank, device=arguments.device, amp=amp, impls=MEMORY_IMPLS,
+            timed=False,
+        )  # fmt: skip
+        append_rows(arguments.out, WHOLE_MODEL_COLUMNS, rows)
+
+
+if __name__ == "__main__":
+    main()
