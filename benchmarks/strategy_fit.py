@@ -1,13 +1,14 @@
-"""What decides between `split` and `merged` on a CPU: both strategies' forward and backward, layer by layer.
+"""What decides between `split` and `merged` on a CPU: both strategies' forward and backward.
 
     python -m benchmarks.strategy_fit [--threads 1] [--clock process] [--seconds 0.5]
 
-Every case is one layer, M and rank in float32, as in training (P is saved; dX and the factors' gradients
-are wanted). Appends to results/strategy_fit.csv, then prints which strategy won where and how well the
-rule "merged where M is above c times the width that the other strategy's update runs over" tells so.
+Every case is one layer, M and rank in float32, as in training (P is saved; dX and the factors'
+gradients are wanted). Appends to results/strategy_fit.csv, then prints which strategy won where,
+and what a rule would lose that takes `merged` where M is above c times the width that the update of
+`split` does not run over: K in the forward, N in the backward.
 
-With more load on the machine than cores, `--threads 1 --clock process` times the processor's work
-instead of the wall clock.
+On a machine with more load than cores, `--threads 1 --clock process` counts the processor's time
+instead of the wall clock's.
 """
 
 from __future__ import annotations
@@ -120,9 +121,18 @@ def winners(rows: list[Row], clock: str) -> list[dict[str, Any]]:
         for which, other, floor in (("fwd", k, "linear"), ("bwd", n, "dX")):
             split, merged = parts[f"{which} split"], parts[f"{which} merged"]
             found.append(
-                dict(which=which, M=m, K=k, N=n, r=r, split=split, merged=merged,
-                     floor=parts[floor], rows_per_width=m / other)
-            )  # fmt: skip
+                {
+                    "which": which,
+                    "M": m,
+                    "K": k,
+                    "N": n,
+                    "r": r,
+                    "split": split,
+                    "merged": merged,
+                    "floor": parts[floor],
+                    "rows_per_width": m / other,
+                }
+            )
     return found
 
 
@@ -141,7 +151,7 @@ def report(rows: list[Row], clock: str) -> None:
         own = [e for e in entries if e["which"] == which]
         table = Table(
             "K -> N", "r", *(f"M={m}" for m in ROWS),
-            title=f"{which}: split / merged, each over the frozen {floor} (fastest fifth of rounds)",
+            title=f"{which}: split / merged, over the frozen {floor} (20th percentile)",
         )  # fmt: skip
         for k, n, r in dict.fromkeys((e["K"], e["N"], e["r"]) for e in own):
             cells = []
@@ -160,12 +170,18 @@ def report(rows: list[Row], clock: str) -> None:
             ("best single threshold", min(thresholds, key=lambda t: lost(own, t))),
         ):  # fmt: skip
             share = 100 * (lost(own, threshold) - 1)
-            print(f"{which} {name}: merged where M > {threshold:g}·{width}; {share:.1f}% over the best choice")
+            print(
+                f"{which} {name}: merged where M > {threshold:g}·{width}; {share:.1f}% over the best choice"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for one case; at least 3 rounds are run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="for one case; at least 3 rounds are run"
+    )
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)

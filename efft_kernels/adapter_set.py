@@ -3,6 +3,7 @@ batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, read_adapter_file
+from .methods import method_from_config
 from .nn import TaskBatch
 
 _FACTORS = "factors."
 _MODULES = "modules."
+
+# Fields of a method that may differ within a set: the tensors' shapes tell, or training alone does.
+_FREE_FIELDS = ("rank", "ffn_rank", "layer_rank", "products", "init", "dropout")
 
 
 class AdapterSet:
@@ -78,8 +83,8 @@ class AdapterSet:
                 model's present factors and heads.
 
         Raises:
-            ValueError: the name is taken, the file holds another method or other linears, or a
-                tensor does not fit. The set is as it was.
+            ValueError: the name is taken, the file holds another method, other options that change
+                the function or other linears, or a tensor does not fit. The set is as it was.
             FileNotFoundError: no such file.
         """
         if name in self._states:
@@ -108,17 +113,22 @@ class AdapterSet:
         }
 
     def _check_header(self, metadata: Mapping[str, str], source: object) -> None:
-        attached = self.adapter
-        if json.loads(metadata["targets"]) != [site.name for site in attached.sites]:
-            raise ValueError(f"source must adapt the set's linears, got others in {source}")
-        config = json.loads(metadata["method"])
-        if config.get("name") != attached.method.name:
+        own = self.adapter.method
+        try:
+            targets = json.loads(metadata["targets"])
+            method = method_from_config(json.loads(metadata["method"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"source must be an adapter of {attached.method.name!r}, got {config.get('name')!r}"
-            )
-        scale, own_scale = config.get("scale"), getattr(attached.method, "scale", None)
-        if scale != own_scale:
-            raise ValueError(f"source must have the set's scale {own_scale}, got {scale}")
+                f"source must be an adapter file with a readable header, got {source}: {error}"
+            ) from None
+        if targets != [site.name for site in self.adapter.sites]:
+            raise ValueError(f"source must adapt the set's linears, got others in {source}")
+        if type(method) is not type(own):
+            raise ValueError(f"source must be an adapter of {own.name!r}, got {method.name!r}")
+        for name in (field.name for field in dataclasses.fields(own)):
+            ours, theirs = getattr(own, name), getattr(method, name)
+            if name not in _FREE_FIELDS and ours != theirs:
+                raise ValueError(f"source must have the set's {name} {ours}, got {theirs}")
 
     def remove(self, name: str) -> None:
         """Drop an adapter; the model keeps the factors in place.
@@ -165,12 +175,16 @@ class AdapterSet:
         Raises:
             KeyError: a name that is not in the set.
             ValueError: no names at all; in the model's forward, a batch of another size.
-            RuntimeError: the model is in training mode, or merged.
+            RuntimeError: the model is in training mode or merged, or the context is entered within
+                itself.
         """
         if self.model.training:
             raise RuntimeError("tasks() is for inference: call model.eval() first")
         if self.adapter.merged:
             raise RuntimeError("tasks() needs the factors: call unmerge() first")
+        bank = self.adapter.bank
+        if bank.tasks is not None:
+            raise RuntimeError("tasks() cannot be entered within itself")
         if not task_ids:
             raise ValueError("task_ids must name one task per row of the batch, got none")
         distinct = list(dict.fromkeys(self._known(name) for name in task_ids))
@@ -180,11 +194,13 @@ class AdapterSet:
         stacked = {
             key: torch.stack([state[key] for state in states]) for key in self.adapter.state_dict()
         }
-        bank = self.adapter.bank
         hooks = [
             module.register_forward_hook(_TaskHead(stacked, f"{_MODULES}{name}", index))
             for name, module in self._heads()
         ]
+        hooks.append(
+            self.model.register_forward_pre_hook(_RowCheck(len(task_ids)), with_kwargs=True)
+        )
         bank.tasks = TaskBatch(
             {k.removeprefix(_FACTORS): v for k, v in stacked.items() if k.startswith(_FACTORS)},
             index,
@@ -208,6 +224,21 @@ class AdapterSet:
                 f"no adapter {name!r} in the set; it has {', '.join(self._states) or 'none'}"
             )
         return name
+
+
+class _RowCheck:
+    """A forward pre-hook that refuses a batch of another size than the number of task ids."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
+        if (batch := next(tensors, None)) is not None and batch.shape[0] != self.rows:
+            raise ValueError(
+                f"task_ids must name one task per row of the batch, got {self.rows} for"
+                f" {batch.shape[0]} rows"
+            )
 
 
 class _TaskHead:

@@ -1,4 +1,4 @@
-"""The command line: efft-kernels demo | train | eval | doctor."""
+"""The command line: efft-kernels demo | train | eval | doctor | analyse."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from . import __version__, use_backend
+from .analysis.cli import app as analyse
 from .methods import METHODS
 from .ops.dispatch import requested_backend
 from .train.settings import TrainSettings
@@ -40,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Adapt vision transformers with factor-tuning (EFFT) on fused kernels.",
 )
+app.add_typer(analyse, name="analyse")
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .methods.base import Site
@@ -24,22 +25,29 @@ class SharedInput:
 
     def __init__(self) -> None:
         self.active = False
-        self._x: Tensor | None = None
-        self._p: Tensor | None = None
+        self._held: tuple[Tensor, int, Tensor] | None = None  # x, its version, P
 
     def open(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the attention module."""
-        self.active, self._x, self._p = True, None, None
+        self.active, self._held = True, None
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the attention module; runs after an exception too."""
-        self.active, self._x, self._p = False, None, None
+        self.active, self._held = False, None
 
     def projection(self, x: Tensor, down: Tensor) -> Tensor:
         """P of x: the one at hand where x is the very tensor it was made from, else a new one."""
-        if self._p is None or self._x is not x:
-            self._x, self._p = x, project(x, down)
-        return self._p
+        held, version = self._held, _version(x)
+        if held is None or held[0] is not x or held[1] != version:
+            self._held = held = (x, version, project(x, down))
+        return held[2]
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written in place; inference tensors and compiled graphs do not count."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    return x._version
 
 
 def share_inputs(model: nn.Module, bank: FactorBank, sites: Iterable[Site]) -> None:

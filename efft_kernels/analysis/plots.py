@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
 from ..train.folder import replacing
 from .ablation import Ablation, ScaleSweep
@@ -135,11 +135,14 @@ def draw_dimensions(results: Sequence[IntrinsicDimension]) -> Figure:
             linewidth=1,
             label=None if index else f"threshold: {results[0].fraction:g} of the full accuracy",
         )
+    dims = sorted({point.dim for item in results for point in item.curve})
     axes.set_xscale("symlog", linthresh=1)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlim(-0.3, 1.4 * max(dims, default=1) + 0.3)
+    axes.set_xticks(dims, [str(dim) for dim in dims], fontsize=8)
+    axes.minorticks_off()
     axes.set_xlabel("dimension d of the random subspace (0: head alone)")
     axes.set_ylabel("top-1 accuracy (%)")
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside upper center", fontsize=8, frameon=False)
     _tidy(axes)
     return figure
 

@@ -83,7 +83,7 @@ def dimension_table(results: Sequence[IntrinsicDimension]) -> Table:
         title="Local intrinsic dimension",
         caption="d_t: the smallest d tried that reaches the threshold; d = 0 is the head alone.",
     )
-    table.add_column("module")
+    table.add_column("module", overflow="fold")
     for name in ("parameters", "full top-1 %", "threshold %", "d_t", "top-1 % there"):
         table.add_column(name, justify="right")
     for item in results:

@@ -5,16 +5,14 @@ A strategy is a list of launches (`plan`), each with the FLOPs it must do and th
 move. A launch takes the longer of the two times plus its start-up; a strategy takes the sum. Where
 benchmark rows of the same device say otherwise (`add_measured`), they decide.
 
-    python -m efft_kernels.ops.cost_model [--device H200] [--images 64] [--rank 16]
-
-prints the predictions for ViT and Swin layers beside the frozen layer's own floor.
+`explain` says what is picked for a problem and why; benchmarks/predictions.py prints it for the
+layers of ViT and Swin.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -506,74 +504,3 @@ def models(images: int) -> dict[str, list[tuple[str, int, int, int, int]]]:
         "ViT-H/14": _vit(1280, 257, images),
         "Swin-B": swin,
     }
-
-
-def main() -> None:
-    """Print the predicted times per layer beside the floor."""
-    import argparse
-
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(
-        description="Predicted strategy times (nothing here is measured)."
-    )
-    parser.add_argument(
-        "--device", choices=[name for name in DEVICES if name != "CPU"], default="H200"
-    )
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument(
-        "--weights",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="as stored; x is bfloat16",
-    )
-    arguments = parser.parse_args()
-    peaks = arguments.device
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    for model, layers in models(arguments.images).items():
-        table = Table(
-            "layer",
-            "M",
-            "K -> N",
-            "pass",
-            "floor us",
-            "fused us",
-            "split us",
-            "merged us",
-            "picked",
-            "x floor",
-            title=f"{model}, {peaks}, bf16, rank {arguments.rank}: predicted, not measured",
-        )
-        for layer, M, K, N, G in layers:
-            for backward in (False, True):
-                e = explain(
-                    M,
-                    K,
-                    N,
-                    G,
-                    arguments.rank,
-                    torch.bfloat16,
-                    arguments.device,
-                    weight_dtype=getattr(torch, arguments.weights),
-                    backward=backward,
-                )
-                table.add_row(
-                    layer,
-                    f"{M:,}",
-                    f"{K} -> {N}",
-                    "backward" if backward else "forward",
-                    f"{e.floor_us:.1f}",
-                    *(
-                        f"{e.times_us[s]:.1f}" if s in e.times_us else "-"
-                        for s in ("fused", "split", "merged")
-                    ),
-                    e.chosen,
-                    f"{e.times_us[e.chosen] / e.floor_us:.2f}",
-                )
-        console.print(table)
-
-
-if __name__ == "__main__":
-    main()

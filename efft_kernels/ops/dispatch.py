@@ -15,9 +15,10 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,14 +157,23 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-@contextmanager
-def _without_autocast(device_type: str) -> Iterator[None]:
-    """Inside the operators every cast is written out; an ambient autocast must add none."""
-    if autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            yield
-    else:
-        yield
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+def _surroundings(device: torch.device) -> AbstractContextManager[Any]:
+    """What an operator runs in: no autocast, since every cast is written out, and on x's own device,
+    since Triton launches on the current one.
+    """
+    autocast = autocast_enabled(device.type)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not (autocast or elsewhere):
+        return _NOTHING
+    stack = ExitStack()
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))
+    return stack
 
 
 def _empty_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -183,7 +193,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     problem = cost_model.Problem.of(x, weight, down, core, up, training=save_p)
     module, strategy = select(backend, strategy, problem, x)
-    with _without_autocast(x.device.type):
+    with _surroundings(x.device):
         y, p = module.forward(x, weight, bias, down, core, up, save_p=save_p, strategy=strategy)
     return y, _empty_if_none(p, x)
 
@@ -202,7 +212,7 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     problem = cost_model.Problem.of(dy, weight, down, core, up, training=True, backward=True)
     module, strategy = select(backend, strategy, problem, dy)
-    with _without_autocast(dy.device.type):
+    with _surroundings(dy.device):
         dx, d_weight, d_bias, d_down, d_core, d_up = module.backward(
             dy, x, weight, p, down, core, up, needs=tuple(needs), strategy=strategy
         )

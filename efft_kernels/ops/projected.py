@@ -65,7 +65,7 @@ class _LinearPlusProjected(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             b = fold(core, up).to(p.dtype)
             y = F.linear(x, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
-            # Dynamo (torch 2.11) gives zero gradients when a Function's output was updated in place.
+            # Traced by Dynamo (torch 2.11), an output updated in place would get no gradient.
             return torch.addmm(y, p, b.t()) if torch.compiler.is_compiling() else y.addmm_(p, b.t())
 
     @staticmethod

@@ -54,7 +54,7 @@ def test_as_many_dimensions_as_equations_are_needed(count: int) -> None:
     dims = (0, count - 1, count, count + 1)
     settings = Settings(dims=dims, fraction=1.0, modules_to_train=(), theta_lrs=(3.0,), seed=2)
     (result,) = intrinsic_dimensions(
-        task, ["linear"], Budget(epochs=100, lr=1.0, weight_decay=0.0), settings
+        task, ["linear"], Budget(epochs=200, lr=0.3, weight_decay=0.0), settings
     )
     assert result.full_top1_percent == 100
     assert result.dimension == count

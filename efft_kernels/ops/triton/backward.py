@@ -24,7 +24,14 @@ from torch import Tensor
 from .. import torch_backend
 from ..torch_backend import Grads
 from .factors import launch_fold
-from .forward import merged_weight, out_of_reach, rows, thin_buffer, torch_strategy
+from .forward import (
+    merged_weight,
+    on_another_device,
+    out_of_reach,
+    rows,
+    thin_buffer,
+    torch_strategy,
+)
 from .gemm import launch_gemm
 from .thin import launch_reduce, launch_tall_grad, launch_thin
 from .tuning import can_ride
@@ -43,6 +50,9 @@ def backward(
     strategy: str,
 ) -> Grads:
     """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
+    if on_another_device(dy):
+        with torch.cuda.device(dy.device):
+            return backward(dy, x, weight, p, down, core, up, needs=needs, strategy=strategy)
     m = dy.shape[0]
     n, k = weight.shape
     ra = down.shape[1]

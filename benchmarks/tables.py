@@ -1,0 +1,290 @@
+"""Tables from the CSVs: for the terminal, for results/*.md, and for README between its markers.
+
+    python -m benchmarks.tables
+
+README shows the newest rows of every kind of device, with their date, device and commit. Running it
+twice changes nothing; a test checks that README is what the CSVs give.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from .harness import (
+    OPERATORS_CSV,
+    RESULTS,
+    ROOT,
+    WHOLE_MODEL_CSV,
+    Row,
+    is_cpu,
+    newest,
+    read_rows,
+)
+from .operator_bench import FLOOR as LINEAR
+from .roofline import COPY, GEMM
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+README = ROOT / "README.md"
+
+WHOLE_KEY = ("model", "impl", "dtype", "batch", "r", "device")
+OPERATOR_KEY = (
+    "op", "impl", "strategy", "mode", "dtype", "M", "K", "N", "G", "r", "device",
+)  # fmt: skip
+
+MODEL_NAMES = {
+    "vit_tiny_patch16_224": "ViT-Ti/16",
+    "vit_small_patch16_224": "ViT-S/16",
+    "vit_base_patch16_224": "ViT-B/16",
+    "vit_large_patch16_224": "ViT-L/16",
+    "swin_tiny_patch4_window7_224": "Swin-T",
+    "swin_base_patch4_window7_224": "Swin-B",
+}
+README_OPERATOR_RANK = "16"
+
+Lines = list[str]
+
+
+def impl_name(row: Row) -> str:
+    """A row's implementation in words."""
+    if row["impl"] == "peft":
+        return "unfused, eager torch"
+    return f"{row['impl']}, {row['strategy']}" if row["strategy"] else str(row["impl"])
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
+    """A Markdown table; columns after the first are right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def where_and_when(rows: Sequence[Row]) -> str:
+    """Date, device, commit and torch of rows, from the newest one."""
+    last = max(rows, key=lambda row: row["timestamp"])
+    commits = ", ".join(sorted({f"`{row['commit']}`" for row in rows}))
+    return f"{last['timestamp'][:10]}, {last['device']}, torch {last['torch']}, commit {commits}"
+
+
+# Whole models
+
+WHOLE_HEADER = (
+    "one training step", "ms (p20 to p80)", "of the floor (p20 to p80)", "saved MiB", "peak MiB",
+    "trainable",
+)  # fmt: skip
+
+
+def whole_model_cells(row: Row) -> tuple[str, ...]:
+    """A row as cells of `WHOLE_HEADER`."""
+    return (
+        str(row["impl"]),
+        f"{float(row['ms_p50']):.0f} ({float(row['ms_p20']):.0f} to {float(row['ms_p80']):.0f})",
+        f"{float(row['ratio_to_floor']):.2f} ({float(row['ratio_p20']):.2f} to"
+        f" {float(row['ratio_p80']):.2f})",
+        f"{float(row['saved_mib']):.1f}" if row["saved_mib"] else "",
+        f"{float(row['peak_mem_mb']):.0f}" if row["peak_mem_mb"] else "not measured",
+        f"{int(row['trainable']):,}",
+    )
+
+
+def whole_model_title(row: Row) -> str:
+    model = MODEL_NAMES.get(row["model"], row["model"])
+    return f"{model}, {row['batch']} images, r = {row['r']}, {row['dtype']}"
+
+
+def whole_model_table(rows: Sequence[Row]) -> Table:
+    """For the terminal."""
+    table = Table(title=f"{whole_model_title(rows[0])}\n{where_and_when(rows)}")
+    for column, name in enumerate(WHOLE_HEADER):
+        table.add_column(name, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*whole_model_cells(row))
+    return table
+
+
+def timed_groups(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """The newest timed rows by (device, model, dtype, batch, r)."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in newest((r for r in rows if r["ms_p50"]), WHOLE_KEY):
+        key = tuple(row[c] for c in ("device", "model", "dtype", "batch", "r"))
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def whole_model_markdown(rows: Sequence[Row]) -> Lines:
+    """Every whole-model table there is, newest rows."""
+    lines: Lines = []
+    for group in timed_groups(rows).values():
+        lines += [f"**{whole_model_title(group[0])}** ({where_and_when(group)})", ""]
+        lines += markdown(WHOLE_HEADER, map(whole_model_cells, group)) + [""]
+    return lines
+
+
+def whole_model_summary(rows: Sequence[Row]) -> Lines:
+    """One table per device: a line per implementation, a column per model."""
+    lines: Lines = []
+    by_device: dict[str, dict[tuple[str, ...], list[Row]]] = {}
+    for key, group in timed_groups(rows).items():
+        by_device.setdefault(key[0], {})[key[1:]] = group
+    for groups in by_device.values():
+        impls = list(dict.fromkeys(row["impl"] for group in groups.values() for row in group))
+        cells = []
+        for impl in impls:
+            line = [impl]
+            for group in groups.values():
+                row = next((row for row in group if row["impl"] == impl), None)
+                line.append(
+                    "–" if row is None
+                    else f"{float(row['ratio_to_floor']):.2f}× ({_number(row['saved_mib'])} MiB)"
+                )  # fmt: skip
+            cells.append(line)
+        first = [group[0] for group in groups.values()]
+        floor_ms = " · ".join(
+            f"{MODEL_NAMES.get(row['model'], row['model'])} {float(row['ms_p50']):.0f} ms"
+            for row in first
+        )
+        lines += [
+            f"One training step over the frozen backbone's ({floor_ms}), and what it saves for the"
+            f" backward. {where_and_when([row for group in groups.values() for row in group])}.",
+            "",
+            *markdown(["", *map(whole_model_title, first)], cells),
+            "",
+        ]
+    return lines
+
+
+def _number(text: str) -> str:
+    return f"{float(text):.0f}" if text else "–"
+
+
+# Operators
+
+OPERATOR_HEADER = ("layer", "r", "M", "K → N", "implementation", "fwd", "bwd", "fwd+bwd")
+
+
+def is_peak(row: Row) -> bool:
+    return row["op"] in (COPY, GEMM)
+
+
+def operator_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """One line for each layer, rank and implementation: ratios to F.linear in each mode."""
+    grouped: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        if is_peak(row) or row["impl"] == LINEAR:
+            continue
+        key = tuple(str(row[c]) for c in ("op", "r", "M", "K", "N", "dtype"))
+        grouped.setdefault((*key, impl_name(row)), {})[str(row["mode"])] = row
+    return [
+        (op, r, m, f"{k} → {n}", impl, *(_ratio(modes, m) for m in ("fwd", "bwd", "fwd+bwd")))
+        for (op, r, m, k, n, _, impl), modes in grouped.items()
+    ]
+
+
+def _ratio(modes: dict[str, Row], mode: str) -> str:
+    return f"{float(modes[mode]['ratio_to_linear']):.2f}" if mode in modes else "–"
+
+
+def operator_table(rows: Sequence[Row]) -> Table:
+    """For the terminal: ratios to the frozen layer."""
+    measured = [row for row in rows if not is_peak(row)]
+    table = Table(title=f"times over the frozen nn.Linear's\n{where_and_when(measured)}")
+    for column, name in enumerate(OPERATOR_HEADER):
+        table.add_column(name, justify="left" if column in (0, 4) else "right")
+    for line in operator_lines(measured):
+        table.add_row(*line)
+    return table
+
+
+def operator_summary(rows: Sequence[Row]) -> Lines:
+    """One table per device and dtype at the main rank: geometric means over a model's layers."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in newest((r for r in rows if not is_peak(r)), OPERATOR_KEY):
+        if row["r"] == README_OPERATOR_RANK and row["mode"] == "fwd+bwd" and row["impl"] != LINEAR:
+            groups.setdefault((row["device"], row["dtype"]), []).append(row)
+    lines: Lines = []
+    for (_, dtype), group in groups.items():
+        impls = list(dict.fromkeys(map(impl_name, group)))
+        models = list(dict.fromkeys(row["op"].split()[0] for row in group))
+        cells = []
+        for model in models:
+            line = [model]
+            for impl in impls:
+                ratios = [
+                    float(row["ratio_to_linear"])
+                    for row in group
+                    if row["op"].split()[0] == model and impl_name(row) == impl
+                ]
+                line.append(f"{statistics.geometric_mean(ratios):.2f}×" if ratios else "–")
+            cells.append(line)
+        lines += [
+            f"One layer, forward and backward, over the frozen nn.Linear with dX: geometric mean"
+            f" over the model's layers, {dtype}, r = {README_OPERATOR_RANK}."
+            f" {where_and_when(group)}.",
+            "",
+            *markdown(["", *impls], cells),
+            "",
+        ]
+    return lines
+
+
+# Files
+
+
+def readme_section(whole: Sequence[Row], operators: Sequence[Row]) -> str:
+    """What stands between README's markers."""
+    lines = whole_model_summary(whole) + operator_summary(operators)
+    for rows, what in ((whole, "Whole models"), (operators, "The operator")):
+        if all(is_cpu(row["device"]) for row in rows):
+            lines += [f"{what} on a GPU: not measured.", ""]
+    return "\n".join(lines).strip()
+
+
+def with_section(readme: str, section: str) -> str:
+    """`readme` with the text between its markers replaced.
+
+    Raises:
+        ValueError: not exactly one pair of markers.
+    """
+    if (
+        readme.count(BEGIN) != 1
+        or readme.count(END) != 1
+        or readme.index(BEGIN) > readme.index(END)
+    ):
+        raise ValueError(f"README must have one {BEGIN} and after it one {END}")
+    head, _, rest = readme.partition(BEGIN)
+    return f"{head}{BEGIN}\n\n{section}\n\n{END}{rest.partition(END)[2]}"
+
+
+def results_page(whole: Sequence[Row], operators: Sequence[Row]) -> str:
+    """results/README.md: every newest row."""
+    lines = ["# Results", "", "Generated from the CSVs by `make tables`; do not edit.", ""]
+    lines += ["## Whole models", "", *whole_model_markdown(whole)]
+    lines += ["## The operator: times over the frozen nn.Linear's", ""]
+    groups: dict[str, list[Row]] = {}
+    for row in newest((r for r in operators if not is_peak(r)), OPERATOR_KEY):
+        groups.setdefault(row["device"], []).append(row)
+    for group in groups.values():
+        lines += [where_and_when(group), "", *markdown(OPERATOR_HEADER, operator_lines(group)), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(readme: Path = README, results: Path = RESULTS) -> None:
+    """Bring README and results/README.md up to date with the CSVs."""
+    whole, operators = read_rows(WHOLE_MODEL_CSV), read_rows(OPERATORS_CSV)
+    text = with_section(readme.read_text(), readme_section(whole, operators))
+    readme.write_text(text)
+    (results / "README.md").write_text(results_page(whole, operators))
+
+
+def main() -> None:
+    try:
+        write()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
