@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import math
 import platform
 import random
 import statistics
@@ -228,13 +229,12 @@ def worst_error(
 
     Plain torch's error counts as at least half an ulp of the exact value's norm. A NaN stays.
     """
-    worst = 0.0
+    ratios = []
     for value, torch_value, truth in zip(got, plain, exact, strict=True):
         budget = max(
             float((torch_value.double() - truth).norm()),
             float(truth.norm()) * torch.finfo(value.dtype).eps / 2,
             torch.finfo(torch.float64).tiny,
         )
-        ratio = float((value.double() - truth).norm()) / budget
-        worst = ratio if not ratio <= worst else worst
-    return worst
+        ratios.append(float((value.double() - truth).norm()) / budget)
+    return math.nan if any(map(math.isnan, ratios)) else max(ratios)

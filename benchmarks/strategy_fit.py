@@ -170,9 +170,8 @@ def report(rows: list[Row], clock: str) -> None:
             ("best single threshold", min(thresholds, key=lambda t: lost(own, t))),
         ):  # fmt: skip
             share = 100 * (lost(own, threshold) - 1)
-            print(
-                f"{which} {name}: merged where M > {threshold:g}·{width}; {share:.1f}% over the best choice"
-            )
+            rule = f"merged where M > {threshold:g}·{width}"
+            print(f"{which} {name}: {rule}; {share:.1f}% over the best choice")
 
 
 def main() -> None:

@@ -58,8 +58,8 @@ def impl_name(row: Row) -> str:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
     """A Markdown table; columns after the first are right-aligned."""
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
+    rule = "|---|" + "---:|" * (len(header) - 1)
+    return ["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(r) + " |" for r in rows)]
 
 
 def where_and_when(rows: Sequence[Row]) -> str:
@@ -119,7 +119,7 @@ def whole_model_markdown(rows: Sequence[Row]) -> Lines:
     lines: Lines = []
     for group in timed_groups(rows).values():
         lines += [f"**{whole_model_title(group[0])}** ({where_and_when(group)})", ""]
-        lines += markdown(WHOLE_HEADER, map(whole_model_cells, group)) + [""]
+        lines += [*markdown(WHOLE_HEADER, map(whole_model_cells, group)), ""]
     return lines
 
 
@@ -136,10 +136,7 @@ def whole_model_summary(rows: Sequence[Row]) -> Lines:
             line = [impl]
             for group in groups.values():
                 row = next((row for row in group if row["impl"] == impl), None)
-                line.append(
-                    "–" if row is None
-                    else f"{float(row['ratio_to_floor']):.2f}× ({_number(row['saved_mib'])} MiB)"
-                )  # fmt: skip
+                line.append("–" if row is None else _ratio_and_memory(row))
             cells.append(line)
         first = [group[0] for group in groups.values()]
         floor_ms = " · ".join(
@@ -156,8 +153,9 @@ def whole_model_summary(rows: Sequence[Row]) -> Lines:
     return lines
 
 
-def _number(text: str) -> str:
-    return f"{float(text):.0f}" if text else "–"
+def _ratio_and_memory(row: Row) -> str:
+    saved = f" ({float(row['saved_mib']):.0f} MiB)" if row["saved_mib"] else ""
+    return f"{float(row['ratio_to_floor']):.2f}×{saved}"
 
 
 # Operators

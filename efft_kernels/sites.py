@@ -54,7 +54,7 @@ def find_sites(
         model: the model to look through.
         targets: None for every attention and FFN linear whose role is known by name; else names,
             dotted endings ("attn.qkv"), globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or
-            several.
+            several. A linear's whole name stands for that linear alone.
         layers: block indices from 0 over the whole model; None for all.
         exclude: module names whose linears are left alone (those that are trained whole).
 
@@ -82,7 +82,8 @@ def find_sites(
     sites = [
         replace(everywhere[name], stage=stages.get(everywhere[name].width, 0)) for name in chosen
     ]
-    return _filter_layers(sites, layers, len(blocks))
+    inside = {name for name, (block, _) in named.items() if block in blocks}
+    return _filter_layers(sites, layers, len(blocks), inside)
 
 
 def _mark_packed_gates(sites: dict[str, Site], block_of: dict[str, str]) -> None:
@@ -124,6 +125,7 @@ def _match_targets(
     chosen: set[str] = set()
     for pattern in patterns:
         hits = {name for name, (_, role) in named.items() if _matches(name, role, pattern)}
+        hits = {pattern} if pattern in named else hits
         if not hits:
             examples = ", ".join(list(named)[:4])
             raise ValueError(
@@ -141,7 +143,7 @@ def _matches(name: str, role: str, pattern: str) -> bool:
 
 
 def _filter_layers(
-    sites: list[Site], layers: int | Iterable[int] | None, blocks: int
+    sites: list[Site], layers: int | Iterable[int] | None, blocks: int, inside: set[str]
 ) -> list[Site]:
     if layers is None:
         return sites
@@ -155,7 +157,7 @@ def _filter_layers(
             raise TypeError(f"layers must be block indices (int), got {layer!r}")
         if not 0 <= layer < blocks:
             raise ValueError(f"layers must be within 0..{blocks - 1}, got {layer}")
-    chosen = [site for site in sites if site.block in set(wanted)]
+    chosen = [site for site in sites if site.block in wanted and site.name in inside]
     if not chosen:
         raise ValueError(f"layers {wanted} hold none of the linears that targets chose")
     return chosen

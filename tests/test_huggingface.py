@@ -51,9 +51,7 @@ def vit():
 
 
 def dinov2(swiglu=False):
-    config = transformers.Dinov2Config(
-        **COMMON, mlp_ratio=4, num_labels=5, use_swiglu_ffn=swiglu
-    )
+    config = transformers.Dinov2Config(**COMMON, mlp_ratio=4, num_labels=5, use_swiglu_ffn=swiglu)
     return built(transformers.Dinov2ForImageClassification, config)
 
 
@@ -321,6 +319,7 @@ class TestDropout:
         noisy = output(model.train(), images)
         assert len(projections) == DEPTH and (noisy - quiet).abs().max() > 1e-3
 
+    @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
     @pytest.mark.parametrize("use_reentrant", [True, False])
     @pytest.mark.parametrize(
         "method", [EFFT2(rank=3, dropout=0.5), FacTTT(rank=3, dropout=0.5)], ids=lambda m: m.name
@@ -438,6 +437,16 @@ def test_merged_needs_no_projection(randomize, images, projections):
     adapter.merge()
     output(model, images)
     assert not projections
+
+
+def test_inference_mode(randomize, images, projections):
+    model, adapter = adapted("vit", METHODS[1])
+    randomize(adapter)
+    expected = output(model, images)
+    with torch.inference_mode():
+        found = output(model, images)
+    assert len(projections) == 2 * DEPTH
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("strategy", ["split", "merged"])

@@ -66,9 +66,7 @@ def meta(name, **options):
 def test_swin_base_has_four_stages_of_the_papers_depths():
     sites = find_sites(meta("swin_base_patch4_window7_224"))
     assert len(sites) == 24 * 4 and {s.role for s in sites} == {"qkv", "o", "fc1", "fc2"}
-    for stage, (depth, width) in enumerate(
-        zip((2, 2, 18, 2), (128, 256, 512, 1024), strict=True)
-    ):
+    for stage, (depth, width) in enumerate(zip((2, 2, 18, 2), (128, 256, 512, 1024), strict=True)):
         mine = [s for s in sites if s.stage == stage]
         assert len(mine) == 4 * depth and {s.width for s in mine} == {width}
         assert all(s.name.startswith(f"layers.{stage}.") for s in mine)
@@ -124,6 +122,23 @@ def test_unknown_model_is_numbered_by_its_containers():
     sites = find_sites(model, "*")
     assert [s.name for s in sites] == ["0", "1.0", "2.0", "3.0"]
     assert {s.role for s in sites} == {"linear"}
+
+
+def test_a_whole_name_is_that_linear_alone():
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3), "a": nn.ModuleDict({"fc": nn.Linear(3, 3)})})
+    model.add_module("ffn", nn.Linear(3, 3))
+    assert [s.name for s in find_sites(model, "fc")] == ["fc"]
+    assert [s.name for s in find_sites(model, "a.fc")] == ["a.fc"]
+    assert [s.name for s in find_sites(model, "ffn")] == ["ffn"]
+    assert [s.name for s in find_sites(model, "*fc")] == ["fc", "a.fc"]
+
+
+def test_linears_outside_the_blocks_are_of_no_layer():
+    model = meta("swin_tiny_patch4_window7_224")
+    names = {s.name for s in find_sites(model, "*", layers=0)}
+    assert names and all(name.startswith("layers.0.blocks.0.") for name in names)
+    with pytest.raises(ValueError, match=r"layers \[0\] hold none"):
+        find_sites(model, "reduction", layers=0)
 
 
 @pytest.mark.parametrize(

@@ -430,6 +430,20 @@ def test_separate_q_k_v_of_eva02_share_a_group(randomize):
             torch.testing.assert_close(found[f"blocks.{block}.attn.{tail}"], delta)
 
 
+@pytest.mark.parametrize("kind", [EFFT1, EFFT2, FacTTT])
+def test_attention_of_another_width_is_refused(kind):
+    """q, k, v of 12 and o from 12 in a model of 16: no d×d matrices."""
+    model = small("eva02_tiny_patch14_224", mlp_ratio=4, swiglu_mlp=False)
+    for block in model.blocks:
+        block.attn.qkv = nn.Linear(16, 36, bias=False).double()
+        block.attn.proj = nn.Linear(12, 16).double()
+    with pytest.raises(ValueError, match=r"d×d matrices \(d=16\), got 'blocks.0.attn.qkv'"):
+        attach(model, kind(rank=2))
+    assert not any(isinstance(m, FusedEFFTLinear) for m in model.modules())
+    adapter = attach(model, LoRA(rank=2, matrices=("q", "o")))
+    assert adapter.num_parameters() == 2 * 2 * (16 + 12) * 2
+
+
 def test_efft1_refuses_a_narrow_ffn():
     with pytest.raises(ValueError, match=r"EFFT1 needs FFN linears with 4d=64.*use EFFT2"):
         attach(MODELS["eva02"][0](), EFFT1(rank=2))

@@ -42,7 +42,8 @@ class Site:
         name: dotted module name, e.g. "blocks.0.attn.qkv".
         role: "qkv" (fused), "q", "k", "v", "o", "fc1", "fc2", "gate" (a gated FFN's other fc1),
             "gate_fc1" (these two fused), or "linear" where the name tells nothing.
-        block: index of the transformer block, counted over the whole model from 0.
+        block: index of the transformer block, counted over the whole model from 0; 0 as well where
+            the linear is in none.
         stage: index of the block's width among the model's widths (0 throughout a plain ViT).
         in_features: K.
         out_features: N.

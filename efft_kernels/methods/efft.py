@@ -117,6 +117,7 @@ class EFFT1(_EFFT):
         placements = {}
         for site in members:
             if site.role in MHSA_ROLES:
+                check_square(site, d, "EFFT1's attention slice")
                 start = stacked.index(site.matrices[0]) * d
                 rows = (start, start + site.out_features)
                 placements[site.name] = Placement(index.take(site.block, "mhsa"), 1, "out", rows)

@@ -183,8 +183,9 @@ def plan(
             "tall_grad", 2 * M * columns * R, M * (columns + width) * b + parts * columns * R * 4
         )
 
-    def reduce(columns: int, parts: int) -> Launch:
-        return Launch("reduce", 0, parts * columns * R * 4 + columns * rank * 4)
+    def reduce(parts: int) -> Launch:
+        moved = sum(c * (n * R + rank) * 4 for c, n in ((N, parts), (K, tiling.tall_grad_x)))
+        return Launch("reduce", 0, moved)
 
     merge = [
         fold(4),
@@ -201,15 +202,15 @@ def plan(
         return [*([thin(K, rank)] if problem.training else []), *merge, library]
 
     unfold = [Launch("unfold", 0, 2 * N * rank * 4)] * 2
-    x_part = [tall_grad(K, R, tiling.tall_grad_x), reduce(K, tiling.tall_grad_x)]
+    x_part = tall_grad(K, R, tiling.tall_grad_x)
     if strategy == "fused":
         return [
             fold(b),
             gemm(N, K, True, False, R),
+            x_part,
             tall_grad(N, rank, tiling.tall_grad_dy),
-            reduce(N, tiling.tall_grad_dy),
+            reduce(tiling.tall_grad_dy),
             *unfold,
-            *x_part,
         ]
     dy_pass = Launch(
         "thin_grad",
@@ -217,7 +218,7 @@ def plan(
         (M * (N + R + rank) + N * R) * b + tiling.thin_grad * N * R * 4,
     )
     dx = [gemm(N, K, False, False, R)] if strategy == "split" else [*merge, library]
-    return [fold(b), dy_pass, *dx, reduce(N, tiling.thin_grad), *unfold, *x_part]
+    return [fold(b), dy_pass, *dx, x_part, reduce(tiling.thin_grad), *unfold]
 
 
 def torch_plan(problem: Problem, strategy: str, device: Device) -> list[Launch]:

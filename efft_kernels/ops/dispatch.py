@@ -161,7 +161,7 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def _surroundings(device: torch.device) -> AbstractContextManager[Any]:
-    """What an operator runs in: no autocast, since every cast is written out, and on x's own device,
+    """What an operator runs in: no autocast, as every cast is written out, and on x's own device,
     since Triton launches on the current one.
     """
     autocast = autocast_enabled(device.type)

@@ -226,12 +226,12 @@ def test_the_name_of_a_method_is_taken_once(registered):
     class Other(CP):
         pass
 
-    with pytest.raises(ValueError, match="name must be new among .*'toy_cp'"):
+    with pytest.raises(ValueError, match=r"name must be new among .*'toy_cp'"):
         register_method(Other)
     assert METHODS["toy_cp"] is CP
 
 
 def test_an_unregistered_method_is_refused_by_name(make_vit, tmp_path):
     attach(make_vit(), CP(rank=3)).save(tmp_path / "cp.safetensors")
-    with pytest.raises(ValueError, match="method must be one of .* got 'toy_cp'"):
+    with pytest.raises(ValueError, match=r"method must be one of .* got 'toy_cp'"):
         load(make_vit(), tmp_path / "cp.safetensors")

@@ -239,7 +239,7 @@ class TestActivationDropout:
         assert (noisy[0] - quiet).abs().max() > 1e-3
 
     def test_factors_are_not_masked(self, adapted):
-        model, adapter = adapted()
+        _, adapter = adapted()
         for name, layer in adapter.layers().items():
             for a, b in zip(layer.current_factors(True), layer.current_factors(False), strict=True):
                 assert a is b is None or torch.equal(a, b), name

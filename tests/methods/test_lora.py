@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 
@@ -155,7 +156,7 @@ def test_rank_above_the_matrix_is_refused(make_vit):
 
 
 def test_targets_without_an_adapted_matrix_are_refused(make_vit):
-    with pytest.raises(ValueError, match="targets must include linears that LoRA.* got only fc1"):
+    with pytest.raises(ValueError, match=r"targets must include linears that LoRA.* got only fc1"):
         attach(make_vit(), LoRA(matrices=("q",)), targets="fc1")
 
 
@@ -176,9 +177,7 @@ UNKNOWN = [
 
 @pytest.mark.parametrize(("options", "expected"), UNKNOWN, ids=str)
 @pytest.mark.parametrize("method", [LoRA(rank=2, scale=1.5), LoRA(rank=2, matrices=None)], ids=str)
-def test_any_other_model_through_targets(
-    mlp, randomize, tmp_path, options, expected, method
-):
+def test_any_other_model_through_targets(mlp, randomize, tmp_path, options, expected, method):
     """Roles unknown: each targeted linear is one matrix, whatever `matrices` says."""
     base = {name: p.clone() for name, p in mlp.named_parameters()}
     x = torch.randn(5, 7, dtype=torch.float64)
@@ -208,6 +207,23 @@ def test_any_other_model_through_targets(
     torch.testing.assert_close(mlp(x), h, rtol=1e-11, atol=1e-11)
 
 
+def test_a_file_names_its_linears_whole(randomize, tmp_path):
+    """The linear "0" of a file is not "inner.0" as well, nor a teacher's copy of it."""
+
+    def make():
+        torch.manual_seed(4)
+        return nn.Sequential(OrderedDict({"0": nn.Linear(4, 4), "inner": nn.Sequential(
+            nn.Linear(4, 4))}))  # fmt: skip
+
+    model, twin, x = make(), make(), torch.randn(3, 4)
+    adapter = attach(model, LoRA(rank=2), targets="[0]", modules_to_train=())
+    assert list(adapter.layers()) == ["0"]
+    randomize(adapter)
+    adapter.save(tmp_path / "a.safetensors")
+    again = load(twin, tmp_path / "a.safetensors")
+    assert again.sites == adapter.sites and torch.equal(twin(x), model(x))
+
+
 def test_default_targets_of_an_unknown_model_are_refused(mlp):
     with pytest.raises(ValueError, match="found none in Sequential; name them"):
         attach(mlp, LoRA(rank=2), modules_to_train=())
@@ -226,9 +242,7 @@ def test_names_that_differ_in_dots_and_underscores_alone(randomize, method):
 
     torch.manual_seed(0)
     model = nn.Sequential(
-        OrderedDict(
-            a=pair(b_c=nn.Linear(8, 8)), a_b=pair(c=nn.Linear(8, 8)), a_b_c=nn.Linear(8, 8)
-        )
+        OrderedDict(a=pair(b_c=nn.Linear(8, 8)), a_b=pair(c=nn.Linear(8, 8)), a_b_c=nn.Linear(8, 8))
     )
     adapter = attach(model, method, targets="*", modules_to_train=())
     per_linear = 32 if isinstance(method, LoRA) else 16
@@ -236,7 +250,7 @@ def test_names_that_differ_in_dots_and_underscores_alone(randomize, method):
     assert adapter.num_parameters() == 3 * per_linear + shared
     randomize(adapter)
     deltas = list(adapter.delta_weights().values())
-    assert all((a - b).abs().max() > 1e-3 for a, b in zip(deltas, deltas[1:], strict=False))
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.pairwise(deltas))
 
 
 class Named(nn.Module):

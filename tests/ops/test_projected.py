@@ -110,9 +110,7 @@ def three(x, down, linears, share):
 
 def test_three_linears_of_one_p_are_three_linears():
     t = operands("one slice", lead=(2, 5))
-    linears = [
-        [torch.randn_like(t[name]) for name in ("weight", "bias", "core")] for _ in range(3)
-    ]
+    linears = [[torch.randn_like(t[name]) for name in ("weight", "bias", "core")] for _ in range(3)]
 
     def run(share):
         leaves = [t[name].clone().requires_grad_() for name in ("x", "down", "up")]

@@ -64,6 +64,12 @@ class Case:
     instruction: str | None
     aligned: bool = True
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the loop's wgmma must overlap: operands reach it without passing registers."""
+        through_registers = self.dtype == "fp32" or "wide" in self.label or not self.aligned
+        return self.kernel == "gemm" and self.arch == 90 and not through_registers
+
     def __str__(self) -> str:
         return f"sm_{self.arch} {self.kernel} {self.label} {self.dtype} r{self.rank}"
 
@@ -267,7 +273,12 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
         arch,
         dtype,
         rank,
-        {"partial_ptr": "*fp32", "out_ptr": pointer},
+        {
+            "partial_a_ptr": "*fp32",
+            "out_a_ptr": pointer,
+            "partial_b_ptr": "*fp32",
+            "out_b_ptr": pointer,
+        },
         {"RANK": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
         num_warps,
         3,
@@ -326,8 +337,8 @@ def _ragged_cases(arch: int) -> Iterator[Case]:
     sizes with theirs.
     """
     for dtype in ("bf16", "fp32"):
-        for rank in (16, 128):
-            for aligned in (True, False):
+        for rank in RANKS:
+            for aligned in (True, False) if rank in (16, 128) else (False,):
                 for case in (
                     *_gemm_cases(arch, dtype, rank, aligned),
                     *_pass_cases(arch, dtype, rank, aligned),
@@ -346,7 +357,7 @@ def compile_case(case: Case) -> Report:
         if case.signature[name] == "constexpr":
             continue
         pointer = case.signature[name].startswith("*")
-        unspecialised = name in ("M", "rows", "parts", "width", "width_s", "width_p")
+        unspecialised = name in kernel.do_not_specialize or name.startswith("width")
         if pointer or (case.aligned and not unspecialised):
             attrs[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(
@@ -382,6 +393,10 @@ def compile_case(case: Case) -> Report:
         report.problems.append(f"{report.smem_bytes} bytes of shared memory, limit {limit}")
     if case.instruction and not any(re.fullmatch(case.instruction, name) for name in mnemonics):
         report.problems.append(f"no {case.instruction} in the machine code")
+    if case.overlaps:
+        waits = re.findall(r"warp_group_dot_wait[^\n]*pendings = (\d+)", compiled.asm["ttgir"])
+        if not any(map(int, waits)):
+            report.problems.append("every wgmma waits for the one before it")
     if case.constants.get("TMA") and "UTMALDG" not in mnemonics:
         report.problems.append("no UTMALDG (copy engine) in the machine code")
     return report

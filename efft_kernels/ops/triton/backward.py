@@ -6,10 +6,9 @@ With P = x·down saved by the forward and B = stack_g up[g]·core[g]^T:
     d_B = dY^T·P        d_core[g] = d_B[g]^T·up[g]    d_up[g] = d_B[g]·core[g]
                                                       (summed over g when `up` is shared)
 
-    fused            gemm (dX, S rides and is stored), tall_grad (dY, P), tall_grad (x, S),
-                     two reductions
+    fused            gemm (dX, S rides and is stored), tall_grad (x, S), tall_grad (dY, P), reduce
     split, merged    thin (S and the partial sums of d_B from one pass over dY), gemm (dX) or W + ΔW
-                     and the library's GEMM, tall_grad (x, S), two reductions
+                     and the library's GEMM, tall_grad (x, S), reduce
     dX not needed    as split, without the GEMM
 
 So dY is read twice and x once for everything, whatever G is: dX needs a GEMM over rows of dY while
@@ -89,12 +88,15 @@ def backward(
             dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=False)
         elif need_x and strategy == "merged":
             dx = torch.mm(dy, merged_weight(weight, down, core, up, dy.dtype))
+    x_partial = None
+    if need_down:
+        assert x is not None and s is not None
+        x_partial = launch_tall_grad(rows(x), s)
     if grad_p is not None:
         if partial is None:
             partial = launch_tall_grad(dy, grad_p)
-        d_b = launch_reduce(partial, ra, up.dtype)
+        d_b, d_down = launch_reduce(partial, x_partial, ra, (up.dtype, down.dtype))
         d_core, d_up = torch_backend.unfold_grads(d_b, core, up, need_core, need_up)
-    if need_down:
-        assert x is not None and s is not None
-        d_down = launch_reduce(launch_tall_grad(rows(x), s), ra, down.dtype)
+    elif x_partial is not None:
+        d_down, _ = launch_reduce(x_partial, None, ra, (down.dtype, down.dtype))
     return dx, d_weight, d_bias, d_down, d_core, d_up

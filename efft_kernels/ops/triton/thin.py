@@ -141,8 +141,9 @@ def _tall_grad_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["parts"])
-def _reduce_kernel(
+@triton.jit
+def _sum_parts(
+    block,
     partial_ptr,  # [parts, C, RANK] float32, contiguous
     out_ptr,  # [C, width], contiguous
     parts,
@@ -152,7 +153,7 @@ def _reduce_kernel(
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
     offs_part = tl.arange(0, BLOCK_PARTS)
     size = C * RANK
     inside = offs < size
@@ -171,6 +172,31 @@ def _reduce_kernel(
         tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty),
         mask=inside & (r < width),
     )
+
+
+@triton.jit(do_not_specialize=["parts_a", "parts_b", "blocks_a"])
+def _reduce_kernel(
+    partial_a_ptr,  # [parts_a, C_a, RANK] float32, contiguous
+    out_a_ptr,  # [C_a, width], contiguous
+    partial_b_ptr,  # [parts_b, C_b, RANK] float32, contiguous, or None
+    out_b_ptr,  # [C_b, width], contiguous, or None
+    parts_a,
+    parts_b,
+    C_a,
+    C_b,
+    width,
+    blocks_a,  # programs of the first sum; the rest do the second
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid < blocks_a:
+        _sum_parts(pid, partial_a_ptr, out_a_ptr, parts_a, C_a, width, RANK, BLOCK, BLOCK_PARTS)
+    elif partial_b_ptr is not None:
+        _sum_parts(
+            pid - blocks_a, partial_b_ptr, out_b_ptr, parts_b, C_b, width, RANK, BLOCK, BLOCK_PARTS
+        )
 
 
 def launch_thin(
@@ -265,23 +291,36 @@ def launch_tall_grad(
 
 
 def launch_reduce(
-    partial: Tensor,  # [parts, C, RANK]
+    first: Tensor,  # [parts, C, RANK]
+    second: Tensor | None,  # [other parts, other C, RANK]
     width: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The sum over the first dim, cropped to [C, width], rounded once to `dtype`."""
-    parts, c, rank = partial.shape
-    out = partial.new_empty((c, width), dtype=dtype)
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Tensor, Tensor | None]:
+    """Both sums over the first dim in one launch, cropped to [C, width] and rounded once."""
+    parts, c, rank = first.shape
     block, block_parts, num_warps = tuning.REDUCE_CONFIG
-    _reduce_kernel[(tuning.cdiv(c * rank, block),)](
-        partial,
+    blocks = tuning.cdiv(c * rank, block)
+    out = first.new_empty((c, width), dtype=dtypes[0])
+    other = None
+    other_parts = other_c = other_blocks = 0
+    if second is not None:
+        other_parts, other_c, _ = second.shape
+        other_blocks = tuning.cdiv(other_c * rank, block)
+        other = second.new_empty((other_c, width), dtype=dtypes[1])
+    _reduce_kernel[(blocks + other_blocks,)](
+        first,
         out,
+        second,
+        other,
         parts,
+        other_parts,
         c,
+        other_c,
         width,
+        blocks,
         RANK=rank,
         BLOCK=block,
         BLOCK_PARTS=block_parts,
         num_warps=num_warps,
     )
-    return out
+    return out, other

@@ -1,0 +1,121 @@
+"""The peers compute what they say they do, and the whole-model rows are gated on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import peers, whole_model
+from benchmarks.harness import WHOLE_MODEL_COLUMNS
+from benchmarks.peers import Peer
+
+RANK = 3
+
+
+@pytest.fixture
+def base(make_vit: Callable[..., nn.Module]) -> nn.Module:
+    model = make_vit(embed_dim=24, dtype=torch.float64).requires_grad_(False)
+    model.head.requires_grad_()
+    return model
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 3])
+
+
+@pytest.mark.parametrize("name", peers.SAME_FUNCTION)
+def test_a_peer_computes_its_method_s_function(
+    name: str, base: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    ours = peers.build(peers.SAME_FUNCTION[name], base, RANK)
+    theirs = peers.build(name, base, RANK)
+    assert sorted(ours.factors) == sorted(theirs.factors)
+    for own, other in zip(
+        whole_model.results(ours, *batch, None), whole_model.results(theirs, *batch, None),
+        strict=True,
+    ):  # fmt: skip
+        assert own.norm() > 0
+        torch.testing.assert_close(other, own, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["EFFT1", "EFFT2", "FacT-TT", "FacT-TK", "LoRA"])
+def test_the_eager_formula_runs_every_method(
+    method: str, base: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    ours = peers.build(method, base, RANK)
+    eager = peers.build(method, base, RANK, formula=peers.factored)
+    assert not any(type(m).__name__ == "FusedEFFTLinear" for m in eager.model.modules())
+    for own, other in zip(
+        whole_model.results(ours, *batch, None), whole_model.results(eager, *batch, None),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(other, own, rtol=1e-9, atol=1e-11)
+
+
+def test_the_backbone_is_shared_and_full_fine_tuning_is_not(base: nn.Module) -> None:
+    weight = base.blocks[0].attn.qkv.weight
+    ours, full = peers.build("EFFT2", base, RANK), peers.build(peers.FULL, base, RANK)
+    assert ours.model.blocks[0].attn.qkv.weight is weight
+    assert full.model.blocks[0].attn.qkv.weight is not weight
+    assert not weight.requires_grad and len(full.trainable()) == len(list(base.parameters()))
+
+
+def test_what_trains(base: nn.Module) -> None:
+    head = sum(p.numel() for p in base.head.parameters())
+
+    def trained(name: str) -> int:
+        return sum(p.numel() for p in peers.build(name, base, RANK).trainable())
+
+    assert trained(peers.FLOOR) == trained(peers.PROBE) == head
+    assert trained("LoRA") == trained(peers.PEFT_LORA) > head
+    assert trained("EFFT2") == trained(peers.EAGER_EFFT2) == trained(peers.RELEASED_EFFT2) > head
+
+
+def test_the_floor_s_gradient_reaches_the_first_block(
+    base: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    peer = peers.build(peers.FLOOR, base, RANK)
+    seen: list[bool] = []
+    block = peers.first_block(peer.model)
+    block.register_full_backward_hook(lambda *_: seen.append(True))
+    whole_model.step_of(peer, *batch, None)()
+    assert seen == [True] and base.patch_embed.proj.weight.grad is None
+
+
+def test_a_wrong_peer_gets_no_row(
+    base: nn.Module,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = base.float()
+    images, targets = batch
+
+    def doubled(x: torch.Tensor, linear: nn.Linear, bank: object, site: str) -> torch.Tensor:
+        return 1.001 * peers.factored(x, linear, bank, site)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(peers.FORMULAS, peers.EAGER_EFFT2, doubled)
+    monkeypatch.setattr(whole_model, "make_base", lambda *_: copy.deepcopy(base))
+    monkeypatch.setattr(whole_model, "draw_batch", lambda *_: (images.float(), targets))
+    rows = whole_model.bench_model(
+        "a_vit", 2, RANK, device="cpu", amp=None, impls=["EFFT2", peers.EAGER_EFFT2], seconds=0.0
+    )
+    assert [row["impl"] for row in rows] == [peers.FLOOR, "EFFT2"]
+    assert "no row" in capsys.readouterr().err
+    for row in rows:
+        assert set(row) <= set(WHOLE_MODEL_COLUMNS)
+        assert float(row["saved_mib"]) > 0 and int(row["rounds"]) >= 3
+    assert float(rows[0]["ratio_to_floor"]) == 1.0
+    assert float(rows[1]["err_ratio"]) <= 2
+
+
+def test_gradients_are_ordered_by_name() -> None:
+    first, second = (nn.Parameter(torch.zeros(n)) for n in (2, 1))
+    first.grad, second.grad = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
+    peer = Peer("p", nn.Identity(), None, {"b": first, "a": second})
+    assert peer.factor_grads().tolist() == [3.0, 1.0, 2.0]
