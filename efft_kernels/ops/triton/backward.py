@@ -25,7 +25,6 @@ from ..torch_backend import Grads
 from .factors import launch_fold
 from .forward import (
     merged_weight,
-    on_another_device,
     out_of_reach,
     rows,
     thin_buffer,
@@ -49,9 +48,6 @@ def backward(
     strategy: str,
 ) -> Grads:
     """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
-    if on_another_device(dy):
-        with torch.cuda.device(dy.device):
-            return backward(dy, x, weight, p, down, core, up, needs=needs, strategy=strategy)
     m = dy.shape[0]
     n, k = weight.shape
     ra = down.shape[1]

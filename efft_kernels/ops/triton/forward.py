@@ -28,11 +28,6 @@ def rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def on_another_device(t: Tensor) -> bool:
-    """Whether t lives on a GPU other than the current one, where Triton would launch."""
-    return t.is_cuda and t.device.index != torch.cuda.current_device()
-
-
 def thin_buffer(like: Tensor, width: int, rank: int) -> Tensor:
     """An empty [M, width] in rows of the padded rank, which keeps them aligned."""
     buffer = like.new_empty((like.shape[0], rank))
@@ -87,9 +82,6 @@ def forward(
     strategy: str,
 ) -> tuple[Tensor, Tensor | None]:
     """(y [M, N], P [M, Ra] if save_p else None), both in x's dtype."""
-    if on_another_device(x):
-        with torch.cuda.device(x.device):
-            return forward(x, weight, bias, down, core, up, save_p=save_p, strategy=strategy)
     m = x.shape[0]
     n, k = weight.shape
     ra = down.shape[1]
