@@ -267,7 +267,9 @@ class FusedEFFTLinear(nn.Linear):
             return self._forward_tasks(input)
         down, core, up = self.current_factors(self.training)
         if self.training and (p := self._group().activation_dropout):
-            return low_rank_linear_with_dropout(input, self.weight, self.bias, down, core, up, p)
+            return low_rank_linear_with_dropout(
+                input, self.weight, self.bias, down, core, up, p, backend=self.backend
+            )
         if self.shared_input and self._shares(input):
             p = self.shared_input[0].projection(input, down)
             return linear_plus_projected(input, self.weight, self.bias, p, core, up)

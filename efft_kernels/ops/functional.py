@@ -101,6 +101,8 @@ def low_rank_linear_with_dropout(
     core: Tensor | None,
     up: Tensor,
     p: float,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """`low_rank_linear` with dropout on the rank-r activation, x·down·core[g], as FacT trains.
 
@@ -110,10 +112,20 @@ def low_rank_linear_with_dropout(
     Args:
         x: [..., K]; the other tensors, their dtypes and what is raised are as in `low_rank_linear`.
         p: probability of dropping an entry; the others are scaled by 1 / (1 - p).
+        backend: 'auto', 'torch' or 'reference', which all mean plain torch here.
 
     Returns:
         [..., N]. Source: FacT (arXiv:2212.03145), its released training code.
+
+    Raises:
+        RuntimeError: a compiled backend was asked for by name.
     """
+    backend = dispatch.requested_backend(backend)
+    if backend not in ("auto", "torch", "reference"):
+        raise RuntimeError(
+            f"backend {backend!r} was asked for but has no kernel with dropout on the rank-r"
+            " activation; train with dropout=0.0 or with backend='auto'"
+        )
     x = _autocast(x, weight)
     _check(x, weight, bias, down, core, up)
     dtype = x.dtype

@@ -209,3 +209,8 @@ def test_shapes_are_checked(name, shape, text):
     t = operands("shared up") | {name: torch.randn(shape, dtype=torch.float64)}
     with pytest.raises(ValueError, match=text):
         low_rank_linear_with_dropout(**t, p=0.5)
+
+
+def test_a_compiled_backend_by_name_is_refused():
+    with pytest.raises(RuntimeError, match=r"'triton' was asked for .* dropout=0\.0"):
+        low_rank_linear_with_dropout(**operands("shared up"), p=0.5, backend="triton")
