@@ -167,7 +167,7 @@ def _intensity(row: Row) -> float:
 
 
 def time_against_rank(rows: Sequence[Row]) -> Figure | None:
-    """Time over the frozen layer's against r, a panel per layer of the model with the most ranks."""
+    """Time over the frozen layer's against r, for the layers of the model with the most ranks."""
     own = [row for row in rows if not is_peak(row) and row["mode"] == "fwd+bwd"]
     own = [row for row in own if row["impl"] != LINEAR]
     ranks_of: dict[str, set[str]] = {}
@@ -260,7 +260,7 @@ def _tidy(axes: Axes) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False,
+        handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False,
         fontsize=8,
     )  # fmt: skip
 

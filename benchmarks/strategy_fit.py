@@ -3,9 +3,11 @@
     python -m benchmarks.strategy_fit [--threads 1] [--clock process] [--seconds 0.5]
 
 Every case is one layer, M and rank in float32, as in training (P is saved; dX and the factors'
-gradients are wanted). Appends to results/strategy_fit.csv, then prints which strategy won where,
-and what a rule would lose that takes `merged` where M is above c times the width that the update of
-`split` does not run over: K in the forward, N in the backward.
+gradients are wanted). The calls walk over as many copies of the layer as a model has blocks, so
+that weights and activations are as cold as in a step; on one copy `merged` looks cheaper than it
+is. Appends to results/strategy_fit.csv, then prints which strategy won where, and what a rule would
+lose that takes `merged` where M is above c times the width that the update of `split` does not run
+over: K in the forward, N in the backward.
 
 On a machine with more load than cores, `--threads 1 --clock process` counts the processor's time
 instead of the wall clock's.
@@ -24,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from efft_kernels.ops import torch_backend
 
@@ -39,6 +40,7 @@ COLUMNS = (
 KEY = ("part", "dtype", "M", "K", "N", "r", "clock", "device")
 ROWS = (197, 788, 1576, 6304)
 RANKS = (8, 16, 32, 64)
+COPIES = 12
 NEEDS = (True, False, False, True, True, True)  # dX and the factors' gradients
 
 
@@ -53,7 +55,7 @@ def layers() -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, M and rank, with every part that is timed."""
+    """One layer, M and rank."""
 
     M: int
     K: int
@@ -62,6 +64,7 @@ class Case:
     r: int
 
     def calls(self) -> dict[str, Callable[[], object]]:
+        """Every part that is timed, on tensors of its own."""
         o = Operands.draw(("", self.M, self.K, self.N, self.G), self.r, torch.float32, "cpu")
         x, weight, bias, down, core, up = (t.detach() for t in o.tensors())
         dy, b, p = o.dy, torch_backend.fold(core, up), x @ down
@@ -77,14 +80,11 @@ class Case:
                 dy, x, weight, p, down, core, up, needs=NEEDS, strategy=strategy
             )
 
-        def update() -> Tensor:
-            return y.addmm_(p, b.t(), beta=1.0, alpha=1e-6)
-
         return {
             "linear": lambda: F.linear(x, weight, bias),
             "dX": lambda: torch.mm(dy, weight),
             "thin x": lambda: torch.mm(x, down),
-            "update y": update,
+            "update y": lambda: y.addmm_(p, b.t(), alpha=1e-6),
             "merge": lambda: torch_backend.merge_weight(weight, down, b, torch.float32),
             "fwd split": forward("split"),
             "fwd merged": forward("merged"),
@@ -94,19 +94,18 @@ class Case:
 
 
 def measure(case: Case, seconds: float, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Milliseconds of every part, in rounds."""
-    calls = case.calls()
-    for call in calls.values():
-        call()
-    ms: dict[str, list[float]] = {name: [] for name in calls}
+    """Milliseconds of every part, in rounds; each round is one pass over all copies, per copy."""
+    copies = [case.calls() for _ in range(COPIES)]
+    ms: dict[str, list[float]] = {name: [] for name in copies[0]}
     start = time.perf_counter()
     rounds = 0
     while rounds < 3 or (rounds < 100 and time.perf_counter() - start < seconds):
         rounds += 1
-        for name, call in calls.items():
+        for name in ms:
             begin = clock()
-            call()
-            ms[name].append(1e3 * (clock() - begin))
+            for calls in copies:
+                calls[name]()
+            ms[name].append(1e3 * (clock() - begin) / COPIES)
     return ms
 
 

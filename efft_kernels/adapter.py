@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .description import Description
+from .files import replacing
 from .methods.base import Method, Site
 from .nn import FactorBank, FusedEFFTLinear
 from .shared_input import unshare_inputs
@@ -214,17 +214,8 @@ class Adapter:
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.state_dict().items()
         }
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        beside.touch(exist_ok=False)
-        try:
-            mode = beside.stat().st_mode
+        with replacing(Path(path)) as beside:
             save_file(tensors, beside, metadata={**(metadata or {}), **header})
-            beside.chmod(mode)  # safetensors' own file is for its owner alone
-            os.replace(beside, path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
 
     def describe(self) -> Description:
         """What was grouped with what: one row a linear, and each group's parameters.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from torchvision.transforms import v2
 from . import EFFT1, EFFT2, Adapter, attach, load
 from .demo_picture import Point, draw
 from .engine import evaluate, saved_for_backward_mib, seed_everything, train_one_epoch
+from .files import replacing
 from .methods.base import Method
 
 SOURCE_CLASSES = (0, 1, 2, 3, 4)
@@ -331,7 +331,8 @@ def run(
                 f" got {source_top1:.1f}%"
             )
         backbone_file = output / "backbone.safetensors"
-        _replace(backbone_file, lambda path: save_file(backbone.state_dict(), path))
+        with replacing(backbone_file) as beside:
+            save_file(backbone.state_dict(), beside)
 
         top1: dict[str, list[float]] = {}
         for name, recipe in RECIPES.items():
@@ -387,9 +388,8 @@ def run(
             **{name: version(name) for name in ("efft-kernels", "torch", "timm", "scikit-learn")},
         },
     }
-    _replace(
-        output / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n")
-    )
+    with replacing(output / "report.json") as beside:
+        beside.write_text(json.dumps(report, indent=2) + "\n")
     picture = output / "accuracy.png"
     points = [
         Point(
@@ -402,7 +402,8 @@ def run(
         for row in rows
     ]
     title = f"Digits 5 to 9 from {TRAIN_PER_CLASS} images a class, {_seeds(seeds)} (mean ± std)"
-    _replace(picture, lambda path: draw(points, title, path))
+    with replacing(picture) as beside:
+        draw(points, title, beside)
     _print(console, rows, report, output)
     return rows
 
@@ -505,16 +506,6 @@ def _reproducible() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         memory.fill_uninitialized_memory = fill
         torch.set_num_threads(threads)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it to `path`."""
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _progress(console: Console) -> Progress:

@@ -56,4 +56,4 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
-    figure.savefig(path)
+    figure.savefig(path, format="png")

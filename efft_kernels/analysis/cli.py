@@ -182,7 +182,7 @@ def _write(
     output: Path, name: str, content: dict[str, Any], figures: dict[str, Figure], console: Console
 ) -> None:
     """OUTPUT/NAME.json and the pictures, each written beside and renamed."""
-    from ..train.folder import replacing
+    from ..files import replacing
     from .plots import save
 
     paths = [output / f"{name}.json"]

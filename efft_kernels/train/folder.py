@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 
 from .. import __version__
 from ..adapter import read_adapter_file
+from ..files import replacing
 from .settings import TrainSettings
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
@@ -32,19 +31,6 @@ HEADER_KEY = "efft_kernels.train"
 FREE_ON_RESUME = {"data", "checkpoint", "pretrained", "workers"}
 
 Config = dict[str, Any]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` in one step when the block ends without an error."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def check_output(output: Path, *, resume: bool) -> None:

@@ -28,6 +28,7 @@ from ..adapter import Adapter
 from ..attach import attach, resolve_modules_to_train
 from ..backbone import Notify, build_backbone, fingerprint
 from ..engine import NonFiniteLossError, evaluate, seed_everything, train_one_epoch
+from ..files import replacing
 from . import folder
 from .settings import AMP_DTYPES, TrainSettings, resolve_device
 
@@ -301,7 +302,7 @@ def _write_products(run: Run) -> None:
     header = {folder.HEADER_KEY: json.dumps(run.config)}
     run.adapter.save(run.output / folder.ADAPTER, metadata=header)
     with (
-        folder.replacing(run.output / folder.METRICS) as path,
+        replacing(run.output / folder.METRICS) as path,
         path.open("w", newline="") as file,
     ):
         writer = csv.DictWriter(file, [item.name for item in dataclasses.fields(EpochRow)])
