@@ -5,10 +5,10 @@ JOBS  ?= 2
 CSRC   = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format bench bench-check tables aot clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install the package with its development tools
 
@@ -17,6 +17,22 @@ demo: $(STAMP) ## fine-tune a small vision transformer and show what it cost
 
 test: $(STAMP) ## run the tests in JOBS processes (default 2), one torch thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
+
+bench: $(STAMP) ## what the adapter costs on this CPU (about ten minutes, nothing else running)
+	$(BIN)/python -m benchmarks.operator_sweep --seconds 120
+	$(BIN)/python -m benchmarks.whole_model --models vit_tiny_patch16_224:8 vit_base_patch16_224:2 \
+	  swin_tiny_patch4_window7_224:4 vit_small_patch16_224:8 --seconds 45 --memory-batches 1 2 4 8
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.tables
+
+bench-check: $(STAMP) ## fail where a ratio is worse than the last committed one
+	$(BIN)/python -m benchmarks.check
+
+tables: $(STAMP) ## the measured tables of README and benchmarks/results from their CSVs
+	$(BIN)/python -m benchmarks.tables
+
+aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and sm_100, no GPU needed
+	$(BIN)/python -m efft_kernels.ops.triton.aot
 
 lint: $(STAMP) ## check style, types and formatting
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: efft-kernels demo | train | eval | doctor | analyse."""
+"""The command line: efft-kernels demo | train | eval | doctor | bench | analyse."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from . import __version__, use_backend
 from .analysis.cli import app as analyse
+from .bench import bench
 from .methods import METHODS
 from .ops.dispatch import requested_backend
 from .train.settings import TrainSettings
@@ -42,6 +43,7 @@ app = typer.Typer(
     help="Adapt vision transformers with factor-tuning (EFFT) on fused kernels.",
 )
 app.add_typer(analyse, name="analyse")
+app.command()(bench)
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 

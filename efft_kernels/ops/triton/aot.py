@@ -154,7 +154,11 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                 configs += tuple(config._replace(tma=True) for config in configs)
             for config in configs:
                 for direction, unit in (("fwd", "stride_wi"), ("dx", "stride_wc")):
-                    for ride in (True, False) if kind != "ieee" or rank <= 64 else (False,):
+                    for ride in (
+                        (True, False)
+                        if kind != "ieee" or rank <= tuning.IEEE_RIDE_LIMIT
+                        else (False,)
+                    ):
                         block = f"{config.block_m}x{config.block_c}x{config.block_i}"
                         block += " tma" if config.tma else ""
                         w_block = (config.block_c, config.block_i)

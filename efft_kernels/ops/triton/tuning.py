@@ -121,7 +121,7 @@ def dtype_class(dtype: torch.dtype) -> str:
 # for the whole inner length, so there the rank is taken in steps, and a rank beyond the limit
 # cannot ride in the loop.
 _IEEE_RANK_BLOCK = 32
-_IEEE_RIDE_LIMIT = 64
+IEEE_RIDE_LIMIT = 32
 
 
 def rank_block(dtype: torch.dtype, precision: str, rank: int) -> int:
@@ -132,7 +132,7 @@ def rank_block(dtype: torch.dtype, precision: str, rank: int) -> int:
 
 def can_ride(dtype: torch.dtype, rank: int) -> bool:
     """Whether P fits in registers beside the main product; where not, `fused` runs as `split`."""
-    return dtype != torch.float32 or rank <= _IEEE_RIDE_LIMIT or dot_precision(dtype) == "tf32"
+    return dtype != torch.float32 or rank <= IEEE_RIDE_LIMIT or dot_precision(dtype) == "tf32"
 
 
 def operand_form(dtype: torch.dtype, wide: bool, aligned: bool) -> str:
