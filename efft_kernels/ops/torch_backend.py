@@ -102,9 +102,30 @@ def forward(
     p = torch.mm(x, down.to(dtype)) if save_p or strategy == "split" else None
     if strategy == "merged":
         return F.linear(x, merge_weight(weight, down, b, dtype), bias), p
-    y = F.linear(x, weight.to(dtype), bias)
     assert p is not None
-    return y.addmm_(p, b.to(dtype).t()), p if save_p else None
+    y = _split(x, weight.to(dtype), bias, p, b.to(dtype))
+    return y, p if save_p else None
+
+
+def _split(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    p: Tensor,  # [M, Ra]
+    b: Tensor,  # [N, Ra]
+) -> Tensor:
+    """y = x·W^T + bias + P·B^T, [M, N].
+
+    On the CPU F.linear writes the bias to all of y before the GEMM adds to it. [P|1]·[B|bias]^T
+    takes that pass's place and brings the low-rank product along, so y is read and written once
+    less. On CUDA the GEMM's own epilogue adds the bias, and the low-rank product follows.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias).addmm_(p, b.t())
+    if bias is not None:
+        p = torch.cat((p, p.new_ones(p.shape[0], 1)), 1)
+        b = torch.cat((b, bias.unsqueeze(1)), 1)
+    return torch.mm(p, b.t()).addmm_(x, weight.t())
 
 
 def backward(
