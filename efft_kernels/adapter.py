@@ -18,6 +18,7 @@ from .description import Description
 from .files import replacing
 from .methods.base import Method, Site
 from .nn import FactorBank, FusedEFFTLinear
+from .ops.functional import FLOAT_DTYPES
 from .shared_input import unshare_inputs
 
 BANK_NAME = "factor_bank"
@@ -122,6 +123,8 @@ class Adapter:
     def merge(self) -> None:
         """Add each ΔW to its weight, in at least float32 and rounded once. Nothing happens if
         merged."""
+        if self.bank.tasks is not None:
+            raise RuntimeError("merge() must not be called within AdapterSet.tasks()")
         for layer in self.layers().values():
             layer.merge()
 
@@ -165,7 +168,8 @@ class Adapter:
         everything fits.
 
         Raises:
-            ValueError: a tensor is missing, unknown, of another shape, or the adapter is merged.
+            ValueError: a tensor is missing, unknown, of another shape or no float; or the adapter
+                is merged.
         """
         if self.merged:
             raise ValueError(
@@ -180,6 +184,10 @@ class Adapter:
             if tensor.shape != own[name].shape:
                 raise ValueError(
                     f"{name} must be {list(own[name].shape)}, got {list(tensor.shape)}"
+                )
+            if tensor.dtype not in FLOAT_DTYPES and tensor.dtype != own[name].dtype:
+                raise ValueError(
+                    f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
                 )
         with torch.no_grad():
             for name, tensor in state.items():
@@ -197,6 +205,7 @@ class Adapter:
 
         Raises:
             ValueError: a metadata key the format uses.
+            TypeError: metadata that is not text.
             OSError: the folder does not exist or cannot be written.
         """
         attachment = self._attachment
@@ -208,6 +217,9 @@ class Adapter:
             "modules_to_train": json.dumps(attachment.modules_to_train),
             "base_shapes": json.dumps(attachment.base_shapes),
         }
+        for key, value in (metadata or {}).items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")
         if clash := sorted(set(header) & set(metadata or {})):
             raise ValueError(f"metadata keys must not be the format's own, got {clash}")
         tensors = {

@@ -41,6 +41,8 @@ class AdapterSet:
     """
 
     def __init__(self, adapter: Adapter) -> None:
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
         if adapter.merged:
             raise ValueError("adapter must not be merged: call unmerge() first")
         self.adapter = adapter
@@ -87,6 +89,8 @@ class AdapterSet:
                 the function or other linears, or a tensor does not fit. The set is as it was.
             FileNotFoundError: no such file.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, got {name!r}")
         if name in self._states:
             raise ValueError(f"name must be new in the set, got {name!r}; remove it first")
         own = self.adapter.state_dict()

@@ -16,6 +16,7 @@ from .adapter import BANK_NAME, Adapter, Attachment, is_attached, read_adapter_f
 from .methods import method_from_config
 from .methods.base import Method, Site
 from .nn import FactorBank, FusedEFFTLinear
+from .ops.functional import FLOAT_DTYPES
 from .shared_input import share_inputs
 from .sites import find_sites
 
@@ -78,13 +79,17 @@ def attach(
             raise TypeError(
                 f"target {name!r} must be an nn.Linear itself, got {type(linear).__name__}"
             )
+        _check_not_bypassed(model, name)
         linears[name] = linear
     devices = sorted({str(linear.weight.device) for linear in linears.values()})
     if len(devices) > 1:
         raise ValueError(f"targeted weights must be on one device, got {devices}")
     dtypes = [linear.weight.dtype for linear in linears.values()]
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        raise TypeError(f"targeted weights must be floating, got {sorted(set(map(str, dtypes)))}")
+    if not all(dtype in FLOAT_DTYPES for dtype in dtypes):
+        raise TypeError(
+            "targeted weights must be float64, float32, float16 or bfloat16, got"
+            f" {', '.join(sorted(set(map(str, dtypes))))}"
+        )
 
     with torch.device(devices[0]):
         groups = method.build(sites)
@@ -105,6 +110,16 @@ def attach(
         separated_bias=tuple(_modules_with_fused_bias(model, sites)),
     )
     return _install(model, bank, layers_by_site, attachment)
+
+
+def _check_not_bypassed(model: nn.Module, name: str) -> None:
+    """Raise where torch's own encoder layer would read the weight directly and skip the forward."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TypeError(
+            f"target {name!r} must be called by its parent, but nn.TransformerEncoderLayer's fast"
+            " path reads its weight in eval: torch.backends.mha.set_fastpath_enabled(False) first"
+        )
 
 
 def _check_not_attached(model: nn.Module) -> None:
@@ -169,7 +184,8 @@ def resolve_modules_to_train(model: nn.Module, names: str | Sequence[str]) -> li
             examples = ", ".join(child for child, _ in model.named_children())
             raise ValueError(
                 f"modules_to_train must name modules of {type(model).__name__} ({examples}),"
-                f" got {name!r}"
+                f" got {name!r}; pass modules_to_train=() where there is no classifier, and attach"
+                " before torch.compile or DataParallel wraps the model"
             )
         resolved += [module for module in found if module not in resolved]
     return resolved
@@ -181,7 +197,7 @@ def _classifier_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[s
     declared: list[str] = [classifier] if isinstance(classifier, str) else list(classifier or ())
     if found := [name for name in declared if name in modules]:
         return found
-    usual: tuple[str, ...] = ("head", "classifier", "fc")
+    usual: tuple[str, ...] = ("head", "heads", "classifier", "fc")
     second = [name for name in ("head_dist",) if name in modules]  # distilled DeiT's
     return [name for name in usual if name in modules][:1] + second
 
@@ -201,6 +217,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
         ValueError: not a whole adapter file, an unknown version, another architecture, or already
             attached.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     metadata, tensors = read_adapter_file(path)
     try:
         method = method_from_config(json.loads(metadata["method"]))

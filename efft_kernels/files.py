@@ -18,6 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
+    if not path.parent.is_dir() or path.is_dir():
+        raise FileNotFoundError(f"path must be a file in an existing folder, got {path}")
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     beside.touch(exist_ok=False)
     try:

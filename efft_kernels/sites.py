@@ -113,7 +113,7 @@ def _match_targets(
         found = [name for name, (_, role) in named.items() if role != "linear"]
         if not found:
             raise ValueError(
-                f"targets=None finds the linears of timm's ViT, DeiT and Swin, and found none in"
+                f"targets=None finds the linears of the vision transformers it knows, none in"
                 f" {model_name}; name them, e.g. targets=['query', 'value']"
             )
         return found

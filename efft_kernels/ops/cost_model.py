@@ -30,7 +30,7 @@ TRITON_MAX_RANK = 128
 
 
 class Problem(NamedTuple):
-    """The numbers a strategy's cost depends on (glossary of DESIGN.md; bytes are per element)."""
+    """The numbers a strategy's cost depends on (bytes are per element)."""
 
     M: int
     K: int

@@ -95,9 +95,8 @@ def require_backend(name: str) -> ModuleType:
     return module
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within this context every call with backend='auto' uses `name` ('auto' restores the default).
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """`with use_backend(name):` every call with backend='auto' uses `name`; 'auto' is the default.
 
     The setting is the process's, not the thread's.
 
@@ -105,10 +104,15 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no such backend.
         RuntimeError: the backend cannot run here.
     """
-    global _override
     _check_name(name, "name")
     if name not in ("auto", "reference"):
         require_backend(name)
+    return _overriding(name)
+
+
+@contextmanager
+def _overriding(name: str) -> Iterator[None]:
+    global _override
     previous = _override
     _override = None if name == "auto" else name
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import dispatch, reference, torch_backend
 
 _HALF = (torch.float16, torch.bfloat16)
-_FLOAT = (torch.float64, torch.float32, *_HALF)
+FLOAT_DTYPES = (torch.float64, torch.float32, *_HALF)
 
 
 def low_rank_linear(
@@ -61,7 +61,7 @@ def low_rank_linear(
     Second derivatives and `torch.func` transforms are taken through plain torch; a compiled backend
     that was asked for by name raises under a `torch.func` transform.
 
-    Source: EFFT (arXiv:2311.06749), Eq. 2 and 3, in DESIGN.md's aggregated form.
+    Source: EFFT (arXiv:2311.06749), Eq. 2 and 3, for one aggregated group.
     """
     backend = dispatch.requested_backend(backend)
     dispatch.check_strategy(strategy)
@@ -253,7 +253,7 @@ def _check(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOAT:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
             )

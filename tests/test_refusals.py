@@ -1,0 +1,104 @@
+"""Misuse that once passed silently or died obscurely: each is refused with what was expected."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from efft_kernels import EFFT2, AdapterSet, LoRA, attach, load, use_backend
+
+
+def small_vit():
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=2, num_classes=3
+    ).eval()
+
+
+@pytest.fixture
+def adapter():
+    return attach(small_vit(), EFFT2(rank=2))
+
+
+def test_use_backend_checks_the_name_without_a_with():
+    with pytest.raises(ValueError, match="'zzz'"):
+        use_backend("zzz")
+    with pytest.raises(RuntimeError, match="'cuda' was asked for"):
+        use_backend("cuda")
+
+
+def test_torchs_encoder_fast_path_is_not_passed_by():
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0), 2
+    ).eval()
+    targets = ["linear1", "linear2"]
+    with pytest.raises(TypeError, match="fast path reads its weight"):
+        attach(encoder, LoRA(rank=2), targets=targets, modules_to_train=())
+    assert not any(name.startswith("factor_bank") for name in encoder.state_dict())
+
+    x = torch.randn(2, 5, 32)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        adapter = attach(encoder, LoRA(rank=2), targets=targets, modules_to_train=())
+        with torch.no_grad():
+            before = encoder(x)
+            for parameter in adapter.parameters():
+                parameter.normal_()
+            assert not torch.allclose(encoder(x), before)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_merging_within_a_mixed_batch(adapter):
+    tasks = AdapterSet(adapter)
+    tasks.add("a")
+    with tasks.tasks(["a"]), pytest.raises(RuntimeError, match=r"within AdapterSet\.tasks"):
+        adapter.merge()
+    assert not adapter.merged
+
+
+def test_adapter_set_arguments(adapter):
+    with pytest.raises(TypeError, match="adapter must be an Adapter, got VisionTransformer"):
+        AdapterSet(adapter.model)
+    with pytest.raises(TypeError, match="name must be a str, got 3"):
+        AdapterSet(adapter).add(3)
+
+
+def test_integer_factors_in_a_file(adapter, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    adapter.save(path)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({name: t.to(torch.int32) for name, t in tensors.items()}, path, metadata=metadata)
+    model = small_vit()
+    with pytest.raises(ValueError, match=r"must be float64.* got torch\.int32"):
+        load(model, path)
+    assert type(model.blocks[0].attn.qkv) is nn.Linear
+
+
+def test_save_and_load_arguments(adapter, tmp_path):
+    with pytest.raises(TypeError, match="metadata must map str to str, got 'epoch': 3"):
+        adapter.save(tmp_path / "a.safetensors", metadata={"epoch": 3})
+    with pytest.raises(FileNotFoundError, match=r"existing folder, got .*no/such/a\.safetensors"):
+        adapter.save(tmp_path / "no" / "such" / "a.safetensors")
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        load("model", tmp_path)
+
+
+def test_float8_weights():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(
+        model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False
+    )
+    with pytest.raises(TypeError, match=r"targeted weights must be float64.*float8_e4m3fn"):
+        attach(model, LoRA(rank=2), targets="0", modules_to_train=())
+
+
+def test_a_model_without_a_classifier_is_told_what_to_pass():
+    with pytest.raises(ValueError, match=r"modules_to_train=\(\) where there is no classifier"):
+        attach(nn.Sequential(nn.Linear(8, 8)), LoRA(rank=2), targets="0")
