@@ -176,7 +176,8 @@ def saved_for_backward_mib(
         if key not in owned:
             saved[key] = tensor.untyped_storage().nbytes()
             kept.append(tensor.detach())
-        return tensor
+        # Detached: a node that saved its own output would hold itself, and never be freed.
+        return tensor.detach()
 
     was_training = model.training
     model.train()

@@ -98,7 +98,7 @@ def test_efft2_on_swin_base_reproduces_the_releases_count():
         (EFFT2(rank=8), lambda d, layers: 7 * d * 8 + 6 * layers * 8**2),
         (EFFT2(rank=8, cores="shared"), lambda d, layers: 7 * d * 8 + 6 * 8**2),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_counts_per_stage_on_swin_base(method, per_stage):
     adapter = attach(meta("swin_base_patch4_window7_224"), method)
@@ -174,7 +174,7 @@ def fact_slices(bank, stage, position, shared, s):
         (FacTTT(rank=[2, (3, 2), 4, 5], scale=0.7), fact_slices),
         (FacTTK(rank=[2, (3, 2), 4, 5], scale=0.7), fact_slices),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @torch.no_grad()
 def test_every_slice_on_swin_is_the_papers(randomize, method, dense):

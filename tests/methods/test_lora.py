@@ -175,7 +175,7 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("options", "expected"), UNKNOWN, ids=str)
+@pytest.mark.parametrize(("options", "expected"), UNKNOWN, ids=lambda v: str(sorted(v)))
 @pytest.mark.parametrize("method", [LoRA(rank=2, scale=1.5), LoRA(rank=2, matrices=None)], ids=str)
 def test_any_other_model_through_targets(mlp, randomize, tmp_path, options, expected, method):
     """Roles unknown: each targeted linear is one matrix, whatever `matrices` says."""
