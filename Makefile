@@ -18,10 +18,10 @@ demo: $(STAMP) ## fine-tune a small vision transformer and show what it cost
 test: $(STAMP) ## run the tests in JOBS processes (default 2), one torch thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
 
-bench: $(STAMP) ## what the adapter costs on this CPU (about ten minutes, nothing else running)
-	$(BIN)/python -m benchmarks.operator_sweep --seconds 120
+bench: $(STAMP) ## what the adapter costs on this CPU; let nothing else run
+	$(BIN)/python -m benchmarks.operator_sweep --seconds 40
 	$(BIN)/python -m benchmarks.whole_model --models vit_tiny_patch16_224:8 vit_base_patch16_224:2 \
-	  swin_tiny_patch4_window7_224:4 vit_small_patch16_224:8 --seconds 45 --memory-batches 1 2 4 8
+	  swin_tiny_patch4_window7_224:4 vit_small_patch16_224:8 --seconds 20 --memory-batches 1 2 4
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.tables
 
