@@ -144,15 +144,15 @@ def err_ratio(impl: str, o: Operands) -> float:
     exact = results(forward_of("reference", exact_operands), exact_operands)
     plain = results(forward_of("reference", o), o)
     got = results(forward_of(impl, o), o)
-    worst = 0.0
+    ratios = [0.0]
     for value, torch_value, truth in zip(got, plain, exact, strict=True):
         budget = max(
             float((torch_value.double() - truth).norm()),
             float(truth.norm()) * torch.finfo(value.dtype).eps / 2,
         )
         ratio = float((value.double() - truth).norm()) / budget
-        worst = ratio if not ratio <= worst else worst  # a NaN stays
-    return worst
+        ratios.append(ratio)
+    return math.nan if any(map(math.isnan, ratios)) else max(ratios)
 
 
 class Timer:
@@ -312,7 +312,7 @@ def append(rows: list[dict[str, object]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
