@@ -316,9 +316,7 @@ def test_model_that_is_a_linear_itself():
 
 def test_model_without_linears():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    with pytest.raises(
-        ValueError, match=r"targets=None finds .*vision transformers.*Sequential"
-    ):
+    with pytest.raises(ValueError, match=r"targets=None finds .*vision transformers.*Sequential"):
         attach(model, EFFT2(rank=3), modules_to_train=())
 
 
