@@ -299,9 +299,9 @@ class FusedEFFTLinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         rows = x.reshape(index.shape[0], -1, x.shape[-1]).to(y.dtype)  # [B, rows, K]
         p = torch.bmm(rows, down[index].to(y.dtype))  # [B, rows, Ra]
-        return torch.baddbmm(y.reshape(*rows.shape[:2], -1), p, b[index].mT.to(y.dtype)).reshape(
-            y.shape
-        )
+        # In place: y is ours, and another [M, N] would cost more than the thin products themselves.
+        y.view(*rows.shape[:2], -1).baddbmm_(p, b[index].mT.to(y.dtype))
+        return y
 
     def _shares(self, x: Tensor) -> bool:
         """Whether to take P from the attention module: where no fused kernel would make it in
