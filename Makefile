@@ -2,15 +2,18 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.efft-kernels-installed
 JOBS  ?= 2
+# What [build-system] in pyproject.toml requires, and nvcc
+BUILD_REQUIRES := setuptools torch ninja pybind11 nvidia-cutlass "cuda-toolkit[cccl,crt,nvcc,nvvm]"
 CSRC   = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-check tables aot clean
+.PHONY: help setup demo test lint format bench bench-check tables aot asan clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## create .venv and install the package with its development tools
+setup: $(STAMP) ## create .venv, build the native libraries, and show what runs on this machine
+	$(BIN)/efft-kernels doctor
 
 demo: $(STAMP) ## fine-tune a small vision transformer and show what it cost
 	$(BIN)/efft-kernels demo
@@ -34,6 +37,9 @@ tables: $(STAMP) ## the measured tables of README and benchmarks/results from th
 aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and sm_100, no GPU needed
 	$(BIN)/python -m efft_kernels.ops.triton.aot
 
+asan: $(STAMP) ## test the C++ operators under AddressSanitizer and UBSan
+	csrc/asan.sh $(BIN)/python
+
 lint: $(STAMP) ## check style, types and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,11 +53,15 @@ format: $(STAMP) ## rewrite the sources in the project's style
 
 clean: ## remove build products and caches; keeps .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMP)
-	find efft_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find efft_kernels tests benchmarks csrc -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	find efft_kernels -name '*.so' -delete
+	rm -f efft_kernels/_build_report.json
 
-$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+# The native build comes before pip's, which hides its progress and then finds all of it made.
+$(STAMP): pyproject.toml setup.py constraints.txt $(CSRC) $(wildcard csrc/*.py) | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt $(BUILD_REQUIRES)
+	$(BIN)/python csrc/native_build.py
+	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[dev]"
 	@touch $@
 
 # The first interpreter that is new enough and able to make a virtual environment.

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, and which backends really run."""
+"""What this machine offers: versions, native libraries, devices, and which backends really run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, available_backends, low_rank_linear, reference
+from .ops import native
 
 LIBRARIES = ("torch", "torchvision", "triton", "timm", "torchmetrics", "safetensors", "numpy")
 
@@ -19,11 +20,15 @@ LIBRARIES = ("torch", "torchvision", "triton", "timm", "torchmetrics", "safetens
 @dataclass(frozen=True)
 class Diagnosis:
     """versions: name -> version, None where absent. devices: one line of text each.
-    backends: name -> None where it runs here, else the reason why not."""
+    backends: name -> None where it runs here, else the reason why not.
+    libraries: native library -> None where it loads here, else the reason why not.
+    build: what the native libraries were built with (`native.build_info`), None without them."""
 
     versions: dict[str, str | None]
     devices: list[str]
     backends: dict[str, str | None]
+    libraries: dict[str, str | None]
+    build: dict[str, Any] | None
 
     @property
     def healthy(self) -> bool:
@@ -35,12 +40,15 @@ class Diagnosis:
         return {
             "versions": self.versions,
             "devices": self.devices,
-            "backends": {
-                name: {"usable": reason is None, "reason": reason}
-                for name, reason in self.backends.items()
-            },
+            "backends": _with_reasons(self.backends),
+            "libraries": _with_reasons(self.libraries),
+            "build": self.build,
             "healthy": self.healthy,
         }
+
+
+def _with_reasons(reasons: dict[str, str | None]) -> dict[str, dict[str, Any]]:
+    return {name: {"usable": reason is None, "reason": reason} for name, reason in reasons.items()}
 
 
 def diagnose() -> Diagnosis:
@@ -49,7 +57,34 @@ def diagnose() -> Diagnosis:
         name: _trial(name) if reason is None else reason
         for name, reason in available_backends().items()
     }
-    return Diagnosis(_versions(), _devices(), backends)
+    libraries, build = _libraries(), native.build_info()
+    versions = {**_versions(), **_build_rows(libraries, build)}
+    return Diagnosis(versions, _devices(), backends, libraries, build)
+
+
+def _libraries() -> dict[str, str | None]:
+    return {
+        "_native": native.load_cpu(),
+        "_native_cuda": native.load_cuda(),
+        "_autograd": native.autograd_unavailable(),
+        "_build_info": native.not_built("_build_info"),
+    }
+
+
+def _build_rows(
+    libraries: dict[str, str | None], build: dict[str, Any] | None
+) -> dict[str, str | None]:
+    """The native libraries as rows among the versions."""
+    rows: dict[str, str | None] = {
+        name: "loads" if reason is None else reason for name, reason in libraries.items()
+    }
+    if build is not None:
+        rows["built with"] = f"{build['compiler']}, torch {build['torch_version']}"
+        rows["runs with"] = f"torch {build['target_version']} and newer (_native*.so)"
+        if build["cuda_archs"]:
+            rows["built with nvcc"] = f"{build['cuda_version']}, CUTLASS {build['cutlass_version']}"
+            rows["built for GPUs"] = ", ".join(build["cuda_archs"])
+    return rows
 
 
 def _versions() -> dict[str, str | None]:
