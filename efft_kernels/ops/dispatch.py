@@ -31,11 +31,9 @@ STRATEGIES = ("fused", "split", "merged")
 
 _MODULES = {
     "torch": "efft_kernels.ops.torch_backend",
+    "cpp": "efft_kernels.ops.cpp",
     "triton": "efft_kernels.ops.triton",
-}
-_NOT_IN_THIS_RELEASE = {
-    "cpp": "the C++ CPU extension is not part of this release; use backend='torch'",
-    "cuda": "the CUDA C++ extension is not part of this release; use backend='triton' or 'torch'",
+    "cuda": "efft_kernels.ops.cuda_backend",
 }
 # `auto` takes the first of these that is available and accepts the input.
 _PREFERENCE = ("cuda", "triton", "cpp", "torch")
@@ -46,8 +44,6 @@ _override: str | None = None
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """(module, None), or (None, why it cannot run here). Remembered: the answer does not change."""
-    if name in _NOT_IN_THIS_RELEASE:
-        return None, _NOT_IN_THIS_RELEASE[name]
     try:
         module = importlib.import_module(_MODULES[name])
     except ImportError as error:
@@ -119,6 +115,11 @@ def _overriding(name: str) -> Iterator[None]:
         yield
     finally:
         _override = previous
+
+
+def is_native(module: ModuleType) -> bool:
+    """Whether the backend's kernels are the native operators of csrc/ops.cpp."""
+    return module.__name__ in (_MODULES["cpp"], _MODULES["cuda"])
 
 
 def select(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, reference, torch_backend
+from . import direct, dispatch, reference, torch_backend
 
 _HALF = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float64, torch.float32, *_HALF)
@@ -65,9 +65,13 @@ def low_rank_linear(
     """
     backend = dispatch.requested_backend(backend)
     dispatch.check_strategy(strategy)
+    transformed = torch._C._are_functorch_transforms_active()
+    if not (transformed or torch.compiler.is_compiling()):
+        direct_y = direct.low_rank_linear(x, weight, bias, down, core, up, backend, strategy)
+        if direct_y is not None:
+            return direct_y
     x = _autocast(x, weight)
     _check(x, weight, bias, down, core, up)
-    transformed = torch._C._are_functorch_transforms_active()
     if transformed and backend not in ("auto", "reference", "torch"):
         raise RuntimeError(
             f"backend {backend!r} does not support torch.func transforms; use backend='torch'"

@@ -76,6 +76,25 @@ def mm_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
+def frozen_grads(
+    dy: Tensor,  # [M, N]
+    x: Tensor | None,  # [M, K]
+    weight: Tensor,  # [N, K]
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(d_weight, d_bias) of the frozen part, for whoever trains it all the same: the library's
+    business in every backend. d_bias is in the weight's dtype."""
+    d_weight = d_bias = None
+    if need_weight:
+        assert x is not None
+        d_weight = mm_into(dy.t(), x, weight.dtype)
+    if need_bias:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        d_bias = dy.sum(0, dtype=wide).to(weight.dtype)
+    return d_weight, d_bias
+
+
 def thin_grad(tall: Tensor, thin: Tensor, dtype: torch.dtype) -> Tensor:
     """tall^T·thin for tall [M, C] and thin [M, r], contiguous [C, r].
 
@@ -147,17 +166,13 @@ def backward(
     s = None
     if need_down or (need_x and strategy == "split"):
         s = torch.mm(dy, b.to(dtype))  # [M, Ra]
-    dx = d_weight = d_bias = d_down = d_core = d_up = None
+    dx = d_down = d_core = d_up = None
     if need_x and strategy == "merged":
         dx = torch.mm(dy, merge_weight(weight, down, b, dtype))
     elif need_x:
         assert s is not None
         dx = torch.mm(dy, weight.to(dtype)).addmm_(s, down.to(dtype).t())
-    if need_weight:
-        assert x is not None
-        d_weight = mm_into(dy.t(), x, weight.dtype)
-    if need_bias:
-        d_bias = dy.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
+    d_weight, d_bias = frozen_grads(dy, x, weight, need_weight, need_bias)
     if need_down:
         assert x is not None and s is not None
         d_down = thin_grad(x, s, down.dtype)

@@ -1,0 +1,45 @@
+#include "isa.h"
+#include "std.h"
+
+#if defined(__x86_64__)
+
+#define EFFT_ISA avx2
+#define EFFT_VECTOR_BYTES 32
+#define EFFT_ROWS 4
+#define EFFT_VECTORS 3
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "low_rank.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace efft_kernels::cpu {
+
+const Kernels kAvx2{
+    "avx2",
+    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    [](const Forward& args, bool wide) {
+      wide ? avx2::forward<double>(args) : avx2::forward<float>(args);
+    },
+    [](const Backward& args, bool wide) {
+      wide ? avx2::backward<double>(args) : avx2::backward<float>(args);
+    },
+};
+
+}  // namespace efft_kernels::cpu
+
+#else
+
+namespace efft_kernels::cpu {
+const Kernels kAvx2{"avx2", [] { return false; }, nullptr, nullptr};
+}  // namespace efft_kernels::cpu
+
+#endif

@@ -1,0 +1,211 @@
+// The CPU implementation of the native operators: tensors in, plain pointers on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "isa.h"
+
+namespace efft_kernels::cpu {
+
+void parallel(int64_t count, void (*f)(void* context, int64_t begin, int64_t end), void* context) {
+  if (count == 1) return f(context, 0, 1);
+  torch::stable::parallel_for(0, count, 1,
+                              [&](int64_t begin, int64_t end) { f(context, begin, end); });
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Strategy : int64_t { kFused = 0, kSplit = 1, kMerged = 2 };
+enum Need : int64_t { kX = 1, kWeight = 2, kBias = 4, kDown = 8, kCore = 16, kUp = 32 };
+
+bool is_readable(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16;
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      return DType::kBFloat16;
+  }
+}
+
+// The tensor itself, or in float32 where its dtype is not one that the kernels read.
+Tensor readable(const Tensor& tensor) {
+  return is_readable(tensor.scalar_type()) ? tensor : torch::stable::to(tensor, ScalarType::Float);
+}
+
+// The last two dims of `tensor` as one matrix; leading dims must follow each other in memory.
+Matrix matrix_of(const Tensor& tensor) {
+  const int64_t dims = tensor.dim();
+  Matrix matrix;
+  matrix.data = const_cast<void*>(tensor.const_data_ptr());
+  matrix.dtype = dtype_of(tensor);
+  matrix.row_stride = dims >= 2 ? tensor.stride(dims - 2) : 0;
+  matrix.column_stride = tensor.stride(dims - 1);
+  return matrix;
+}
+
+void require(bool holds, const char* argument, const char* expected) {
+  if (holds) return;
+  throw std::runtime_error(std::string("efft_kernels: ") + argument + " must be " + expected);
+}
+
+struct FactorTensors {
+  Tensor down;
+  std::optional<Tensor> core;
+  Tensor up;
+
+  FactorTensors(const Tensor& down_in, const std::optional<Tensor>& core_in, const Tensor& up_in)
+      : down(readable(down_in)), up(torch::stable::contiguous(readable(up_in))) {
+    if (core_in) core = torch::stable::contiguous(readable(*core_in));
+  }
+
+  // N and K are the weight's.
+  Factors checked(int64_t N, int64_t K) const {
+    require(down.dim() == 2 && down.size(0) == K, "down", "[K, Ra]");
+    require(up.dim() == 3, "up", "[1 or G, N/G, Rb]");
+    Factors factors;
+    factors.G = core ? core->size(0) : up.size(0);
+    factors.Ra = down.size(1);
+    factors.Rb = up.size(2);
+    require(factors.G > 0 && factors.Ra > 0 && factors.Rb > 0 && N % factors.G == 0 &&
+                up.size(1) == N / factors.G && (up.size(0) == 1 || up.size(0) == factors.G),
+            "up", "[1 or G, N/G, Rb] with G dividing N");
+    if (core) {
+      require(core->dim() == 3 && core->size(1) == factors.Ra && core->size(2) == factors.Rb,
+              "core", "[G, Ra, Rb]");
+      factors.core = matrix_of(*core);
+    } else {
+      require(factors.Ra == factors.Rb, "up", "[G, N/G, Ra] where core is None");
+    }
+    factors.up_shared = up.size(0) == 1 && factors.G > 1;
+    factors.down = matrix_of(down);
+    factors.up = matrix_of(up);
+    return factors;
+  }
+};
+
+// As many row ranges as threads, but none shorter than a register block or two.
+int64_t slots_for(int64_t rows) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>(rows / 16, 1, std::max<int64_t>(threads, 1));
+}
+
+Join join_of(int64_t strategy) {
+  return static_cast<Strategy>(strategy) == Strategy::kMerged ? Join::kMerge : Join::kExtend;
+}
+
+Tensor empty(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                      Tensor down, std::optional<Tensor> core, Tensor up,
+                                      bool save_p, int64_t strategy) {
+  require(x.dim() == 2 && is_readable(x.scalar_type()), "x",
+          "[M, K] of float32, float64 or bfloat16");
+  require(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.numel() > 0, "weight",
+          "[N >= 1, K >= 1]");
+  const Tensor w = readable(weight);
+  std::optional<Tensor> b;
+  if (bias) b = readable(*bias);
+  const FactorTensors factors(down, core, up);
+
+  Forward args;
+  args.M = x.size(0);
+  args.K = x.size(1);
+  args.N = w.size(0);
+  args.factors = factors.checked(args.N, args.K);
+  require(!b || (b->dim() == 1 && b->size(0) == args.N), "bias", "[N]");
+
+  Tensor y = torch::stable::new_empty(x, {args.M, args.N});
+  Tensor p = save_p ? torch::stable::new_empty(x, {args.M, args.factors.Ra}) : empty(x);
+  if (args.M == 0) return {y, p};
+  args.x = matrix_of(x);
+  args.weight = matrix_of(w);
+  if (b) args.bias = matrix_of(*b);
+  args.y = matrix_of(y);
+  if (save_p) args.p = matrix_of(p);
+  args.join = join_of(strategy);
+  args.slots = slots_for(args.M);
+  kernels().forward(args, x.scalar_type() == ScalarType::Double);
+  return {y, p};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<Tensor> x,
+                                                      Tensor weight, std::optional<Tensor> p,
+                                                      Tensor down, std::optional<Tensor> core,
+                                                      Tensor up, int64_t needs, int64_t strategy) {
+  require(dy.dim() == 2 && is_readable(dy.scalar_type()), "dy",
+          "[M, N] of float32, float64 or bfloat16");
+  require(weight.dim() == 2 && weight.size(0) == dy.size(1) && weight.numel() > 0, "weight",
+          "[N >= 1, K >= 1]");
+  const Tensor w = readable(weight);
+  const FactorTensors factors(down, core, up);
+
+  Backward args;
+  args.M = dy.size(0);
+  args.N = dy.size(1);
+  args.K = w.size(1);
+  args.factors = factors.checked(args.N, args.K);
+  const bool need_x = needs & kX, need_down = needs & kDown, need_up = needs & kUp;
+  const bool need_core = (needs & kCore) && core;
+  require(!need_down || (x && x->dim() == 2 && x->size(0) == args.M && x->size(1) == args.K &&
+                         is_readable(x->scalar_type())),
+          "x", "[M, K] for the gradient of down");
+  require(!(need_core || need_up) ||
+              (p && p->dim() == 2 && p->size(0) == args.M && p->size(1) == args.factors.Ra),
+          "p", "[M, Ra] for the gradients of core and up");
+
+  // Gradients are made in a dtype that can be written and handed over in the tensor's own.
+  const auto gradient_of = [](bool needed, const Tensor& like, const Tensor& readable_like) {
+    return needed ? torch::stable::new_empty(readable_like, like.sizes()) : empty(like);
+  };
+  Tensor dx = need_x ? torch::stable::new_empty(dy, {args.M, args.K}) : empty(dy);
+  Tensor d_down = gradient_of(need_down, down, factors.down);
+  Tensor d_core = need_core ? gradient_of(true, *core, *factors.core) : empty(up);
+  Tensor d_up = gradient_of(need_up, up, factors.up);
+  if (need_x || need_down || need_core || need_up) {
+    args.dy = matrix_of(dy);
+    args.weight = matrix_of(w);
+    if (need_x) args.dx = matrix_of(dx);
+    if (need_down) {
+      args.x = matrix_of(*x);
+      args.d_down = matrix_of(d_down);
+    }
+    if (need_core || need_up) args.p = matrix_of(*p);
+    if (need_core) args.d_core = matrix_of(d_core);
+    if (need_up) args.d_up = matrix_of(d_up);
+    args.join = join_of(strategy);
+    args.slots = slots_for(args.M);
+    kernels().backward(args, dy.scalar_type() == ScalarType::Double);
+  }
+  const auto handed_over = [](const Tensor& gradient, const Tensor& like) {
+    return gradient.scalar_type() == like.scalar_type()
+               ? gradient
+               : torch::stable::to(gradient, like.scalar_type());
+  };
+  return {dx, handed_over(d_down, down), core ? handed_over(d_core, *core) : d_core,
+          handed_over(d_up, up)};
+}
+
+}  // namespace
+}  // namespace efft_kernels::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(efft_kernels, CPU, m) {
+  m.impl("native_fwd", TORCH_BOX(&efft_kernels::cpu::native_fwd));
+  m.impl("native_bwd", TORCH_BOX(&efft_kernels::cpu::native_bwd));
+}

@@ -1,0 +1,9 @@
+// Everything of the standard library that the kernels use, included before an instruction set is
+// chosen: its inline functions must stay code that every processor runs.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>

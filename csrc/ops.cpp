@@ -1,0 +1,18 @@
+// The native operators' schemas. csrc/cpu and csrc/cuda implement them, each for its dispatch key.
+#include <torch/csrc/stable/library.h>
+
+// As low_rank_linear_fwd and low_rank_linear_bwd of efft_kernels/ops/schemas.py, with
+//   strategy  0 fused, 1 split, 2 merged
+//   needs     bit i: the gradient of the i-th of x, weight, bias, down, core, up is wanted; those
+//   of
+//             weight and bias are the caller's business, and whatever is not wanted comes back
+//             empty
+STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
+  m.def(
+      "native_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor? core, Tensor up,"
+      " bool save_p, int strategy) -> (Tensor y, Tensor p)");
+  m.def(
+      "native_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor? p, Tensor down, Tensor? core,"
+      " Tensor up, int needs, int strategy)"
+      " -> (Tensor dx, Tensor d_down, Tensor d_core, Tensor d_up)");
+}
