@@ -15,4 +15,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
       "native_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor? p, Tensor down, Tensor? core,"
       " Tensor up, int needs, int strategy)"
       " -> (Tensor dx, Tensor d_down, Tensor d_core, Tensor d_up)");
+  // Item i of x [items, rows, K] with the factors of task task_of_item[i]: down [tasks, K, Ra], and
+  // b [tasks, N, Ra], folded. For inference, on the CPU.
+  m.def(
+      "native_tasks_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor b,"
+      " Tensor task_of_item) -> Tensor");
 }

@@ -16,6 +16,7 @@ from .ops.dispatch import requested_backend
 from .ops.functional import low_rank_linear, low_rank_linear_with_dropout
 from .ops.projected import linear_plus_projected
 from .ops.reference import delta_weight
+from .ops.tasks import tasks_linear
 from .ops.torch_backend import fold
 
 
@@ -296,12 +297,9 @@ class FusedEFFTLinear(nn.Linear):
                 f" leading dimension of {x.shape[0]}"
             )
         down, b = bank.task_factors(self._site)
-        y = F.linear(x, self.weight, self.bias)
-        rows = x.reshape(index.shape[0], -1, x.shape[-1]).to(y.dtype)  # [B, rows, K]
-        p = torch.bmm(rows, down[index].to(y.dtype))  # [B, rows, Ra]
-        # In place: y is ours, and another [M, N] would cost more than the thin products themselves.
-        y.view(*rows.shape[:2], -1).baddbmm_(p, b[index].mT.to(y.dtype))
-        return y
+        items = x.reshape(index.shape[0], -1, x.shape[-1])  # [B, rows, K]
+        y = tasks_linear(items, self.weight, self.bias, down, b, index, backend=self.backend)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _shares(self, x: Tensor) -> bool:
         """Whether to take P from the attention module: where no fused kernel would make it in

@@ -62,12 +62,26 @@ struct Backward {
   int64_t slots = 1;
 };
 
+// y = x·W^T + bias + x·down[t]·b[t]^T for every item of `rows` rows, t = task_of_item[item].
+struct TasksForward {
+  int64_t items = 0, rows = 0, N = 0, K = 0, tasks = 0, Ra = 0;
+  Matrix x;                     // [items·rows, K]
+  Matrix weight;                // [N, K]
+  Matrix bias;                  // [N], null where there is none
+  Matrix down;                  // [tasks·K, Ra]
+  Matrix b;                     // [tasks·N, Ra], folded
+  const int64_t* task_of_item;  // [items], each in [0, tasks)
+  Matrix y;                     // [items·rows, N], contiguous
+  int64_t slots = 1;
+};
+
 struct Kernels {
   const char* name;
   bool (*supported)();
   // `wide` accumulates in float64 (for float64 operands), else in float32.
   void (*forward)(const Forward&, bool wide);
   void (*backward)(const Backward&, bool wide);
+  void (*tasks_forward)(const TasksForward&, bool wide);
 };
 
 extern const Kernels kAvx512;

@@ -32,6 +32,9 @@ const Kernels kAvx2{
     [](const Backward& args, bool wide) {
       wide ? avx2::backward<double>(args) : avx2::backward<float>(args);
     },
+    [](const TasksForward& args, bool wide) {
+      wide ? avx2::tasks_forward<double>(args) : avx2::tasks_forward<float>(args);
+    },
 };
 
 }  // namespace efft_kernels::cpu
@@ -39,7 +42,7 @@ const Kernels kAvx2{
 #else
 
 namespace efft_kernels::cpu {
-const Kernels kAvx2{"avx2", [] { return false; }, nullptr, nullptr};
+const Kernels kAvx2{"avx2", [] { return false; }, nullptr, nullptr, nullptr};
 }  // namespace efft_kernels::cpu
 
 #endif

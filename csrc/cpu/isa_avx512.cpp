@@ -37,6 +37,9 @@ const Kernels kAvx512{
     [](const Backward& args, bool wide) {
       wide ? avx512::backward<double>(args) : avx512::backward<float>(args);
     },
+    [](const TasksForward& args, bool wide) {
+      wide ? avx512::tasks_forward<double>(args) : avx512::tasks_forward<float>(args);
+    },
 };
 
 }  // namespace efft_kernels::cpu
@@ -44,7 +47,7 @@ const Kernels kAvx512{
 #else
 
 namespace efft_kernels::cpu {
-const Kernels kAvx512{"avx512", [] { return false; }, nullptr, nullptr};
+const Kernels kAvx512{"avx512", [] { return false; }, nullptr, nullptr, nullptr};
 }  // namespace efft_kernels::cpu
 
 #endif

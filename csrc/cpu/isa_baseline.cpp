@@ -18,6 +18,9 @@ const Kernels kBaseline{
     [](const Backward& args, bool wide) {
       wide ? baseline::backward<double>(args) : baseline::backward<float>(args);
     },
+    [](const TasksForward& args, bool wide) {
+      wide ? baseline::tasks_forward<double>(args) : baseline::tasks_forward<float>(args);
+    },
 };
 
 }  // namespace efft_kernels::cpu

@@ -202,10 +202,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
           handed_over(d_up, up)};
 }
 
+Tensor native_tasks_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor down, Tensor b,
+                        Tensor task_of_item) {
+  require(x.dim() == 3 && is_readable(x.scalar_type()), "x",
+          "[items, rows, K] of float32, float64 or bfloat16");
+  require(weight.dim() == 2 && weight.size(1) == x.size(2) && weight.numel() > 0, "weight",
+          "[N >= 1, K >= 1]");
+  TasksForward args;
+  args.items = x.size(0);
+  args.rows = x.size(1);
+  args.K = x.size(2);
+  args.N = weight.size(0);
+  require(down.dim() == 3 && down.size(1) == args.K && down.size(0) > 0 && down.size(2) > 0, "down",
+          "[tasks, K, Ra]");
+  args.tasks = down.size(0);
+  args.Ra = down.size(2);
+  require(b.dim() == 3 && b.size(0) == args.tasks && b.size(1) == args.N && b.size(2) == args.Ra,
+          "b", "[tasks, N, Ra]");
+  require(task_of_item.dim() == 1 && task_of_item.size(0) == args.items &&
+              task_of_item.scalar_type() == ScalarType::Long,
+          "task_of_item", "[items] of int64");
+  require(!bias || (bias->dim() == 1 && bias->size(0) == args.N), "bias", "[N]");
+
+  const Tensor index = torch::stable::contiguous(task_of_item);
+  args.task_of_item = index.const_data_ptr<int64_t>();
+  for (int64_t item = 0; item < args.items; ++item) {
+    require(args.task_of_item[item] >= 0 && args.task_of_item[item] < args.tasks, "task_of_item",
+            "in [0, tasks)");
+  }
+  const Tensor rows = torch::stable::contiguous(x);
+  const Tensor w = readable(weight), d = torch::stable::contiguous(readable(down)),
+               folded = torch::stable::contiguous(readable(b));
+  std::optional<Tensor> given_bias;
+  if (bias) given_bias = readable(*bias);
+  Tensor y = torch::stable::new_empty(x, {args.items, args.rows, args.N});
+  if (args.items * args.rows == 0) return y;
+  args.x = matrix_of(rows);
+  args.weight = matrix_of(w);
+  if (given_bias) args.bias = matrix_of(*given_bias);
+  args.down = matrix_of(d);
+  args.b = matrix_of(folded);
+  args.y = matrix_of(y);
+  args.slots = slots_for(args.items * args.rows);
+  kernels().tasks_forward(args, x.scalar_type() == ScalarType::Double);
+  return y;
+}
+
 }  // namespace
 }  // namespace efft_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(efft_kernels, CPU, m) {
   m.impl("native_fwd", TORCH_BOX(&efft_kernels::cpu::native_fwd));
+  m.impl("native_tasks_fwd", TORCH_BOX(&efft_kernels::cpu::native_tasks_fwd));
   m.impl("native_bwd", TORCH_BOX(&efft_kernels::cpu::native_bwd));
 }

@@ -113,4 +113,14 @@ void read_padded(const Matrix& matrix, int64_t first, int64_t rows, int64_t colu
   }
 }
 
+// The matrix in T with rows of `width` >= columns: itself where it is stored so, else in `scratch`.
+template <class T>
+T* padded(const Matrix& matrix, int64_t rows, int64_t columns, int64_t width, T* scratch) {
+  if (is_direct<T>(matrix) && columns == width && matrix.row_stride == width) {
+    return static_cast<T*>(matrix.data);
+  }
+  read_padded(matrix, 0, rows, columns, scratch, width);
+  return scratch;
+}
+
 }  // namespace efft_kernels::cpu::EFFT_ISA
