@@ -7,8 +7,8 @@ Every implementation first has to match the float64 reference within twice plain
 the same dtype; one that does not is reported and gets no row. Then all are timed in turn, round
 after round, with the L2 cache flushed before each on a GPU, where each call is a replayed CUDA
 graph (or, with --eager, the calls themselves, host overhead included). The floor that every ratio
-refers to is the frozen nn.Linear in the same run: F.linear for "fwd", and F.linear with the
-gradient of its input for "fwd+bwd".
+refers to is the frozen nn.Linear in the same run: F.linear for "fwd" and "train fwd", and F.linear
+with the gradient of its input for "fwd+bwd".
 
 An implementation is backend:strategy, or "peft" for the unfused LoRA formula in eager torch.
 """
@@ -62,6 +62,7 @@ COLUMNS = (
     "timestamp",
 )
 FLOOR = "F.linear"
+MODES = ("fwd", "train fwd", "fwd+bwd")
 Layer = tuple[str, int, int, int, int]
 
 
@@ -117,7 +118,9 @@ def forward_of(impl: str, o: Operands) -> Callable[[], Tensor]:
 
 
 def call_of(impl: str, mode: str, o: Operands) -> Callable[[], object]:
-    """What is timed: the forward without a graph, or the forward and its gradients."""
+    """What is timed: the forward without a graph, as in training (P is saved), or the forward and
+    its gradients.
+    """
     forward = forward_of(impl, o)
     if mode == "fwd":
 
@@ -126,6 +129,8 @@ def call_of(impl: str, mode: str, o: Operands) -> Callable[[], object]:
                 return forward()
 
         return inference
+    if mode == "train fwd":
+        return forward
     wanted = [o.x] if impl == FLOOR else [o.x, o.down, o.core, o.up]
     return lambda: torch.autograd.grad(forward(), wanted, o.dy)
 
@@ -256,9 +261,9 @@ def bench_layer(
         for _ in range(repeats):
             for impl, call in prepared.items():
                 samples[impl].append(timer.time(call))
-        passes = 1 if mode == "fwd" else 2
+        passes = 2 if mode == "fwd+bwd" else 1
         problem = cost_model.Problem(
-            M, K, N, G, rank, passes == 2, o.weight.element_size(), o.x.element_size(), device
+            M, K, N, G, rank, mode != "fwd", o.weight.element_size(), o.x.element_size(), device
         )
         floor_ms = 1e3 * passes * cost_model.floor_seconds(problem, peaks)
         moved = passes * (M * (K + N) + N * K) * o.x.element_size()
@@ -384,9 +389,7 @@ def main() -> None:
         nargs="+",
         help="default: triton's strategies and torch's on a GPU, torch's on a CPU",
     )
-    parser.add_argument(
-        "--modes", nargs="+", default=["fwd", "fwd+bwd"], choices=("fwd", "fwd+bwd")
-    )
+    parser.add_argument("--modes", nargs="+", default=["fwd", "fwd+bwd"], choices=MODES)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument(
         "--eager", action="store_true", help="on a GPU, time the calls instead of replayed graphs"

@@ -309,65 +309,161 @@ def test_a_rank_beyond_the_kernels_runs_in_torch(caplog):
     assert "rank 131 is above 128" in caplog.text
 
 
-@pytest.mark.skipif(
+needs_hopper = pytest.mark.skipif(
     not INTERPRETED and torch.cuda.get_device_capability() < (9, 0),
     reason="needs compute capability 9.0",
 )
-@pytest.mark.parametrize("ride", [True, False])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_tiles_through_the_copy_engine(direction, ride):
-    """Config.tma, which only a measurement turns on, on ragged tiles in every direction."""
-    from efft_kernels.ops.triton.gemm import launch_gemm
-    from efft_kernels.ops.triton.tuning import GemmConfig
 
-    block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 128, 64, 8, 4, 3)
-    M, inner, C = 201, 176, 208
+
+def exact_product(M: int, inner: int, C: int, direction: str, ride: bool, config, rank: int = 16):
+    """(out, P, expected out, expected P) of the GEMM on small integers, with the given config."""
+    from efft_kernels.ops.triton.gemm import launch_gemm
+
     g = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
         return torch.randint(-1, 2, size, generator=g).to(DEVICE, torch.float16)
 
-    a, thin_in, thin_out = draw(M, inner), draw(inner, 16), draw(C, 16)
+    a, thin_in, thin_out = draw(M, inner), draw(inner, rank), draw(C, rank)
     w = draw(C, inner).t() if direction == "forward" else draw(inner, C)
     expected_p = a.double() @ thin_in.double()
     p = torch.empty_like(expected_p, dtype=a.dtype) if ride else expected_p.to(a.dtype)
-    out = launch_gemm(
-        a, w, None, thin_in, thin_out, p, width=16, ride=ride, config=GemmConfig(*block, tma=True)
-    )
-    assert torch.equal(p.double(), expected_p)
+    out = launch_gemm(a, w, None, thin_in, thin_out, p, width=rank, ride=ride, config=config)
     exact = a.double() @ w.double() + expected_p @ thin_out.double().t()
-    assert exact.abs().max() < 2048 and torch.equal(out.double(), exact)
+    assert exact.abs().max() < 2048
+    return out, p, exact, expected_p
+
+
+@needs_hopper
+@pytest.mark.parametrize("ride", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_tiles_through_the_copy_engine(persistent, direction, ride):
+    """Config.tma, which only a measurement turns on, on ragged tiles in every direction."""
+    from efft_kernels.ops.triton.tuning import GemmConfig
+
+    block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 128, 64, 8, 4, 3)
+    config = GemmConfig(*block, tma=True, persistent=persistent)
+    rows = 201 if INTERPRETED else 20_011  # several tiles to a persistent program
+    out, p, exact, expected_p = exact_product(rows, 176, 208, direction, ride, config)
+    assert torch.equal(p.double(), expected_p)
+    assert torch.equal(out.double(), exact)
+
+
+@pytest.mark.parametrize("ride", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("sizes", [(67, 71, 131), (1, 37, 13), (263, 41, 97)], ids=str)
+def test_persistent_programs_by_pointers(sizes, direction, ride):
+    """Distinct primes: one tile for all programs, a few for each, and fewer tiles than programs."""
+    from efft_kernels.ops.triton.tuning import GemmConfig
+
+    block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 64, 32, 8, 8, 3)
+    rows = sizes[0] if INTERPRETED else 101 * sizes[0]
+    config = GemmConfig(*block, persistent=True)
+    out, p, exact, expected_p = exact_product(rows, *sizes[1:], direction, ride, config)
+    assert torch.equal(p.double(), expected_p)
+    assert torch.equal(out.double(), exact)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_persistent_grid_has_a_program_per_multiprocessor(persistent, recorded):
+    from efft_kernels.ops.triton import tuning
+
+    block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 64, 32, 8, 8, 3)
+    config = tuning.GemmConfig(*block, persistent=persistent)
+    multiprocessors = tuning.multiprocessors(None if INTERPRETED else 0)
+    for rows in (1, 64 * multiprocessors + 1):
+        exact_product(rows, 48, 80, "forward", True, config)
+        tiles = tuning.cdiv(rows, block[0]) * tuning.cdiv(80, block[1])
+        expected = min(tiles, multiprocessors) if persistent else tiles
+        assert recorded[-1].grid == (expected, 1, 1)
+        assert (tiles > multiprocessors) == (rows > 1)
+
+
+def test_the_copy_engine_is_left_out_where_a_slice_starts_off_16_bytes(recorded):
+    from efft_kernels.ops.triton.gemm import launch_gemm
+    from efft_kernels.ops.triton.tuning import GemmConfig
+
+    block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 64, 32, 8, 8, 3)
+    config = GemmConfig(*block, tma=True, persistent=True)
+    padded = torch.ones(67, 48, device=DEVICE, dtype=torch.float16)
+    w = torch.ones(48, 80, device=DEVICE, dtype=torch.float16)
+    thin_in, thin_out = (torch.ones(c, 16, device=DEVICE, dtype=torch.float16) for c in (32, 80))
+    out = launch_gemm(
+        padded[:, 3:35], w[:32], None, thin_in, thin_out, None, width=16, ride=True, config=config
+    )
+    assert torch.equal(out, torch.full_like(out, 32 + 32 * 16))
+    assert recorded[-1].grid == (3 * 2, 1, 1) or not INTERPRETED
+
+
+def test_a_bias_of_any_stride():
+    *tensors, dy = operands(Shape(M=37, K=41, n=23), torch.float32)
+    bias = tensors[2]
+    tensors[2] = torch.stack((bias, torch.full_like(bias, float("nan"))), 1)[:, 0]
+    for strategy in STRATEGIES:
+        assert_within_budget(by_kernels([*tensors, dy], strategy), [*tensors, dy])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_sizes_at_any_address(strategy):
+    """Slices that start on 16 bytes and off them, in turn: sizes and strides are the same."""
+    *tensors, dy = operands(Shape(M=48, K=64, n=32, Ra=16, Rb=16), torch.float16)
+    expected = by_kernels([*tensors, dy], strategy)
+    for offset in (1, 0, 8, 1):
+        moved = []
+        for t in (*tensors, dy):
+            storage = t.new_full((t.numel() + offset,), float("nan"))
+            storage[offset:] = t.flatten()
+            moved.append(storage[offset:].view(t.shape))
+        for name, value in by_kernels(moved, strategy).items():
+            assert torch.equal(value, expected[name]), (name, offset)
+
+
+def test_what_a_call_remembers_is_its_own():
+    """The same sizes with other strides, dtypes, factors and needs, in turn, twice."""
+    from efft_kernels.ops.triton import launch
+
+    launch.forget()
+    shape = Shape(M=37, K=41, n=23, Ra=16, Rb=16)
+    plain = operands(shape, torch.float32)
+    strided = [t if t is None or t.dim() != 2 else t.t().contiguous().t() for t in plain]
+    half = operands(shape, torch.float16)
+    no_bias = [None if name == "bias" else t for name, t in zip((*NAMES, "dy"), plain, strict=True)]
+    for _ in range(2):
+        for tensors in (plain, strided, half, no_bias):
+            for strategy in STRATEGIES:
+                assert_within_budget(by_kernels(tensors, strategy), tensors)
+    found = len(launch._plans)
+    by_kernels(plain, "fused")
+    # Forward and backward of each, but the backward does not see the bias.
+    assert len(launch._plans) == found == (2 * 4 - 1) * len(STRATEGIES)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    name: str
+    moved: int  # bytes of its tensor operands, each once
+    grid: tuple[int, int, int]
 
 
 @pytest.fixture
-def recorded(monkeypatch):
-    """The launches made: [(kernel, bytes of its tensor operands, each once)]."""
-    from efft_kernels.ops.triton import factors, gemm, thin
+def recorded(monkeypatch) -> list[Recorded]:
+    """The launches made."""
+    from efft_kernels.ops.triton import aot, launch
 
-    launches: list[tuple[str, int]] = []
+    names = {id(kernel): name for name, kernel in aot.KERNELS.items()}
+    launches: list[Recorded] = []
+    start = launch.Plan.__call__
 
-    class Recorder:
-        def __init__(self, kernel, name):
-            self.kernel, self.name = kernel, name
+    def record(plan, tensors, descriptors=()):
+        found = {t.data_ptr(): t for t in tensors if t is not None}
+        moved = sum(t.numel() * t.element_size() for t in found.values())
+        name = names[id(plan.kernel)]
+        grad = name == "thin" and tensors[3] is not None
+        launches.append(Recorded(f"{name}_grad" if grad else name, moved, plan.grid))
+        start(plan, tensors, descriptors)
 
-        def __getitem__(self, grid):
-            def launch(*args, **meta):
-                tensors = {t.data_ptr(): t for t in args if isinstance(t, Tensor)}
-                moved = sum(t.numel() * t.element_size() for t in tensors.values())
-                launches.append((self.name + ("_grad" if meta.get("GRAD") else ""), moved))
-                return self.kernel[grid](*args, **meta)
-
-            return launch
-
-    for module, attribute, name in (
-        (factors, "_fold_kernel", "fold"),
-        (factors, "_merge_kernel", "merge"),
-        (gemm, "_low_rank_gemm_kernel", "gemm"),
-        (thin, "_thin_kernel", "thin"),
-        (thin, "_tall_grad_kernel", "tall_grad"),
-        (thin, "_reduce_kernel", "reduce"),
-    ):
-        monkeypatch.setattr(module, attribute, Recorder(getattr(module, attribute), name))
+    monkeypatch.setattr(launch.Plan, "__call__", record)
     return launches
 
 
@@ -401,18 +497,21 @@ def test_launches_and_bytes_are_the_plans(strategy, recorded):
         launches = cost_model.plan(problem._replace(backward=backward), strategy, device, tiling)
         return [(name, moved) for name, _, moved, _ in launches if name not in in_library]
 
+    def made():
+        return [(launch.name, launch.moved) for launch in recorded]
+
     _, p = backend.forward(*tensors, save_p=True, strategy=strategy)
-    assert recorded == planned(backward=False)
+    assert made() == planned(backward=False)
     recorded.clear()
     needs = (True, False, False, True, True, True)
     backend.backward(dy, x, weight, p, down, core, up, needs=needs, strategy=strategy)
-    assert sorted(recorded) == sorted(planned(backward=True))
+    assert sorted(made()) == sorted(planned(backward=True))
 
 
 def test_folded_factors_need_no_launch(recorded):
     tensors = operands(Shape(M=37, K=41, n=23, Ra=16, Rb=16, core=False), torch.float32)
     backend.forward(*tensors[:-1], save_p=True, strategy="fused")
-    assert [name for name, _ in recorded] == ["gemm"]
+    assert [launch.name for launch in recorded] == ["gemm"]
 
 
 needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
@@ -438,6 +537,15 @@ def test_a_training_step_in_a_cuda_graph(strategy):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, expected, strict=True):
+        assert torch.equal(got, want)
+    # A replay reads what the tensors hold now, wherever calls in between found theirs.
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(torch.randn_like(leaf))
+    expected = step()
     graph.replay()
     torch.cuda.synchronize()
     for got, want in zip(captured, expected, strict=True):

@@ -4,6 +4,7 @@
     thin.py       passes over a tall matrix: tall·thin and tall^T·thin, with their two-stage sums
     factors.py    the fold of (down, core, up) into the two thin factors; W + ΔW for `merged`
     forward.py, backward.py    the order in which they run
+    launch.py     what a call remembers, so that the next one hands over pointers only
     tuning.py     block shapes by device, dtype and shape; tune.py measures them on request
     aot.py        compiles all of it for GPUs that are not here
 

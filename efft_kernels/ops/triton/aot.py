@@ -149,18 +149,19 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
     for kind, precision in _kinds(dtype):
         for wide in (False, True) if kind == "half" else (False,):
             suffix = "-wide" if wide and aligned else "" if aligned else "-unaligned"
-            configs = tuning.gemm_candidates(arch, f"{kind}{suffix}", rank)
-            if arch >= 90 and kind == "half" and aligned and not wide:
-                configs += tuple(config._replace(tma=True) for config in configs)
-            for config in configs:
-                for direction, unit in (("fwd", "stride_wi"), ("dx", "stride_wc")):
-                    for ride in (
-                        (True, False)
-                        if kind != "ieee" or rank <= tuning.IEEE_RIDE_LIMIT
-                        else (False,)
-                    ):
+            shipped = tuning.gemm_candidates(arch, f"{kind}{suffix}", rank)
+            by_copy_engine = arch >= 90 and kind == "half" and aligned and not wide
+            rides = (True, False) if kind != "ieee" or rank <= tuning.IEEE_RIDE_LIMIT else (False,)
+            for ride in rides:
+                configs = shipped
+                if by_copy_engine:
+                    configs += tuple(config._replace(tma=True) for config in shipped)
+                    configs += tuning.persistent_candidates(arch, kind, rank, ride)
+                for config in configs:
+                    for direction, unit in (("fwd", "stride_wi"), ("dx", "stride_wc")):
                         block = f"{config.block_m}x{config.block_c}x{config.block_i}"
                         block += " tma" if config.tma else ""
+                        block += " persistent" if config.persistent else ""
                         w_block = (config.block_c, config.block_i)
                         label = f"{direction} {'ride' if ride else 'given'} {block}"
                         yield _case(
@@ -201,6 +202,8 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                                 "PRECISION": precision,
                                 "TMA": config.tma,
                                 "W_ROWS_ALONG_I": direction == "fwd",
+                                "PERSISTENT": config.persistent,
+                                "FLATTEN": config.persistent and tuning.can_fuse_loops(arch),
                             },
                             config.num_warps,
                             config.num_stages,
@@ -395,15 +398,36 @@ def compile_case(case: Case) -> Report:
     limit = tuning.SMEM_BYTES[case.arch]
     if report.smem_bytes > limit:
         report.problems.append(f"{report.smem_bytes} bytes of shared memory, limit {limit}")
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    if tensor_memory > tuning.TMEM_COLUMNS:
+        report.problems.append(
+            f"{tensor_memory} columns of tensor memory, limit {tuning.TMEM_COLUMNS}"
+        )
     if case.instruction and not any(re.fullmatch(case.instruction, name) for name in mnemonics):
         report.problems.append(f"no {case.instruction} in the machine code")
     if case.overlaps:
         waits = re.findall(r"warp_group_dot_wait[^\n]*pendings = (\d+)", compiled.asm["ttgir"])
         if not any(map(int, waits)):
             report.problems.append("every wgmma waits for the one before it")
+    if case.constants.get("FLATTEN") and _has_nested_loops(compiled.asm["ttgir"]):
+        report.problems.append("the loop over tiles is not one with the loop inside")
     if case.constants.get("TMA") and "UTMALDG" not in mnemonics:
         report.problems.append("no UTMALDG (copy engine) in the machine code")
     return report
+
+
+def _has_nested_loops(ttgir: str) -> bool:
+    """Whether a loop stands within a loop, by the compiler's own indentation."""
+    open_loops: list[int] = []
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while open_loops and line.strip() and indent <= open_loops[-1]:
+            open_loops.pop()
+        if "scf.for" in line:
+            if open_loops:
+                return True
+            open_loops.append(indent)
+    return False
 
 
 def _cuobjdump(option: str, path: str) -> str:

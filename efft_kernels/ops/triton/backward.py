@@ -31,8 +31,9 @@ from .forward import (
     torch_strategy,
 )
 from .gemm import launch_gemm
+from .launch import plans_of
 from .thin import launch_reduce, launch_tall_grad, launch_thin
-from .tuning import can_ride
+from .tuning import can_ride, dot_precision
 
 
 def backward(
@@ -56,6 +57,9 @@ def backward(
             dy, x, weight, p, down, core, up, needs=needs, strategy=torch_strategy(strategy)
         )
     need_x, need_weight, need_bias, need_down, need_core, need_up = needs
+    plans = plans_of(
+        (dy, x, weight, p, down, core, up), "bwd", needs, strategy, dot_precision(dy.dtype)
+    )
     dy = rows(dy)
     dx = d_weight = d_bias = d_down = d_core = d_up = None
     # The frozen part's own gradients, when someone asks for them, are the library's business.
@@ -69,7 +73,7 @@ def backward(
 
     s = partial = None
     if need_down or need_x:
-        b, down_in = launch_fold(down, core, up, n, dy.dtype)
+        b, down_in = launch_fold(down, core, up, n, dy.dtype, plans)
         rank = b.shape[1]
         if strategy == "fused" and not can_ride(dy.dtype, rank):
             strategy = "split"
@@ -77,22 +81,28 @@ def backward(
         if need_down or (need_x and strategy == "split"):
             s = thin_buffer(dy, ra, rank)
         if ride:
-            dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=True)
+            dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=True, plans=plans)
         elif s is not None:
-            partial = launch_thin(dy, b, s, grad_p)
+            partial = launch_thin(dy, b, s, grad_p, plans=plans)
         if need_x and strategy == "split":
-            dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=False)
+            dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=False, plans=plans)
         elif need_x and strategy == "merged":
-            dx = torch.mm(dy, merged_weight(weight, down, core, up, dy.dtype))
+            dx = torch.mm(dy, merged_weight(weight, down, core, up, dy.dtype, plans))
     x_partial = None
     if need_down:
         assert x is not None and s is not None
-        x_partial = launch_tall_grad(rows(x), s)
+        x_partial = launch_tall_grad(rows(x), s, plans=plans, name="tall_grad x")
     if grad_p is not None:
         if partial is None:
-            partial = launch_tall_grad(dy, grad_p)
-        d_b, d_down = launch_reduce(partial, x_partial, ra, (up.dtype, down.dtype))
-        d_core, d_up = torch_backend.unfold_grads(d_b, core, up, need_core, need_up)
+            partial = launch_tall_grad(dy, grad_p, plans=plans, name="tall_grad dy")
+        folded = core is None  # then d_up is d_B
+        d_b, d_down = launch_reduce(
+            partial, x_partial, ra, (up.dtype, down.dtype), plans, up.shape if folded else None
+        )
+        if folded:
+            d_up = d_b if need_up else None
+        else:
+            d_core, d_up = torch_backend.unfold_grads(d_b, core, up, need_core, need_up)
     elif x_partial is not None:
-        d_down, _ = launch_reduce(x_partial, None, ra, (down.dtype, down.dtype))
+        d_down, _ = launch_reduce(x_partial, None, ra, (down.dtype, down.dtype), plans)
     return dx, d_weight, d_bias, d_down, d_core, d_up

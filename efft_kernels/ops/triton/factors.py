@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .launch import Plan, Plans
 
 MAX_RANK = 128
 
@@ -148,6 +149,8 @@ def launch_fold(
     up: Tensor,  # [1 or G, N/G, Rb]
     n: int,
     dtype: torch.dtype,
+    plans: Plans | None = None,
+    name: str = "fold",
 ) -> tuple[Tensor, Tensor]:
     """(B [N, RANK], down [K, RANK]) in `dtype`, contiguous, zero beyond the rank."""
     k, ra = down.shape
@@ -160,19 +163,26 @@ def launch_fold(
         and up.is_contiguous()
     ):
         return up.view(n, ra), down
-    slices = up.shape[0] if core is None else core.shape[0]
-    slice_n = up.shape[1]
+    plans = {} if plans is None else plans
+    plan: Plan | None = plans.get(name)
+    if plan is None:
+        plan = plans[name] = _fold_plan(down, core, up, rank)
     b = down.new_empty((n, rank), dtype=dtype)
     down_out = down.new_empty((k, rank), dtype=dtype)
+    plan((down, core, up, b, down_out))
+    return b, down_out
+
+
+def _fold_plan(down: Tensor, core: Tensor | None, up: Tensor, rank: int) -> Plan:
+    k, ra = down.shape
+    slices = up.shape[0] if core is None else core.shape[0]
+    slice_n = up.shape[1]
     block, block_rb, num_warps = tuning.FOLD_CONFIG
     tiles_b = slices * tuning.cdiv(slice_n, block)
     core_strides = (0, 0, 0) if core is None else core.stride()
-    _fold_kernel[(tiles_b + tuning.cdiv(k, block),)](
-        down,
-        core,
-        up,
-        b,
-        down_out,
+    return Plan(
+        _fold_kernel,
+        (tiles_b + tuning.cdiv(k, block),),
         k,
         slice_n,
         ra,
@@ -183,36 +193,42 @@ def launch_fold(
         up.stride(1),
         up.stride(2),
         tiles_b,
-        BLOCK=block,
-        BLOCK_RB=block_rb,
-        RANK=rank,
+        block,
+        block_rb,
+        rank,
         num_warps=num_warps,
     )
-    return b, down_out
 
 
 def launch_merge(
     weight: Tensor,  # [N, K], unit last stride
-    b: Tensor,  # [N, RANK] float32
-    down: Tensor,  # [K, RANK] float32
+    b: Tensor,  # [N, RANK] float32, contiguous
+    down: Tensor,  # [K, RANK] float32, contiguous
     dtype: torch.dtype,
+    plans: Plans | None = None,
 ) -> Tensor:
     """W + B·down^T, [N, K] in `dtype`."""
+    plans = {} if plans is None else plans
+    plan: Plan | None = plans.get("merge")
+    if plan is None:
+        plan = plans["merge"] = _merge_plan(weight, b)
+    out = weight.new_empty(weight.shape, dtype=dtype)
+    plan((weight, b, down, out))
+    return out
+
+
+def _merge_plan(weight: Tensor, b: Tensor) -> Plan:
     n, k = weight.shape
-    out = weight.new_empty((n, k), dtype=dtype)
     block_n, block_k, block_r, num_warps = tuning.MERGE_CONFIG
-    _merge_kernel[(tuning.cdiv(n, block_n) * tuning.cdiv(k, block_k),)](
-        weight,
-        b,
-        down,
-        out,
+    return Plan(
+        _merge_kernel,
+        (tuning.cdiv(n, block_n) * tuning.cdiv(k, block_k),),
         n,
         k,
         weight.stride(0),
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        RANK=b.shape[1],
+        block_n,
+        block_k,
+        block_r,
+        b.shape[1],
         num_warps=num_warps,
     )
-    return out

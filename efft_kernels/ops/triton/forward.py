@@ -17,8 +17,9 @@ from torch import Tensor
 from .. import torch_backend
 from .factors import MAX_RANK, launch_fold, launch_merge, padded_rank
 from .gemm import launch_gemm
+from .launch import Plans, plans_of
 from .thin import launch_thin
-from .tuning import can_ride
+from .tuning import can_ride, dot_precision
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,11 @@ def merged_weight(
     core: Tensor | None,  # [G, Ra, Rb]
     up: Tensor,  # [1 or G, N/G, Rb]
     dtype: torch.dtype,
+    plans: Plans | None = None,
 ) -> Tensor:
     """W + ΔW, [N, K] in `dtype`, formed in float32."""
-    b, down = launch_fold(down, core, up, weight.shape[0], torch.float32)
-    return launch_merge(rows(weight), b, down, dtype)
+    b, down = launch_fold(down, core, up, weight.shape[0], torch.float32, plans, "fold for merge")
+    return launch_merge(rows(weight), b, down, dtype, plans)
 
 
 def forward(
@@ -89,19 +91,28 @@ def forward(
         return torch_backend.forward(
             x, weight, bias, down, core, up, save_p=save_p, strategy=torch_strategy(strategy)
         )
+    plans = plans_of(
+        (x, weight, bias, down, core, up), "fwd", save_p, strategy, dot_precision(x.dtype)
+    )
     x = rows(x)
     p = x.new_empty((m, ra)) if save_p else None
     if strategy == "merged":
         if p is not None:
-            launch_thin(x, _down_only(down, x.dtype), p, None)
-        w = merged_weight(weight, down, core, up, x.dtype)
+            launch_thin(x, _down_only(down, x.dtype), p, None, plans=plans)
+        w = merged_weight(weight, down, core, up, x.dtype, plans)
         return F.linear(x, w, None if bias is None else bias.to(x.dtype)), p
-    b, down = launch_fold(down, core, up, n, x.dtype)
-    if strategy == "split" or not can_ride(x.dtype, down.shape[1]):
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    b, down = launch_fold(down, core, up, n, x.dtype, plans)
+    ride = strategy == "fused" and can_ride(x.dtype, down.shape[1])
+    given = p
+    if not ride:
         given = thin_buffer(x, ra, down.shape[1]) if p is None else p
-        launch_thin(x, down, given, None)
-        return launch_gemm(x, weight.t(), bias, down, b, given, width=ra, ride=False), p
-    return launch_gemm(x, weight.t(), bias, down, b, p, width=ra, ride=True), p
+        launch_thin(x, down, given, None, plans=plans)
+    y = launch_gemm(
+        x, weight, bias, down, b, given, width=ra, ride=ride, transpose=True, plans=plans
+    )
+    return y, p
 
 
 def _down_only(down: Tensor, dtype: torch.dtype) -> Tensor:

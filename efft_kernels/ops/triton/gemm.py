@@ -14,7 +14,10 @@ accumulator before the only store.
 
 With a config's `tma` (Hopper and later) the copy engine loads the tiles through tensor descriptors:
 no address arithmetic in registers, no masks. Pointers serve everything else, rows that are not
-aligned included.
+aligned included. With `persistent` as well, each multiprocessor runs one program that walks over
+the tiles: on sm_90 the two loops become one, so that the next tile's first loads are under way
+while this tile is stored. On sm_100 Triton 3.6 fails to compile the fused loop; there the loop over
+tiles stays a loop, and the accumulator is held twice.
 
 Bytes moved, each operand once: M·I + I·C + C·(bias) + (I + C)·RANK + M·C, and M·rank more where P
 is stored or read. `plan` in ops/cost_model.py counts them.
@@ -22,12 +25,15 @@ is stored or read. `plan` in ops/cost_model.py counts them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
+from .launch import Plan, Plans
 
 
 @triton.jit
@@ -42,18 +48,20 @@ def _tile_order(pid, tiles_m, tiles_c, GROUP_M: tl.constexpr):
     return first + inside % rows, inside // rows
 
 
-@triton.jit(do_not_specialize=["M"])
-def _low_rank_gemm_kernel(
-    a_ptr,  # [M, I], unit stride along I
-    w_ptr,  # [I, C], read through its strides; may be stored wider than a
-    a_desc,  # the same two and thin_in as tensor descriptors if TMA, else None;
-    w_desc,  # w's is of its rows in memory: [C, I] in the forward, [I, C] for dX
+@triton.jit
+def _low_rank_tile(
+    tile_m,
+    tile_c,
+    a_ptr,
+    w_ptr,
+    bias_ptr,
+    thin_in_ptr,
+    thin_out_ptr,
+    p_ptr,
+    out_ptr,
+    a_desc,
+    w_desc,
     d_desc,
-    bias_ptr,  # [C] or None
-    thin_in_ptr,  # [I, RANK], contiguous, zero beyond the true rank
-    thin_out_ptr,  # [C, RANK], contiguous, zero beyond the true rank
-    p_ptr,  # [M, width]: written by the first column tile if STORE_P, read if not RIDE
-    out_ptr,  # [M, C], contiguous
     M,
     C,
     I,  # noqa: E741
@@ -67,7 +75,6 @@ def _low_rank_gemm_kernel(
     BLOCK_I: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_C: tl.constexpr,
     RIDE: tl.constexpr,
@@ -76,11 +83,9 @@ def _low_rank_gemm_kernel(
     TMA: tl.constexpr,
     W_ROWS_ALONG_I: tl.constexpr,
 ):
-    tile_m, tile_c = _tile_order(
-        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C), GROUP_M
-    )
-    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = tile_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """One [BLOCK_M, BLOCK_C] tile of the output; arguments as in the kernel."""
+    offs_m = tl.cast(tile_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.cast(tile_c, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_i = tl.arange(0, BLOCK_I)
     offs_r = tl.arange(0, RANK)
     in_m = offs_m < M
@@ -148,63 +153,213 @@ def _low_rank_gemm_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_c[None, :])
 
 
+@triton.jit(do_not_specialize=["M"])
+def _low_rank_gemm_kernel(
+    a_ptr,  # [M, I], unit stride along I
+    w_ptr,  # [I, C], read through its strides; may be stored wider than a
+    bias_ptr,  # [C] or None
+    thin_in_ptr,  # [I, RANK], contiguous, zero beyond the true rank
+    thin_out_ptr,  # [C, RANK], contiguous, zero beyond the true rank
+    p_ptr,  # [M, width]: written by the first column tile if STORE_P, read if not RIDE
+    out_ptr,  # [M, C], contiguous
+    a_desc,  # a, w and thin_in as tensor descriptors if TMA, else None;
+    w_desc,  # w's is of its rows in memory: [C, I] in the forward, [I, C] for dX
+    d_desc,
+    M,
+    C,
+    I,  # noqa: E741
+    width,
+    stride_a,
+    stride_wi,
+    stride_wc,
+    stride_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_C: tl.constexpr,
+    RIDE: tl.constexpr,
+    STORE_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    W_ROWS_ALONG_I: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    if PERSISTENT:
+        for tile in tl.range(
+            tl.program_id(0), tiles_m * tiles_c, tl.num_programs(0), flatten=FLATTEN
+        ):
+            tile_m, tile_c = _tile_order(tile, tiles_m, tiles_c, GROUP_M)
+            _low_rank_tile(
+                tile_m,
+                tile_c,
+                a_ptr,
+                w_ptr,
+                bias_ptr,
+                thin_in_ptr,
+                thin_out_ptr,
+                p_ptr,
+                out_ptr,
+                a_desc,
+                w_desc,
+                d_desc,
+                M,
+                C,
+                I,
+                width,
+                stride_a,
+                stride_wi,
+                stride_wc,
+                stride_p,
+                BLOCK_M,
+                BLOCK_C,
+                BLOCK_I,
+                RANK,
+                BLOCK_R,
+                EVEN_I,
+                EVEN_C,
+                RIDE,
+                STORE_P,
+                PRECISION,
+                TMA,
+                W_ROWS_ALONG_I,
+            )
+    else:
+        tile_m, tile_c = _tile_order(tl.program_id(0), tiles_m, tiles_c, GROUP_M)
+        _low_rank_tile(
+            tile_m,
+            tile_c,
+            a_ptr,
+            w_ptr,
+            bias_ptr,
+            thin_in_ptr,
+            thin_out_ptr,
+            p_ptr,
+            out_ptr,
+            a_desc,
+            w_desc,
+            d_desc,
+            M,
+            C,
+            I,
+            width,
+            stride_a,
+            stride_wi,
+            stride_wc,
+            stride_p,
+            BLOCK_M,
+            BLOCK_C,
+            BLOCK_I,
+            RANK,
+            BLOCK_R,
+            EVEN_I,
+            EVEN_C,
+            RIDE,
+            STORE_P,
+            PRECISION,
+            TMA,
+            W_ROWS_ALONG_I,
+        )
+
+
 def launch_gemm(
     a: Tensor,  # [M, I], unit last stride
-    w: Tensor,  # [I, C], any strides
-    bias: Tensor | None,  # [C]
-    thin_in: Tensor,  # [I, RANK]
-    thin_out: Tensor,  # [C, RANK]
+    w: Tensor,  # [I, C], any strides; [C, I] with `transpose`
+    bias: Tensor | None,  # [C], unit stride
+    thin_in: Tensor,  # [I, RANK], contiguous
+    thin_out: Tensor,  # [C, RANK], contiguous
     p: Tensor | None,  # [M, width]: given when it is ready, to be filled when `ride`
     *,
     width: int,
     ride: bool,
+    transpose: bool = False,
     config: tuning.GemmConfig | None = None,
+    plans: Plans | None = None,
 ) -> Tensor:
     """out [M, C] in a's dtype. With `ride`, P is computed here and stored into `p` unless that is
-    None.
+    None; with `transpose`, w is multiplied as w^T.
     """
+    plans = {} if plans is None else plans
+    plan: _GemmPlan | None = plans.get("gemm")
+    if plan is None or plan.blocks is not None:
+        # The copy engine starts at multiples of 16 bytes; a slice may start anywhere.
+        aligned = not (a.data_ptr() | w.data_ptr()) & 15
+        name = "gemm" if aligned else "gemm by pointers"
+        plan = plans.get(name)
+        if plan is None:
+            plan = plans[name] = _plan(
+                a, w.t() if transpose else w, thin_in, p, width, ride, aligned, config
+            )
+    out = a.new_empty((a.shape[0], w.shape[0 if transpose else 1]))
+    pointers = (a, w, bias, thin_in, thin_out, out if p is None else p, out)
+    if plan.blocks is None:
+        plan.launch(pointers, _NO_DESCRIPTORS)
+    else:
+        stored = w if w.stride(1) == 1 else w.t()
+        plan.launch(
+            pointers,
+            tuple(map(TensorDescriptor.from_tensor, (a, stored, thin_in), plan.blocks)),
+        )
+    return out
+
+
+_NO_DESCRIPTORS = (None, None, None)
+
+
+class _GemmPlan(NamedTuple):
+    launch: Plan
+    blocks: tuple[tuple[int, int], ...] | None  # of the descriptors of a, w and thin_in
+
+
+def _plan(
+    a: Tensor,  # [M, I]
+    w: Tensor,  # [I, C]
+    thin_in: Tensor,  # [I, RANK]
+    p: Tensor | None,  # [M, width]
+    width: int,
+    ride: bool,
+    on_16_bytes: bool,
+    config: tuning.GemmConfig | None,
+) -> _GemmPlan:
     m, i = a.shape
     c = w.shape[1]
     rank = thin_in.shape[1]
-    stride_a, stride_wi, stride_wc = a.stride(0), w.stride(0), w.stride(1)
-    block_m, block_c, block_i, group_m, num_warps, num_stages, tma = config or tuning.gemm_config(
-        m,
-        c,
-        i,
-        rank,
-        a.dtype,
-        wide=w.dtype != a.dtype,
-        aligned=(stride_a | stride_wi * stride_wc | i | c) % 16 == 0,
-        ride=ride,
-        index=a.device.index,
-    )
-    out = a.new_empty((m, c))
-    precision = tuning.dot_precision(a.dtype)
-    a_desc = w_desc = d_desc = None
-    # A slice may start anywhere, an expanded row repeats, and a measured config knows neither.
+    stride_a, (stride_wi, stride_wc) = a.stride(0), w.stride()
+    if config is None:
+        config = tuning.gemm_config(
+            m,
+            c,
+            i,
+            rank,
+            a.dtype,
+            wide=w.dtype != a.dtype,
+            aligned=(stride_a | stride_wi * stride_wc | i | c) % 16 == 0,
+            ride=ride,
+            index=a.device.index,
+        )
+    block_m, block_c, block_i, group_m, num_warps, num_stages, tma, persistent = config
+    # An expanded row repeats, and a measured config knows nothing of strides.
     tma = (
         bool(tma)
-        and (stride_wi == 1 or stride_wc == 1)
+        and on_16_bytes
+        and (stride_wi == 1) != (stride_wc == 1)
         and stride_a >= i
-        and (a.data_ptr() | w.data_ptr()) % 16 == 0
+        and (stride_a | stride_wi * stride_wc) % 8 == 0
     )
-    if tma:
-        stored, w_block = (w.t(), (block_c, block_i)) if stride_wi == 1 else (w, (block_i, block_c))
-        a_desc = TensorDescriptor.from_tensor(a, (block_m, block_i))
-        w_desc = TensorDescriptor.from_tensor(stored, w_block)
-        d_desc = TensorDescriptor.from_tensor(thin_in, (block_i, rank))
-    grid = (tuning.cdiv(m, block_m) * tuning.cdiv(c, block_c),)
-    _low_rank_gemm_kernel[grid](
-        a,
-        w,
-        a_desc,
-        w_desc,
-        d_desc,
-        bias,
-        thin_in,
-        thin_out,
-        out if p is None else p,
-        out,
+    persistent = bool(persistent) and tma == bool(config.tma)
+    rows_along_i = stride_wi == 1
+    tiles = tuning.cdiv(m, block_m) * tuning.cdiv(c, block_c)
+    programs = min(tiles, tuning.multiprocessors(a.device.index)) if persistent else tiles
+    precision = tuning.dot_precision(a.dtype)
+    launch = Plan(
+        _low_rank_gemm_kernel,
+        (programs,),
         m,
         c,
         i,
@@ -213,20 +368,23 @@ def launch_gemm(
         stride_wi,
         stride_wc,
         0 if p is None else p.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        BLOCK_I=block_i,
-        RANK=rank,
-        BLOCK_R=tuning.rank_block(a.dtype, precision, rank),
-        GROUP_M=group_m,
-        EVEN_I=i % block_i == 0,
-        EVEN_C=c % block_c == 0,
-        RIDE=ride,
-        STORE_P=ride and p is not None,
-        PRECISION=precision,
-        TMA=tma,
-        W_ROWS_ALONG_I=stride_wi == 1,
+        block_m,
+        block_c,
+        block_i,
+        rank,
+        tuning.rank_block(a.dtype, precision, rank),
+        group_m,
+        i % block_i == 0,
+        c % block_c == 0,
+        ride,
+        ride and p is not None,
+        precision,
+        tma,
+        rows_along_i,
+        persistent,
+        persistent and tuning.fuses_loops(a.device.index),
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    return out
+    w_block = (block_c, block_i) if rows_along_i else (block_i, block_c)
+    return _GemmPlan(launch, ((block_m, block_i), w_block, (block_i, rank)) if tma else None)

@@ -19,6 +19,8 @@ than programs, `thin` also updates its own partial sums in place, which stay in 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from . import tuning
 from .factors import padded_rank
+from .launch import Plan, Plans
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -201,14 +204,33 @@ def _reduce_kernel(
 
 def launch_thin(
     tall: Tensor,  # [M, C], unit last stride
-    thin_in: Tensor,  # [C, RANK]
+    thin_in: Tensor,  # [C, RANK], contiguous
     s: Tensor,  # [M, width], filled here
     p: Tensor | None,  # [M, rank]
     config: tuning.PassConfig | None = None,
+    plans: Plans | None = None,
 ) -> Tensor | None:
     """Fill s with tall·thin_in; with p also return the partial sums [programs, C, RANK] of
     tall^T·p.
     """
+    plans = {} if plans is None else plans
+    plan: Plan | None = plans.get("thin")
+    if plan is None:
+        plan = plans["thin"] = _thin_plan(tall, thin_in, s, p, config)
+    partial = None
+    if p is not None:
+        partial = tall.new_empty((plan.grid[0], *thin_in.shape), dtype=torch.float32)
+    plan((tall, thin_in, s, p, partial))
+    return partial
+
+
+def _thin_plan(
+    tall: Tensor,
+    thin_in: Tensor,
+    s: Tensor,
+    p: Tensor | None,
+    config: tuning.PassConfig | None,
+) -> Plan:
     m, c = tall.shape
     rank = thin_in.shape[1]
     block_m, block_c, programs, num_warps, num_stages = config or tuning.pass_config(
@@ -220,16 +242,9 @@ def launch_thin(
         aligned=(tall.stride(0) | c) % 16 == 0,
         index=tall.device.index,
     )
-    programs = min(tuning.cdiv(m, block_m), programs)
-    partial = None
-    if p is not None:
-        partial = torch.empty((programs, c, rank), dtype=torch.float32, device=tall.device)
-    _thin_kernel[(programs,)](
-        tall,
-        thin_in,
-        s,
-        p,
-        partial,
+    return Plan(
+        _thin_kernel,
+        (min(tuning.cdiv(m, block_m), programs),),
         m,
         c,
         s.shape[1],
@@ -237,24 +252,40 @@ def launch_thin(
         tall.stride(0),
         s.stride(0),
         0 if p is None else p.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        RANK=rank,
-        EVEN_C=c % block_c == 0,
-        GRAD=p is not None,
-        PRECISION=tuning.dot_precision(tall.dtype),
+        block_m,
+        block_c,
+        rank,
+        c % block_c == 0,
+        p is not None,
+        tuning.dot_precision(tall.dtype),
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    return partial
 
 
 def launch_tall_grad(
     tall: Tensor,  # [M, C], unit last stride
     thin: Tensor,  # [M, width], unit last stride
     config: tuning.PassConfig | None = None,
+    plans: Plans | None = None,
+    name: str = "tall_grad",
 ) -> Tensor:
     """The partial sums [splits, C, RANK] of tall^T·thin, float32."""
+    plans = {} if plans is None else plans
+    plan: _TallGradPlan | None = plans.get(name)
+    if plan is None:
+        plan = plans[name] = _tall_grad_plan(tall, thin, config)
+    partial = tall.new_empty(plan.partial, dtype=torch.float32)
+    plan.launch((tall, thin, partial))
+    return partial
+
+
+class _TallGradPlan(NamedTuple):
+    launch: Plan
+    partial: tuple[int, int, int]  # splits, C, RANK
+
+
+def _tall_grad_plan(tall: Tensor, thin: Tensor, config: tuning.PassConfig | None) -> _TallGradPlan:
     m, c = tall.shape
     rank = padded_rank(thin.shape[1])
     block_m, block_c, splits, num_warps, num_stages = config or tuning.pass_config(
@@ -268,26 +299,24 @@ def launch_tall_grad(
     )
     rows = tuning.cdiv(tuning.cdiv(m, splits), block_m) * block_m
     splits = tuning.cdiv(m, rows)
-    partial = torch.empty((splits, c, rank), dtype=torch.float32, device=tall.device)
-    _tall_grad_kernel[(tuning.cdiv(c, block_c), splits)](
-        tall,
-        thin,
-        partial,
+    launch = Plan(
+        _tall_grad_kernel,
+        (tuning.cdiv(c, block_c), splits),
         m,
         c,
         thin.shape[1],
         rows,
         tall.stride(0),
         thin.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        RANK=rank,
-        EVEN_C=c % block_c == 0,
-        PRECISION=tuning.dot_precision(tall.dtype),
+        block_m,
+        block_c,
+        rank,
+        c % block_c == 0,
+        tuning.dot_precision(tall.dtype),
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    return partial
+    return _TallGradPlan(launch, (splits, c, rank))
 
 
 def launch_reduce(
@@ -295,32 +324,43 @@ def launch_reduce(
     second: Tensor | None,  # [other parts, other C, RANK]
     width: int,
     dtypes: tuple[torch.dtype, torch.dtype],
+    plans: Plans | None = None,
+    shape: torch.Size | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Both sums over the first dim in one launch, cropped to [C, width] and rounded once."""
+    """Both sums over the first dim in one launch, cropped to [C, width] and rounded once; `shape`
+    is another one for the first, of as many elements.
+    """
+    plans = {} if plans is None else plans
+    plan: Plan | None = plans.get("reduce")
+    if plan is None:
+        plan = plans["reduce"] = _reduce_plan(first, second, width)
+    out = first.new_empty(shape or (first.shape[1], width), dtype=dtypes[0])
+    other = None
+    if second is not None:
+        other = second.new_empty((second.shape[1], width), dtype=dtypes[1])
+    plan((first, out, second, other))
+    return out, other
+
+
+def _reduce_plan(first: Tensor, second: Tensor | None, width: int) -> Plan:
     parts, c, rank = first.shape
     block, block_parts, num_warps = tuning.REDUCE_CONFIG
     blocks = tuning.cdiv(c * rank, block)
-    out = first.new_empty((c, width), dtype=dtypes[0])
-    other = None
     other_parts = other_c = other_blocks = 0
     if second is not None:
         other_parts, other_c, _ = second.shape
         other_blocks = tuning.cdiv(other_c * rank, block)
-        other = second.new_empty((other_c, width), dtype=dtypes[1])
-    _reduce_kernel[(blocks + other_blocks,)](
-        first,
-        out,
-        second,
-        other,
+    return Plan(
+        _reduce_kernel,
+        (blocks + other_blocks,),
         parts,
         other_parts,
         c,
         other_c,
         width,
         blocks,
-        RANK=rank,
-        BLOCK=block,
-        BLOCK_PARTS=block_parts,
+        rank,
+        block,
+        block_parts,
         num_warps=num_warps,
     )
-    return out, other

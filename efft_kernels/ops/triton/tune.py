@@ -26,11 +26,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 from triton.testing import do_bench
 
 from .. import cost_model
 from . import tuning
 from .gemm import launch_gemm
+from .launch import Plans
 from .thin import launch_tall_grad, launch_thin
 from .tuning import GemmConfig, PassConfig
 
@@ -52,7 +54,7 @@ Rows = dict[str, dict[str, list[int]]]
 
 def gemm_space(dev: tuning.Device, rank: int, ride: bool, form: str) -> Iterator[GemmConfig]:
     """The shipped configs and the grid's that fit shared memory, each by pointers and by the copy
-    engine.
+    engine; the shipped ones as persistent programs too.
     """
     grid = (GemmConfig(*block) for block in _GEMM_BLOCKS)
     for config in (*tuning.gemm_candidates(dev.arch, form, rank), *grid):
@@ -62,6 +64,10 @@ def gemm_space(dev: tuning.Device, rank: int, ride: bool, form: str) -> Iterator
             yield config
             if dev.arch >= 90:
                 yield config._replace(tma=True)
+    if 90 <= dev.arch < 110 and form == "half":
+        for config in tuning.persistent_candidates(dev.arch, form, rank, ride):
+            if tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes:
+                yield config
 
 
 def pass_space(
@@ -93,12 +99,16 @@ def fastest(
                 print(f"  {config}: wrong result", file=sys.stderr)
                 continue
             ms = float(do_bench(partial(run, config), warmup=10, rep=40, return_mode="median"))
-        except triton.runtime.errors.OutOfResources as error:
-            print(f"  {config}: {error}", file=sys.stderr)
+        except (TritonError, RuntimeError) as error:  # does not fit, or does not compile
+            print(f"  {config}: {str(error)[:200]}", file=sys.stderr)
             continue
         if best is None or ms < best[1]:
             best = config, ms
     return best
+
+
+# What each config's launches remember, so that timing does not wait for the host.
+_Remembered = dict[Config, Plans]
 
 
 def _run_gemm(
@@ -108,26 +118,34 @@ def _run_gemm(
     thin_out: Tensor,
     p: Tensor,
     ride: bool,
+    remembered: _Remembered,
     config: GemmConfig,
 ) -> Tensor:
-    width = p.shape[1]
-    return launch_gemm(a, w, None, thin_in, thin_out, p, width=width, ride=ride, config=config)
+    plans = remembered.setdefault(config, {})
+    return launch_gemm(
+        a, w, None, thin_in, thin_out, p, width=p.shape[1], ride=ride, config=config, plans=plans
+    )
 
 
-def _run_thin(tall: Tensor, thin: Tensor, p: Tensor, config: PassConfig) -> Tensor:
+def _run_thin(
+    tall: Tensor, thin: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig
+) -> Tensor:
     s = torch.empty_like(p)
-    launch_thin(tall, thin, s, None, config)
+    launch_thin(tall, thin, s, None, config, remembered.setdefault(config, {}))
     return s
 
 
-def _run_thin_grad(tall: Tensor, thin: Tensor, p: Tensor, config: PassConfig) -> Tensor:
-    partial_sums = launch_thin(tall, thin, torch.empty_like(p), p, config)
+def _run_thin_grad(
+    tall: Tensor, thin: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig
+) -> Tensor:
+    s = torch.empty_like(p)
+    partial_sums = launch_thin(tall, thin, s, p, config, remembered.setdefault(config, {}))
     assert partial_sums is not None
     return partial_sums.sum(0)
 
 
-def _run_tall_grad(tall: Tensor, p: Tensor, config: PassConfig) -> Tensor:
-    return launch_tall_grad(tall, p, config).sum(0)
+def _run_tall_grad(tall: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig) -> Tensor:
+    return launch_tall_grad(tall, p, config, remembered.setdefault(config, {})).sum(0)
 
 
 def tune_layer(m: int, k: int, n: int, rank: int, dtype: torch.dtype, deadline: float) -> Rows:
@@ -148,11 +166,11 @@ def tune_layer(m: int, k: int, n: int, rank: int, dtype: torch.dtype, deadline: 
             print(f"{key} m={m}: {1e3 * ms:.1f} us {tuple(config)}", flush=True)
 
     passes = (
-        ("thin", k, partial(_run_thin, x, down, p)),
-        ("thin", n, partial(_run_thin, dy, b, p)),
-        ("thin_grad", n, partial(_run_thin_grad, dy, b, p)),
-        ("tall_grad", n, partial(_run_tall_grad, dy, p)),
-        ("tall_grad", k, partial(_run_tall_grad, x, p)),
+        ("thin", k, partial(_run_thin, x, down, p, {})),
+        ("thin", n, partial(_run_thin, dy, b, p, {})),
+        ("thin_grad", n, partial(_run_thin_grad, dy, b, p, {})),
+        ("tall_grad", n, partial(_run_tall_grad, dy, p, {})),
+        ("tall_grad", k, partial(_run_tall_grad, x, p, {})),
     )
     for kernel, c, run in passes:
         keep(tuning.pass_key(kernel, c, rank, form), pass_space(kernel, m, c, rank, dev, form), run)
@@ -161,7 +179,7 @@ def tune_layer(m: int, k: int, n: int, rank: int, dtype: torch.dtype, deadline: 
             keep(
                 tuning.gemm_key(w.shape[1], w.shape[0], rank, form, ride),
                 gemm_space(dev, rank, ride, form),
-                partial(_run_gemm, a, w, thin_in, thin_out, p.clone(), ride),
+                partial(_run_gemm, a, w, thin_in, thin_out, p.clone(), ride, {}),
             )
     return rows
 

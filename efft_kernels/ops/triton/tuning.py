@@ -63,6 +63,7 @@ class GemmConfig(NamedTuple):
     tma: bool = (
         False  # tiles through the copy engine: compute capability 9.0 and later, aligned rows
     )
+    persistent: bool = False  # one program per multiprocessor, which walks over the tiles
 
 
 class PassConfig(NamedTuple):
@@ -99,6 +100,21 @@ def device(index: int | None) -> Device:
     )
     name = re.sub(r"[^A-Za-z0-9]+", "_", properties.name).strip("_")
     return Device(name, arch, properties.multi_processor_count, smem_bytes)
+
+
+def multiprocessors(index: int | None) -> int:
+    """Programs of a persistent grid; in the interpreter few, so that each has several tiles."""
+    return 3 if INTERPRETED else device(index).multiprocessors
+
+
+def fuses_loops(index: int | None) -> bool:
+    """Whether a persistent program's loop over tiles becomes one with the loop inside."""
+    return not INTERPRETED and can_fuse_loops(device(index).arch)
+
+
+def can_fuse_loops(arch: int) -> bool:
+    """Triton 3.6 fails on the fused loop where the accumulator is in tensor memory."""
+    return family(arch) < 100
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -154,11 +170,47 @@ def family(arch: int) -> int:
 
 
 def gemm_smem_bytes(config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, ride: bool) -> int:
-    """Shared memory of the pipelined operands, bytes; aot.py's table has what is used in all."""
+    """Shared memory of the pipelined operands, bytes; aot.py's table has what is used in all.
+
+    A persistent program holds the next tile's operands while it stores this one, so the output's
+    way through shared memory and the last product's operands come on top (as much as aot.py finds).
+    """
     a = config.block_m * config.block_i * a_bytes
     w = config.block_i * config.block_c * w_bytes
     d = config.block_i * rank * a_bytes if ride else 0
-    return config.num_stages * (a + w + d)
+    pipelined = config.num_stages * (a + w + d)
+    if not config.persistent:
+        return pipelined
+    last = (config.block_c + (0 if ride else config.block_m)) * rank * a_bytes
+    return pipelined + max(32 * 1024, last)
+
+
+TMEM_COLUMNS = 512  # of tensor memory on sm_100, 128 rows of 4 bytes each
+
+
+def gemm_tmem_columns(config: GemmConfig, rank: int, ride: bool) -> int:
+    """Tensor memory of the accumulators: a persistent program holds them twice."""
+    columns = config.block_c + (rank if ride else 0)
+    return 2 * columns if config.persistent else columns
+
+
+def persistent_candidates(arch: int, form: str, rank: int, ride: bool) -> tuple[GemmConfig, ...]:
+    """The shipped configs as persistent programs: for `tune()` to measure, never taken unmeasured.
+
+    Only those that fill a multiprocessor alone: where two programs share one, each hides the
+    other's first loads and last stores already. Shared memory has to hold one stage less for it.
+    """
+    found = []
+    for config in gemm_candidates(arch, form, rank):
+        persistent = config._replace(tma=True, persistent=True)
+        columns = gemm_tmem_columns(persistent, rank, ride) if family(arch) == 100 else 0
+        if config.num_warps < 8 or columns > TMEM_COLUMNS:
+            continue
+        while gemm_smem_bytes(persistent, rank, 2, 2, ride) > SMEM_BYTES[family(arch)]:
+            persistent = persistent._replace(num_stages=persistent.num_stages - 1)
+        if persistent.num_stages >= 2:
+            found.append(persistent)
+    return tuple(found)
 
 
 def gemm_candidates(arch: int, form: str, rank: int) -> tuple[GemmConfig, ...]:
@@ -209,7 +261,7 @@ def _gemm_config(
     aligned = not form.endswith("unaligned")
     measured = _measured(dev.name, gemm_key(c, i, rank, form, ride), m) if aligned else None
     if measured is not None:
-        return GemmConfig._make(measured)
+        return GemmConfig(*measured)  # type: ignore[arg-type]
     _note_fallback(dev.name, "gemm")
     candidates = gemm_candidates(dev.arch, form, rank)
     half = form.startswith("half")
