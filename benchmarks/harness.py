@@ -222,6 +222,22 @@ def newest(rows: Iterable[Row], key: Sequence[str]) -> list[Row]:
     return list(found.values())
 
 
+def last_comparisons(rows: Iterable[Row], key: Sequence[str]) -> list[Row]:
+    """The newest row for each value of the key, less those not measured beside the others.
+
+    Rows compare within one run alone, so of what differs in nothing but impl and strategy only the
+    commit of the newest stays.
+    """
+    of_case = [column for column in key if column not in ("impl", "strategy")]
+    found = newest(rows, key)
+    last = {tuple(row[c] for c in of_case): row["commit"] for row in sorted(found, key=_time_of)}
+    return [row for row in found if row["commit"] == last[tuple(row[c] for c in of_case)]]
+
+
+def _time_of(row: Row) -> str:
+    return str(row["timestamp"])
+
+
 def worst_error(
     got: Sequence[torch.Tensor], plain: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
 ) -> float:

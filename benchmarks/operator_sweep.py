@@ -1,9 +1,10 @@
-"""Every strategy of the torch backend on every layer shape: forward, backward and both.
+"""Every CPU backend and strategy on every layer shape: forward, backward and both.
 
     python -m benchmarks.operator_sweep [--models ViT-S/16 ...] [--ranks 4 16 64] [--seconds 180]
 
 One image per layer (M = its tokens) in float32 by default, which two cores finish within a few
-minutes; `operator_bench.py` is the tool for single questions and for a GPU. An implementation that
+minutes; with --images 8 a model is listed as "ViT-S/16×8". `auto` is what a user gets who asks for
+nothing; `operator_bench.py` is the tool for single questions and for a GPU. An implementation that
 misses the error budget gets no row. The floor of a row is the frozen nn.Linear in the same rounds:
 F.linear for "fwd", its dX for "bwd", both for "fwd+bwd". The peaks come from a copy and a GEMM in
 the same run.
@@ -37,7 +38,7 @@ from .operator_bench import FLOOR, Operands, call_of, forward_of, peak_mem_mb
 from .roofline import Peaks, measure_peaks, peak_rows
 
 MODES = ("fwd", "bwd", "fwd+bwd")
-IMPLS = ("torch:split", "torch:merged", "torch:auto", "peft")
+IMPLS = ("torch:split", "torch:merged", "cpp:split", "cpp:merged", "auto", "peft")
 RANKS = (4, 8, 16, 32, 64)
 MAIN_RANK = 16
 GATE_ROWS = 256  # float64 einsums of all rows would take longer than the rounds
@@ -177,9 +178,10 @@ def run(
     if out is not None:
         append_rows(out, OPERATOR_COLUMNS, rows)
     for number, (model, layer, rank) in enumerate(todo, 1):
-        progress(f"{number}/{len(todo)} {model} {layer[0]} r={rank}")
+        label = model if images == 1 else f"{model}×{images}"
+        progress(f"{number}/{len(todo)} {label} {layer[0]} r={rank}")
         found = sweep_layer(
-            model, layer, rank, peaks=peaks, impls=impls, modes=modes, dtype=dtype, device=device,
+            label, layer, rank, peaks=peaks, impls=impls, modes=modes, dtype=dtype, device=device,
             seconds=seconds / len(todo),
         )  # fmt: skip
         if out is not None:

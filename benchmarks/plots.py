@@ -24,7 +24,7 @@ from .harness import (
     RESULTS,
     WHOLE_MODEL_CSV,
     Row,
-    newest,
+    last_comparisons,
     read_rows,
 )
 from .operator_bench import FLOOR as LINEAR
@@ -42,8 +42,8 @@ FLOOR_COLOUR = "#555555"
 
 # The place of an implementation in the lists above, the same in every picture.
 PLACES = {
-    "torch, auto": 0, "torch, split": 1, "torch, merged": 2, "unfused, eager torch": 3,
-    "triton, auto": 4, "triton, fused": 5, "triton, split": 6,
+    "auto": 0, "torch, split": 1, "torch, merged": 2, "unfused, eager torch": 3,
+    "cpp, split": 4, "cpp, merged": 5, "triton, fused": 4, "triton, split": 5, "cuda, fused": 6,
     "EFFT2": 0, peers.RELEASED_EFFT2: 1, peers.FULL: 2, peers.PEFT_LORA: 3, peers.FLOOR: 6,
 }  # fmt: skip
 
@@ -295,8 +295,8 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure | None]]] = {
 def draw(operators: Sequence[Row], whole: Sequence[Row], folder: Path = PLOTS) -> list[Path]:
     """Every picture that the rows give, for every device; the paths."""
     newest_rows = {
-        "operators": newest(operators, OPERATOR_KEY),
-        "whole_model": newest(whole, WHOLE_KEY),
+        "operators": last_comparisons(operators, OPERATOR_KEY),
+        "whole_model": last_comparisons(whole, WHOLE_KEY),
     }
     paths: list[Path] = []
     for name, (source, picture) in PICTURES.items():

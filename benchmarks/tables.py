@@ -22,7 +22,7 @@ from .harness import (
     WHOLE_MODEL_CSV,
     Row,
     is_cpu,
-    newest,
+    last_comparisons,
     read_rows,
 )
 from .operator_bench import FLOOR as LINEAR
@@ -108,7 +108,7 @@ def whole_model_table(rows: Sequence[Row]) -> Table:
 def timed_groups(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     """The newest timed rows by (device, model, dtype, batch, r)."""
     groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in newest((r for r in rows if r["ms_p50"]), WHOLE_KEY):
+    for row in last_comparisons((r for r in rows if r["ms_p50"]), WHOLE_KEY):
         key = tuple(row[c] for c in ("device", "model", "dtype", "batch", "r"))
         groups.setdefault(key, []).append(row)
     return groups
@@ -199,7 +199,7 @@ def operator_table(rows: Sequence[Row]) -> Table:
 def operator_summary(rows: Sequence[Row]) -> Lines:
     """One table per device and dtype at the main rank: geometric means over a model's layers."""
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in newest((r for r in rows if not is_peak(r)), OPERATOR_KEY):
+    for row in last_comparisons((r for r in rows if not is_peak(r)), OPERATOR_KEY):
         if row["r"] == README_OPERATOR_RANK and row["mode"] == "fwd+bwd" and row["impl"] != LINEAR:
             groups.setdefault((row["device"], row["dtype"]), []).append(row)
     lines: Lines = []
@@ -262,7 +262,7 @@ def results_page(whole: Sequence[Row], operators: Sequence[Row]) -> str:
     lines += ["## Whole models", "", *whole_model_markdown(whole)]
     lines += ["## The operator: times over the frozen nn.Linear's", ""]
     groups: dict[str, list[Row]] = {}
-    for row in newest((r for r in operators if not is_peak(r)), OPERATOR_KEY):
+    for row in last_comparisons((r for r in operators if not is_peak(r)), OPERATOR_KEY):
         groups.setdefault(row["device"], []).append(row)
     for group in groups.values():
         lines += [where_and_when(group), "", *markdown(OPERATOR_HEADER, operator_lines(group)), ""]

@@ -62,6 +62,17 @@ def test_the_newest_row_of_each_key_counts() -> None:
     assert [row["v"] for row in harness.newest(rows, ("op",))] == [3, 2]
 
 
+def test_rows_of_an_earlier_run_do_not_stand_beside_those_of_the_last() -> None:
+    rows = [
+        {"op": "a", "impl": "x", "commit": "1", "timestamp": "1", "v": 1},
+        {"op": "a", "impl": "gone", "commit": "1", "timestamp": "2", "v": 2},
+        {"op": "b", "impl": "x", "commit": "1", "timestamp": "3", "v": 3},
+        {"op": "a", "impl": "x", "commit": "2", "timestamp": "4", "v": 4},
+        {"op": "a", "impl": "new", "commit": "2", "timestamp": "5", "v": 5},
+    ]
+    assert [row["v"] for row in harness.last_comparisons(rows, ("op", "impl"))] == [4, 3, 5]
+
+
 def test_the_error_budget_is_plain_torch_s_own_error() -> None:
     exact = torch.ones(4, dtype=torch.float64)
     plain = torch.ones(4) + 1e-3
