@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -15,10 +16,15 @@
 
 namespace efft_kernels::cpu {
 
+// Tasks are taken one after another, so that a thread which is held up, by another process say,
+// does not hold up the others' share.
 void parallel(int64_t count, void (*f)(void* context, int64_t begin, int64_t end), void* context) {
-  if (count == 1) return f(context, 0, 1);
-  torch::stable::parallel_for(0, count, 1,
-                              [&](int64_t begin, int64_t end) { f(context, begin, end); });
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  if (threads <= 1) return f(context, 0, count);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) f(context, i, i + 1);
+  });
 }
 
 namespace {
@@ -44,9 +50,17 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-// The tensor itself, or in float32 where its dtype is not one that the kernels read.
-Tensor readable(const Tensor& tensor) {
-  return is_readable(tensor.scalar_type()) ? tensor : torch::stable::to(tensor, ScalarType::Float);
+void require(bool holds, const char* argument, const char* expected) {
+  if (holds) return;
+  throw std::runtime_error(std::string("efft_kernels: ") + argument + " must be " + expected);
+}
+
+// The tensor itself, or in float32 where it is float16, which the kernels do not read.
+Tensor readable(const Tensor& tensor, const char* argument) {
+  if (is_readable(tensor.scalar_type())) return tensor;
+  require(tensor.scalar_type() == ScalarType::Half, argument,
+          "float64, float32, float16 or bfloat16");
+  return torch::stable::to(tensor, ScalarType::Float);
 }
 
 // The last two dims of `tensor` as one matrix; leading dims must follow each other in memory.
@@ -54,15 +68,11 @@ Matrix matrix_of(const Tensor& tensor) {
   const int64_t dims = tensor.dim();
   Matrix matrix;
   matrix.data = const_cast<void*>(tensor.const_data_ptr());
+  require(matrix.data != nullptr || tensor.numel() == 0, "every tensor", "in memory");
   matrix.dtype = dtype_of(tensor);
   matrix.row_stride = dims >= 2 ? tensor.stride(dims - 2) : 0;
   matrix.column_stride = tensor.stride(dims - 1);
   return matrix;
-}
-
-void require(bool holds, const char* argument, const char* expected) {
-  if (holds) return;
-  throw std::runtime_error(std::string("efft_kernels: ") + argument + " must be " + expected);
 }
 
 struct FactorTensors {
@@ -71,14 +81,15 @@ struct FactorTensors {
   Tensor up;
 
   FactorTensors(const Tensor& down_in, const std::optional<Tensor>& core_in, const Tensor& up_in)
-      : down(readable(down_in)), up(torch::stable::contiguous(readable(up_in))) {
-    if (core_in) core = torch::stable::contiguous(readable(*core_in));
+      : down(readable(down_in, "down")), up(torch::stable::contiguous(readable(up_in, "up"))) {
+    if (core_in) core = torch::stable::contiguous(readable(*core_in, "core"));
   }
 
   // N and K are the weight's.
   Factors checked(int64_t N, int64_t K) const {
     require(down.dim() == 2 && down.size(0) == K, "down", "[K, Ra]");
     require(up.dim() == 3, "up", "[1 or G, N/G, Rb]");
+    require(!core || core->dim() == 3, "core", "[G, Ra, Rb]");
     Factors factors;
     factors.G = core ? core->size(0) : up.size(0);
     factors.Ra = down.size(1);
@@ -100,14 +111,21 @@ struct FactorTensors {
   }
 };
 
-// As many row ranges as threads, but none shorter than a register block or two.
+// Row ranges, each with partial sums of its own: a multiple of the threads and at least eight where
+// the rows suffice. A range reads every panel of the weight, which fewer than 48 rows do not repay.
 int64_t slots_for(int64_t rows) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::clamp<int64_t>(rows / 16, 1, std::max<int64_t>(threads, 1));
+  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  const int64_t most = (std::max<int64_t>(threads, 8) + threads - 1) / threads * threads;
+  const int64_t fitting = std::clamp<int64_t>(rows / 48, 1, most);
+  return fitting < threads ? std::clamp<int64_t>(rows / 16, 1, threads)
+                           : fitting / threads * threads;
 }
 
 Join join_of(int64_t strategy) {
-  return static_cast<Strategy>(strategy) == Strategy::kMerged ? Join::kMerge : Join::kExtend;
+  const auto asked = static_cast<Strategy>(strategy);
+  require(asked == Strategy::kSplit || asked == Strategy::kMerged, "strategy",
+          "1 (split) or 2 (merged)");
+  return asked == Strategy::kMerged ? Join::kMerge : Join::kExtend;
 }
 
 Tensor empty(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
@@ -119,9 +137,9 @@ std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Ten
           "[M, K] of float32, float64 or bfloat16");
   require(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.numel() > 0, "weight",
           "[N >= 1, K >= 1]");
-  const Tensor w = readable(weight);
+  const Tensor w = readable(weight, "weight");
   std::optional<Tensor> b;
-  if (bias) b = readable(*bias);
+  if (bias) b = readable(*bias, "bias");
   const FactorTensors factors(down, core, up);
 
   Forward args;
@@ -153,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
           "[M, N] of float32, float64 or bfloat16");
   require(weight.dim() == 2 && weight.size(0) == dy.size(1) && weight.numel() > 0, "weight",
           "[N >= 1, K >= 1]");
-  const Tensor w = readable(weight);
+  const Tensor w = readable(weight, "weight");
   const FactorTensors factors(down, core, up);
 
   Backward args;
@@ -165,10 +183,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
   const bool need_core = (needs & kCore) && core;
   require(!need_down || (x && x->dim() == 2 && x->size(0) == args.M && x->size(1) == args.K &&
                          is_readable(x->scalar_type())),
-          "x", "[M, K] for the gradient of down");
-  require(!(need_core || need_up) ||
-              (p && p->dim() == 2 && p->size(0) == args.M && p->size(1) == args.factors.Ra),
-          "p", "[M, Ra] for the gradients of core and up");
+          "x", "[M, K] of float32, float64 or bfloat16 for the gradient of down");
+  require(
+      !(need_core || need_up) || (p && p->dim() == 2 && p->size(0) == args.M &&
+                                  p->size(1) == args.factors.Ra && is_readable(p->scalar_type())),
+      "p", "[M, Ra] of float32, float64 or bfloat16 for the gradients of core and up");
 
   // Gradients are made in a dtype that can be written and handed over in the tensor's own.
   const auto gradient_of = [](bool needed, const Tensor& like, const Tensor& readable_like) {
@@ -231,10 +250,11 @@ Tensor native_tasks_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
             "in [0, tasks)");
   }
   const Tensor rows = torch::stable::contiguous(x);
-  const Tensor w = readable(weight), d = torch::stable::contiguous(readable(down)),
-               folded = torch::stable::contiguous(readable(b));
+  const Tensor w = readable(weight, "weight"),
+               d = torch::stable::contiguous(readable(down, "down")),
+               folded = torch::stable::contiguous(readable(b, "b"));
   std::optional<Tensor> given_bias;
-  if (bias) given_bias = readable(*bias);
+  if (bias) given_bias = readable(*bias, "bias");
   Tensor y = torch::stable::new_empty(x, {args.items, args.rows, args.N});
   if (args.items * args.rows == 0) return y;
   args.x = matrix_of(rows);

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+namespace efft_kernels::cuda {
+
+// Lets `kernel` have `bytes` of dynamic shared memory on the current device. `prepared` is the
+// kernel's own, a bit per device: the call is made once each.
+template <class Kernel>
+cudaError_t allow_smem(Kernel* kernel, int bytes, std::atomic<uint64_t>& prepared) {
+  int index = 0;
+  if (const cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return error;
+  const uint64_t bit = index < 64 ? uint64_t{1} << index : 0;
+  if (prepared.load() & bit) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) prepared.fetch_or(bit);
+  return error;
+}
+
+template <class... Parameters>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int smem_bytes,
+                          cudaStream_t stream, std::type_identity_t<Parameters>... parameters) {
+  void* pointers[] = {static_cast<void*>(&parameters)...};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
+                          dim3(static_cast<unsigned>(threads)), pointers,
+                          static_cast<size_t>(smem_bytes), stream);
+}
+
+}  // namespace efft_kernels::cuda

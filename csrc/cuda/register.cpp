@@ -1,0 +1,8 @@
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(efft_kernels, CUDA, m) {
+  m.impl("native_fwd", TORCH_BOX(&efft_kernels::cuda::native_fwd));
+  m.impl("native_bwd", TORCH_BOX(&efft_kernels::cuda::native_bwd));
+}

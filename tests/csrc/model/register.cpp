@@ -1,0 +1,10 @@
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+// The operators, on the model, for CPU tensors.
+
+STABLE_TORCH_LIBRARY_IMPL(efft_kernels, CPU, m) {
+  m.impl("native_fwd", TORCH_BOX(&efft_kernels::cuda::native_fwd));
+  m.impl("native_bwd", TORCH_BOX(&efft_kernels::cuda::native_bwd));
+}

@@ -1,0 +1,85 @@
+// The passes over a tall matrix and their reductions on the model.
+
+#include "matrices.h"
+#include "thin.cu"
+
+using namespace efft_kernels::cuda;
+
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, __half>          ? Dtype::kHalf
+                         : std::is_same_v<T, __nv_bfloat16> ? Dtype::kBfloat16
+                                                            : Dtype::kFloat;
+
+template <class T>
+static void passes(int64_t m, int64_t c, int rank, bool aligned, bool grad, int64_t programs,
+                   bool eager) {
+  model::settings() = {eager};
+  const int rank_padded = padded_rank(rank);
+  auto tall = Stored<T>::random(m, c, 1, aligned ? aligned_row(c) + 8 : c, aligned ? 0 : 3);
+  auto thin_in = Stored<T>::random(c, rank_padded, 2);
+  for (int64_t r = 0; r < c; ++r)
+    for (int k = rank; k < rank_padded; ++k) thin_in.at(r, k) = from_float<T>(0.0f);
+  auto p = Stored<T>::random(m, rank, 3);
+  Stored<T> s(m, rank_padded), s_copy(m, rank);
+  const auto s_value = [&](int64_t r, int64_t k) {
+    double sum = 0;
+    for (int64_t l = 0; l < c && k < rank; ++l) sum += tall.value(r, l) * thin_in.value(l, k);
+    return rounded<T>(sum);
+  };
+  const auto grad_value = [&](const Stored<T>& thin) {
+    return [&](int64_t r, int64_t k) {
+      double sum = 0;
+      for (int64_t l = 0; l < m; ++l) sum += tall.value(l, r) * thin.value(l, k);
+      return sum;
+    };
+  };
+  std::vector<float> partial(programs * c * rank_padded, std::nanf(""));
+  ThinArguments t{};
+  t.dtype = kDtype<T>;
+  t.tall = tall.matrix();
+  t.thin_in = thin_in.matrix();
+  t.s = s.matrix();
+  t.s_copy = s_copy.matrix();
+  t.rank = rank;
+  t.programs = programs;
+  if (grad) {
+    t.p = p.matrix();
+    t.partial = partial.data();
+  }
+  EXPECT(launch_thin(t, rank_padded, nullptr) == cudaSuccess, "launch");
+  expect_equal("S", s, s_value);
+  expect_equal("S, copied", s_copy, s_value);
+
+  // The same by a pass of its own, over three splits, with S for P; both sums in one reduction.
+  const int64_t rows_per_split = round_up(ceil_div(m, 3), kPassRows);
+  const int64_t splits = ceil_div(m, rows_per_split);
+  std::vector<float> other(splits * c * rank_padded, std::nanf(""));
+  TallGradArguments a{kDtype<T>, tall.matrix(), s.matrix(), other.data(), rows_per_split, splits};
+  a.thin.cols = rank;
+  EXPECT(launch_tall_grad(a, rank_padded, nullptr) == cudaSuccess, "launch");
+  Stored<float> d_b(c, rank);
+  Stored<T> d_down(c, rank);
+  ReduceArguments first{}, second{};
+  if (grad)
+    first = {partial.data(), programs, c, rank_padded, d_b.matrix().data, rank, Dtype::kFloat};
+  second = {other.data(), splits, c, rank_padded, d_down.matrix().data, rank, kDtype<T>};
+  EXPECT(launch_reduce(first, second, nullptr) == cudaSuccess, "launch");
+  if (grad) expect_equal("tall^T·P", d_b, grad_value(p));
+  const auto by_s = grad_value(s);
+  expect_equal("tall^T·S", d_down, [&](int64_t r, int64_t k) { return rounded<T>(by_s(r, k)); });
+  d_b.expect_margins_untouched("d_b");
+}
+
+int main() {
+  for (const bool eager : {true, false}) {
+    for (const bool aligned : {true, false}) {
+      passes<__nv_bfloat16>(67, 71, 7, aligned, true, 2, eager);
+      passes<__half>(331, 250, 16, aligned, true, 2, eager);  // row blocks in turn
+      passes<__half>(150, 133, 29, aligned, true, 3, eager);
+      passes<__nv_bfloat16>(129, 97, 33, aligned, false, 3, eager);
+      passes<__half>(65, 300, 128, aligned, false, 2, eager);
+    }
+    passes<__half>(1, 1, 1, false, true, 1, eager);
+  }
+  return failures() != 0;
+}
