@@ -9,10 +9,11 @@ namespace efft_kernels::cpu::EFFT_ISA {
 // Rows of w in a packed step: a panel of 384 × 48 floats is read from the second-level cache while
 // its row block is in the first.
 constexpr int64_t kDepth = 384;
-// A block of rows of `a` leaves half of a second-level cache of 2 MiB to the panels, to `out` and
-// to what is asked for ahead, and has no more rows than it takes to hide the reading of a panel.
-constexpr int64_t kBlockBytes = 1 << 20;
+// Rows of a block: its rows of one packed step, 200 × 384 floats, stay in a second-level cache
+// beside a panel, and every panel is read from further away once per block.
 constexpr int64_t kBlockRows = 200;
+// What the thin products of a block read at a time, so that the second finds it in cache.
+constexpr int64_t kThinBytes = 1 << 20;
 
 template <class T>
 constexpr int64_t kPanel = kVectors * kLanes<T>;
@@ -21,10 +22,11 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Rows of `columns` that the thin products take at a time.
 template <class T>
-int64_t block_rows(int64_t inner) {
-  const int64_t fitting = kBlockBytes / (std::max<int64_t>(inner, 1) * sizeof(T));
-  return std::clamp<int64_t>(fitting / kRows, 6, kBlockRows / kRows) * kRows;
+int64_t thin_rows(int64_t columns) {
+  const int64_t fitting = kThinBytes / (std::max<int64_t>(columns, 1) * sizeof(T));
+  return std::clamp<int64_t>(fitting / kRows, 2, kBlockRows / kRows) * kRows;
 }
 
 // Hands out parts of one allocation; with a null base it only measures.
@@ -55,15 +57,15 @@ void parallel_each(int64_t count, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// The rows of slot `slot` of `slots`, in blocks of at most `most`; all but the last are a multiple
-// of kRows.
+// The rows of slot `slot` of `slots`, in blocks of at most kBlockRows; all but the last are a
+// multiple of kRows.
 template <class F>
-void each_block(int64_t M, int64_t slot, int64_t slots, int64_t most, const F& body) {
+void each_block(int64_t M, int64_t slot, int64_t slots, const F& body) {
   const int64_t per_slot = round_up((M + slots - 1) / slots, kRows);
   const int64_t begin = std::min(M, slot * per_slot);
   const int64_t end = std::min(M, begin + per_slot);
   if (begin == end) return;
-  const int64_t blocks = (end - begin + most - 1) / most;
+  const int64_t blocks = (end - begin + kBlockRows - 1) / kBlockRows;
   const int64_t step = round_up((end - begin + blocks - 1) / blocks, kRows);
   for (int64_t i = begin; i < end; i += step) body(i, std::min(step, end - i));
 }

@@ -17,21 +17,18 @@ namespace efft_kernels::cpu::EFFT_ISA {
 
 template <class T>
 struct ForwardPlan {
-  int64_t block = 0;  // rows
   Thin<T> thin;
   Packed<T> packed;
   T* tail = nullptr;
   T* bias = nullptr;
-  T* a = nullptr;    // [slots, block, K], where x is not stored in T
-  T* p = nullptr;    // [slots, block, width]
-  T* out = nullptr;  // [slots, block, padded N], where y is not stored in T
+  T* a = nullptr;    // [slots, kBlockRows, K], where x is not stored in T
+  T* p = nullptr;    // [slots, kBlockRows, width]
+  T* out = nullptr;  // [slots, kBlockRows, padded N], where y is not stored in T
 
   ForwardPlan(Arena<T>& arena, const Forward& args)
-      : block(block_rows<T>(args.K)),
-        thin(arena, args.factors, args.N, args.K),
-        packed(arena, args.K, args.N) {
+      : thin(arena, args.factors, args.N, args.K), packed(arena, args.K, args.N) {
     tail = arena.take(args.factors.Ra * packed.padded);
-    const int64_t rows = args.slots * block;
+    const int64_t rows = args.slots * kBlockRows;
     bias = arena.take(packed.padded);
     p = arena.take(rows * thin.width);
     if (!is_direct<T>(args.x)) a = arena.take(rows * args.K);
@@ -57,11 +54,11 @@ void forward(const Forward& args) {
   const T* bias = args.bias ? plan.bias : nullptr;
 
   parallel_each(args.slots, [&](int64_t slot) {
-    T* a_scratch = plan.a == nullptr ? nullptr : plan.a + slot * plan.block * args.K;
-    T* p = plan.p + slot * plan.block * width;
+    T* a_scratch = plan.a == nullptr ? nullptr : plan.a + slot * kBlockRows * args.K;
+    T* p = plan.p + slot * kBlockRows * width;
     T* out_scratch =
-        plan.out == nullptr ? nullptr : plan.out + slot * plan.block * plan.packed.padded;
-    each_block(args.M, slot, args.slots, plan.block, [&](int64_t first, int64_t rows) {
+        plan.out == nullptr ? nullptr : plan.out + slot * kBlockRows * plan.packed.padded;
+    each_block(args.M, slot, args.slots, [&](int64_t first, int64_t rows) {
       const Rows<T> a = rows_of(args.x, first, rows, args.K, a_scratch);
       if (args.p || !merge) thin_product(a, rows, args.K, plan.thin.down, width, p);
       if (args.p) write_padded(args.p, first, rows, args.factors.Ra, p, width);
@@ -82,23 +79,21 @@ void forward(const Forward& args) {
 
 template <class T>
 struct BackwardPlan {
-  int64_t block = 0;  // rows
   Thin<T> thin;
   Packed<T> packed;
   T* tail = nullptr;
-  T* dy = nullptr;      // [slots, block, N], where dY is not stored in T
-  T* x = nullptr;       // [slots, block, K], where x is not stored in T
-  T* s = nullptr;       // [slots, block, width]
-  T* p = nullptr;       // [slots, block, width]
-  T* out = nullptr;     // [slots, block, padded K], where dX is not stored in T
+  T* dy = nullptr;      // [slots, kBlockRows, N], where dY is not stored in T
+  T* x = nullptr;       // [slots, kBlockRows, K], where x is not stored in T
+  T* s = nullptr;       // [slots, kBlockRows, width]
+  T* p = nullptr;       // [slots, kBlockRows, width]
+  T* out = nullptr;     // [slots, kBlockRows, padded K], where dX is not stored in T
   T* d_b = nullptr;     // [slots, N, width]
   T* d_down = nullptr;  // [slots, K, width]
   T* d_core = nullptr;  // [G·Ra, rb]
   T* d_up = nullptr;    // [up_rows, rb]
 
-  BackwardPlan(Arena<T>& arena, const Backward& args)
-      : block(block_rows<T>(args.N)), thin(arena, args.factors, args.N, args.K) {
-    const int64_t rows = args.slots * block;
+  BackwardPlan(Arena<T>& arena, const Backward& args) : thin(arena, args.factors, args.N, args.K) {
+    const int64_t rows = args.slots * kBlockRows;
     if (args.dx) {
       packed = Packed<T>(arena, args.N, args.K);
       tail = arena.take(args.factors.Ra * packed.padded);
@@ -147,7 +142,7 @@ void backward(const Backward& args) {
   const bool need_s = args.d_down || (args.dx && !merge);
 
   parallel_each(args.slots, [&](int64_t slot) {
-    const int64_t row = slot * plan.block;
+    const int64_t row = slot * kBlockRows;
     T* dy_scratch = plan.dy == nullptr ? nullptr : plan.dy + row * args.N;
     T* x_scratch = plan.x == nullptr ? nullptr : plan.x + row * args.K;
     T* out_scratch = plan.out == nullptr ? nullptr : plan.out + row * plan.packed.padded;
@@ -157,12 +152,16 @@ void backward(const Backward& args) {
     T* d_down = plan.d_down == nullptr ? nullptr : plan.d_down + slot * args.K * width;
     if (d_b != nullptr) std::memset(d_b, 0, args.N * width * sizeof(T));
     if (d_down != nullptr) std::memset(d_down, 0, args.K * width * sizeof(T));
-    each_block(args.M, slot, args.slots, plan.block, [&](int64_t first, int64_t rows) {
+    each_block(args.M, slot, args.slots, [&](int64_t first, int64_t rows) {
       const Rows<T> dy = rows_of(args.dy, first, rows, args.N, dy_scratch);
-      if (need_s) thin_product(dy, rows, args.N, plan.thin.b, width, s);
-      if (d_b != nullptr) {
-        read_padded(args.p, first, rows, args.factors.Ra, p, width);
-        tall_product(dy.data, dy.stride, p, width, rows, d_b, width, args.N, width);
+      const int64_t step = thin_rows<T>(args.N);
+      for (int64_t i = 0; i < rows; i += step) {
+        const int64_t count = std::min(step, rows - i);
+        const Rows<T> part{dy.data + i * dy.stride, dy.stride};
+        if (need_s) thin_product(part, count, args.N, plan.thin.b, width, s + i * width);
+        if (d_b == nullptr) continue;
+        read_padded(args.p, first + i, count, args.factors.Ra, p, width);
+        tall_product(part.data, part.stride, p, width, count, d_b, width, args.N, width);
       }
       const Extension<T> extension{merge ? nullptr : s, width, tail};
       Upcoming upcoming(plan.packed.blocks(rows), args.N);
@@ -204,22 +203,19 @@ void backward(const Backward& args) {
 // y = x·W^T + bias + x·down[t]·b[t]^T for every item, t its task: the forward with many factors.
 template <class T>
 struct TasksPlan {
-  int64_t block = 0;  // rows
   int64_t width = 0;  // Ra padded
   Packed<T> packed;
   T* down = nullptr;  // [tasks, K, width]
   T* b = nullptr;     // [tasks, N, width]
   T* tail = nullptr;  // [tasks, tail]
   T* bias = nullptr;
-  T* a = nullptr;    // [slots, block, K], where x is not stored in T
-  T* p = nullptr;    // [slots, block, width]
-  T* out = nullptr;  // [slots, block, padded N], where y is not stored in T
+  T* a = nullptr;    // [slots, kBlockRows, K], where x is not stored in T
+  T* p = nullptr;    // [slots, kBlockRows, width]
+  T* out = nullptr;  // [slots, kBlockRows, padded N], where y is not stored in T
 
   TasksPlan(Arena<T>& arena, const TasksForward& args)
-      : block(block_rows<T>(args.K)),
-        width(round_up(args.Ra, kLanes<T>)),
-        packed(arena, args.K, args.N) {
-    const int64_t rows = args.slots * block;
+      : width(round_up(args.Ra, kLanes<T>)), packed(arena, args.K, args.N) {
+    const int64_t rows = args.slots * kBlockRows;
     down = arena.take(args.tasks * args.K * width);
     b = arena.take(args.tasks * args.N * width);
     tail = arena.take(args.tasks * args.Ra * packed.padded);
@@ -249,12 +245,12 @@ void tasks_forward(const TasksForward& args) {
   const T* bias = args.bias ? plan.bias : nullptr;
 
   parallel_each(args.slots, [&](int64_t slot) {
-    T* a_scratch = plan.a == nullptr ? nullptr : plan.a + slot * plan.block * args.K;
-    T* p = plan.p + slot * plan.block * width;
+    T* a_scratch = plan.a == nullptr ? nullptr : plan.a + slot * kBlockRows * args.K;
+    T* p = plan.p + slot * kBlockRows * width;
     T* out_scratch =
-        plan.out == nullptr ? nullptr : plan.out + slot * plan.block * plan.packed.padded;
+        plan.out == nullptr ? nullptr : plan.out + slot * kBlockRows * plan.packed.padded;
     // A block's rows belong to one item, for the sake of its factors.
-    const int64_t per_item = (args.rows + plan.block - 1) / plan.block;
+    const int64_t per_item = (args.rows + kBlockRows - 1) / kBlockRows;
     const int64_t step = round_up((args.rows + per_item - 1) / per_item, kRows);
     const int64_t units = args.items * per_item;
     const int64_t last = units * (slot + 1) / args.slots;
