@@ -12,21 +12,11 @@ constexpr int64_t kDepth = 384;
 // Rows of a block: its rows of one packed step, 200 × 384 floats, stay in a second-level cache
 // beside a panel, and every panel is read from further away once per block.
 constexpr int64_t kBlockRows = 200;
-// What the thin products of a block read at a time, so that the second finds it in cache.
-constexpr int64_t kThinBytes = 1 << 20;
-
 template <class T>
 constexpr int64_t kPanel = kVectors * kLanes<T>;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
-}
-
-// Rows of `columns` that the thin products take at a time.
-template <class T>
-int64_t thin_rows(int64_t columns) {
-  const int64_t fitting = kThinBytes / (std::max<int64_t>(columns, 1) * sizeof(T));
-  return std::clamp<int64_t>(fitting / kRows, 2, kBlockRows / kRows) * kRows;
 }
 
 // Hands out parts of one allocation; with a null base it only measures.

@@ -60,19 +60,23 @@ void forward(const Forward& args) {
         plan.out == nullptr ? nullptr : plan.out + slot * kBlockRows * plan.packed.padded;
     each_block(args.M, slot, args.slots, [&](int64_t first, int64_t rows) {
       const Rows<T> a = rows_of(args.x, first, rows, args.K, a_scratch);
-      if (args.p || !merge) thin_product(a, rows, args.K, plan.thin.down, width, p);
-      if (args.p) write_padded(args.p, first, rows, args.factors.Ra, p, width);
-      const Extension<T> extension{merge ? nullptr : p, width, tail};
-      Upcoming upcoming(plan.packed.blocks(rows), args.K);
-      upcoming.add<T>(args.x, first + rows, std::min(rows, args.M - first - rows), args.K);
+      Riders<T> riders;
+      riders.width = width;
+      if (args.p || !merge) {
+        riders.thin_in = plan.thin.down;
+        riders.thin = p;
+      }
+      if (!merge) riders.tail = tail;
+      const int64_t following = a_scratch == nullptr ? std::min(rows, args.M - first - rows) : 0;
       if (out_scratch == nullptr) {
         T* y = static_cast<T*>(args.y.data) + first * args.N;
-        product(a, rows, plan.packed, bias, extension, y, args.N, false, upcoming);
-        return;
+        product(a, rows, plan.packed, bias, riders, y, args.N, false, following);
+      } else {
+        product(a, rows, plan.packed, bias, riders, out_scratch, plan.packed.padded, true,
+                following);
+        write_padded(args.y, first, rows, args.N, out_scratch, plan.packed.padded);
       }
-      product(a, rows, plan.packed, bias, extension, out_scratch, plan.packed.padded, true,
-              upcoming);
-      write_padded(args.y, first, rows, args.N, out_scratch, plan.packed.padded);
+      if (args.p) write_padded(args.p, first, rows, args.factors.Ra, p, width);
     });
   });
 }
@@ -154,30 +158,38 @@ void backward(const Backward& args) {
     if (d_down != nullptr) std::memset(d_down, 0, args.K * width * sizeof(T));
     each_block(args.M, slot, args.slots, [&](int64_t first, int64_t rows) {
       const Rows<T> dy = rows_of(args.dy, first, rows, args.N, dy_scratch);
-      const int64_t step = thin_rows<T>(args.N);
-      for (int64_t i = 0; i < rows; i += step) {
-        const int64_t count = std::min(step, rows - i);
-        const Rows<T> part{dy.data + i * dy.stride, dy.stride};
-        if (need_s) thin_product(part, count, args.N, plan.thin.b, width, s + i * width);
-        if (d_b == nullptr) continue;
-        read_padded(args.p, first + i, count, args.factors.Ra, p, width);
-        tall_product(part.data, part.stride, p, width, count, d_b, width, args.N, width);
+      if (d_b != nullptr) read_padded(args.p, first, rows, args.factors.Ra, p, width);
+      Rows<T> x = {};
+      if (d_down != nullptr) x = rows_of(args.x, first, rows, args.K, x_scratch);
+      if (!args.dx) {
+        if (need_s) thin_product(dy, rows, args.N, plan.thin.b, width, s);
+        if (d_b != nullptr) {
+          tall_product(dy.data, dy.stride, p, width, rows, d_b, width, args.N, width);
+        }
+        if (d_down != nullptr) {
+          tall_product(x.data, x.stride, s, width, rows, d_down, width, args.K, width);
+        }
+        return;
       }
-      const Extension<T> extension{merge ? nullptr : s, width, tail};
-      Upcoming upcoming(plan.packed.blocks(rows), args.N);
-      if (d_down != nullptr) upcoming.add<T>(args.x, first, rows, args.K);
-      upcoming.add<T>(args.dy, first + rows, std::min(rows, args.M - first - rows), args.N);
-      if (args.dx && out_scratch == nullptr) {
+      Riders<T> riders;
+      riders.width = width;
+      if (need_s) {
+        riders.thin_in = plan.thin.b;
+        riders.thin = s;
+      }
+      if (!merge) riders.tail = tail;
+      riders.tall_with = p;
+      riders.tall = d_b;
+      riders.beside = x;
+      riders.beside_tall = d_down;
+      const int64_t following = dy_scratch == nullptr ? std::min(rows, args.M - first - rows) : 0;
+      if (out_scratch == nullptr) {
         T* dx = static_cast<T*>(args.dx.data) + first * args.K;
-        product<T>(dy, rows, plan.packed, nullptr, extension, dx, args.K, false, upcoming);
-      } else if (args.dx) {
-        product<T>(dy, rows, plan.packed, nullptr, extension, out_scratch, plan.packed.padded, true,
-                   upcoming);
+        product<T>(dy, rows, plan.packed, nullptr, riders, dx, args.K, false, following);
+      } else {
+        product<T>(dy, rows, plan.packed, nullptr, riders, out_scratch, plan.packed.padded, true,
+                   following);
         write_padded(args.dx, first, rows, args.K, out_scratch, plan.packed.padded);
-      }
-      if (d_down != nullptr) {
-        const Rows<T> x = rows_of(args.x, first, rows, args.K, x_scratch);
-        tall_product(x.data, x.stride, s, width, rows, d_down, width, args.K, width);
       }
     });
   });
@@ -262,17 +274,19 @@ void tasks_forward(const TasksForward& args) {
       const int64_t first = item * args.rows + begin;
       const int64_t task = args.task_of_item[item];
       const Rows<T> a = rows_of(args.x, first, rows, args.K, a_scratch);
-      thin_product(a, rows, args.K, down + task * args.K * width, width, p);
-      const Extension<T> extension{p, width, {args.Ra, plan.tail + task * tail_size}};
-      Upcoming upcoming(plan.packed.blocks(rows), args.K);
-      upcoming.add<T>(args.x, first + rows, std::min(rows, args.items * args.rows - first - rows),
-                      args.K);
+      Riders<T> riders;
+      riders.width = width;
+      riders.thin_in = down + task * args.K * width;
+      riders.thin = p;
+      riders.tail = {args.Ra, plan.tail + task * tail_size};
+      const int64_t following =
+          a_scratch == nullptr ? std::min(rows, args.items * args.rows - first - rows) : 0;
       if (out_scratch == nullptr) {
         T* y = static_cast<T*>(args.y.data) + first * args.N;
-        product(a, rows, plan.packed, bias, extension, y, args.N, false, upcoming);
+        product(a, rows, plan.packed, bias, riders, y, args.N, false, following);
       } else {
-        product(a, rows, plan.packed, bias, extension, out_scratch, plan.packed.padded, true,
-                upcoming);
+        product(a, rows, plan.packed, bias, riders, out_scratch, plan.packed.padded, true,
+                following);
         write_padded(args.y, first, rows, args.N, out_scratch, plan.packed.padded);
       }
     }

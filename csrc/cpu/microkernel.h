@@ -62,11 +62,13 @@ struct Term {
 // one go it would hold up the loads of the product itself. Where the product reads and writes
 // memory that is not in the second-level cache, this is worth a tenth of its time.
 struct Ahead {
-  const char* panel = nullptr;  // the next panel, and after it
+  const char* panel = nullptr;  // the next panel
   int64_t panel_step = 0;       // bytes per k
-  const char* rows = nullptr;   // rows that a later product reads
+  const char* rows = nullptr;   // a stretch of a row that a later step reads
   int64_t rows_step = 0;
-  void* out = nullptr;  // the block of `out` that is stored next
+  const void* out = nullptr;     // the block of `out` that is stored next
+  const void* beside = nullptr;  // a block of the same size that is read next
+  int64_t beside_stride = 0;
 };
 
 // The k between two lines of `out`.
@@ -99,16 +101,20 @@ EFFT_INLINE void add_term_asking_ahead(Vec<T> (&total)[ROWS][VECTORS], const Ter
   const T* b = term.b;
   const int64_t row = term.row, ldb = term.ldb, depth = term.depth;
   const T* out = static_cast<const T*>(ahead.out);
+  const T* beside = static_cast<const T*>(ahead.beside);
   int vector = 0;
   for (int64_t k = 0; k < depth;) {
     Vec<T> acc[ROWS][VECTORS] = {};
     const int64_t chain_end = std::min(depth, k + kChain);
     while (k < chain_end) {
       __builtin_prefetch(out, 1, 3);
+      __builtin_prefetch(beside, 0, 2);
       out += kLanes<T>;
+      beside += kLanes<T>;
       if (++vector == VECTORS) {
         vector = 0;
         out += ldc - VECTORS * kLanes<T>;
+        beside += ahead.beside_stride - VECTORS * kLanes<T>;
       }
       for (const int64_t end = std::min(chain_end, k + kStride); k < end; ++k) {
         __builtin_prefetch(ahead.panel, 0, 2);

@@ -1,73 +1,86 @@
-// The main product over a block of rows.
+// The main product over a block of rows, and the thin ones that ride on it.
 #pragma once
 
 #include "pack.h"
+#include "thin.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
-// Rows that later steps read, handed out a stretch per register block.
-class Upcoming {
+// What is made beside the main product, a step of kDepth columns of `a` at a time, while they are
+// in cache. Whatever is null is not asked for.
+template <class T>
+struct Riders {
+  int64_t width = 0;  // of every thin matrix
+
+  const T* thin_in = nullptr;  // [inner, width]
+  T* thin = nullptr;           // [rows, width] = a·thin_in
+  Tail<T> tail = {};           // out += thin·tail
+
+  const T* tall_with = nullptr;  // [rows, width]
+  T* tall = nullptr;             // [inner, width] += a^T·tall_with
+
+  Rows<T> beside = {};       // [rows, columns]
+  T* beside_tall = nullptr;  // [columns, width] += beside^T·thin
+};
+
+// Asks, block after block, for rows [count, columns] that the next step reads.
+template <class T>
+class Stretches {
  public:
-  // `blocks` and `depth` are the register blocks of the product meanwhile and its inner dimension.
-  Upcoming(int64_t blocks, int64_t depth) : iterations_(std::max<int64_t>(blocks * depth, 1)) {}
+  Stretches(Rows<T> rows, int64_t count, int64_t columns, int64_t blocks)
+      : rows_(rows),
+        end_(count),
+        per_row_(count > 0 ? std::max<int64_t>(blocks / count, 1) : 1),
+        bytes_(columns * static_cast<int64_t>(sizeof(T)) / per_row_) {}
 
-  template <class T>
-  void add(const Matrix& matrix, int64_t first, int64_t rows, int64_t columns) {
-    if (!is_direct<T>(matrix) || matrix.row_stride != columns || rows <= 0) return;
-    const T* begin = static_cast<const T*>(matrix.data) + first * columns;
-    regions_[count_++] = {reinterpret_cast<const char*>(begin),
-                          reinterpret_cast<const char*>(begin + rows * columns)};
-    bytes_ += rows * columns * sizeof(T);
-    step_ = (bytes_ + iterations_ - 1) / iterations_;
-  }
-
-  // Sets `ahead` to the stretch that `depth` iterations cover.
   void next(int64_t depth, Ahead& ahead) {
-    while (at_ < count_ && regions_[at_].begin >= regions_[at_].end) ++at_;
-    if (at_ == count_) {
+    if (row_ >= end_) {
       ahead.rows = ahead.panel;
       ahead.rows_step = 0;
       return;
     }
-    ahead.rows = regions_[at_].begin;
-    ahead.rows_step = step_;
-    regions_[at_].begin += step_ * depth;
+    ahead.rows = reinterpret_cast<const char*>(rows_.data + row_ * rows_.stride) + part_ * bytes_;
+    ahead.rows_step = (bytes_ + depth - 1) / depth;
+    if (++part_ == per_row_) {
+      part_ = 0;
+      ++row_;
+    }
   }
 
  private:
-  struct Region {
-    const char* begin;
-    const char* end;
-  };
-  Region regions_[2] = {};
-  int count_ = 0, at_ = 0;
-  int64_t iterations_, bytes_ = 0, step_ = 0;
+  Rows<T> rows_;
+  int64_t end_, per_row_, bytes_;
+  int64_t row_ = 0, part_ = 0;
 };
 
-// thin [rows, width] times a tail: r more steps of the inner loop.
-template <class T>
-struct Extension {
-  const T* thin = nullptr;  // null: none
-  int64_t width = 0;
-  Tail<T> tail = {};
-
-  Term<T> term(int64_t i, int64_t j, int64_t across) const {
-    return {thin + i * width, width, tail.panel(j), across, tail.rank};
-  }
-};
-
-// out [rows, columns] = a·w + bias + the extension; out's rows have room for packed.padded columns
-// where `padded`, else for packed.columns.
+// out [rows, columns] = a·w + bias + thin·tail, and the riders. out's rows have room for
+// packed.padded columns where `padded`, else for packed.columns. `following` rows come after these
+// in memory and are multiplied next.
 template <class T>
 void product(Rows<T> a, int64_t rows, const Packed<T>& packed, const T* bias,
-             const Extension<T>& extension, T* out, int64_t ldo, bool padded, Upcoming upcoming) {
+             const Riders<T>& riders, T* out, int64_t ldo, bool padded, int64_t following) {
   T edge[kRows * kPanel<T>];
+  const int64_t width = riders.width;
   const int64_t blocks = (rows + kRows - 1) / kRows;
   const int64_t panel_step = (kPanel<T> * sizeof(T) + blocks - 1) / blocks;
   for (int64_t k = 0; k < packed.inner; k += kDepth) {
     const int64_t depth = std::min(kDepth, packed.inner - k);
     const bool first = k == 0;
     const bool last = k + kDepth >= packed.inner;
+    const Rows<T> slice{a.data + k, a.stride};
+    if (riders.thin_in != nullptr) {
+      thin_product(slice, rows, depth, riders.thin_in + k * width, width, riders.thin, !first);
+    }
+    if (riders.tall != nullptr) {
+      tall_product(slice.data, slice.stride, riders.tall_with, width, rows, riders.tall + k * width,
+                   width, depth, width);
+    }
+    const bool beside = last && riders.beside_tall != nullptr;
+    Stretches<T> upcoming =
+        last ? Stretches<T>({a.data + rows * a.stride, a.stride}, following,
+                            std::min(kDepth, packed.inner), packed.blocks(rows))
+             : Stretches<T>({slice.data + depth, slice.stride}, rows,
+                            std::min(kDepth, packed.inner - k - depth), packed.blocks(rows));
     for (int64_t j = 0; j < packed.padded; j += kPanel<T>) {
       const int64_t across = packed.panel_columns(j);
       const int64_t valid = std::min(across, packed.columns - j);
@@ -77,9 +90,11 @@ void product(Rows<T> a, int64_t rows, const Packed<T>& packed, const T* bias,
       const char* next_panel = reinterpret_cast<const char*>(panel + across * depth);
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t count = std::min<int64_t>(kRows, rows - i);
-        const Term<T> main{a.data + i * a.stride + k, a.stride, panel, across, depth};
-        const Term<T> low_rank =
-            last && extension.thin != nullptr ? extension.term(i, j, across) : Term<T>{};
+        const Term<T> main{slice.data + i * a.stride, a.stride, panel, across, depth};
+        const Term<T> low_rank = last && riders.tail.data != nullptr
+                                     ? Term<T>{riders.thin + i * width, width, riders.tail.panel(j),
+                                               across, riders.tail.rank}
+                                     : Term<T>{};
         T* to = out + i * ldo + j;
         if (count == kRows && across == kPanel<T> && direct) {
           Ahead ahead;
@@ -87,6 +102,12 @@ void product(Rows<T> a, int64_t rows, const Packed<T>& packed, const T* bias,
           ahead.panel_step = panel_step;
           upcoming.next(depth, ahead);
           ahead.out = i + kRows < rows ? to + kRows * ldo : out + j + across;
+          ahead.beside = ahead.out;
+          ahead.beside_stride = ldo;
+          if (beside) {
+            ahead.beside = riders.beside.data + i * riders.beside.stride + j + across;
+            ahead.beside_stride = riders.beside.stride;
+          }
           block_entry<T, kRows, kVectors, true>(main, low_rank, to, ldo, start, !first, ahead);
           continue;
         }
@@ -102,6 +123,10 @@ void product(Rows<T> a, int64_t rows, const Packed<T>& packed, const T* bias,
         for (int64_t r = 0; r < count; ++r) {
           std::memcpy(to + r * ldo, edge + r * across, valid * sizeof(T));
         }
+      }
+      if (beside) {
+        tall_product(riders.beside.data + j, riders.beside.stride, riders.thin, width, rows,
+                     riders.beside_tall + j * width, width, valid, width);
       }
     }
   }
