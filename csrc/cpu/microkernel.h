@@ -62,22 +62,22 @@ struct Term {
 // one go it would hold up the loads of the product itself. Where the product reads and writes
 // memory that is not in the second-level cache, this is worth a tenth of its time.
 struct Ahead {
-  const char* panel = nullptr;  // the next panel
-  int64_t panel_step = 0;       // bytes per k
-  const char* rows = nullptr;   // a stretch of a row that a later step reads
-  int64_t rows_step = 0;
+  const char* panel = nullptr;   // the next panel
+  int64_t panel_lines = 0;       // of it at a time
+  const char* rows = nullptr;    // a stretch of a row that a later step reads
   const void* out = nullptr;     // the block of `out` that is stored next
   const void* beside = nullptr;  // a block of the same size that is read next
   int64_t beside_stride = 0;
 };
 
-// The k between two lines of `out`.
-constexpr int64_t kStride = 16;
+constexpr int64_t kLine = 64;
+// The k between two times of asking.
+constexpr int64_t kStride = 8;
 
 // Terms that are summed one after another before the sum joins the others': rounding errors grow
 // with the length of a chain.
 constexpr int64_t kChain = 128;
-static_assert(kChain % kStride == 0);
+static_assert(kChain % (2 * kStride) == 0);
 
 // total += term.a·term.b, a read along its rows.
 template <class T, int ROWS, int VECTORS>
@@ -107,21 +107,26 @@ EFFT_INLINE void add_term_asking_ahead(Vec<T> (&total)[ROWS][VECTORS], const Ter
     Vec<T> acc[ROWS][VECTORS] = {};
     const int64_t chain_end = std::min(depth, k + kChain);
     while (k < chain_end) {
-      __builtin_prefetch(out, 1, 3);
-      __builtin_prefetch(beside, 0, 2);
-      out += kLanes<T>;
-      beside += kLanes<T>;
-      if (++vector == VECTORS) {
-        vector = 0;
-        out += ldc - VECTORS * kLanes<T>;
-        beside += ahead.beside_stride - VECTORS * kLanes<T>;
+      for (int64_t line = 0; line < ahead.panel_lines; ++line) {
+        __builtin_prefetch(ahead.panel, 0, 2);
+        ahead.panel += kLine;
+      }
+      if (k % (2 * kStride) == 0) {
+        __builtin_prefetch(ahead.rows, 0, 2);
+        ahead.rows += kLine;
+      } else {
+        __builtin_prefetch(out, 1, 3);
+        __builtin_prefetch(beside, 0, 2);
+        out += kLanes<T>;
+        beside += kLanes<T>;
+        if (++vector == VECTORS) {
+          vector = 0;
+          out += ldc - VECTORS * kLanes<T>;
+          beside += ahead.beside_stride - VECTORS * kLanes<T>;
+        }
       }
       for (const int64_t end = std::min(chain_end, k + kStride); k < end; ++k) {
-        __builtin_prefetch(ahead.panel, 0, 2);
-        __builtin_prefetch(ahead.rows, 0, 2);
         step<T, ROWS, VECTORS>(acc, a, row, b);
-        ahead.panel += ahead.panel_step;
-        ahead.rows += ahead.rows_step;
         a += 1;
         b += ldb;
       }

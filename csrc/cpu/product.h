@@ -33,18 +33,16 @@ class Stretches {
         per_row_(count > 0 ? std::max<int64_t>(blocks / count, 1) : 1),
         bytes_(columns * static_cast<int64_t>(sizeof(T)) / per_row_) {}
 
-  void next(int64_t depth, Ahead& ahead) {
-    if (row_ >= end_) {
-      ahead.rows = ahead.panel;
-      ahead.rows_step = 0;
-      return;
-    }
-    ahead.rows = reinterpret_cast<const char*>(rows_.data + row_ * rows_.stride) + part_ * bytes_;
-    ahead.rows_step = (bytes_ + depth - 1) / depth;
+  // The next stretch, or `otherwise` where there is none left.
+  const char* next(const char* otherwise) {
+    if (row_ >= end_) return otherwise;
+    const char* stretch =
+        reinterpret_cast<const char*>(rows_.data + row_ * rows_.stride) + part_ * bytes_;
     if (++part_ == per_row_) {
       part_ = 0;
       ++row_;
     }
+    return stretch;
   }
 
  private:
@@ -62,7 +60,9 @@ void product(Rows<T> a, int64_t rows, const Packed<T>& packed, const T* bias,
   T edge[kRows * kPanel<T>];
   const int64_t width = riders.width;
   const int64_t blocks = (rows + kRows - 1) / kRows;
-  const int64_t panel_step = (kPanel<T> * sizeof(T) + blocks - 1) / blocks;
+  const int64_t strides = blocks * ((std::min(kDepth, packed.inner) + kStride - 1) / kStride);
+  const int64_t panel_bytes = std::min(kDepth, packed.inner) * kPanel<T> * sizeof(T);
+  const int64_t panel_lines = (panel_bytes / kLine + strides - 1) / strides;
   for (int64_t k = 0; k < packed.inner; k += kDepth) {
     const int64_t depth = std::min(kDepth, packed.inner - k);
     const bool first = k == 0;
@@ -98,9 +98,9 @@ void product(Rows<T> a, int64_t rows, const Packed<T>& packed, const T* bias,
         T* to = out + i * ldo + j;
         if (count == kRows && across == kPanel<T> && direct) {
           Ahead ahead;
-          ahead.panel = next_panel + i / kRows * panel_step * depth;
-          ahead.panel_step = panel_step;
-          upcoming.next(depth, ahead);
+          ahead.panel = next_panel + i / kRows * (depth / kStride) * panel_lines * kLine;
+          ahead.panel_lines = panel_lines;
+          ahead.rows = upcoming.next(ahead.panel);
           ahead.out = i + kRows < rows ? to + kRows * ldo : out + j + across;
           ahead.beside = ahead.out;
           ahead.beside_stride = ldo;
