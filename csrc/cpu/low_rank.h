@@ -119,13 +119,27 @@ struct BackwardPlan {
   }
 };
 
-// The first slot's partial sums += the others', in the order of the slots.
+// Partial sums [slots, count]; the first slot's += the others', in the order of the slots.
 template <class T>
-void reduce_slots(T* partial, int64_t slots, int64_t count) {
-  for (int64_t slot = 1; slot < slots; ++slot) {
-    const T* other = partial + slot * count;
-    for (int64_t i = 0; i < count; ++i) partial[i] += other[i];
-  }
+struct Partial {
+  T* sums;
+  int64_t count;
+};
+
+template <class T>
+void reduce_slots(const Partial<T> (&partials)[2], int64_t slots) {
+  constexpr int64_t kPart = 4096;
+  const int64_t parts[2] = {(partials[0].count + kPart - 1) / kPart,
+                            (partials[1].count + kPart - 1) / kPart};
+  parallel_each(parts[0] + parts[1], [&](int64_t task) {
+    const Partial<T>& partial = partials[task < parts[0] ? 0 : 1];
+    const int64_t begin = (task < parts[0] ? task : task - parts[0]) * kPart;
+    const int64_t end = std::min(partial.count, begin + kPart);
+    for (int64_t slot = 1; slot < slots; ++slot) {
+      const T* other = partial.sums + slot * partial.count;
+      for (int64_t i = begin; i < end; ++i) partial.sums[i] += other[i];
+    }
+  });
 }
 
 template <class T>
@@ -194,12 +208,13 @@ void backward(const Backward& args) {
     });
   });
 
+  reduce_slots<T>({{plan.d_down, plan.d_down == nullptr ? 0 : args.K * width},
+                   {plan.d_b, plan.d_b == nullptr ? 0 : args.N * width}},
+                  args.slots);
   if (plan.d_down != nullptr) {
-    reduce_slots(plan.d_down, args.slots, args.K * width);
     write_padded(args.d_down, 0, args.K, args.factors.Ra, plan.d_down, width);
   }
   if (plan.d_b != nullptr) {
-    reduce_slots(plan.d_b, args.slots, args.N * width);
     unfold(args.factors, args.N, plan.thin, plan.d_b, plan.d_up, plan.d_core);
     if (args.d_up) {
       const T* d_up = plan.d_up != nullptr ? plan.d_up : plan.d_b;
