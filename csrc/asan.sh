@@ -4,6 +4,8 @@
 set -euo pipefail
 python=$(realpath -s "${1:?usage: csrc/asan.sh PYTHON [pytest arguments]}")
 shift
+# EFFT_KERNELS_CPU_ISA=avx2|baseline runs the same tests on the kernels of another instruction set.
+if [[ $# -eq 0 ]]; then set -- -m "not slow" tests/ops/test_cpp.py; fi
 cd "$(dirname "$0")/.."
 
 "$python" csrc/native_build.py --sanitize --only _native --build-dir build/asan
@@ -27,4 +29,4 @@ export EFFT_KERNELS_NATIVE_LIBRARY=$PWD/build/asan/_native.so
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 # --capture=sys leaves the file descriptors alone, so that a report is seen.
 LD_PRELOAD=$preload exec "$python" -m pytest -p no:cacheprovider -q --capture=sys --benchmark-disable \
-  "${@:-tests/ops/test_cpp.py}"
+  "$@"

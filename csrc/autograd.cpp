@@ -8,11 +8,11 @@
 //
 // This library is built against one torch version's C++ interface; without it the same operators
 // are called through the autograd.Function of ops/functional.py.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/utils/python_arg_parser.h>
 #include <torch/extension.h>
 
 #include <array>
@@ -266,15 +266,13 @@ OptionalTensor unpack_optional(py::handle given) {
 OptionalTensor low_rank_linear(py::handle x_given, py::handle weight_given, py::handle bias_given,
                                py::handle down_given, py::handle core_given, py::handle up_given,
                                int64_t asked, const py::function& decide) {
-  // A tensor without a __torch_function__ of its own, under no torch function mode.
-  const auto is_tensor = [](py::handle given) {
-    return THPVariable_Check(given.ptr()) && !torch::check_has_torch_function(given.ptr());
-  };
+  // A subclass may have a __torch_function__ of its own; a Parameter has none.
+  if (at::impl::torch_function_mode_enabled()) return std::nullopt;
   for (const py::handle given : {x_given, weight_given, down_given, up_given}) {
-    if (!is_tensor(given)) return std::nullopt;
+    if (!THPVariable_CheckExact(given.ptr())) return std::nullopt;
   }
   for (const py::handle given : {bias_given, core_given}) {
-    if (!given.is_none() && !is_tensor(given)) return std::nullopt;
+    if (!given.is_none() && !THPVariable_CheckExact(given.ptr())) return std::nullopt;
   }
   const Tensor& given = THPVariable_Unpack(x_given.ptr());
   const Tensor& weight = THPVariable_Unpack(weight_given.ptr());

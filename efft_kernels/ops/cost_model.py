@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -276,6 +276,17 @@ def cpp_plan(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     return [pack, library, Launch("r more steps", 2 * M * columns * r, 0), *thin]
 
 
+def packing_pays(problem: Problem) -> bool:
+    """Whether the C++ CPU backend, which packs the weight once per call, is the faster one.
+
+    Over plain torch, forward and backward, float32, two threads: 0.76 to 0.92 of its speed for
+    weights of 1.8 to 2.4 million elements up to 394 rows, 1.03 to 1.06 at 1,576; 1.01 to 1.34 for
+    590 thousand elements and fewer at any number of rows. In bfloat16 it is 1.6 times as fast as a
+    library without AMX. `python -m benchmarks.operator_sweep` measures it anew.
+    """
+    return problem.compute_bytes == 2 or problem.N * problem.K <= 1 << 20 or problem.M >= 512
+
+
 def seconds(launches: Iterable[Launch], problem: Problem, device: Device) -> float:
     """The predicted time of launches run one after another."""
     rate = device.half_flops if problem.compute_bytes == 2 else device.float_flops
@@ -349,6 +360,14 @@ def _key(problem: Problem, backend: str) -> _Key:
     return backend, p.backward, p.compute_bytes, p.weight_bytes, p.K, p.N, p.rank
 
 
+_forget: list[Callable[[], None]] = []
+
+
+def when_measured(forget: Callable[[], None]) -> None:
+    """Have `forget` called after new measurements: for whoever remembers what `choose` said."""
+    _forget.append(forget)
+
+
 def add_measured(rows: Iterable[Mapping[str, Any]]) -> None:
     """Let benchmark rows of this machine's device decide instead of the model.
 
@@ -369,6 +388,8 @@ def add_measured(rows: Iterable[Mapping[str, Any]]) -> None:
             row["ms_p50"]
         )
     choose.cache_clear()
+    for forget in _forget:
+        forget()
 
 
 @cache

@@ -72,3 +72,6 @@ def forget_choices() -> None:
     module = native.autograd_module()
     if module is not None:
         module.forget_choices()
+
+
+cost_model.when_measured(forget_choices)

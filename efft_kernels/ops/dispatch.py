@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cost_model, schemas
 
@@ -131,7 +132,7 @@ def select(
         RuntimeError: an explicitly chosen backend cannot run here or cannot take x.
         ValueError: the backend has no such strategy.
     """
-    module, name = _select_backend(backend, x)
+    module, name = _select_backend(backend, x, problem)
     if strategy == "auto":
         return module, cost_model.choose(problem, module.STRATEGIES, name)
     if strategy not in module.STRATEGIES:
@@ -141,7 +142,7 @@ def select(
     return module, strategy
 
 
-def _select_backend(backend: str, x: Tensor) -> tuple[ModuleType, str]:
+def _select_backend(backend: str, x: Tensor, problem: cost_model.Problem) -> tuple[ModuleType, str]:
     if backend != "auto":
         module = require_backend(backend)
         reason = module.rejects(x)
@@ -151,6 +152,8 @@ def _select_backend(backend: str, x: Tensor) -> tuple[ModuleType, str]:
     for name in _PREFERENCE:
         if name == "triton" and not x.is_cuda:
             continue  # its interpreter takes CPU tensors, for whoever asks for it by name
+        if name == "cpp" and not cost_model.packing_pays(problem):
+            continue
         module_or_none, _ = _load(name)
         if module_or_none is not None and module_or_none.rejects(x) is None:
             return module_or_none, name
@@ -181,6 +184,21 @@ def _surroundings(device: torch.device) -> AbstractContextManager[Any]:
     return stack
 
 
+def _without_tangents(backend: str, operands: tuple[Tensor | None, ...]) -> str:
+    """The backend, or 'torch' in the place of 'auto' where an operand carries a forward-mode
+    tangent, which a kernel would drop.
+    """
+    if forward_ad._current_level < 0 or backend == "torch":
+        return backend
+    if all(t is None or forward_ad.unpack_dual(t).tangent is None for t in operands):
+        return backend
+    if backend != "auto":
+        raise RuntimeError(
+            f"backend {backend!r} does not support forward-mode derivatives; use backend='torch'"
+        )
+    return "torch"
+
+
 def _empty_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty((0,)) if grad is None else grad
 
@@ -196,6 +214,7 @@ def _fwd(
     backend: str,
     strategy: str,
 ) -> tuple[Tensor, Tensor]:
+    backend = _without_tangents(backend, (x, weight, bias, down, core, up))
     problem = cost_model.Problem.of(x, weight, down, core, up, training=save_p)
     module, strategy = select(backend, strategy, problem, x)
     with _surroundings(x.device):

@@ -114,8 +114,10 @@ def test_every_slice_and_a_training_step_are_the_dense_models(make_vit, randomiz
 def test_other_slices_outputs_are_untouched_to_the_bit(make_vit, randomize, matrices):
     model = make_vit()
     x = torch.randn(2, 5, D)
-    before = model.blocks[0].attn.qkv(x).unflatten(-1, (3, D))
+    plain = model.blocks[0].attn.qkv(x)
     adapter = attach(model, KAdaptation(products=2, rank=1, matrices=matrices))
+    before = model.blocks[0].attn.qkv(x).unflatten(-1, (3, D))  # ΔW is zero still
+    torch.testing.assert_close(before.flatten(-2), plain)
     randomize(adapter)
     after = model.blocks[0].attn.qkv(x).unflatten(-1, (3, D))
     for position, kind in enumerate(("q", "k", "v")):

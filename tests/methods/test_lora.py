@@ -114,10 +114,13 @@ def test_other_slices_outputs_are_untouched_to_the_bit(
     model = make_vit(dtype=dtype)
     layer = model.blocks[0].attn.qkv
     x = torch.randn(2, 5, D, dtype=dtype)
-    before = layer(x).unflatten(-1, (3, D))
+    plain = layer(x)
     adapter = attach(model, LoRA(rank=3, matrices=matrices))
+    adapted = model.train(training).blocks[0].attn.qkv
+    before = adapted(x).unflatten(-1, (3, D))  # ΔW is zero still
+    torch.testing.assert_close(before.flatten(-2), plain)
     randomize(adapter)
-    after = model.train(training).blocks[0].attn.qkv(x).unflatten(-1, (3, D))
+    after = adapted(x).unflatten(-1, (3, D))
     for position, kind in enumerate(("q", "k", "v")):
         same = torch.equal(after[..., position, :], before[..., position, :])
         assert same == (kind not in matrices)

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from efft_kernels import EFFT2, FusedEFFTLinear, attach, low_rank_linear
-from efft_kernels.ops import torch_backend
+from efft_kernels.ops import cpp, torch_backend
 
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default
 BWD = torch.ops.efft_kernels.low_rank_linear_bwd.default
@@ -47,16 +47,19 @@ class Graphs:
 
 
 @pytest.fixture
-def backward_rows(monkeypatch):
-    """M of every backward that really ran."""
+def backward_rows(monkeypatch, no_entry_point):
+    """M of every backward that really ran, compiled or eager."""
     rows = []
-    real = torch_backend.backward
 
-    def recording(dy, *args, **kwargs):
-        rows.append(dy.shape[0])
-        return real(dy, *args, **kwargs)
+    def recording(real):
+        def backward(dy, *args, **kwargs):
+            rows.append(dy.shape[0])
+            return real(dy, *args, **kwargs)
 
-    monkeypatch.setattr(torch_backend, "backward", recording)
+        return backward
+
+    for backend in (torch_backend, cpp):
+        monkeypatch.setattr(backend, "backward", recording(backend.backward))
     return rows
 
 

@@ -155,3 +155,12 @@ def test_seconds_is_the_longer_of_arithmetic_and_memory():
     assert seconds([launch], QKV, device) == pytest.approx(1 + device.launch_s)
     launch = cost_model.Launch("x", 0, int(2 * device.bandwidth))
     assert seconds([launch], QKV, device) == pytest.approx(2 + device.launch_s)
+
+
+def test_packing_pays_where_it_was_measured_to():
+    """A large float32 weight and few rows go to plain torch, everything else to the C++ kernels."""
+    large = cost_model.Problem(197, 768, 3072, 1, 16, True, 4, 4, "cpu")
+    assert not cost_model.packing_pays(large)
+    assert cost_model.packing_pays(large._replace(M=1576))
+    assert cost_model.packing_pays(large._replace(compute_bytes=2))
+    assert cost_model.packing_pays(large._replace(K=384, N=1536))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efft_kernels import available_backends, low_rank_linear, reference, use_backend
-from efft_kernels.ops import dispatch, torch_backend
+from efft_kernels.ops import cpp, dispatch, torch_backend
 
 NAMES = {"reference", "torch", "cpp", "triton", "cuda"}
 
@@ -27,20 +27,24 @@ def tensors():
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch, no_entry_point):
     """(backend, strategy) of every forward, in order."""
     seen = []
-    real_forward, real_reference = torch_backend.forward, reference.low_rank_linear
+    real_reference = reference.low_rank_linear
 
-    def forward(*args, strategy, **kwargs):
-        seen.append(("torch", strategy))
-        return real_forward(*args, strategy=strategy, **kwargs)
+    def recording(name, real):
+        def forward(*args, strategy, **kwargs):
+            seen.append((name, strategy))
+            return real(*args, strategy=strategy, **kwargs)
+
+        return forward
 
     def of_reference(*args, **kwargs):
         seen.append(("reference", None))
         return real_reference(*args, **kwargs)
 
-    monkeypatch.setattr(torch_backend, "forward", forward)
+    for name, backend in (("torch", torch_backend), ("cpp", cpp)):
+        monkeypatch.setattr(backend, "forward", recording(name, backend.forward))
     monkeypatch.setattr(reference, "low_rank_linear", of_reference)
     return seen
 
@@ -104,9 +108,9 @@ def test_unknown_backend(tensors, name, monkeypatch):
     assert repr(name) in str(error.value)
 
 
-def test_argument_before_context_before_environment(tensors, calls, monkeypatch):
+def test_argument_before_context_before_environment(tensors, calls, default_backend, monkeypatch):
     low_rank_linear(**tensors)
-    assert calls.pop()[0] == "torch"
+    assert calls.pop()[0] == default_backend
     monkeypatch.setenv("EFFT_KERNELS_BACKEND", "reference")
     low_rank_linear(**tensors)
     assert calls.pop()[0] == "reference"
@@ -119,7 +123,7 @@ def test_argument_before_context_before_environment(tensors, calls, monkeypatch)
     assert calls.pop()[0] == "torch"
 
 
-def test_contexts_nest_and_end(tensors, calls):
+def test_contexts_nest_and_end(tensors, calls, default_backend):
     def chosen():
         low_rank_linear(**tensors)
         return calls.pop()[0]
@@ -127,7 +131,7 @@ def test_contexts_nest_and_end(tensors, calls):
     with use_backend("reference"):
         with use_backend("torch"):
             with use_backend("auto"):
-                assert chosen() == "torch"
+                assert chosen() == default_backend
             assert chosen() == "torch"
         assert chosen() == "reference"
         with pytest.raises(KeyError), use_backend("torch"):
@@ -137,8 +141,8 @@ def test_contexts_nest_and_end(tensors, calls):
             pass
         assert chosen() == "reference"
         with use_backend("auto"):
-            assert chosen() == "torch"
-    assert chosen() == "torch"
+            assert chosen() == default_backend
+    assert chosen() == default_backend
 
 
 def test_reference_backend_equals_torch(tensors):
@@ -167,12 +171,28 @@ def test_strategy_that_the_backend_lacks(tensors):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 5, 5000])
-def test_auto_never_merges_into_half_precision_weights(tensors, dtype, m, calls):
+def test_torch_never_merges_into_half_precision_weights(tensors, dtype, m, calls):
     """An increment below half an ulp of W0 would vanish."""
     given = {name: t.to(dtype) for name, t in tensors.items()} | {"x": torch.randn(m, 7).to(dtype)}
     given["down"].requires_grad_()
-    low_rank_linear(**given)
+    low_rank_linear(**given, backend="torch")
     assert calls == [("torch", "split")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 5, 5000])
+def test_auto_keeps_an_increment_below_half_an_ulp(dtype, m):
+    """What W0 = 1 contributes cancels in x, so y is the increment alone."""
+    eps = torch.finfo(dtype).eps / 8
+    y = low_rank_linear(
+        torch.tensor([[1.0, -1.0]], dtype=dtype).expand(m, 2),
+        torch.ones(3, 2, dtype=dtype),
+        None,
+        torch.tensor([[eps], [0.0]], dtype=dtype, requires_grad=True),
+        None,
+        torch.ones(1, 3, 1, dtype=dtype),
+    )
+    assert torch.equal(y.detach(), torch.full((m, 3), eps, dtype=dtype))
 
 
 def test_compiled_backend_refuses_torch_func(tensors, monkeypatch):
@@ -184,7 +204,6 @@ def test_compiled_backend_refuses_torch_func(tensors, monkeypatch):
 
 def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
     monkeypatch.setitem(dispatch._MODULES, "cpp", "efft_kernels.ops.there_is_no_such_module")
-    monkeypatch.delitem(dispatch._NOT_IN_THIS_RELEASE, "cpp", raising=False)
     dispatch._load.cache_clear()
     try:
         reason = available_backends()["cpp"]

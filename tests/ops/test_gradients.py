@@ -1,4 +1,5 @@
-"""First and second derivatives by finite differences, torch.func, and activation checkpointing."""
+"""First and second derivatives by finite differences, torch.func, and activation checkpointing, by
+every route on the CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import low_rank_linear, reference
+
+pytestmark = pytest.mark.usefixtures("route")
 
 NAMES = ("x", "weight", "bias", "down", "core", "up")
 STRATEGIES = ("split", "merged")

@@ -57,13 +57,14 @@ def test_rejects_names_what_came():
 def test_auto_never_takes_the_interpreter():
     code = """
 import torch
-from efft_kernels.ops import dispatch
+from efft_kernels.ops import cost_model, dispatch
 from efft_kernels.ops import triton as backend
 x = torch.zeros(2, 3)
 assert backend.unavailable() is None and backend.rejects(x) is None
 assert "bfloat16" in backend.rejects(x.bfloat16())
-assert dispatch._select_backend("auto", x)[1] == "torch"
-assert dispatch._select_backend("triton", x)[1] == "triton"
+problem = cost_model.Problem(2, 3, 5, 1, 2, False, 4, 4, "cpu")
+assert dispatch._select_backend("auto", x, problem)[1] in ("cpp", "torch")
+assert dispatch._select_backend("triton", x, problem)[1] == "triton"
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
