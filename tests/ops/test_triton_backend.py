@@ -117,7 +117,7 @@ def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_p
         shape = {"wide": False, "aligned": aligned, "ride": True, "index": 0}
         return list(tuning.gemm_config(m, c, 768, 16, torch.bfloat16, **shape))
 
-    assert config(12608, 2304) == row
+    assert config(12608, 2304) == [*row, False]
     assert config(600, 2304) != row
     assert config(12608, 768) != row
     assert config(12608, 2304, aligned=False) != row
