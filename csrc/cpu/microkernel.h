@@ -235,11 +235,19 @@ void tall_columns(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t dept
   }
 }
 
+// Rows that a tall product sums in one chain; a block of rows is one.
+constexpr int64_t kTallChain = 256;
+
 // c [columns, width] += a^T·b for a [depth, columns] and b [depth, width], width a multiple of the
 // lanes.
 template <class T>
 void tall_product(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* c,
                   int64_t ldc, int64_t columns, int64_t width) {
+  for (; depth > kTallChain; depth -= kTallChain) {
+    tall_product(a, lda, b, ldb, kTallChain, c, ldc, columns, width);
+    a += kTallChain * lda;
+    b += kTallChain * ldb;
+  }
   for (int64_t j = 0; j < width; j += kVectors * kLanes<T>) {
     switch ((width - j) / kLanes<T>) {
       case 1:
