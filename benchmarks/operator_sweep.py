@@ -200,14 +200,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--impl", nargs="+", default=IMPLS)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     parser.add_argument("--seconds", type=float, default=180.0, help="of rounds, for all cases")
     parser.add_argument("--out", type=Path, default=OPERATORS_CSV)
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 130)
     with console.status("measuring the peaks") as status:
         rows = run(
-            arguments.models, arguments.ranks, images=arguments.images, seconds=arguments.seconds,
-            impls=arguments.impl, modes=arguments.modes, out=arguments.out, progress=status.update,
+            arguments.models, arguments.ranks, images=arguments.images,
+            dtype=getattr(torch, arguments.dtype), seconds=arguments.seconds, impls=arguments.impl, modes=arguments.modes, out=arguments.out, progress=status.update,
         )  # fmt: skip
     console.print(tables.operator_table(rows))
 
