@@ -208,7 +208,8 @@ def main() -> None:
     with console.status("measuring the peaks") as status:
         rows = run(
             arguments.models, arguments.ranks, images=arguments.images,
-            dtype=getattr(torch, arguments.dtype), seconds=arguments.seconds, impls=arguments.impl, modes=arguments.modes, out=arguments.out, progress=status.update,
+            dtype=getattr(torch, arguments.dtype), seconds=arguments.seconds,
+            impls=arguments.impl, modes=arguments.modes, out=arguments.out, progress=status.update,
         )  # fmt: skip
     console.print(tables.operator_table(rows))
 
