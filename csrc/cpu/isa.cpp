@@ -5,8 +5,14 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace efft_kernels::cpu {
 namespace {
+
+constexpr int64_t kHugePage = 1 << 21;
 
 const Kernels& choose() {
   const Kernels* all[] = {&kAvx512, &kAvx2, &kBaseline};
@@ -34,11 +40,15 @@ void* workspace(int64_t bytes) {
   thread_local std::unique_ptr<void, Free> memory;
   thread_local int64_t held = 0;
   if (bytes > held) {
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    const int64_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     memory.reset();
     held = 0;
-    memory.reset(std::aligned_alloc(4096, rounded));
+    memory.reset(std::aligned_alloc(kHugePage, rounded));
     if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    // A request that may be refused: the panels of a weight lie on hundreds of small pages.
+    madvise(memory.get(), rounded, MADV_HUGEPAGE);
+#endif
     held = rounded;
   }
   return memory.get();
