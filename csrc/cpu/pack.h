@@ -85,7 +85,6 @@ struct Tail {
   int64_t rank = 0;
   const T* data = nullptr;
 
-  static int64_t size(int64_t rank, int64_t padded) { return rank * padded; }
   const T* panel(int64_t j) const { return data + j * rank; }
 };
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, torch_backend
+from . import native, native_operators, torch_backend
 from .cost_model import Problem
 from .torch_backend import Grads
 
@@ -80,25 +80,6 @@ def backward(
         return torch_backend.backward(
             dy, x, weight, p, down, core, up, needs=needs, strategy="split"
         )
-    need_x, need_weight, need_bias, need_down, need_core, need_up = needs
-    need_core = need_core and core is not None
-    d_weight, d_bias = torch_backend.frozen_grads(dy, x, weight, need_weight, need_bias)
-    dx, d_down, d_core, d_up = torch.ops.efft_kernels.native_bwd(
-        dy,
-        x,
-        weight,
-        p,
-        down,
-        core,
-        up,
-        need_x | need_down << 3 | need_core << 4 | need_up << 5,
-        STRATEGY_CODES[strategy],
-    )
-    return (
-        dx if need_x else None,
-        d_weight,
-        d_bias,
-        d_down if need_down else None,
-        d_core if need_core else None,
-        d_up if need_up else None,
+    return native_operators.backward(
+        dy, x, weight, p, down, core, up, needs, STRATEGY_CODES[strategy]
     )

@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import native, torch_backend
+from . import native, native_operators, torch_backend
 from .cost_model import Problem
 from .torch_backend import Grads
 
@@ -99,30 +99,16 @@ def backward(
         return torch_backend.backward(
             dy, x, weight, p, down, core, up, needs=needs, strategy=_torch_strategy(strategy)
         )
-    need_x, need_weight, need_bias, need_down, need_core, need_up = needs
-    need_core = need_core and core is not None
-    d_weight, d_bias = torch_backend.frozen_grads(dy, x, weight, need_weight, need_bias)
-    if not (need_x or need_down or need_core or need_up):
-        return None, d_weight, d_bias, None, None, None
-    kernel_needs = need_x | need_down << 3 | need_core << 4 | need_up << 5
-    dx, d_down, d_core, d_up = torch.ops.efft_kernels.native_bwd(
+    return native_operators.backward(
         _rows(dy),
-        _rows(x) if x is not None and need_down else None,
+        None if x is None else _rows(x),
         _rows(weight),
-        _rows(p) if p is not None and (need_core or need_up) else None,
+        None if p is None else _rows(p),
         down,
         core,
         up,
-        kernel_needs,
+        needs,
         STRATEGIES.index(strategy),
-    )
-    return (
-        dx if need_x else None,
-        d_weight,
-        d_bias,
-        d_down if need_down else None,
-        d_core if need_core else None,
-        d_up if need_up else None,
     )
 
 

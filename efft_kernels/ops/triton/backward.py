@@ -61,13 +61,8 @@ def backward(
         (dy, x, weight, p, down, core, up), "bwd", needs, strategy, dot_precision(dy.dtype)
     )
     dy = rows(dy)
-    dx = d_weight = d_bias = d_down = d_core = d_up = None
-    # The frozen part's own gradients, when someone asks for them, are the library's business.
-    if need_weight:
-        assert x is not None
-        d_weight = torch_backend.mm_into(dy.t(), x, weight.dtype)
-    if need_bias:
-        d_bias = dy.sum(0, dtype=torch.float32).to(weight.dtype)
+    dx = d_down = d_core = d_up = None
+    d_weight, d_bias = torch_backend.frozen_grads(dy, x, weight, need_weight, need_bias)
     need_fold_grad = need_core or need_up
     grad_p = rows(p) if need_fold_grad and p is not None else None
 
