@@ -8,7 +8,7 @@ autograd and allocations. On a fast GPU these decide whether an eager step waits
     F.linear          the frozen layer with the gradient of its input: the floor
     C++ entry         `low_rank_linear` as it is called by default, the C++ kernels
     Python entry      the same kernels through the autograd.Function in Python
-    torch backend     plain torch through the same autograd.Function
+    torch backend     plain torch, its Python called from the C++ entry
     eager torch       the formula as it is usually written, with torch's own autograd
 
 Each number is the least of `repeats` loops, taken in turns, by the processor's clock; `launches` is

@@ -1,18 +1,27 @@
-"""From Python to the native kernels in one step: the C++ entry point, where it takes the call.
+"""From Python to a backend in one step: the C++ entry point, where it takes the call.
 
 csrc/autograd.cpp does there what functional.py and dispatch.py do in Python: the checks, autocast,
-the choice of backend and strategy, and the autograd node. It asks Python for a choice once per kind
-of call and remembers the answer, and it leaves whatever is not plain to functional.py.
+the choice of backend and strategy, and the autograd node. It calls the native operators itself, and
+the `forward` and `backward` of the backends in Python. It asks for a choice once per kind of call
+and remembers the answer, and it leaves whatever is not plain to functional.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
 from torch import Tensor
 
 from . import cost_model, dispatch, native
+from .torch_backend import Grads
+
+Forward = Callable[..., tuple[Tensor, Tensor | None]]
+Backward = Callable[..., Grads]
 
 # The position of a name is its code in csrc/autograd.cpp's keys.
-_BACKENDS = ("auto", "cpp", "cuda")
+_BACKENDS = ("auto", *(name for name in dispatch.BACKENDS if name != "reference"))
 _STRATEGIES = ("auto", *dispatch.STRATEGIES)
 _BACKEND_CODES = {name: code * len(_STRATEGIES) for code, name in enumerate(_BACKENDS)}
 _STRATEGY_CODES = {name: code for code, name in enumerate(_STRATEGIES)}
@@ -48,9 +57,9 @@ def _decide(
     rows: int,
     training: bool,
     asked: int,
-) -> tuple[int, int] | None:
-    """(forward, backward) strategies as the native operators number them, or None where another
-    backend is to run.
+) -> tuple[int, int] | tuple[Forward, Backward] | None:
+    """(forward, backward): strategies as the native operators number them, or a backend's callables
+    where Python is to run; None where functional.py is to take the call.
 
     Raises:
         RuntimeError, ValueError: as `dispatch.select`.
@@ -60,15 +69,56 @@ def _decide(
     problem = cost_model.Problem.of(x, weight, down, core, up, training=training)
     problem = problem._replace(M=rows)
     module, forward = dispatch.select(backend, strategy, problem, x)
-    if not dispatch.is_native(module) or module.out_of_reach(problem):
+    in_backward = problem._replace(training=True, backward=True)
+    other, backward = dispatch.select(backend, strategy, in_backward, x)
+    if other is not module:
         return None
-    problem = problem._replace(training=True, backward=True)
-    _, backward = dispatch.select(backend, strategy, problem, x)
-    return dispatch.STRATEGIES.index(forward), dispatch.STRATEGIES.index(backward)
+    if dispatch.is_native(module) and not module.out_of_reach(problem):
+        return dispatch.STRATEGIES.index(forward), dispatch.STRATEGIES.index(backward)
+    return _callables(module, forward, backward)
+
+
+@cache  # csrc/autograd.cpp keeps every pair for good
+def _callables(
+    module: ModuleType, forward_strategy: str, backward_strategy: str
+) -> tuple[Forward, Backward]:
+    """The backend as csrc/autograd.cpp calls it, with positional arguments alone."""
+
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        core: Tensor | None,
+        up: Tensor,
+        save_p: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        found: tuple[Tensor, Tensor | None] = module.forward(
+            x, weight, bias, down, core, up, save_p=save_p, strategy=forward_strategy
+        )
+        return found
+
+    def backward(
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        p: Tensor | None,
+        down: Tensor,
+        core: Tensor | None,
+        up: Tensor,
+        needs: tuple[bool, ...],
+    ) -> Grads:
+        found: Grads = module.backward(
+            dy, x, weight, p, down, core, up, needs=needs, strategy=backward_strategy
+        )
+        return found
+
+    return forward, backward
 
 
 def forget_choices() -> None:
-    """Ask anew from here on: after new measurements, or another preference."""
+    """Ask anew from here on: after new measurements, another preference, or where a backend can run
+    that could not before."""
     module = native.autograd_module()
     if module is not None:
         module.forget_choices()

@@ -1,5 +1,5 @@
-"""The C++ entry point against the Python way to the same kernels: results, gradients, errors, what
-is saved, and what it leaves to Python.
+"""The C++ entry point against the long way, through functional.py and dispatch.py, to the same
+backend: results, gradients, errors, what is saved, and what it leaves to that way.
 
 test_functional.py, test_gradients.py and test_autocast.py run on both ways already.
 """
@@ -7,12 +7,19 @@ test_functional.py, test_gradients.py and test_autocast.py run on both ways alre
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +30,22 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from efft_kernels import low_rank_linear, reference, use_backend
-from efft_kernels.ops import cost_model, cpp, direct, dispatch, functional, native
+from efft_kernels.ops import (
+    cost_model,
+    cpp,
+    direct,
+    dispatch,
+    functional,
+    native,
+    torch_backend,
+)
 
 for missing in (native.not_built("_native"), native.not_built("_autograd")):
     if missing is not None:
@@ -55,9 +71,19 @@ def on_both_ways(run: Callable[[], Any]) -> tuple[Any, Any]:
         return found, run()
 
 
+@pytest.fixture(params=["auto", "torch"])
+def backend(request) -> Iterator[str]:
+    """What runs a call that names none: the native kernels, or a backend in Python."""
+    with use_backend(request.param):
+        yield request.param
+
+
+on_each_backend = pytest.mark.usefixtures("backend")
+
+
 @pytest.fixture
 def python_calls(monkeypatch) -> list[str]:
-    """One entry for every call that Python checked, and so took."""
+    """One entry for every call that functional.py checked, and so took."""
     seen = []
     real = functional._check
 
@@ -118,6 +144,7 @@ FORMS = [
 ]
 
 
+@on_each_backend
 @pytest.mark.parametrize("strategy", ["auto", *cpp.STRATEGIES])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(
@@ -125,6 +152,7 @@ FORMS = [
     [
         {},
         {"dtype": torch.float64},
+        {"dtype": torch.float16},
         {"dtype": torch.bfloat16},
         {"dtype": torch.bfloat16, "factor_dtype": torch.float32},
     ],
@@ -140,6 +168,7 @@ def test_same_bits(dtypes, form, strategy, python_calls):
         python_calls.clear()
 
 
+@on_each_backend
 @pytest.mark.parametrize("wanted", [(n,) for n in NAMES] + [FACTORS, ("x", "up"), NAMES], ids=str)
 @pytest.mark.parametrize("form", FORMS[:3], ids=str)
 def test_same_gradients_of_any_subset(form, wanted):
@@ -165,20 +194,15 @@ def test_the_node_says_what_it_is():
     assert type(expected).__name__ == "_LowRankLinearBackward"
 
 
+@on_each_backend
 class TestWhatIsLeftToPython:
-    def test_other_backends(self, python_calls):
+    def test_the_reference(self, python_calls):
         tensors = operands()
         expected = low_rank_linear(**tensors)
         assert python_calls == []
-        for backend in ("torch", "reference"):
-            torch.testing.assert_close(low_rank_linear(**tensors, backend=backend), expected)
-        assert len(python_calls) == 2
-
-    def test_float16(self, python_calls):
-        tensors = operands(dtype=torch.float16)
-        for _ in range(2):  # asked for, then remembered
-            assert low_rank_linear(**tensors).dtype == torch.float16
-        assert len(python_calls) == 2
+        found = low_rank_linear(**tensors, backend="reference")
+        torch.testing.assert_close(found, expected)
+        assert len(python_calls) == 1
 
     def test_nothing_to_multiply(self, python_calls):
         for size in ({"k": 0}, {"per_slice": 0}):
@@ -299,6 +323,16 @@ class TestWhatIsLeftToPython:
         expected = low_rank_linear(**(tensors | {"core": torch.zeros_like(tensors["core"])}))
         assert torch.equal(low_rank_linear(**(tensors | {"core": lazy})), expected)
 
+    def test_a_trace_holds_the_operator(self, python_calls):
+        x, *others = operands().values()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(lambda x: low_rank_linear(x, *others), (x,))
+        assert "efft_kernels::low_rank_linear_fwd" in {n.kind() for n in traced.graph.nodes()}
+        assert len(python_calls) >= 1
+        other = torch.randn(5, 7)
+        assert torch.equal(traced(other), low_rank_linear(other, *others))
+
     def test_compiled_graphs_hold_the_operator(self):
         torch._dynamo.reset()
         tensors = {name: t.requires_grad_() for name, t in operands().items()}
@@ -342,17 +376,20 @@ REFUSALS = [
     {"backend": "tritton"},
     {"backend": "cuda"},
     {"strategy": "quick"},
+    {"backend": "triton"},
     {"strategy": "fused", "backend": "cpp"},
+    {"strategy": "fused", "backend": "torch"},
     {"strategy": "fused"},
     {"backend": "cpp", **{name: torch.ones(shape, dtype=HALF) for name, shape in SHAPES.items()}},
 ]
 
 
+@on_each_backend
 @pytest.mark.parametrize("changes", REFUSALS, ids=lambda changes: "-".join(changes))
 @pytest.mark.parametrize("grad", [False, True])
 def test_same_refusals(changes, grad):
     """Type and text, whether or not there is an entry point."""
-    if changes.get("backend") == "cuda" and torch.cuda.is_available():
+    if changes.get("backend") in ("cuda", "triton") and torch.cuda.is_available():
         pytest.skip("there is one here")
 
     def run():
@@ -381,6 +418,7 @@ def test_same_refusal_of_half_precision_beside_float32_weights():
     assert found == expected and "outside autocast" in found[1]
 
 
+@on_each_backend
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("form", FORMS[:3], ids=str)
@@ -396,6 +434,7 @@ def test_same_under_autocast(form, x_dtype, half):
     assert_identical(found, expected)
 
 
+@on_each_backend
 def test_same_under_autocast_with_mixed_parameters():
     tensors = operands()
     tensors |= {"weight": tensors["weight"].bfloat16(), "bias": tensors["bias"].half()}
@@ -408,6 +447,7 @@ def test_same_under_autocast_with_mixed_parameters():
     torch.testing.assert_close(found[3], expected[3], rtol=2**-8, atol=0)
 
 
+@on_each_backend
 def test_nested_autocast():
     tensors = operands()
     with torch.autocast("cpu", torch.bfloat16):
@@ -420,6 +460,7 @@ def test_nested_autocast():
     assert low_rank_linear(**tensors).dtype == torch.float32
 
 
+@on_each_backend
 def test_backward_under_autocast():
     """A backward that runs inside the context gives the same numbers as outside."""
     tensors = {name: t.double() for name, t in operands().items()}
@@ -434,17 +475,28 @@ def test_backward_under_autocast():
     assert_identical(found[:1], outside[:1])
 
 
+@on_each_backend
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(context, python_calls):
     tensors = {name: t.requires_grad_() for name, t in operands((2, 3)).items()}
-    expected = low_rank_linear(**tensors)
+    with_graph = low_rank_linear(**tensors)
+    assert with_graph.requires_grad and python_calls == []
     with context():
-        y = low_rank_linear(**tensors)
+        y, expected = on_both_ways(lambda: low_rank_linear(**tensors))
         assert y.is_inference() == (context is torch.inference_mode)
-    assert expected.requires_grad and not y.requires_grad and y.grad_fn is None
-    assert torch.equal(y, expected) and python_calls == []
+    assert not y.requires_grad and y.grad_fn is None and len(python_calls) == 1
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(y, with_graph.detach(), rtol=1e-5, atol=1e-5)
 
 
+@on_each_backend
+def test_no_graph_where_nothing_requires_grad(python_calls):
+    y = low_rank_linear(**operands((2, 3)))
+    assert not y.requires_grad and y.grad_fn is None and not y.is_inference()
+    assert python_calls == []
+
+
+@on_each_backend
 def test_inference_tensors_in_a_training_step():
     """They cannot be saved for a backward; both ways say so."""
     tensors = operands()
@@ -455,6 +507,7 @@ def test_inference_tensors_in_a_training_step():
     assert found == expected and "Inference tensors cannot be saved" in found[1]
 
 
+@on_each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_same_second_derivatives(form, dtype):
@@ -475,6 +528,7 @@ def test_same_second_derivatives(form, dtype):
         assert scale > 0 and (found - expected).abs().max() <= tolerance * scale
 
 
+@on_each_backend
 @pytest.mark.parametrize("wanted", [("x", "core"), ("x", "up"), ("core", "up")])
 def test_same_refusal_of_a_second_derivative(wanted):
     def run():
@@ -487,6 +541,7 @@ def test_same_refusal_of_a_second_derivative(wanted):
     assert found == expected
 
 
+@on_each_backend
 @pytest.mark.parametrize("context", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
 @pytest.mark.parametrize(
     "wanted", [("x",), ("down",), ("up",), ("weight",), ("x", *FACTORS), NAMES]
@@ -518,6 +573,7 @@ def test_saves_the_same(wanted, context):
     assert new.count((12, 7)) == bool(cast) and len(new) <= 2
 
 
+@on_each_backend
 @pytest.mark.parametrize("wanted", [FACTORS, NAMES])
 def test_offloaded_tensors_come_back(wanted):
     """Hooks that hand out another tensor than they were given, as offloading does."""
@@ -529,6 +585,7 @@ def test_offloaded_tensors_come_back(wanted):
         assert_identical(step(tensors, wanted), expected)
 
 
+@on_each_backend
 def test_backward_releases_what_was_saved():
     """x and P are gone after the first backward, and a second one is refused."""
 
@@ -562,6 +619,7 @@ def test_backward_releases_what_was_saved():
     assert found == expected and "second time" in found[1]
 
 
+@on_each_backend
 @pytest.mark.parametrize("name", ["x", "weight", *FACTORS])
 def test_an_operand_changed_before_the_backward_is_noticed(name):
     def run():
@@ -576,6 +634,7 @@ def test_an_operand_changed_before_the_backward_is_noticed(name):
     assert "modified by an inplace operation" in found[1]
 
 
+@on_each_backend
 @pytest.mark.parametrize("lead", [(11,), (2, 3)])
 def test_output_can_be_changed_in_place(lead):
     tensors = operands(lead)
@@ -584,6 +643,7 @@ def test_output_can_be_changed_in_place(lead):
     assert_identical(found[1:], step(tensors, after=lambda y: y * 3 + 1)[1:])
 
 
+@on_each_backend
 def test_views_of_larger_parameters():
     """Operands that are parts of others, and share them: gradients reach the whole, each part's."""
     torch.manual_seed(0)
@@ -609,7 +669,7 @@ def test_views_of_larger_parameters():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("context", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_checkpointing(context, use_reentrant):
+def test_checkpointing(context, use_reentrant, backend):
     tensors = operands((4, 3))
 
     def run(checkpointed=True):
@@ -624,9 +684,12 @@ def test_checkpointing(context, use_reentrant):
 
     found, expected = on_both_ways(run)
     assert_identical(found, expected)
-    assert_identical(found, run(checkpointed=False))
+    if backend == "auto" or not use_reentrant:
+        # A reentrant one runs first without gradients, where plain torch may merge the weights.
+        assert_identical(found, run(checkpointed=False))
 
 
+@on_each_backend
 def test_hooks_and_anomaly_mode():
     """Hooks on operands and on the node run; anomaly mode finds its way through the C++ node."""
     tensors, seen = operands(), []
@@ -643,6 +706,7 @@ def test_hooks_and_anomaly_mode():
     assert_identical([t.grad for t in leaves.values()], step(tensors)[1:])
 
 
+@on_each_backend
 def test_gradients_of_some_inputs_alone():
     tensors = {name: t.requires_grad_() for name, t in operands().items()}
 
@@ -654,10 +718,12 @@ def test_gradients_of_some_inputs_alone():
     assert_identical(found, expected)
 
 
-def test_two_callers_at_once():
-    """While a third has the choices forgotten all the time."""
+@on_each_backend
+def test_several_callers_at_once():
+    """While another has the choices forgotten all the time."""
     problems = [operands(lead, dtype=dtype) for lead, dtype in
-                (((301,), torch.float32), ((2, 17), torch.float64))]  # fmt: skip
+                (((301,), torch.float32), ((2, 17), torch.float64),
+                 ((5,), torch.bfloat16), ((1,), torch.float32))]  # fmt: skip
     right, wrong, running = [step(t) for t in problems], [], True
 
     def run(tensors, expected):
@@ -683,6 +749,412 @@ def test_two_callers_at_once():
     running = False
     disturber.join()
     assert wrong == []
+
+
+ENGINE_DEPTH = 70  # autograd hands nested backwards beyond 60 to threads of its own
+
+
+class Nested(torch.autograd.Function):
+    """Its backward starts another one, `levels` deep, and calls `run` in the innermost."""
+
+    @staticmethod
+    def forward(ctx, x, levels, run):
+        ctx.rest = levels, run
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        levels, run = ctx.rest
+        with torch.enable_grad():
+            in_engine_thread(run, levels - 1) if levels else run()
+        return dy, None, None
+
+
+def in_engine_thread(run: Callable[[], Any], levels=ENGINE_DEPTH) -> None:
+    Nested.apply(torch.ones(1, requires_grad=True), levels, run).sum().backward()
+
+
+class Failure(Exception):
+    """Not one that torch knows, and not to be made from a message alone."""
+
+    def __init__(self, code: int, *, detail: str) -> None:
+        super().__init__(code, detail)
+
+
+FAILURES = [
+    Failure(3, detail="of its own"), RuntimeError("one of torch's"), torch.OutOfMemoryError("full"),
+    KeyboardInterrupt(), StopIteration(5), KeyError("name"),
+]  # fmt: skip
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def the_backend_that_fails(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return the_backend_that_fails
+
+
+def caught(run: Callable[[], Any]) -> BaseException:
+    try:
+        run()
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@contextmanager
+def watched_torch(watch: Callable[..., Any]) -> Iterator[None]:
+    """The torch backend's functions run as `watch(name, real, *args, **options)`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("forward", "backward"):
+            patch.setattr(torch_backend, name, partial(watch, name, getattr(torch_backend, name)))
+        yield
+
+
+@pytest.fixture
+def in_torch(monkeypatch) -> pytest.MonkeyPatch:
+    """Calls run in the torch backend, whose functions the test may replace by this."""
+    with use_backend("torch"):
+        yield monkeypatch
+
+
+class TestBackendsInPython:
+    @pytest.mark.parametrize("error", FAILURES, ids=repr)
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_an_exception_of_the_forward_is_the_callers(self, in_torch, python_calls, error, grad):
+        tensors = operands()
+        tensors["down"].requires_grad_(grad)
+        in_torch.setattr(torch_backend, "forward", failing(error))
+        found = caught(lambda: low_rank_linear(**tensors))
+        assert found is error and python_calls == []
+        names = [frame.name for frame in traceback.extract_tb(found.__traceback__)]
+        assert names[-1] == "the_backend_that_fails"
+        in_torch.undo()
+        assert_identical(*on_both_ways(lambda: step(tensors)))
+
+    @pytest.mark.parametrize("error", FAILURES, ids=repr)
+    @pytest.mark.parametrize("place", [lambda run: run(), in_engine_thread], ids=["here", "engine"])
+    def test_an_exception_of_the_backward_is_the_callers(self, in_torch, error, place):
+        """From the calling thread, and from one of autograd's own."""
+        tensors = {name: t.requires_grad_() for name, t in operands().items()}
+        y, threads = low_rank_linear(**tensors), []
+
+        def backward(*args, **kwargs):
+            threads.append(threading.get_ident())
+            raise error
+
+        in_torch.setattr(torch_backend, "backward", backward)
+        for run in (torch.autograd.backward, partial(torch.autograd.grad, inputs=tensors["up"])):
+            found = caught(lambda run=run: place(lambda: run(y.sum(), retain_graph=True)))
+            assert found is error
+        assert (threading.get_ident() in threads) == (place is not in_engine_thread)
+        in_torch.undo()
+        y.sum().backward()
+        assert all(t.grad is not None for t in tensors.values())
+
+    def test_exceptions_and_results_are_let_go(self, in_torch):
+        """Neither errors nor tensors nor the backend's functions gather references."""
+        tensors = operands()
+        with_graph = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        direct.forget_choices()
+        functions = direct._callables(torch_backend, "split", "split")
+
+        def once():
+            references = []
+            step(tensors, strategy="split")
+            for name, run in (
+                ("forward", lambda: low_rank_linear(**with_graph, strategy="split")),
+                ("backward", low_rank_linear(**with_graph, strategy="split").sum().backward),
+            ):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(torch_backend, name, failing(Failure(1, detail="x")))
+                    references.append(weakref.ref(caught(run)))
+            return references
+
+        def counted():
+            gc.collect()
+            alive = sum(type(o) is Tensor for o in gc.get_objects())
+            return alive, *map(sys.getrefcount, functions)
+
+        once()
+        before = counted()
+        references = [reference for _ in range(10) for reference in once()]
+        assert counted() == before
+        assert len(references) == 20 and all(reference() is None for reference in references)
+
+    @pytest.mark.parametrize("wanted", [(n,) for n in NAMES] + [FACTORS, ("x", "up"), NAMES])
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    def test_is_given_the_same(self, in_torch, form, wanted):
+        """Every argument of both functions, as on the long way; P where it was made."""
+        tensors = operands((2, 3), **form)
+        if all(tensors[name] is None for name in wanted):
+            pytest.skip("not among the operands")
+
+        def described(value):
+            if isinstance(value, Tensor):
+                return tuple(value.shape), value.stride(), value.dtype, value.sum().item()
+            return value
+
+        def run():
+            def watch(name, real, *args, **options):
+                seen.append((name, *map(described, args), sorted(options.items())))
+                return real(*args, **options)
+
+            seen = []
+            with watched_torch(watch):
+                step(tensors, wanted)
+            return seen
+
+        found, expected = on_both_ways(run)
+        assert found == expected and [name for name, *_ in found] == ["forward", "backward"]
+
+    def test_runs_in_the_same_surroundings(self, in_torch):
+        """No autocast and no graph, within autocast and out of it, in both directions."""
+
+        def run():
+            def watch(name, real, *args, **options):
+                state = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+                result = real(*args, **options)
+                graph = any(t is not None and t.requires_grad for t in result)
+                product = torch.mm(args[0].float(), torch.ones(7, 1))
+                seen.append((name, *state, graph, product.dtype))
+                return result
+
+            seen = []
+            with watched_torch(watch):
+                step(operands((4, 2), per_slice=7, slices=1))
+                with torch.autocast("cpu", torch.bfloat16):
+                    step(operands((4, 2), per_slice=7, slices=1))
+                    step(operands((4, 2), per_slice=7, slices=1, dtype=torch.float64))
+            return seen
+
+        found, expected = on_both_ways(run)
+        here = (False, False, False, torch.float32)
+        assert found == expected == [("forward", *here), ("backward", *here)] * 3
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    @pytest.mark.gpu
+    def test_runs_on_the_device_of_x(self, in_torch):
+        def watch(name, real, *args, **options):
+            seen.append((name, torch.cuda.current_device()))
+            return real(*args, **options)
+
+        seen = []
+        with watched_torch(watch):
+            step({name: t.to("cuda:1") for name, t in operands().items()})
+        assert seen == [("forward", 1), ("backward", 1)] and torch.cuda.current_device() == 0
+
+    def test_runs_in_autograds_own_threads(self, in_torch):
+        def watch(name, real, *args, **options):
+            threads[name] = threading.get_ident()
+            return real(*args, **options)
+
+        tensors, threads, found = operands(), {}, []
+        with watched_torch(watch):
+            in_engine_thread(lambda: found.extend(step(tensors)))
+        assert_identical(found, step(tensors))
+        assert list(threads) == ["forward", "backward"]
+        assert threading.get_ident() not in threads.values()
+
+    def test_a_graph_outlives_the_choice_that_made_it(self, in_torch):
+        """Whoever made it is forgotten, on another thread at that, and nothing else holds it."""
+        tensors = operands()
+        expected = step(tensors)
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        direct._callables.cache_clear()
+        direct.forget_choices()
+        y = low_rank_linear(**leaves)
+        functions = [weakref.ref(f) for f in direct._callables(torch_backend, "split", "split")]
+        direct._callables.cache_clear()
+        forgetting = threading.Thread(target=direct.forget_choices)
+        forgetting.start()
+        forgetting.join()
+        gc.collect()
+        for rows in range(1, 50):
+            low_rank_linear(**operands((rows,)))
+        y.sin().sum().backward()
+        assert_identical([y.detach(), *(t.grad for t in leaves.values())], expected)
+        assert all(reference() is not None for reference in functions)
+
+    def test_gradients_are_taken_as_they_are(self, in_torch):
+        """What the backend allocated becomes .grad, without a copy, on both ways."""
+        tensors = operands(per_slice=5, slices=1)
+
+        def run():
+            def watch(name, real, *args, **options):
+                result = real(*args, **options)
+                given[name] = [t.data_ptr() for t in result]
+                return result
+
+            given = {}
+            leaves = [t.clone().requires_grad_() for t in tensors.values()]
+            with watched_torch(watch):
+                low_rank_linear(*leaves).sum().backward()
+            places = zip(leaves, given["backward"], strict=True)
+            return [t.grad.data_ptr() == place for t, place in places]
+
+        found, expected = on_both_ways(run)
+        assert found == expected == [True] * 6
+
+    def test_may_give_more_gradients_than_were_asked_for(self, in_torch):
+        tensors, real = operands(), torch_backend.backward
+        expected = step(tensors, wanted=("x", "up"))
+
+        def generous(*args, needs, **kwargs):
+            return tuple(
+                torch.full_like(args[0], 7.0) if grad is None else grad
+                for grad in real(*args, needs=needs, **kwargs)
+            )
+
+        in_torch.setattr(torch_backend, "backward", generous)
+        for found in on_both_ways(lambda: step(tensors, wanted=("x", "up"))):
+            assert_identical(found, expected)
+
+    def test_results_of_another_kind_are_refused(self, in_torch):
+        tensors = {name: t.requires_grad_() for name, t in operands().items()}
+        y = low_rank_linear(**tensors)
+        for answer, message in (
+            (None, "tuple of 6, got None"),
+            ((y, y), "tuple of 6"),
+            ((None,) * 6, "Tensor at position 0, got NoneType"),
+            ((*(y.detach().new_zeros(t.shape) for t in list(tensors.values())[:5]), 1.0),
+             "Tensor at position 5, got float"),
+        ):  # fmt: skip
+            in_torch.setattr(torch_backend, "backward", lambda *a, answer=answer, **k: answer)
+            with pytest.raises(TypeError, match=message):
+                y.sum().backward(retain_graph=True)
+        for answer, message in (
+            (y, "tuple of 2"),
+            ((y, None), "Tensor at position 1, got NoneType"),
+            ((5, None), "Tensor at position 0, got int"),
+        ):
+            in_torch.setattr(torch_backend, "forward", lambda *a, answer=answer, **k: answer)
+            with pytest.raises(TypeError, match=message):
+                low_rank_linear(**tensors)
+
+    @pytest.mark.parametrize("wanted", [("core", "up"), ("x", "bias"), NAMES])
+    def test_a_vmap_over_the_backward(self, in_torch, wanted):
+        """Composed from torch's own operators, which have batching rules: a kernel has none."""
+        tensors = operands(dtype=torch.float64)
+        inputs = [tensors[name].requires_grad_() for name in wanted]
+        y = low_rank_linear(**tensors)
+        dys = torch.randn(4, *y.shape, dtype=torch.float64)
+        one_by_one = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys]
+        in_torch.setattr(torch_backend, "backward", None)
+        batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True)
+        for found, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+    def test_a_mode_sees_the_backward(self, in_torch):
+        tensors = {name: t.requires_grad_() for name, t in operands().items()}
+        expected = step(tensors, after=lambda y: y.sum())[1:]
+        y = low_rank_linear(**tensors)
+        in_torch.setattr(torch_backend, "backward", None)
+        with FlopCounterMode(display=False) as counter:
+            y.sum().sin().backward()
+        assert counter.get_total_flops() > 0
+        for t, grad in zip(tensors.values(), expected, strict=True):
+            torch.testing.assert_close(t.grad, grad, rtol=1e-5, atol=1e-5)
+
+    def test_a_profile_has_the_operators_names(self, in_torch):
+        def run():
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+                step(tensors)
+            events = [event.name for event in seen.events()]
+            return [name for name in events if name.startswith("efft_kernels::low_rank_linear")]
+
+        tensors = operands()
+        found, expected = on_both_ways(run)
+        names = [f"efft_kernels::low_rank_linear_{part}" for part in ("fwd", "bwd")]
+        assert found == expected == names
+
+
+@on_each_backend
+def test_compiled_autograd():
+    """It can carry what the node remembers."""
+    tensors = operands()
+    expected = step(tensors)
+    with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+        found = step(tensors)
+    assert_identical(found, expected)
+    torch._dynamo.reset()
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
+class TestTriton:
+    """By test_triton_in_the_interpreter, in a process of its own."""
+
+    @pytest.fixture(autouse=True)
+    def _triton(self) -> Iterator[None]:
+        with use_backend("triton"):
+            yield
+
+    @pytest.mark.parametrize("strategy", ["fused", "split", "merged"])
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_same_bits(self, dtype, form, strategy, python_calls):
+        for lead in ((11,), (2, 3), (0,)):
+            tensors = operands(lead, **form, dtype=dtype)
+            found, expected = on_both_ways(lambda t=tensors: step(t, strategy=strategy))
+            assert_identical(found, expected)
+        assert len(python_calls) == 3
+
+    @pytest.mark.parametrize("wanted", [(n,) for n in NAMES] + [FACTORS, ("x", "up")], ids=str)
+    def test_same_gradients_of_any_subset(self, wanted):
+        tensors = operands()
+        found, expected = on_both_ways(lambda: step(tensors, wanted))
+        assert_identical(found, expected)
+        for name, grad in zip(NAMES, found[1:], strict=True):
+            assert (grad is not None) == (name in wanted)
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_checkpointing_under_autocast(self, use_reentrant):
+        tensors = operands((4, 3))
+
+        def run():
+            leaves = [t.clone().requires_grad_() for t in tensors.values()]
+            with torch.autocast("cpu", torch.float16):
+                y = checkpoint(low_rank_linear, *leaves, use_reentrant=use_reentrant)
+            y.float().sin().sum().backward()
+            return [y.detach(), *(t.grad for t in leaves)]
+
+        assert_identical(*on_both_ways(run))
+
+    def test_second_derivatives_and_a_vmap(self):
+        tensors = operands()
+        inputs = [t.requires_grad_() for t in tensors.values()]
+
+        def run():
+            y = low_rank_linear(**tensors)
+            first = torch.autograd.grad(y.tanh().sum(), inputs, create_graph=True)
+            second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), inputs)
+            y = low_rank_linear(**tensors)
+            dys = torch.ones(2, *y.shape)
+            return [*second, *torch.autograd.grad(y, inputs, dys, is_grads_batched=True)]
+
+        for found, expected in zip(*on_both_ways(run), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(INTERPRETED, reason="is itself")
+def test_triton_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    options = ("-q", "--no-header", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-p", "no:xdist", f"{__file__}::TestTriton"],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode:
+        pytest.fail(f"{run.stdout}\n{run.stderr}", pytrace=False)
+    assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout
 
 
 @pytest.fixture
@@ -715,7 +1187,9 @@ class TestRememberedChoices:
             low_rank_linear(**operands(dtype=torch.float16))
         asked = [(rows, training) for rows, training, _ in decisions]
         assert asked == [(11, False), (11, True), (6, False), (11, False), (11, False)]
-        assert decisions[-1][2] is None and all(answer for _, _, answer in decisions[:-1])
+        *native_ones, (_, _, in_python) = decisions
+        assert all(isinstance(part, int) for _, _, answer in native_ones for part in answer)
+        assert all(map(callable, in_python)), "torch takes float16"
 
     def test_forgotten_when_told(self, decisions):
         for _ in range(2):
@@ -756,6 +1230,33 @@ class TestRememberedChoices:
                 low_rank_linear(**operands(dtype=torch.float16), backend="cpp")
         assert decisions == []
 
+    def test_two_backends_for_one_call_are_left_to_python(
+        self, decisions, python_calls, monkeypatch
+    ):
+        monkeypatch.setattr(cost_model, "packing_pays", lambda problem: not problem.backward)
+        tensors = operands()
+        for _ in range(2):  # asked for, then remembered
+            found, expected = on_both_ways(lambda: step(tensors))
+            assert_identical(found, expected)
+        assert [answer for _, _, answer in decisions] == [None] and len(python_calls) == 4
+
+    def test_what_the_native_kernels_cannot_reach_is_called_in_python(
+        self, decisions, python_calls, monkeypatch
+    ):
+        called = []
+        monkeypatch.setattr(cpp, "out_of_reach", lambda problem: True)
+        for name in ("forward", "backward"):
+            real = getattr(cpp, name)
+            monkeypatch.setattr(
+                cpp,
+                name,
+                lambda *a, real=real, name=name, **k: called.append(name) or real(*a, **k),
+            )
+        found, expected = on_both_ways(lambda: step(operands()))
+        assert called == ["forward", "backward"] * 2 and len(python_calls) == 1
+        torch.testing.assert_close([t.shape for t in found], [t.shape for t in expected])
+        assert all(map(callable, decisions[0][2]))
+
     def test_more_kinds_of_call_than_are_kept(self, decisions):
         t = operands((1,), k=2)
         for rows in range(4200):
@@ -764,35 +1265,61 @@ class TestRememberedChoices:
         assert torch.equal(found, expected) and len(decisions) >= 4200
 
 
+@pytest.fixture
+def torch_calls(monkeypatch) -> list[str]:
+    """The strategy of every forward of the torch backend."""
+    seen = []
+    real = torch_backend.forward
+
+    def forward(*args, strategy, **kwargs):
+        seen.append(strategy)
+        return real(*args, strategy=strategy, **kwargs)
+
+    monkeypatch.setattr(torch_backend, "forward", forward)
+    return seen
+
+
 class TestChoiceOfBackend:
-    def test_by_name(self, python_calls):
+    def test_by_name(self, python_calls, torch_calls):
         tensors = operands()
         for backend in ("auto", "cpp"):
             low_rank_linear(**tensors, backend=backend)
+        assert torch_calls == []
+        for strategy in torch_backend.STRATEGIES:
+            low_rank_linear(**tensors, backend="torch", strategy=strategy)
+        assert torch_calls == list(torch_backend.STRATEGIES) and python_calls == []
+
+    def test_by_dtype(self, python_calls, torch_calls):
+        """float16 on the CPU is the torch backend's."""
+        tensors = operands(dtype=torch.float16)
+        for count in (1, 2):  # asked for, then remembered
+            assert low_rank_linear(**tensors).dtype == torch.float16
+            assert len(torch_calls) == count
         assert python_calls == []
 
-    def test_by_context(self, python_calls):
+    def test_by_context(self, python_calls, torch_calls):
         tensors = operands()
         with use_backend("torch"):
             low_rank_linear(**tensors)
-            assert len(python_calls) == 1
+            assert len(torch_calls) == 1
             low_rank_linear(**tensors, backend="cpp")
             with use_backend("auto"):
                 low_rank_linear(**tensors)
             with use_backend("cpp"):
                 low_rank_linear(**tensors)
-            assert len(python_calls) == 1
+            assert len(torch_calls) == 1
             low_rank_linear(**tensors)
-        assert len(python_calls) == 2
+        assert len(torch_calls) == 2
         low_rank_linear(**tensors)
-        assert len(python_calls) == 2
+        assert len(torch_calls) == 2 and python_calls == []
 
-    def test_by_environment(self, python_calls, monkeypatch):
+    def test_by_environment(self, python_calls, torch_calls, monkeypatch):
         tensors = operands()
-        for name, count in (("torch", 1), ("cpp", 0), ("auto", 0), ("reference", 1)):
+        for name, calls in (("torch", (1, 0)), ("cpp", (0, 0)), ("reference", (0, 1))):
             monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, name)
             low_rank_linear(**tensors)
-            assert len(python_calls) == count, name
+            assert (len(torch_calls), len(python_calls)) == calls, name
+            torch_calls.clear()
             python_calls.clear()
         monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cpp")
         with pytest.raises(RuntimeError, match="'cpp' was asked for but cannot take x"):
@@ -803,9 +1330,11 @@ class TestChoiceOfBackend:
 
 
 def test_the_routes_of_the_other_files_are_what_they_say(route, monkeypatch, python_calls):
-    """`entry-point` reaches no Python, `python` the backend cpp, `torch` plain torch."""
+    """`entry-point` reaches no Python, `python` the backend cpp by the long way, `torch` that
+    backend by the entry point.
+    """
     seen = []
-    for name, module in (("cpp", cpp), ("torch", functional.torch_backend)):
+    for name, module in (("cpp", cpp), ("torch", torch_backend)):
 
         def forward(*args, real=module.forward, name=name, **kwargs):
             seen.append(name)
@@ -814,4 +1343,4 @@ def test_the_routes_of_the_other_files_are_what_they_say(route, monkeypatch, pyt
         monkeypatch.setattr(module, "forward", forward)
     low_rank_linear(**operands())
     expected = {"entry-point": [], "python": ["cpp"], "torch": ["torch"]}[route]
-    assert seen == expected and len(python_calls) == len(expected)
+    assert seen == expected and len(python_calls) == (route == "python")
