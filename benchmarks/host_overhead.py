@@ -9,7 +9,7 @@ forward and backward:
 
     launches   kernels and library products that the call would start
     kernels    `forward` or `backward` of ops/triton: choice of block shapes, buffers, arguments
-    operator   the same through `low_rank_linear`, torch.library and autograd
+    operator   the same through `low_rank_linear`, its checks and autograd
     floor      an empty autograd.Function around a product that is a stub as well
     triton     `kernels` with Triton's own host code: the kernels are compiled for sm_90 and handed
                to a driver that does nothing. Triton's C launcher and the driver come on top
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efft_kernels.ops import cost_model, dispatch
+from efft_kernels.ops import cost_model, direct, dispatch
 from efft_kernels.ops import triton as backend
 from efft_kernels.ops.functional import low_rank_linear
 
@@ -106,11 +106,17 @@ def pretended_gpu() -> Iterator[None]:
         mock.patch.object(backend, "rejects", lambda x: None),
         mock.patch.object(tuning, "device", lambda index: device),
     ):
-        dispatch._load.cache_clear()
+        forget_backends()
         try:
             yield
         finally:
-            dispatch._load.cache_clear()
+            forget_backends()
+
+
+def forget_backends() -> None:
+    """Have the dispatcher ask anew what can run here."""
+    dispatch._load.cache_clear()
+    direct.forget_choices()
 
 
 @contextmanager

@@ -25,8 +25,10 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MEASURED = Path(__file__).parent / "measured.json"
-# The widest fold the Triton kernels take; wider ones run in plain torch (triton/forward.py).
+# The highest rank the Triton kernels take; above it plain torch runs (triton/forward.py).
 TRITON_MAX_RANK = 128
+# The highest padded rank at which they read the factors in place (triton/factors.py).
+TRITON_IN_PLACE_RANK = 32
 
 
 class Problem(NamedTuple):
@@ -41,9 +43,9 @@ class Problem(NamedTuple):
     weight_bytes: int  # as stored
     compute_bytes: int
     device_type: str
-    backward: bool = (
-        False  # which of the two operators; `training` alone is the forward that saves P
-    )
+    # Which of the two operators; `training` alone is the forward that saves P.
+    backward: bool = False
+    factor_bytes: int = 0  # of down, core and up as stored; 0: compute_bytes
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class Problem(NamedTuple):
             compute_bytes=x.element_size(),
             device_type=x.device.type,
             backward=backward,
+            factor_bytes=down.element_size(),
         )
 
 
@@ -142,7 +145,6 @@ class Tiling(NamedTuple):
     """How many partial sums the two-stage reductions keep."""
 
     thin_grad: int
-    tall_grad_dy: int
     tall_grad_x: int
 
 
@@ -156,83 +158,68 @@ def default_tiling(problem: Problem, multiprocessors: int) -> Tiling:
     multiprocessor.
     """
     row_tiles = -(-problem.M // 128)
-
-    def splits(columns: int) -> int:
-        return max(1, min(2 * multiprocessors // -(-columns // 128), -(-problem.M // 256)))
-
-    return Tiling(min(row_tiles, 2 * multiprocessors), splits(problem.N), splits(problem.K))
+    splits = min(2 * multiprocessors // -(-problem.K // 128), -(-problem.M // 256))
+    return Tiling(min(row_tiles, 2 * multiprocessors), max(1, splits))
 
 
 def plan(
     problem: Problem, strategy: str, device: Device, tiling: Tiling | None = None
 ) -> list[Launch]:
-    """The Triton backend's launches for one call, in order.
+    """The Triton backend's launches for one call with a core, in order; each slice has its own up.
 
-    The backward is the usual one: dX, and the gradients of down, core and up. `fold` is left out by
-    the backend where the factors come folded.
+    The backward is the usual one: dX, and the gradients of down, core and up.
     """
     M, K, N, G, rank, *_ = problem
     b, wb = problem.compute_bytes, problem.weight_bytes
+    f = problem.factor_bytes or b
     R = padded_rank(rank)
+    in_place = R <= TRITON_IN_PLACE_RANK
     tiling = tiling or default_tiling(problem, device.multiprocessors)
     eff = device.gemm_efficiency
     if wb > b:
         eff *= 0.8  # the cast of w passes through registers inside the loop (assumed)
     ride = max(R, device.thin_columns) / device.tile_columns
 
-    def fold(width: int) -> Launch:
-        return Launch("fold", 0, (N + K) * (R * width + rank * 4) + G * rank * rank * 4)
+    down = K * rank * f if in_place else K * R * b
+    up = (N + G * rank) * rank * f if in_place else N * R * b  # with core
+    ready = f == b and rank == R
+    pad_down = [] if ready else [Launch("fold", 0, K * (rank * f + R * b))]
+    fold_up = [] if in_place else [Launch("fold", 0, (N + G * rank) * rank * f + N * R * b)]
+    pad_high = [] if in_place else pad_down
 
-    def gemm(inner: int, columns: int, riding: bool, bias: bool, p_width: int) -> Launch:
+    def gemm(inner: int, columns: int, riding: bool, bias: bool, p: int, thin_out: int) -> Launch:
         flops = 2 * M * inner * columns * (1 + (ride if riding else 0)) + 2 * M * columns * R
-        moved = (M * inner + (inner + columns) * R + M * columns + M * p_width) * b
+        moved = (M * inner + M * columns + M * p + (inner * R if riding else 0)) * b + thin_out
         moved += inner * columns * wb + (columns * b if bias else 0)
         return Launch("gemm", flops, moved, eff)
 
-    def thin(columns: int, width: int) -> Launch:
-        return Launch("thin", 2 * M * columns * R, (M * (columns + width) + columns * R) * b)
-
-    def tall_grad(columns: int, width: int, parts: int) -> Launch:
-        return Launch(
-            "tall_grad", 2 * M * columns * R, M * (columns + width) * b + parts * columns * R * 4
-        )
-
-    def reduce(parts: int) -> Launch:
-        moved = sum(c * (n * R + rank) * 4 for c, n in ((N, parts), (K, tiling.tall_grad_x)))
-        return Launch("reduce", 0, moved)
-
-    merge = [
-        fold(4),
-        Launch("merge", 0, N * K * (wb + b) + (N + K) * R * 4),
-    ]
+    merge = Launch("merge", 0, N * K * (wb + b) + (N + K) * rank * f + G * rank * rank * f)
     library = Launch("library gemm", 2 * M * N * K, (M * (N + K) + N * K) * b)
-    saved = rank if problem.training else 0
     if not problem.backward:
+        thin = Launch("thin", 2 * M * K * R, M * (K + rank) * b + down)
         if strategy == "fused":
-            return [fold(b), gemm(K, N, True, True, saved)]
+            saved = rank if problem.training else 0
+            return [*pad_down, *fold_up, gemm(K, N, True, True, saved, up)]
         if strategy == "split":
-            width = rank if problem.training else R
-            return [fold(b), thin(K, width), gemm(K, N, False, True, width)]
-        return [*([thin(K, rank)] if problem.training else []), *merge, library]
+            return [*pad_high, thin, *fold_up, gemm(K, N, False, True, rank, up)]
+        if not problem.training:
+            return [merge, library]
+        return [*pad_high, thin, merge, library]
 
-    unfold = [Launch("unfold", 0, 2 * N * rank * 4)] * 2
-    x_part = tall_grad(K, R, tiling.tall_grad_x)
-    if strategy == "fused":
-        return [
-            fold(b),
-            gemm(N, K, True, False, R),
-            x_part,
-            tall_grad(N, rank, tiling.tall_grad_dy),
-            reduce(tiling.tall_grad_dy),
-            *unfold,
-        ]
+    columns = (N * R + G * rank * R) if in_place else N * R
     dy_pass = Launch(
-        "thin_grad",
-        4 * M * N * R,
-        (M * (N + R + rank) + N * R) * b + tiling.thin_grad * N * R * 4,
+        "thin_grad", 4 * M * N * R, M * (N + 2 * rank) * b + up + tiling.thin_grad * columns * 4
     )
-    dx = [gemm(N, K, False, False, R)] if strategy == "split" else [*merge, library]
-    return [fold(b), dy_pass, *dx, x_part, reduce(tiling.thin_grad), *unfold]
+    x_pass = Launch("tall_grad", 2 * M * K * R, M * (K + rank) * b + tiling.tall_grad_x * K * R * 4)
+    found = (N + K) * rank + (G * rank * rank if in_place else 0)
+    reduce = Launch(
+        "reduce", 0, (tiling.thin_grad * columns + tiling.tall_grad_x * K * R) * 4 + found * f
+    )
+    unfold = [] if in_place else [Launch("unfold", 0, 2 * N * rank * f)] * 2
+    if strategy == "merged":
+        return [*fold_up, dy_pass, merge, library, x_pass, reduce, *unfold]
+    dx = gemm(N, K, False, False, rank, down)
+    return [*fold_up, dy_pass, *pad_high, dx, x_pass, reduce, *unfold]
 
 
 def torch_plan(problem: Problem, strategy: str, device: Device) -> list[Launch]:

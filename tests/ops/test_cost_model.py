@@ -45,12 +45,30 @@ def test_a_rank_beyond_the_kernels_is_planned_in_torch():
 
 def test_arithmetic_of_one_forward():
     """fused on ViT-B's qkv: the bytes of DESIGN's table, and a riding product at wgmma's price."""
-    fold, gemm = plan(QKV, "fused", DEVICES["H200"])
-    assert fold.name == "fold" and gemm.name == "gemm"
+    (gemm,) = plan(QKV, "fused", DEVICES["H200"])
+    assert gemm.name == "gemm"
     x, w, y, p = 12608 * 768, 768 * 2304, 12608 * 2304, 12608 * 16
-    assert gemm.bytes_moved == 2 * (x + w + y + p + (768 + 2304) * 16 + 2304)
+    factors = (768 + 2304) * 16 + 3 * 16 * 16
+    assert gemm.bytes_moved == 2 * (x + w + y + p + factors + 2304)
     main, riding, last = 2 * 12608 * 768 * 2304, 72 / 256, 2 * 12608 * 2304 * 16
     assert gemm.flops == pytest.approx(main * (1 + riding) + last)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "split"])
+def test_factors_are_copied_only_where_a_kernel_cannot_read_them(strategy):
+    def names(problem):
+        return [launch.name for launch in plan(problem, strategy, DEVICES["H200"])]
+
+    forward = ["gemm"] if strategy == "fused" else ["thin", "gemm"]
+    backward = ["thin_grad", "gemm", "tall_grad", "reduce"]
+    assert names(QKV) == forward
+    assert names(QKV._replace(backward=True)) == backward
+    wide = QKV._replace(factor_bytes=4)
+    assert names(wide) == (["fold", "gemm"] if strategy == "fused" else forward)
+    assert names(wide._replace(backward=True)) == backward
+    high = QKV._replace(rank=64)
+    assert names(high).count("fold") == 1 and names(wide._replace(rank=64)).count("fold") == 2
+    assert names(high._replace(backward=True))[-2:] == ["unfold", "unfold"]
 
 
 @pytest.mark.parametrize("strategy", ["fused", "split"])

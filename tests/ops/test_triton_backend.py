@@ -14,8 +14,8 @@ triton_package = pytest.importorskip("triton")
 
 from efft_kernels.ops import dispatch  # noqa: E402
 from efft_kernels.ops import triton as backend  # noqa: E402
+from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
 from efft_kernels.ops.triton import aot, tuning  # noqa: E402
-from efft_kernels.ops.triton.factors import padded_rank  # noqa: E402
 
 H200 = tuning.Device("NVIDIA_H200", 90, 132, 227 * 1024)
 A100 = tuning.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)

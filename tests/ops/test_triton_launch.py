@@ -162,9 +162,7 @@ def test_this_version_of_triton_is_one_that_was_compared():
 
 def gemm(a: Tensor, w: Tensor, plans: launch.Plans, config=None) -> None:
     thin_in, thin_out = (torch.ones(c, 16, dtype=a.dtype) for c in (a.shape[1], w.shape[1]))
-    launch_gemm(
-        a, w, None, thin_in, thin_out, None, width=16, ride=True, config=config, plans=plans
-    )
+    launch_gemm(a, w, None, thin_in, None, thin_out, None, width=16, config=config, plans=plans)
 
 
 def test_a_pointer_off_16_bytes_gets_a_kernel_of_its_own(driver):
@@ -201,7 +199,7 @@ def test_persistent_candidates_fit(arch, fits, rank, ride):
         assert config.persistent and config.tma and config.num_stages >= 2
         assert tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= fits
         if arch == 100:
-            assert tuning.gemm_tmem_columns(config, rank, ride) <= tuning.TMEM_COLUMNS
+            assert tuning.gemm_tmem_columns(config, rank) <= tuning.TMEM_COLUMNS
 
 
 def test_a_measured_row_may_be_persistent(driver, monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
 """The Triton backend: every strategy in fused kernels, on CUDA or in Triton's interpreter.
 
-    gemm.py       out = a·w + (a·thin_in)·thin_out^T: the forward, and dX with the roles swapped
+    gemm.py       out = a·w + (a·thin_in)·core·thin_out^T: the forward, and dX with the roles
+                  swapped; epilogue.py has the low-rank product after its loop
     thin.py       passes over a tall matrix: tall·thin and tall^T·thin, with their two-stage sums
-    factors.py    the fold of (down, core, up) into the two thin factors; W + ΔW for `merged`
+    factors.py    the factors as the kernels read them; W + ΔW for `merged`
     forward.py, backward.py    the order in which they run
     launch.py     what a call remembers, so that the next one hands over pointers only
     tuning.py     block shapes by device, dtype and shape; tune.py measures them on request

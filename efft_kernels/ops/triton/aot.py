@@ -11,6 +11,7 @@ code path but the operand type; both are compiled.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -20,12 +21,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..cost_model import TRITON_IN_PLACE_RANK
 from . import tuning
 from .factors import _fold_kernel, _merge_kernel
 from .gemm import _low_rank_gemm_kernel
@@ -44,6 +47,7 @@ KERNELS = {
 # The matrix instruction of each architecture; mma.sync is the right one for what wgmma cannot take.
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.*MMA"}
 _POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,26 @@ def _descriptor(dtype: str, config: tuning.GemmConfig, rows: int, columns: int) 
     return f"tensordesc<{dtype}[{rows}, {columns}]>" if config.tma else None
 
 
+class _Form(NamedTuple):
+    """What a launch of the GEMM is of: the forward or dX, and what its last product reads."""
+
+    direction: str = "fwd"  # or "dx"
+    core: bool = False
+    cross: bool = False  # a tile's columns may lie in several slices
+    float32: bool = False  # core and thin_out are float32 beside half-precision rows
+
+
+_FORMS = (_Form(), _Form(core=True), _Form("dx"))
+# How the same loop ends otherwise: for the first shape of a list, by pointers.
+_RARE_FORMS = (
+    _Form(core=True, cross=True),
+    _Form(core=True, float32=True),
+    _Form(core=True, cross=True, float32=True),
+    _Form("dx", float32=True),
+)
+
+
 def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Iterator[Case]:
-    pointer = _POINTER[dtype]
     for kind, precision in _kinds(dtype):
         for wide in (False, True) if kind == "half" else (False,):
             suffix = "-wide" if wide and aligned else "" if aligned else "-unaligned"
@@ -158,59 +180,85 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                     configs += tuple(config._replace(tma=True) for config in shipped)
                     configs += tuning.persistent_candidates(arch, kind, rank, ride)
                 for config in configs:
-                    for direction, unit in (("fwd", "stride_wi"), ("dx", "stride_wc")):
-                        block = f"{config.block_m}x{config.block_c}x{config.block_i}"
-                        block += " tma" if config.tma else ""
-                        block += " persistent" if config.persistent else ""
-                        w_block = (config.block_c, config.block_i)
-                        label = f"{direction} {'ride' if ride else 'given'} {block}"
-                        yield _case(
-                            "gemm",
-                            f"{label}{' wide' if wide else ''}{' ieee' if kind == 'ieee' else ''}",
-                            arch,
-                            dtype,
-                            rank,
-                            {
-                                "a_ptr": pointer,
-                                "w_ptr": "*fp32" if wide else pointer,
-                                "a_desc": _descriptor(
-                                    dtype, config, config.block_m, config.block_i
-                                ),
-                                "w_desc": _descriptor(
-                                    dtype,
-                                    config,
-                                    *(w_block if direction == "fwd" else w_block[::-1]),
-                                ),
-                                "d_desc": _descriptor(dtype, config, config.block_i, rank),
-                                "bias_ptr": pointer if direction == "fwd" else None,
-                                "thin_in_ptr": pointer,
-                                "thin_out_ptr": pointer,
-                                "p_ptr": pointer,
-                                "out_ptr": pointer,
-                            },
-                            {
-                                "BLOCK_M": config.block_m,
-                                "BLOCK_C": config.block_c,
-                                "BLOCK_I": config.block_i,
-                                "RANK": rank,
-                                "BLOCK_R": min(rank, 32) if kind == "ieee" else rank,
-                                "GROUP_M": config.group_m,
-                                "EVEN_I": True,
-                                "EVEN_C": True,
-                                "RIDE": ride,
-                                "STORE_P": ride,
-                                "PRECISION": precision,
-                                "TMA": config.tma,
-                                "W_ROWS_ALONG_I": direction == "fwd",
-                                "PERSISTENT": config.persistent,
-                                "FLATTEN": config.persistent and tuning.can_fuse_loops(arch),
-                            },
-                            config.num_warps,
-                            config.num_stages,
-                            None if kind == "ieee" else TENSOR_CORE[arch],
-                            unit=(unit,),
-                            aligned=aligned,
+                    forms = (*_FORMS, *(_RARE_FORMS if config == shipped[0] else ()))
+                    for form in forms:
+                        if form.float32 and kind != "half":
+                            continue
+                        if rank > TRITON_IN_PLACE_RANK and (form.core or form.float32):
+                            continue
+                        yield _gemm_case(
+                            arch, dtype, rank, aligned, precision, wide, ride, config, form
                         )
+
+
+def _gemm_case(
+    arch: int,
+    dtype: str,
+    rank: int,
+    aligned: bool,
+    precision: str,
+    wide: bool,
+    ride: bool,
+    config: tuning.GemmConfig,
+    form: _Form,
+) -> Case:
+    pointer = _POINTER[dtype]
+    factors = "*fp32" if form.float32 else pointer
+    ieee = dtype == "fp32" and precision == "ieee"
+    forward = form.direction == "fwd"
+    w_block = (config.block_c, config.block_i)
+    words = (
+        form.direction,
+        "ride" if ride else "given",
+        f"{config.block_m}x{config.block_c}x{config.block_i}",
+        *(name for name in ("tma", "persistent") if getattr(config, name)),
+        *(name for name in ("core", "cross", "float32") if getattr(form, name)),
+        *(name for name, true in (("wide", wide), ("ieee", ieee)) if true),
+    )
+    return _case(
+        "gemm",
+        " ".join(words),
+        arch,
+        dtype,
+        rank,
+        {
+            "a_ptr": pointer,
+            "w_ptr": "*fp32" if wide else pointer,
+            "a_desc": _descriptor(dtype, config, config.block_m, config.block_i),
+            "w_desc": _descriptor(dtype, config, *(w_block if forward else w_block[::-1])),
+            "d_desc": _descriptor(dtype, config, config.block_i, rank) if ride else None,
+            "bias_ptr": pointer if forward else None,
+            "thin_in_ptr": pointer if ride else None,
+            "core_ptr": factors if form.core else None,
+            "thin_out_ptr": factors,
+            "p_ptr": pointer,
+            "out_ptr": pointer,
+        },
+        {
+            "BLOCK_M": config.block_m,
+            "BLOCK_C": config.block_c,
+            "BLOCK_I": config.block_i,
+            "RANK": rank,
+            "RANK_OUT": rank,
+            "BLOCK_R": tuning.rank_block(_TORCH[dtype], precision, rank, form.core),
+            "CROSS": form.cross,
+            "GROUP_M": config.group_m,
+            "EVEN_I": True,
+            "EVEN_C": True,
+            "RIDE": ride,
+            "STORE_P": ride,
+            "PRECISION": precision,
+            "TMA": config.tma,
+            "W_ROWS_ALONG_I": forward,
+            "PERSISTENT": config.persistent,
+            "FLATTEN": config.persistent and tuning.can_fuse_loops(arch),
+        },
+        config.num_warps,
+        config.num_stages,
+        None if ieee else TENSOR_CORE[arch],
+        unit=("stride_wi" if forward else "stride_wc", "stride_or", "stride_ct"),
+        aligned=aligned,
+    )
 
 
 def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Iterator[Case]:
@@ -220,35 +268,48 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
         form = kind if aligned else f"{kind}-unaligned"
         # Thin products have few columns; any tensor-core instruction serves a pass bound by memory.
         instruction = None if kind == "ieee" else f"HMMA|{TENSOR_CORE[arch]}"
-        for grad in (False, True):
+        for grad, core in itertools.product((False, True), (False, True)):
             name = "thin_grad" if grad else "thin"
             config = tuning.pass_defaults(name, arch, form, rank)
-            yield _case(
-                "thin",
-                f"{'S + d_B' if grad else 'S'} {config.block_m}x{config.block_c}{suffix}",
-                arch,
-                dtype,
-                rank,
-                {
-                    "tall_ptr": pointer,
-                    "thin_in_ptr": pointer,
-                    "s_ptr": pointer,
-                    "p_ptr": pointer if grad else None,
-                    "partial_ptr": "*fp32" if grad else None,
-                },
-                {
-                    "BLOCK_M": config.block_m,
-                    "BLOCK_C": config.block_c,
-                    "RANK": rank,
-                    "EVEN_C": True,
-                    "GRAD": grad,
-                    "PRECISION": precision,
-                },
-                config.num_warps,
-                config.num_stages,
-                instruction,
-                aligned=aligned,
-            )
+            for factors in dict.fromkeys((pointer, "*fp32")):
+                if rank > TRITON_IN_PLACE_RANK and (core or factors != pointer):
+                    continue
+                words = (
+                    "S + factors" if grad else "S",
+                    f"{config.block_m}x{config.block_c}",
+                    *(("core",) if core else ()),
+                    *(("float32",) if factors != pointer else ()),
+                )
+                yield _case(
+                    "thin",
+                    " ".join(words) + suffix,
+                    arch,
+                    dtype,
+                    rank,
+                    {
+                        "tall_ptr": pointer,
+                        "up_ptr": factors,
+                        "core_ptr": factors if core else None,
+                        "s_ptr": pointer,
+                        "p_ptr": pointer if grad else None,
+                        "d_up_ptr": "*fp32" if grad else None,
+                        "d_core_ptr": "*fp32" if grad and core else None,
+                    },
+                    {
+                        "BLOCK_M": config.block_m,
+                        "BLOCK_C": config.block_c,
+                        "RA": rank,
+                        "RB": rank,
+                        "EVEN_C": True,
+                        "GRAD": grad,
+                        "PRECISION": precision,
+                    },
+                    config.num_warps,
+                    config.num_stages,
+                    instruction,
+                    unit=("stride_ur", "stride_cb"),
+                    aligned=aligned,
+                )
         config = tuning.pass_defaults("tall_grad", arch, form, rank)
         yield _case(
             "tall_grad",
@@ -274,58 +335,58 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
 def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
     pointer = _POINTER[dtype]
     block, block_parts, num_warps = tuning.REDUCE_CONFIG
+    sums: dict[str, str | None] = {}
+    for one in "abc":
+        sums |= {f"partial_{one}_ptr": "*fp32", f"out_{one}_ptr": pointer}
     yield _case(
         "reduce",
         "",
         arch,
         dtype,
         rank,
-        {
-            "partial_a_ptr": "*fp32",
-            "out_a_ptr": pointer,
-            "partial_b_ptr": "*fp32",
-            "out_b_ptr": pointer,
-        },
-        {"RANK": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
+        sums,
+        {"RANK": rank, "RANK_C": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
         num_warps,
         3,
         None,
     )
-    block, block_rb, num_warps = tuning.FOLD_CONFIG
+    fold_block, fold_block_rb, fold_warps = tuning.FOLD_CONFIG
+    block_n, block_k, block_r, merge_warps = tuning.MERGE_CONFIG
     for factors in dict.fromkeys(("*fp32", pointer)):
         for core in (factors, None):
+            words = f"{factors[1:]} factors{'' if core else ' no core'}"
             yield _case(
                 "fold",
-                f"{factors[1:]} factors{'' if core else ' no core'}",
+                words,
+                arch,
+                dtype,
+                rank,
+                {"up_ptr": factors, "core_ptr": core, "out_ptr": pointer},
+                {"BLOCK": fold_block, "BLOCK_RB": fold_block_rb, "RANK": rank},
+                fold_warps,
+                3,
+                None,
+                unit=("stride_cb", "stride_ur"),
+            )
+            yield _case(
+                "merge",
+                f"fp32 weight {words}",
                 arch,
                 dtype,
                 rank,
                 {
-                    "down_ptr": factors,
-                    "core_ptr": core,
+                    "weight_ptr": "*fp32",
                     "up_ptr": factors,
-                    "b_ptr": pointer,
-                    "down_out_ptr": pointer,
+                    "core_ptr": core,
+                    "down_ptr": factors,
+                    "out_ptr": pointer,
                 },
-                {"BLOCK": block, "BLOCK_RB": block_rb, "RANK": rank},
-                num_warps,
+                {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r, "RANK": rank},
+                merge_warps,
                 3,
                 None,
-                unit=("stride_dr", "stride_cb", "stride_ur"),
+                unit=("stride_cb", "stride_ur", "stride_dr"),
             )
-    block_n, block_k, block_r, num_warps = tuning.MERGE_CONFIG
-    yield _case(
-        "merge",
-        "fp32 weight",
-        arch,
-        dtype,
-        rank,
-        {"weight_ptr": "*fp32", "b_ptr": "*fp32", "down_ptr": "*fp32", "out_ptr": pointer},
-        {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r, "RANK": rank},
-        num_warps,
-        3,
-        None,
-    )
 
 
 def cases(archs: tuple[int, ...] = ARCHS) -> Iterator[Case]:
@@ -364,7 +425,7 @@ def compile_case(case: Case) -> Report:
         if case.signature[name] == "constexpr":
             continue
         pointer = case.signature[name].startswith("*")
-        unspecialised = name in kernel.do_not_specialize or name.startswith("width")
+        unspecialised = name in kernel.do_not_specialize or name.startswith(("width", "ra", "rb"))
         if pointer or (case.aligned and not unspecialised):
             attrs[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(

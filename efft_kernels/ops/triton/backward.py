@@ -1,18 +1,23 @@
 """The six gradients: which passes over dY and x, in which order.
 
-With P = x·down saved by the forward and B = stack_g up[g]·core[g]^T:
+With P = x·down saved by the forward, Q_g = dY_g·up[g] and T_g = P·core[g]:
 
-    S = dY·B            dX = dY·W + S·down^T          d_down = x^T·S
-    d_B = dY^T·P        d_core[g] = d_B[g]^T·up[g]    d_up[g] = d_B[g]·core[g]
-                                                      (summed over g when `up` is shared)
+    S = Σ_g Q_g·core[g]^T    dX = dY·W + S·down^T     d_down = x^T·S
+    d_core[g] = P^T·Q_g      d_up[g] = dY_g^T·T_g     (summed over g when `up` is shared)
 
-    fused            gemm (dX, S rides and is stored), tall_grad (x, S), tall_grad (dY, P), reduce
-    split, merged    thin (S and the partial sums of d_B from one pass over dY), gemm (dX) or W + ΔW
-                     and the library's GEMM, tall_grad (x, S), reduce
-    dX not needed    as split, without the GEMM
+    thin        one pass over dY: S, and the partial sums of d_core and d_up
+    gemm        dX with its low-rank term; under `merged` W + ΔW and the library's GEMM
+    tall_grad   one pass over x: the partial sums of d_down
+    reduce      all partial sums
+
+At ranks above 32 core and up are folded first (factors.py); `thin` then gives d_B, and plain torch
+d_core and d_up from it.
+
+Where neither d_core nor d_up is asked for, `fused` needs no pass for S: it rides in the GEMM, whose
+loop takes B = stack_g up[g]·core[g]^T, folded by one small launch.
 
 So dY is read twice and x once for everything, whatever G is: dX needs a GEMM over rows of dY while
-d_B reduces over them. No temporary has M·N or M·K elements; the largest are the partial sums.
+d_up reduces over them. No temporary has M·N or M·K elements; the largest are the partial sums.
 """
 
 from __future__ import annotations
@@ -21,15 +26,10 @@ import torch
 from torch import Tensor
 
 from .. import torch_backend
+from ..cost_model import padded_rank
 from ..torch_backend import Grads
-from .factors import launch_fold
-from .forward import (
-    merged_weight,
-    out_of_reach,
-    rows,
-    thin_buffer,
-    torch_strategy,
-)
+from .factors import launch_fold, launch_merge, read_in_place
+from .forward import out_of_reach, rows, thin_buffer, torch_strategy
 from .gemm import launch_gemm
 from .launch import plans_of
 from .thin import launch_reduce, launch_tall_grad, launch_thin
@@ -52,7 +52,7 @@ def backward(
     m = dy.shape[0]
     n, k = weight.shape
     ra = down.shape[1]
-    if out_of_reach(m, n, k, ra):
+    if out_of_reach(m, n, k, ra, up.shape[2]):
         return torch_backend.backward(
             dy, x, weight, p, down, core, up, needs=needs, strategy=torch_strategy(strategy)
         )
@@ -63,41 +63,41 @@ def backward(
     dy = rows(dy)
     dx = d_down = d_core = d_up = None
     d_weight, d_bias = torch_backend.frozen_grads(dy, x, weight, need_weight, need_bias)
-    need_fold_grad = need_core or need_up
-    grad_p = rows(p) if need_fold_grad and p is not None else None
+    need_core = need_core and core is not None
+    grad_p = rows(p) if (need_core or need_up) and p is not None else None
 
-    s = partial = None
-    if need_down or need_x:
-        b, down_in = launch_fold(down, core, up, n, dy.dtype, plans)
-        rank = b.shape[1]
-        if strategy == "fused" and not can_ride(dy.dtype, rank):
-            strategy = "split"
-        ride = need_x and strategy == "fused"
-        if need_down or (need_x and strategy == "split"):
-            s = thin_buffer(dy, ra, rank)
-        if ride:
-            dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=True, plans=plans)
-        elif s is not None:
-            partial = launch_thin(dy, b, s, grad_p, plans=plans)
-        if need_x and strategy == "split":
-            dx = launch_gemm(dy, weight, None, b, down_in, s, width=ra, ride=False, plans=plans)
-        elif need_x and strategy == "merged":
-            dx = torch.mm(dy, merged_weight(weight, down, core, up, dy.dtype, plans))
-    x_partial = None
+    merged = strategy == "merged"
+    ride = need_x and grad_p is None and strategy == "fused" and can_ride(dy.dtype, padded_rank(ra))
+    padded = not read_in_place(down, up)
+    s = None
+    if need_down or grad_p is not None or (need_x and not (ride or merged)):
+        s = thin_buffer(dy, ra)
+    up_in, core_in = up, core
+    if ride or (padded and s is not None):
+        up_in, core_in = launch_fold(up, core, dy.dtype, plans), None
+    d_up_partial = d_core_partial = d_down_partial = None
+    if s is not None and not ride:
+        d_up_partial, d_core_partial = launch_thin(dy, up_in, core_in, s, grad_p, plans=plans)
+    if need_x and merged:
+        dx = torch.mm(dy, launch_merge(rows(weight), down, core, up, dy.dtype, plans))
+    elif need_x:
+        down_in = launch_fold(down, None, dy.dtype, plans, "pad down") if padded else down
+        thin_in = up_in if ride else None
+        dx = launch_gemm(dy, weight, None, thin_in, None, down_in, s, width=ra, plans=plans)
     if need_down:
         assert x is not None and s is not None
-        x_partial = launch_tall_grad(rows(x), s, plans=plans, name="tall_grad x")
-    if grad_p is not None:
-        if partial is None:
-            partial = launch_tall_grad(dy, grad_p, plans=plans, name="tall_grad dy")
-        folded = core is None  # then d_up is d_B
-        d_b, d_down = launch_reduce(
-            partial, x_partial, ra, (up.dtype, down.dtype), plans, up.shape if folded else None
+        d_down_partial = launch_tall_grad(rows(x), s, plans=plans)
+        d_down = down.new_empty(down.shape)
+    if grad_p is not None and core is not None and core_in is None:
+        d_b = up.new_empty((n, ra))
+        launch_reduce(((d_up_partial, d_b), (None, None), (d_down_partial, d_down)), plans)
+        d_core, d_up = torch_backend.unfold_grads(d_b, core, up, need_core, need_up)
+    elif grad_p is not None or need_down:
+        if grad_p is not None and need_up:
+            d_up = up.new_empty(up.shape)
+        if grad_p is not None and need_core:
+            d_core = core.new_empty(core.shape)  # type: ignore[union-attr]
+        launch_reduce(
+            ((d_up_partial, d_up), (d_core_partial, d_core), (d_down_partial, d_down)), plans
         )
-        if folded:
-            d_up = d_b if need_up else None
-        else:
-            d_core, d_up = torch_backend.unfold_grads(d_b, core, up, need_core, need_up)
-    elif x_partial is not None:
-        d_down, _ = launch_reduce(x_partial, None, ra, (down.dtype, down.dtype), plans)
     return dx, d_weight, d_bias, d_down, d_core, d_up

@@ -1,16 +1,17 @@
-"""The low-rank GEMM: out = a·w + bias + (a·thin_in)·thin_out^T in one launch and one store of
-`out`.
+"""The low-rank GEMM: out = a·w + bias + (a·thin_in)·core[g]·thin_out[g]^T in one launch and one
+store of `out`, the slices g side by side in its columns.
 
-Forward and dX are the same function with the operands' roles swapped (B is the fold, see
-factors.py):
+Forward and dX are the same function with the operands' roles swapped (B is the fold of core and up,
+see factors.py):
 
-    forward   y  = x·W^T + bias + P·B^T,    P = x·down     a=x,  w=W^T, thin_in=down, thin_out=B
-    backward  dX = dY·W + S·down^T,         S = dY·B       a=dY, w=W,   thin_in=B,    thin_out=down
+    forward   y  = x·W^T + bias + P·core[g]·up[g]^T,  P = x·down     a=x,  w=W^T, thin_out=up
+    backward  dX = dY·W + S·down^T,                   S = dY·B       a=dY, w=W,   thin_out=down
 
 With RIDE, P = a·thin_in is accumulated in the same loop over I that reads `a` for the main product,
 so it costs matrix instructions but no memory traffic. Without, P is read where the loop ends:
-[a|P]·[w|thin_out], a loop longer by one step of the rank. Either way the product joins the float32
-accumulator before the only store.
+[a|T]·[w|thin_out], a loop longer by one step of the rank. There T = P·core[g] is formed, for the
+one slice (or, with CROSS, the few slices) that a tile's columns lie in, and core and thin_out are
+read as they are stored. Either way the product joins the float32 accumulator before the only store.
 
 With a config's `tma` (Hopper and later) the copy engine loads the tiles through tensor descriptors:
 no address arithmetic in registers, no masks. Pointers serve everything else, rows that are not
@@ -19,8 +20,9 @@ the tiles: on sm_90 the two loops become one, so that the next tile's first load
 while this tile is stored. On sm_100 Triton 3.6 fails to compile the fused loop; there the loop over
 tiles stays a loop, and the accumulator is held twice.
 
-Bytes moved, each operand once: M·I + I·C + C·(bias) + (I + C)·RANK + M·C, and M·rank more where P
-is stored or read. `plan` in ops/cost_model.py counts them.
+Bytes moved, each operand once: M·I + I·C + C·(bias) + M·C, I·RANK more where P rides, M·rank more
+where P is stored or read, and core and thin_out as they are stored. `plan` in ops/cost_model.py
+counts them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..cost_model import padded_rank
 from . import tuning
+from .epilogue import add_low_rank
+from .factors import core_strides, slices_of
 from .launch import Plan, Plans
 
 
@@ -56,6 +61,7 @@ def _low_rank_tile(
     w_ptr,
     bias_ptr,
     thin_in_ptr,
+    core_ptr,
     thin_out_ptr,
     p_ptr,
     out_ptr,
@@ -65,16 +71,26 @@ def _low_rank_tile(
     M,
     C,
     I,  # noqa: E741
+    slice_c,
     width,
+    width_out,
     stride_a,
     stride_wi,
     stride_wc,
     stride_p,
+    stride_og,
+    stride_oc,
+    stride_or,
+    stride_cg,
+    stride_cp,
+    stride_ct,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
     RANK: tl.constexpr,
+    RANK_OUT: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    CROSS: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_C: tl.constexpr,
     RIDE: tl.constexpr,
@@ -94,7 +110,8 @@ def _low_rank_tile(
     # Rows beyond M read row 0 and are dropped by the store: no row mask in the loop.
     a_ptrs = a_ptr + tl.where(in_m, offs_m, 0)[:, None] * stride_a + offs_i[None, :]
     w_ptrs = w_ptr + offs_i.to(tl.int64)[:, None] * stride_wi + offs_c[None, :] * stride_wc
-    d_ptrs = thin_in_ptr + offs_i[:, None] * RANK + offs_r[None, :]
+    if RIDE:
+        d_ptrs = thin_in_ptr + offs_i[:, None] * RANK + offs_r[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     p_acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
@@ -130,23 +147,41 @@ def _low_rank_tile(
         a_ptrs += BLOCK_I
         w_ptrs += BLOCK_I * stride_wi
 
+    p = p_acc.to(a_ptr.dtype.element_ty)
     p_ptrs = p_ptr + offs_m[:, None] * stride_p
-    b_ptrs = thin_out_ptr + offs_c[:, None] * RANK
     if RIDE:
         # An infinity in `a` times the padding is a NaN; it must not reach the next product.
-        p = tl.where((offs_r < width)[None, :], p_acc, 0.0).to(a_ptr.dtype.element_ty)
+        p = tl.where((offs_r < width)[None, :], p, 0.0)
         if STORE_P:
             in_p = in_m[:, None] & (offs_r < width)[None, :] & (tile_c == 0)
             tl.store(p_ptrs + offs_r[None, :], p, mask=in_p)
-        b = tl.load(b_ptrs + offs_r[None, :], mask=in_c[:, None], other=0.0)
-        acc = tl.dot(p, tl.trans(b), acc, input_precision=PRECISION)
-    else:
-        for r in tl.static_range(0, RANK, BLOCK_R):
-            rs = r + tl.arange(0, BLOCK_R)
-            in_p = in_m[:, None] & (rs < width)[None, :]
-            p = tl.load(p_ptrs + rs[None, :], mask=in_p, other=0.0)
-            b = tl.load(b_ptrs + rs[None, :], mask=in_c[:, None], other=0.0)
-            acc = tl.dot(p, tl.trans(b), acc, input_precision=PRECISION)
+    acc = add_low_rank(
+        acc,
+        p,
+        p_ptrs,
+        in_m,
+        tile_c,
+        C,
+        slice_c,
+        core_ptr,
+        thin_out_ptr,
+        width,
+        width_out,
+        stride_og,
+        stride_oc,
+        stride_or,
+        stride_cg,
+        stride_cp,
+        stride_ct,
+        BLOCK_M,
+        BLOCK_C,
+        RANK,
+        RANK_OUT,
+        BLOCK_R,
+        CROSS,
+        RIDE,
+        PRECISION,
+    )
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + offs_m[:, None] * C + offs_c[None, :]
@@ -158,8 +193,9 @@ def _low_rank_gemm_kernel(
     a_ptr,  # [M, I], unit stride along I
     w_ptr,  # [I, C], read through its strides; may be stored wider than a
     bias_ptr,  # [C] or None
-    thin_in_ptr,  # [I, RANK], contiguous, zero beyond the true rank
-    thin_out_ptr,  # [C, RANK], contiguous, zero beyond the true rank
+    thin_in_ptr,  # [I, RANK], contiguous, zero beyond the true rank; read if RIDE
+    core_ptr,  # [G, width, width_out], any strides and floating dtype, or None: the identity
+    thin_out_ptr,  # [1 or G, slice_c, width_out], any strides and floating dtype
     p_ptr,  # [M, width]: written by the first column tile if STORE_P, read if not RIDE
     out_ptr,  # [M, C], contiguous
     a_desc,  # a, w and thin_in as tensor descriptors if TMA, else None;
@@ -168,16 +204,26 @@ def _low_rank_gemm_kernel(
     M,
     C,
     I,  # noqa: E741
+    slice_c,
     width,
+    width_out,
     stride_a,
     stride_wi,
     stride_wc,
     stride_p,
+    stride_og,
+    stride_oc,
+    stride_or,
+    stride_cg,
+    stride_cp,
+    stride_ct,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
     RANK: tl.constexpr,
+    RANK_OUT: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    CROSS: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_I: tl.constexpr,
     EVEN_C: tl.constexpr,
@@ -203,6 +249,7 @@ def _low_rank_gemm_kernel(
                 w_ptr,
                 bias_ptr,
                 thin_in_ptr,
+                core_ptr,
                 thin_out_ptr,
                 p_ptr,
                 out_ptr,
@@ -212,16 +259,26 @@ def _low_rank_gemm_kernel(
                 M,
                 C,
                 I,
+                slice_c,
                 width,
+                width_out,
                 stride_a,
                 stride_wi,
                 stride_wc,
                 stride_p,
+                stride_og,
+                stride_oc,
+                stride_or,
+                stride_cg,
+                stride_cp,
+                stride_ct,
                 BLOCK_M,
                 BLOCK_C,
                 BLOCK_I,
                 RANK,
+                RANK_OUT,
                 BLOCK_R,
+                CROSS,
                 EVEN_I,
                 EVEN_C,
                 RIDE,
@@ -239,6 +296,7 @@ def _low_rank_gemm_kernel(
             w_ptr,
             bias_ptr,
             thin_in_ptr,
+            core_ptr,
             thin_out_ptr,
             p_ptr,
             out_ptr,
@@ -248,16 +306,26 @@ def _low_rank_gemm_kernel(
             M,
             C,
             I,
+            slice_c,
             width,
+            width_out,
             stride_a,
             stride_wi,
             stride_wc,
             stride_p,
+            stride_og,
+            stride_oc,
+            stride_or,
+            stride_cg,
+            stride_cp,
+            stride_ct,
             BLOCK_M,
             BLOCK_C,
             BLOCK_I,
             RANK,
+            RANK_OUT,
             BLOCK_R,
+            CROSS,
             EVEN_I,
             EVEN_C,
             RIDE,
@@ -272,18 +340,18 @@ def launch_gemm(
     a: Tensor,  # [M, I], unit last stride
     w: Tensor,  # [I, C], any strides; [C, I] with `transpose`
     bias: Tensor | None,  # [C], unit stride
-    thin_in: Tensor,  # [I, RANK], contiguous
-    thin_out: Tensor,  # [C, RANK], contiguous
-    p: Tensor | None,  # [M, width]: given when it is ready, to be filled when `ride`
+    thin_in: Tensor | None,  # [I, RANK], contiguous: P rides
+    core: Tensor | None,  # [G, width, Rb]
+    thin_out: Tensor,  # [1 or G, C/G, Rb], or [C, width] without a core
+    p: Tensor | None,  # [M, width]: to be filled with `thin_in`, given without
     *,
     width: int,
-    ride: bool,
     transpose: bool = False,
     config: tuning.GemmConfig | None = None,
     plans: Plans | None = None,
 ) -> Tensor:
-    """out [M, C] in a's dtype. With `ride`, P is computed here and stored into `p` unless that is
-    None; with `transpose`, w is multiplied as w^T.
+    """out [M, C] in a's dtype. With `thin_in`, P is computed here and stored into `p` unless that
+    is None; with `transpose`, w is multiplied as w^T.
     """
     plans = {} if plans is None else plans
     plan: _GemmPlan | None = plans.get("gemm")
@@ -294,17 +362,28 @@ def launch_gemm(
         plan = plans.get(name)
         if plan is None:
             plan = plans[name] = _plan(
-                a, w.t() if transpose else w, thin_in, p, width, ride, aligned, config
+                a,
+                w.t() if transpose else w,
+                thin_in,
+                core,
+                thin_out,
+                p,
+                width,
+                aligned,
+                config,
             )
     out = a.new_empty((a.shape[0], w.shape[0 if transpose else 1]))
-    pointers = (a, w, bias, thin_in, thin_out, out if p is None else p, out)
+    pointers = (a, w, bias, thin_in, core, thin_out, out if p is None else p, out)
     if plan.blocks is None:
         plan.launch(pointers, _NO_DESCRIPTORS)
     else:
         stored = w if w.stride(1) == 1 else w.t()
         plan.launch(
             pointers,
-            tuple(map(TensorDescriptor.from_tensor, (a, stored, thin_in), plan.blocks)),
+            tuple(
+                None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
+                for tensor, block in zip((a, stored, thin_in), plan.blocks, strict=True)
+            ),
         )
     return out
 
@@ -314,29 +393,32 @@ _NO_DESCRIPTORS = (None, None, None)
 
 class _GemmPlan(NamedTuple):
     launch: Plan
-    blocks: tuple[tuple[int, int], ...] | None  # of the descriptors of a, w and thin_in
+    blocks: tuple[list[int], ...] | None  # of the descriptors of a, w and thin_in
 
 
 def _plan(
     a: Tensor,  # [M, I]
     w: Tensor,  # [I, C]
-    thin_in: Tensor,  # [I, RANK]
+    thin_in: Tensor | None,  # [I, RANK]
+    core: Tensor | None,  # [G, width, Rb]
+    thin_out: Tensor,  # [1 or G, C/G, Rb] or [C, width]
     p: Tensor | None,  # [M, width]
     width: int,
-    ride: bool,
     on_16_bytes: bool,
     config: tuning.GemmConfig | None,
 ) -> _GemmPlan:
     m, i = a.shape
     c = w.shape[1]
-    rank = thin_in.shape[1]
+    ride = thin_in is not None
+    rank, rank_out = padded_rank(width), padded_rank(thin_out.shape[-1])
+    slices, slice_c, out_strides = slices_of(thin_out, core)
     stride_a, (stride_wi, stride_wc) = a.stride(0), w.stride()
     if config is None:
         config = tuning.gemm_config(
             m,
             c,
             i,
-            rank,
+            max(rank, rank_out),
             a.dtype,
             wide=w.dtype != a.dtype,
             aligned=(stride_a | stride_wi * stride_wc | i | c) % 16 == 0,
@@ -352,7 +434,9 @@ def _plan(
         and stride_a >= i
         and (stride_a | stride_wi * stride_wc) % 8 == 0
     )
-    persistent = bool(persistent) and tma == bool(config.tma)
+    cross = slices > 1 and slice_c % block_c != 0
+    # A loop over slices within the loop over tiles would keep that one from being fused.
+    persistent = bool(persistent) and tma == bool(config.tma) and not cross
     rows_along_i = stride_wi == 1
     tiles = tuning.cdiv(m, block_m) * tuning.cdiv(c, block_c)
     programs = min(tiles, tuning.multiprocessors(a.device.index)) if persistent else tiles
@@ -363,16 +447,22 @@ def _plan(
         m,
         c,
         i,
+        slice_c,
         width,
+        thin_out.shape[-1],
         stride_a,
         stride_wi,
         stride_wc,
         0 if p is None else p.stride(0),
+        *out_strides,
+        *core_strides(core),
         block_m,
         block_c,
         block_i,
         rank,
-        tuning.rank_block(a.dtype, precision, rank),
+        rank_out,
+        tuning.rank_block(a.dtype, precision, rank, core is not None),
+        cross,
         group_m,
         i % block_i == 0,
         c % block_c == 0,
@@ -386,5 +476,7 @@ def _plan(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    w_block = (block_c, block_i) if rows_along_i else (block_i, block_c)
-    return _GemmPlan(launch, ((block_m, block_i), w_block, (block_i, rank)) if tma else None)
+    if not tma:
+        return _GemmPlan(launch, None)
+    w_block = [block_c, block_i] if rows_along_i else [block_i, block_c]
+    return _GemmPlan(launch, ([block_m, block_i], w_block, [block_i, rank]))

@@ -1,17 +1,21 @@
 """Passes over a tall matrix [M, C] beside thin ones of `rank` columns: what the factors' gradients
 need.
 
-    launch_thin        S = tall·thin_in; in the same pass, if P is given, the partial sums of
-                       tall^T·P                 (P = x·down; S = dY·B with d_B = dY^T·P)
-    launch_tall_grad   partial sums of tall^T·thin, split over rows
-                                                (d_down = x^T·S; d_B = dY^T·P)
-    launch_reduce      the second stage: the partial sums added in a fixed order, in float32
+    launch_thin        S = Σ_g tall_g·up[g]·core[g]^T over the column slices of tall; given P, in
+                       the same pass also the partial sums of up's and core's gradients. For each
+                       slice g, with Q_g = tall_g·up[g] and T_g = P·core[g]:
+                           S += Q_g·core[g]^T    d_up[g] = tall_g^T·T_g    d_core[g] = P^T·Q_g
+                       Without a core S = Q and T = P: so P = x·down is this as well.
+    launch_tall_grad   partial sums of tall^T·thin, split over rows        (d_down = x^T·S)
+    launch_reduce      the second stage: partial sums added in a fixed order, in float32
 
-No atomics: the same inputs on the same device give the same bits. Bytes moved, operands once:
+No atomics: the same inputs on the same device give the same bits. Bytes moved, operands once
+(G·c = C; factors and partial sums as they are stored):
 
-    thin               M·C + C·RANK + M·rank; with P also M·rank + programs·C·RANK·4
+    thin               M·C + M·ra + the factors; with P also M·ra, and
+                       programs·(C·RB + G·ra·RB)·4, without a core programs·C·RA·4
     tall_grad          M·C + M·rank + splits·C·RANK·4
-    reduce             parts·C·RANK·4 + C·rank
+    reduce             parts·C·RANK·4 + C·rank for each sum
 
 `plan` in ops/cost_model.py counts them, and the tests hold the launches to it. With more row tiles
 than programs, `thin` also updates its own partial sums in place, which stay in L2.
@@ -26,73 +30,127 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cost_model import padded_rank
 from . import tuning
-from .factors import padded_rank
+from .factors import core_strides, slices_of
 from .launch import Plan, Plans
+
+
+@triton.jit
+def _keep_part(ptrs, part, mask, again):
+    """Store `part`; with `again`, added to what this program has stored there before."""
+    if again:
+        part += tl.load(ptrs, mask=mask, other=0.0)
+    tl.store(ptrs, part, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _thin_kernel(
-    tall_ptr,  # [M, C], unit stride along C
-    thin_in_ptr,  # [C, RANK], contiguous, zero beyond the true rank
-    s_ptr,  # [M, width_s]: out
-    p_ptr,  # [M, width_p], read if GRAD
-    partial_ptr,  # [programs, C, RANK] float32: out if GRAD
+    tall_ptr,  # [M, G·C], unit stride along the columns
+    up_ptr,  # [1 or G, C, rb], any strides (0 along the first where shared)
+    core_ptr,  # [G, ra, rb], any strides, or None
+    s_ptr,  # [M, ra]: out
+    p_ptr,  # [M, ra], read if GRAD
+    d_up_ptr,  # [programs, G, C, RB] float32: out if GRAD
+    d_core_ptr,  # [programs, G, ra, RB] float32: out if GRAD and there is a core
     M,
     C,
-    width_s,
-    width_p,
+    G,
+    ra,
+    rb,
     stride_tall,
+    stride_ug,
+    stride_un,
+    stride_ur,
+    stride_cg,
+    stride_ca,
+    stride_cb,
     stride_s,
     stride_p,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    RANK: tl.constexpr,
+    RA: tl.constexpr,
+    RB: tl.constexpr,
     EVEN_C: tl.constexpr,
     GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    offs_r = tl.arange(0, RANK)
+    dtype: tl.constexpr = tall_ptr.dtype.element_ty
+    offs_a = tl.arange(0, RA)
+    offs_b = tl.arange(0, RB)
+    in_a = offs_a < ra
+    in_b = offs_b < rb
     for block in range(pid, tl.cdiv(M, BLOCK_M), programs):
         offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_m = offs_m < M
-        offs_c = tl.arange(0, BLOCK_C)
-        tall_ptrs = tall_ptr + offs_m[:, None] * stride_tall + offs_c[None, :]
-        thin_ptrs = thin_in_ptr + offs_c[:, None] * RANK + offs_r[None, :]
-        s = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
-        if GRAD:
-            p = tl.load(
-                p_ptr + offs_m[:, None] * stride_p + offs_r[None, :],
-                mask=in_m[:, None] & (offs_r < width_p)[None, :],
-                other=0.0,
-            )
-            partial_ptrs = (
-                partial_ptr + pid.to(tl.int64) * C * RANK + offs_c[:, None] * RANK + offs_r[None, :]
-            )
-        for c in range(0, C, BLOCK_C):
-            if EVEN_C:
-                tall = tl.load(tall_ptrs, mask=in_m[:, None], other=0.0)
-                thin = tl.load(thin_ptrs)
-            else:
-                in_c = offs_c < C - c
-                tall = tl.load(tall_ptrs, mask=in_m[:, None] & in_c[None, :], other=0.0)
-                thin = tl.load(thin_ptrs, mask=in_c[:, None], other=0.0)
-            s = tl.dot(tall, thin, s, input_precision=PRECISION)
+        again = block >= programs
+        s = tl.zeros((BLOCK_M, RA), dtype=tl.float32)
+        in_p = in_m[:, None] & in_a[None, :]
+        for g in range(G):
+            # P and core are read again where they are needed again: held over the loop below, they
+            # would take the registers that it needs.
+            slice_g = tl.cast(g, tl.int64)
+            part_g = pid.to(tl.int64) * G + g
             if GRAD:
-                part = tl.dot(tl.trans(tall), p, input_precision=PRECISION)
-                in_part = (offs_c < C - c)[:, None]
-                if block >= programs:
-                    part += tl.load(partial_ptrs, mask=in_part, other=0.0)
-                tl.store(partial_ptrs, part, mask=in_part)
-                partial_ptrs += BLOCK_C * RANK
-            tall_ptrs += BLOCK_C
-            thin_ptrs += BLOCK_C * RANK
+                p_ptrs = p_ptr + offs_m[:, None] * stride_p + offs_a[None, :]
+                t = tl.load(p_ptrs, mask=in_p, other=0.0)
+                d_up_ptrs = (
+                    d_up_ptr + (part_g * C + tl.arange(0, BLOCK_C)[:, None]) * RB + offs_b[None, :]
+                )
+            if core_ptr is not None:
+                core_ptrs = core_ptr + slice_g * stride_cg
+                core_ptrs += offs_a[:, None] * stride_ca + offs_b[None, :] * stride_cb
+                in_core = in_a[:, None] & in_b[None, :]
+                q = tl.zeros((BLOCK_M, RB), dtype=tl.float32)
+                if GRAD:
+                    core = tl.load(core_ptrs, mask=in_core, other=0.0).to(dtype)
+                    t = tl.dot(t, core, input_precision=PRECISION).to(dtype)
+            else:
+                q = s
+            offs_c = tl.arange(0, BLOCK_C)
+            tall_ptrs = tall_ptr + offs_m[:, None] * stride_tall + slice_g * C + offs_c[None, :]
+            up_ptrs = (
+                up_ptr
+                + slice_g * stride_ug
+                + offs_c[:, None].to(tl.int64) * stride_un
+                + offs_b[None, :] * stride_ur
+            )
+            for c in range(0, C, BLOCK_C):
+                in_c = offs_c < C - c
+                if EVEN_C:
+                    tall = tl.load(tall_ptrs, mask=in_m[:, None], other=0.0)
+                    up = tl.load(up_ptrs, mask=in_b[None, :], other=0.0)
+                else:
+                    tall = tl.load(tall_ptrs, mask=in_m[:, None] & in_c[None, :], other=0.0)
+                    up = tl.load(up_ptrs, mask=in_c[:, None] & in_b[None, :], other=0.0)
+                q = tl.dot(tall, up.to(dtype), q, input_precision=PRECISION)
+                if GRAD:
+                    part = tl.dot(tl.trans(tall), t, input_precision=PRECISION)
+                    _keep_part(d_up_ptrs, part, in_c[:, None], again)
+                    d_up_ptrs += BLOCK_C * RB
+                tall_ptrs += BLOCK_C
+                up_ptrs += BLOCK_C * stride_un
+            if core_ptr is None:
+                s = q
+            else:
+                # Beyond the rank core is zero; an infinity times that padding would be a NaN.
+                q_in = tl.where(in_b[None, :], q, 0.0).to(dtype)
+                core = tl.load(core_ptrs, mask=in_core, other=0.0).to(dtype)
+                s = tl.dot(q_in, tl.trans(core), s, input_precision=PRECISION)
+                if GRAD:
+                    p = tl.load(p_ptrs, mask=in_p, other=0.0)
+                    _keep_part(
+                        d_core_ptr + (part_g * ra + offs_a[:, None]) * RB + offs_b[None, :],
+                        tl.dot(tl.trans(p), q_in, input_precision=PRECISION),
+                        in_a[:, None],
+                        again,
+                    )
         tl.store(
-            s_ptr + offs_m[:, None] * stride_s + offs_r[None, :],
+            s_ptr + offs_m[:, None] * stride_s + offs_a[None, :],
             s.to(s_ptr.dtype.element_ty),
-            mask=in_m[:, None] & (offs_r < width_s)[None, :],
+            mask=in_p,
         )
         if GRAD:
             # The next row block adds to this program's own partial sums, perhaps from other
@@ -177,90 +235,138 @@ def _sum_parts(
     )
 
 
-@triton.jit(do_not_specialize=["parts_a", "parts_b", "blocks_a"])
+@triton.jit(do_not_specialize=["parts_a", "parts_b", "parts_c", "blocks_a", "blocks_b"])
 def _reduce_kernel(
-    partial_a_ptr,  # [parts_a, C_a, RANK] float32, contiguous
-    out_a_ptr,  # [C_a, width], contiguous
-    partial_b_ptr,  # [parts_b, C_b, RANK] float32, contiguous, or None
-    out_b_ptr,  # [C_b, width], contiguous, or None
+    partial_a_ptr,  # [parts_a, C_a, RANK] float32, contiguous; each of the three may be None
+    out_a_ptr,  # [C_a, width_a], contiguous
+    partial_b_ptr,  # [parts_b, C_b, RANK]
+    out_b_ptr,  # [C_b, width_a]
+    partial_c_ptr,  # [parts_c, C_c, RANK_C]
+    out_c_ptr,  # [C_c, width_c]
     parts_a,
     parts_b,
+    parts_c,
     C_a,
     C_b,
+    C_c,
     width,
-    blocks_a,  # programs of the first sum; the rest do the second
+    width_c,
+    blocks_a,  # programs of the first sum; the next do the second, the rest the third
+    blocks_b,
     RANK: tl.constexpr,
+    RANK_C: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     if pid < blocks_a:
-        _sum_parts(pid, partial_a_ptr, out_a_ptr, parts_a, C_a, width, RANK, BLOCK, BLOCK_PARTS)
-    elif partial_b_ptr is not None:
+        if partial_a_ptr is not None:
+            _sum_parts(pid, partial_a_ptr, out_a_ptr, parts_a, C_a, width, RANK, BLOCK, BLOCK_PARTS)
+    elif pid < blocks_a + blocks_b:
+        if partial_b_ptr is not None:
+            _sum_parts(
+                pid - blocks_a,
+                partial_b_ptr,
+                out_b_ptr,
+                parts_b,
+                C_b,
+                width,
+                RANK,
+                BLOCK,
+                BLOCK_PARTS,
+            )
+    elif partial_c_ptr is not None:
         _sum_parts(
-            pid - blocks_a, partial_b_ptr, out_b_ptr, parts_b, C_b, width, RANK, BLOCK, BLOCK_PARTS
+            pid - blocks_a - blocks_b,
+            partial_c_ptr,
+            out_c_ptr,
+            parts_c,
+            C_c,
+            width_c,
+            RANK_C,
+            BLOCK,
+            BLOCK_PARTS,
         )
+
+
+class ThinPlan(NamedTuple):
+    launch: Plan
+    d_up: tuple[int, int, int, int]  # programs, G, C, RB
+    d_core: tuple[int, int, int, int] | None  # programs, G, ra, RB
 
 
 def launch_thin(
     tall: Tensor,  # [M, C], unit last stride
-    thin_in: Tensor,  # [C, RANK], contiguous
-    s: Tensor,  # [M, width], filled here
-    p: Tensor | None,  # [M, rank]
+    up: Tensor,  # [1 or G, C/G, Rb]; or down [K, Ra]
+    core: Tensor | None,  # [G, Ra, Rb]
+    s: Tensor,  # [M, Ra], filled here
+    p: Tensor | None,  # [M, Ra], unit last stride
     config: tuning.PassConfig | None = None,
     plans: Plans | None = None,
-) -> Tensor | None:
-    """Fill s with tall·thin_in; with p also return the partial sums [programs, C, RANK] of
-    tall^T·p.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill s with Σ_g tall_g·up[g]·core[g]^T; with p also return the partial sums of d_up
+    [programs, G, C/G, RB] and, where there is a core, of d_core [programs, G, Ra, RB].
     """
     plans = {} if plans is None else plans
-    plan: Plan | None = plans.get("thin")
+    plan: ThinPlan | None = plans.get("thin")
     if plan is None:
-        plan = plans["thin"] = _thin_plan(tall, thin_in, s, p, config)
-    partial = None
+        plan = plans["thin"] = _thin_plan(tall, up, core, s, p, config)
+    d_up = d_core = None
     if p is not None:
-        partial = tall.new_empty((plan.grid[0], *thin_in.shape), dtype=torch.float32)
-    plan((tall, thin_in, s, p, partial))
-    return partial
+        d_up = tall.new_empty(plan.d_up, dtype=torch.float32)
+        if plan.d_core is not None:
+            d_core = tall.new_empty(plan.d_core, dtype=torch.float32)
+    plan.launch((tall, up, core, s, p, d_up, d_core))
+    return d_up, d_core
 
 
 def _thin_plan(
     tall: Tensor,
-    thin_in: Tensor,
+    up: Tensor,
+    core: Tensor | None,
     s: Tensor,
     p: Tensor | None,
     config: tuning.PassConfig | None,
-) -> Plan:
+) -> ThinPlan:
     m, c = tall.shape
-    rank = thin_in.shape[1]
+    slices, slice_c, strides = slices_of(up, core)
+    ra, rb = s.shape[1], up.shape[-1]
+    rank_a, rank_b = padded_rank(ra), padded_rank(rb)
     block_m, block_c, programs, num_warps, num_stages = config or tuning.pass_config(
         "thin" if p is None else "thin_grad",
         m,
         c,
-        rank,
+        max(rank_a, rank_b),
         tall.dtype,
-        aligned=(tall.stride(0) | c) % 16 == 0,
+        aligned=(tall.stride(0) | slice_c) % 16 == 0,
         index=tall.device.index,
     )
-    return Plan(
+    programs = min(tuning.cdiv(m, block_m), programs)
+    launch = Plan(
         _thin_kernel,
-        (min(tuning.cdiv(m, block_m), programs),),
+        (programs,),
         m,
-        c,
-        s.shape[1],
-        0 if p is None else p.shape[1],
+        slice_c,
+        slices,
+        ra,
+        rb,
         tall.stride(0),
+        *strides,
+        *core_strides(core),
         s.stride(0),
         0 if p is None else p.stride(0),
         block_m,
         block_c,
-        rank,
-        c % block_c == 0,
+        rank_a,
+        rank_b,
+        slice_c % block_c == 0,
         p is not None,
         tuning.dot_precision(tall.dtype),
         num_warps=num_warps,
         num_stages=num_stages,
     )
+    d_core = None if core is None else (programs, slices, ra, rank_b)
+    return ThinPlan(launch, (programs, slices, slice_c, rank_b), d_core)
 
 
 def launch_tall_grad(
@@ -319,47 +425,71 @@ def _tall_grad_plan(tall: Tensor, thin: Tensor, config: tuning.PassConfig | None
     return _TallGradPlan(launch, (splits, c, rank))
 
 
+Sum = tuple[Tensor | None, Tensor | None]  # partial sums, and the tensor they add up to
+
+
 def launch_reduce(
-    first: Tensor,  # [parts, C, RANK]
-    second: Tensor | None,  # [other parts, other C, RANK]
-    width: int,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    sums: tuple[Sum, Sum, Sum],  # of d_up, d_core, d_down
     plans: Plans | None = None,
-    shape: torch.Size | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Both sums over the first dim in one launch, cropped to [C, width] and rounded once; `shape`
-    is another one for the first, of as many elements.
+) -> None:
+    """out = the sum of partial, seen as [parts, rows of out, RANK], for up to three pairs in one
+    launch: cropped to out's columns and rounded once. out is contiguous, or None where the sum is
+    not wanted; the first two pairs have one RANK and one number of columns.
     """
     plans = {} if plans is None else plans
     plan: Plan | None = plans.get("reduce")
     if plan is None:
-        plan = plans["reduce"] = _reduce_plan(first, second, width)
-    out = first.new_empty(shape or (first.shape[1], width), dtype=dtypes[0])
-    other = None
-    if second is not None:
-        other = second.new_empty((second.shape[1], width), dtype=dtypes[1])
-    plan((first, out, second, other))
-    return out, other
+        plan = plans["reduce"] = _reduce_plan(sums)
+    (partial_a, a), (partial_b, b), (partial_c, c) = sums
+    plan(
+        (
+            None if a is None else partial_a,
+            a,
+            None if b is None else partial_b,
+            b,
+            None if c is None else partial_c,
+            c,
+        )
+    )
 
 
-def _reduce_plan(first: Tensor, second: Tensor | None, width: int) -> Plan:
-    parts, c, rank = first.shape
+class _SumSize(NamedTuple):
+    parts: int = 0
+    rows: int = 0
+    blocks: int = 0  # programs
+    width: int = 0
+    rank: int = 16
+
+    @classmethod
+    def of(cls, pair: Sum, block: int) -> _SumSize:
+        partial, out = pair
+        if partial is None or out is None:
+            return cls()
+        width, rank = out.shape[-1], partial.shape[-1]
+        rows = out.numel() // width
+        parts = partial.numel() // (rows * rank)
+        return cls(parts, rows, tuning.cdiv(rows * rank, block), width, rank)
+
+
+def _reduce_plan(sums: tuple[Sum, Sum, Sum]) -> Plan:
     block, block_parts, num_warps = tuning.REDUCE_CONFIG
-    blocks = tuning.cdiv(c * rank, block)
-    other_parts = other_c = other_blocks = 0
-    if second is not None:
-        other_parts, other_c, _ = second.shape
-        other_blocks = tuning.cdiv(other_c * rank, block)
+    a, b, c = (_SumSize.of(pair, block) for pair in sums)
+    first = a if a.blocks else b
     return Plan(
         _reduce_kernel,
-        (blocks + other_blocks,),
-        parts,
-        other_parts,
-        c,
-        other_c,
-        width,
-        blocks,
-        rank,
+        (a.blocks + b.blocks + c.blocks,),
+        a.parts,
+        b.parts,
+        c.parts,
+        a.rows,
+        b.rows,
+        c.rows,
+        first.width,
+        c.width,
+        a.blocks,
+        b.blocks,
+        first.rank,
+        c.rank,
         block,
         block_parts,
         num_warps=num_warps,

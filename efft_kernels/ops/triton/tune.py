@@ -114,16 +114,25 @@ _Remembered = dict[Config, Plans]
 def _run_gemm(
     a: Tensor,
     w: Tensor,
-    thin_in: Tensor,
+    thin_in: Tensor | None,
+    core: Tensor | None,
     thin_out: Tensor,
     p: Tensor,
-    ride: bool,
     remembered: _Remembered,
     config: GemmConfig,
 ) -> Tensor:
     plans = remembered.setdefault(config, {})
     return launch_gemm(
-        a, w, None, thin_in, thin_out, p, width=p.shape[1], ride=ride, config=config, plans=plans
+        a,
+        w,
+        None,
+        thin_in,
+        core,
+        thin_out,
+        p,
+        width=p.shape[1],
+        config=config,
+        plans=plans,
     )
 
 
@@ -131,30 +140,39 @@ def _run_thin(
     tall: Tensor, thin: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig
 ) -> Tensor:
     s = torch.empty_like(p)
-    launch_thin(tall, thin, s, None, config, remembered.setdefault(config, {}))
+    launch_thin(tall, thin, None, s, None, config, remembered.setdefault(config, {}))
     return s
 
 
 def _run_thin_grad(
-    tall: Tensor, thin: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig
+    tall: Tensor,
+    up: Tensor,
+    core: Tensor,
+    p: Tensor,
+    remembered: _Remembered,
+    config: PassConfig,
 ) -> Tensor:
     s = torch.empty_like(p)
-    partial_sums = launch_thin(tall, thin, s, p, config, remembered.setdefault(config, {}))
+    partial_sums, _ = launch_thin(tall, up, core, s, p, config, remembered.setdefault(config, {}))
     assert partial_sums is not None
-    return partial_sums.sum(0)
+    return partial_sums.sum((0, 1))
 
 
 def _run_tall_grad(tall: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig) -> Tensor:
     return launch_tall_grad(tall, p, config, remembered.setdefault(config, {})).sum(0)
 
 
-def tune_layer(m: int, k: int, n: int, rank: int, dtype: torch.dtype, deadline: float) -> Rows:
+def tune_layer(
+    m: int, k: int, n: int, g: int, rank: int, dtype: torch.dtype, deadline: float
+) -> Rows:
     """Measured rows {key: {M bucket: config}} of one layer's kernels, forward and backward."""
     dev = tuning.device(None)
     form = tuning.operand_form(dtype, False, True)
     x, dy = (torch.randn(m, c, device="cuda", dtype=dtype) for c in (k, n))
     weight = torch.randn(n, k, device="cuda", dtype=dtype) * k**-0.5
     down, b = (torch.randn(c, rank, device="cuda", dtype=dtype) * c**-0.5 for c in (k, n))
+    core = torch.randn(g, rank, rank, device="cuda", dtype=dtype) * rank**-0.5
+    up = b[: n // g].unsqueeze(0)
     p = torch.randn(m, rank, device="cuda", dtype=dtype)
     rows: Rows = {}
 
@@ -168,18 +186,22 @@ def tune_layer(m: int, k: int, n: int, rank: int, dtype: torch.dtype, deadline: 
     passes = (
         ("thin", k, partial(_run_thin, x, down, p, {})),
         ("thin", n, partial(_run_thin, dy, b, p, {})),
-        ("thin_grad", n, partial(_run_thin_grad, dy, b, p, {})),
-        ("tall_grad", n, partial(_run_tall_grad, dy, p, {})),
+        ("thin_grad", n, partial(_run_thin_grad, dy, up, core, p, {})),
         ("tall_grad", k, partial(_run_tall_grad, x, p, {})),
     )
     for kernel, c, run in passes:
         keep(tuning.pass_key(kernel, c, rank, form), pass_space(kernel, m, c, rank, dev, form), run)
+    gemms: tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor], ...] = (
+        (x, weight.t(), down, core, up),
+        (dy, weight, b, None, down),
+    )
     for ride in (False, True):
-        for a, w, thin_in, thin_out in ((x, weight.t(), down, b), (dy, weight, b, down)):
+        for a, w, thin_in, cores, thin_out in gemms:
+            riding = thin_in if ride else None
             keep(
                 tuning.gemm_key(w.shape[1], w.shape[0], rank, form, ride),
                 gemm_space(dev, rank, ride, form),
-                partial(_run_gemm, a, w, thin_in, thin_out, p.clone(), ride, {}),
+                partial(_run_gemm, a, w, riding, cores, thin_out, p.clone(), {}),
             )
     return rows
 
@@ -228,10 +250,10 @@ def main() -> None:
     ]
     deadline = time.monotonic() + arguments.seconds
     rows: Rows = {}
-    for name, m, k, n, _ in layers:
+    for name, m, k, n, g in layers:
         print(name, flush=True)
         dtype = getattr(torch, arguments.dtype)
-        for key, by_bucket in tune_layer(m, k, n, arguments.rank, dtype, deadline).items():
+        for key, by_bucket in tune_layer(m, k, n, g, arguments.rank, dtype, deadline).items():
             rows.setdefault(key, {}).update(by_bucket)
     out = arguments.out or tuning.FOLDER / f"{tuning.device(None).name}.json"
     write(rows, out)

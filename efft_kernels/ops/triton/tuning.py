@@ -43,9 +43,9 @@ SMEM_BYTES = {
     120: 99 * 1024,
 }
 
-REDUCE_CONFIG = (128, 8, 4)  # elements, parts at a time, warps
+REDUCE_CONFIG = (64, 64, 4)  # elements, parts at a time, warps
 FOLD_CONFIG = (32, 16, 4)  # rows, columns of rb at a time, warps
-MERGE_CONFIG = (64, 64, 16, 4)  # rows, columns, ranks at a time, warps
+MERGE_CONFIG = (32, 128, 16, 4)  # rows, columns, ranks at a time, warps
 
 
 def cdiv(a: int, b: int) -> int:
@@ -140,8 +140,12 @@ _IEEE_RANK_BLOCK = 32
 IEEE_RIDE_LIMIT = 32
 
 
-def rank_block(dtype: torch.dtype, precision: str, rank: int) -> int:
-    """Ranks per step of the product P·thin_out^T where P is read from memory."""
+def rank_block(dtype: torch.dtype, precision: str, rank: int, core: bool) -> int:
+    """Ranks per step of the products after the loop; with a core they are two, one after the other,
+    and more than 16 at a time spill on sm_80.
+    """
+    if core:
+        return 16
     plain = dtype == torch.float32 and precision == "ieee"
     return min(rank, _IEEE_RANK_BLOCK) if plain else rank
 
@@ -188,9 +192,10 @@ def gemm_smem_bytes(config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, r
 TMEM_COLUMNS = 512  # of tensor memory on sm_100, 128 rows of 4 bytes each
 
 
-def gemm_tmem_columns(config: GemmConfig, rank: int, ride: bool) -> int:
-    """Tensor memory of the accumulators: a persistent program holds them twice."""
-    columns = config.block_c + (rank if ride else 0)
+def gemm_tmem_columns(config: GemmConfig, rank: int) -> int:
+    """Tensor memory of the accumulators, P's or T's included: a persistent program holds them
+    twice."""
+    columns = config.block_c + rank
     return 2 * columns if config.persistent else columns
 
 
@@ -203,7 +208,7 @@ def persistent_candidates(arch: int, form: str, rank: int, ride: bool) -> tuple[
     found = []
     for config in gemm_candidates(arch, form, rank):
         persistent = config._replace(tma=True, persistent=True)
-        columns = gemm_tmem_columns(persistent, rank, ride) if family(arch) == 100 else 0
+        columns = gemm_tmem_columns(persistent, rank) if family(arch) == 100 else 0
         if config.num_warps < 8 or columns > TMEM_COLUMNS:
             continue
         while gemm_smem_bytes(persistent, rank, 2, 2, ride) > SMEM_BYTES[family(arch)]:
