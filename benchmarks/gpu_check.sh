@@ -46,8 +46,6 @@ print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch",
 PY
 device=$("$python" -c 'from efft_kernels.ops.triton import tuning; print(tuning.device(None).name)') || exit 1
 tuned=$results/$device.json
-parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
 
 # The strategies of the CUDA C++ backend, as the benchmark names them; none where it is not built.
 native=()
@@ -95,7 +93,8 @@ torch.cuda.synchronize()
 PY
 )
 
-stage "tests, Triton" 120 "$python" -m pytest -q -m gpu ${parallel[@]+"${parallel[@]}"} -p no:cacheprovider \
+# Most of the time goes into compiling some 300 kernels, so in as many processes as there are cores.
+stage "tests, Triton" 120 "$python" -m benchmarks.parallel_tests --jobs "$(nproc)" -m gpu \
   tests/ops/test_triton_kernels.py
 if ((${#native[@]})); then
   stage "tests, CUDA C++" 60 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/ops/test_cuda_backend.py

@@ -22,6 +22,8 @@ d_up reduces over them. No temporary has M·N or M·K elements; the largest are 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,11 +31,70 @@ from .. import torch_backend
 from ..cost_model import padded_rank
 from ..torch_backend import Grads
 from .factors import launch_fold, launch_merge, read_in_place
-from .forward import out_of_reach, rows, thin_buffer, torch_strategy
+from .forward import out_of_reach, rows, torch_strategy
 from .gemm import launch_gemm
 from .launch import plans_of
 from .thin import launch_reduce, launch_tall_grad, launch_thin
 from .tuning import can_ride, dot_precision
+
+_Shape = tuple[int, ...] | None  # None: not wanted
+
+
+class _Steps(NamedTuple):
+    """What of a call follows from sizes, strides, dtypes and needs: settled once for all of a kind,
+    since attributes of tensors cost the host a tenth of a microsecond each."""
+
+    in_torch: bool = False
+    frozen: bool = False  # d_weight or d_bias is wanted
+    strided: bool = False  # rows of dY, x or P have to be copied
+    dx: str | None = None  # "ride": S is formed in its GEMM; "given": it is read; "merged"
+    folded: bool = False  # core and up are folded first
+    pad_down: bool = False
+    s: _Shape = None  # [M, padded rank]
+    rank: int = 0
+    grad: bool = False  # the pass over dY also gives d_core and d_up
+    d_b: _Shape = None  # d_core and d_up come from it
+    d_down: _Shape = None
+    d_core: _Shape = None
+    d_up: _Shape = None
+
+
+def _steps(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    p: Tensor | None,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    needs: tuple[bool, ...],
+    strategy: str,
+) -> _Steps:
+    need_x, need_weight, need_bias, need_down, need_core, need_up = needs
+    m, (n, k), ra = dy.shape[0], weight.shape, down.shape[1]
+    if out_of_reach(m, n, k, ra, up.shape[2]):
+        return _Steps(in_torch=True)
+    rank = padded_rank(ra)
+    need_core = need_core and core is not None
+    grad = need_core or need_up
+    ride = need_x and not grad and strategy == "fused" and can_ride(dy.dtype, rank)
+    merged = strategy == "merged"
+    needs_s = need_down or grad or (need_x and not (ride or merged))
+    padded = not read_in_place(down, up)
+    return _Steps(
+        frozen=need_weight or need_bias,
+        strided=any(t is not None and rows(t) is not t for t in (dy, x, p)),
+        dx=None if not need_x else "ride" if ride else "merged" if merged else "given",
+        folded=ride or (padded and needs_s),
+        pad_down=padded,
+        s=(m, rank) if needs_s else None,
+        rank=ra,
+        grad=grad,
+        d_b=(n, ra) if grad and padded and core is not None else None,
+        d_down=tuple(down.shape) if need_down else None,
+        d_core=tuple(core.shape) if need_core and core is not None else None,
+        d_up=tuple(up.shape) if need_up else None,
+    )
 
 
 def backward(
@@ -49,54 +110,59 @@ def backward(
     strategy: str,
 ) -> Grads:
     """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
-    m = dy.shape[0]
-    n, k = weight.shape
-    ra = down.shape[1]
-    if out_of_reach(m, n, k, ra, up.shape[2]):
-        return torch_backend.backward(
-            dy, x, weight, p, down, core, up, needs=needs, strategy=torch_strategy(strategy)
-        )
-    need_x, need_weight, need_bias, need_down, need_core, need_up = needs
     plans = plans_of(
         (dy, x, weight, p, down, core, up), "bwd", needs, strategy, dot_precision(dy.dtype)
     )
-    dy = rows(dy)
-    dx = d_down = d_core = d_up = None
-    d_weight, d_bias = torch_backend.frozen_grads(dy, x, weight, need_weight, need_bias)
-    need_core = need_core and core is not None
-    grad_p = rows(p) if (need_core or need_up) and p is not None else None
+    steps: _Steps | None = plans.get("steps")
+    if steps is None:
+        steps = plans["steps"] = _steps(dy, x, weight, p, down, core, up, needs, strategy)
+    if steps.in_torch:
+        return torch_backend.backward(
+            dy, x, weight, p, down, core, up, needs=needs, strategy=torch_strategy(strategy)
+        )
+    dx = d_weight = d_bias = d_down = d_core = d_up = None
+    if steps.strided:
+        dy, x, p = rows(dy), None if x is None else rows(x), None if p is None else rows(p)
+    if steps.frozen:
+        d_weight, d_bias = torch_backend.frozen_grads(dy, x, weight, needs[1], needs[2])
 
-    merged = strategy == "merged"
-    ride = need_x and grad_p is None and strategy == "fused" and can_ride(dy.dtype, padded_rank(ra))
-    padded = not read_in_place(down, up)
-    s = None
-    if need_down or grad_p is not None or (need_x and not (ride or merged)):
-        s = thin_buffer(dy, ra)
+    s = thin_in = d_up_partial = d_core_partial = None
+    if steps.s is not None:
+        s = dy.new_empty(steps.s)
+        if steps.rank != steps.s[1]:
+            s = s[:, : steps.rank]
     up_in, core_in = up, core
-    if ride or (padded and s is not None):
+    if steps.folded:
         up_in, core_in = launch_fold(up, core, dy.dtype, plans), None
-    d_up_partial = d_core_partial = d_down_partial = None
-    if s is not None and not ride:
-        d_up_partial, d_core_partial = launch_thin(dy, up_in, core_in, s, grad_p, plans=plans)
-    if need_x and merged:
+    if steps.dx == "ride":
+        thin_in = up_in
+    elif s is not None:
+        d_up_partial, d_core_partial = launch_thin(
+            dy, up_in, core_in, s, p if steps.grad else None, plans=plans
+        )
+    if steps.dx == "merged":
         dx = torch.mm(dy, launch_merge(rows(weight), down, core, up, dy.dtype, plans))
-    elif need_x:
-        down_in = launch_fold(down, None, dy.dtype, plans, "pad down") if padded else down
-        thin_in = up_in if ride else None
-        dx = launch_gemm(dy, weight, None, thin_in, None, down_in, s, width=ra, plans=plans)
-    if need_down:
+    elif steps.dx is not None:
+        thin_out = launch_fold(down, None, dy.dtype, plans, "pad down") if steps.pad_down else down
+        dx = launch_gemm(
+            dy, weight, None, thin_in, None, thin_out, s, width=steps.rank, plans=plans
+        )
+    d_down_partial = None
+    if steps.d_down is not None:
         assert x is not None and s is not None
-        d_down_partial = launch_tall_grad(rows(x), s, plans=plans)
-        d_down = down.new_empty(down.shape)
-    if grad_p is not None and core is not None and core_in is None:
-        d_b = up.new_empty((n, ra))
+        d_down_partial = launch_tall_grad(x, s, plans=plans)
+        d_down = down.new_empty(steps.d_down)
+    if steps.d_b is not None:
+        d_b = up.new_empty(steps.d_b)
         launch_reduce(((d_up_partial, d_b), (None, None), (d_down_partial, d_down)), plans)
-        d_core, d_up = torch_backend.unfold_grads(d_b, core, up, need_core, need_up)
-    elif grad_p is not None or need_down:
-        if grad_p is not None and need_up:
-            d_up = up.new_empty(up.shape)
-        if grad_p is not None and need_core:
-            d_core = core.new_empty(core.shape)  # type: ignore[union-attr]
+        d_core, d_up = torch_backend.unfold_grads(
+            d_b, core, up, steps.d_core is not None, steps.d_up is not None
+        )
+    elif steps.grad or d_down is not None:
+        if steps.d_up is not None:
+            d_up = up.new_empty(steps.d_up)
+        if steps.d_core is not None:
+            d_core = up.new_empty(steps.d_core)
         launch_reduce(
             ((d_up_partial, d_up), (d_core_partial, d_core), (d_down_partial, d_down)), plans
         )

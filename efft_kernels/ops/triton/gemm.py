@@ -372,7 +372,7 @@ def launch_gemm(
                 aligned,
                 config,
             )
-    out = a.new_empty((a.shape[0], w.shape[0 if transpose else 1]))
+    out = a.new_empty(plan.out)
     pointers = (a, w, bias, thin_in, core, thin_out, out if p is None else p, out)
     if plan.blocks is None:
         plan.launch(pointers, _NO_DESCRIPTORS)
@@ -393,6 +393,7 @@ _NO_DESCRIPTORS = (None, None, None)
 
 class _GemmPlan(NamedTuple):
     launch: Plan
+    out: tuple[int, int]  # M, C
     blocks: tuple[list[int], ...] | None  # of the descriptors of a, w and thin_in
 
 
@@ -477,6 +478,6 @@ def _plan(
         num_stages=num_stages,
     )
     if not tma:
-        return _GemmPlan(launch, None)
+        return _GemmPlan(launch, (m, c), None)
     w_block = [block_c, block_i] if rows_along_i else [block_i, block_c]
-    return _GemmPlan(launch, ([block_m, block_i], w_block, [block_i, rank]))
+    return _GemmPlan(launch, (m, c), ([block_m, block_i], w_block, [block_i, rank]))
