@@ -121,12 +121,15 @@ class TensorTrainGroup(FactorGroup):
 
     def factors(self, site: str, dropout: bool) -> Factors:
         place = self.placements[site]
-        u = self.U[place.u_rows[0] : place.u_rows[1]]
+        # A slice's backward fills a gradient of U's size with zeros, for every linear of the group.
+        whole = place.u_rows == (0, self.U.shape[0])
+        u: Tensor = self.U if whole else self.U[place.u_rows[0] : place.u_rows[1]]
         v: Tensor = self.V
         core = self.cores(place.first_core, place.slices)
         if dropout and self.dropout > 0:
             u, v, core = (F.dropout(t, self.dropout) for t in (u, v, core))
-        core = core * self.scale
+        if isinstance(self.scale, nn.Parameter) or self.scale != 1.0:
+            core = core * self.scale
         if place.stacked == "in":
             return Factors(torch.matmul(u, core).flatten(0, 1), None, v.unsqueeze(0))
         if place.u_side == "in":

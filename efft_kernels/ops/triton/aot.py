@@ -158,7 +158,7 @@ class _Form(NamedTuple):
 
 
 _FORMS = (_Form(), _Form(core=True), _Form("dx"))
-# How the same loop ends otherwise: for the first shape of a list, by pointers.
+# How the same loop ends otherwise: for the first shape of a list, by pointers, of both halves bf16.
 _RARE_FORMS = (
     _Form(core=True, cross=True),
     _Form(core=True, float32=True),
@@ -185,6 +185,8 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                         if form.float32 and kind != "half":
                             continue
                         if rank > TRITON_IN_PLACE_RANK and (form.core or form.float32):
+                            continue
+                        if (dtype == "fp16" or wide) and form in _RARE_FORMS:
                             continue
                         yield _gemm_case(
                             arch, dtype, rank, aligned, precision, wide, ride, config, form
@@ -273,6 +275,8 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
             config = tuning.pass_defaults(name, arch, form, rank)
             for factors in dict.fromkeys((pointer, "*fp32")):
                 if rank > TRITON_IN_PLACE_RANK and (core or factors != pointer):
+                    continue
+                if dtype == "fp16" and factors != pointer:
                     continue
                 words = (
                     "S + factors" if grad else "S",
