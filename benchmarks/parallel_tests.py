@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,8 @@ def run(jobs: int, arguments: list[str]) -> int:
                         command, stdout=file, stderr=subprocess.STDOUT, env=environment
                     )
                 )
+        # Out of time, as `timeout` says it: what was printed so far is shown all the same.
+        signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in running])
         codes = [process.wait() for process in running]
         outputs = [log.read_text(errors="replace") for log in logs]
     total: Counter[str] = Counter()

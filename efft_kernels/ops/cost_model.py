@@ -165,7 +165,8 @@ def default_tiling(problem: Problem, multiprocessors: int) -> Tiling:
 def plan(
     problem: Problem, strategy: str, device: Device, tiling: Tiling | None = None
 ) -> list[Launch]:
-    """The Triton backend's launches for one call with a core, in order; each slice has its own up.
+    """The Triton backend's launches for one call with a core, Ra = Rb, in order; each slice has its
+    own up.
 
     The backward is the usual one: dX, and the gradients of down, core and up.
     """

@@ -301,6 +301,84 @@ def test_through_the_public_operator(strategy):
         assert error(leaf.grad, double.grad) < 2e-6, name
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("ranks", [(5, 40), (3, 131)], ids=str)
+def test_rb_has_no_limit(ranks, dtype, recorded):
+    """Above 32 core and up are folded, and Rb is gone."""
+    tensors = operands(Shape(M=37, K=41, n=23, G=2, Ra=ranks[0], Rb=ranks[1]), dtype)
+    assert_within_budget(by_kernels(tensors, "fused"), tensors)
+    assert [launch.name for launch in recorded][:3] == ["fold", "fold", "gemm"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ranks", [(5, 3), (40, 3)], ids=str)
+def test_float64_factors_beside_half_precision_rows(ranks, strategy):
+    """Under autocast the factors may have any floating dtype."""
+    *tensors, dy = operands(Shape(M=37, K=41, n=23, Ra=ranks[0], Rb=ranks[1]), torch.float64)
+    x, weight, bias, down, core, up = tensors
+    mixed = (x.half(), weight.float(), bias.float(), down, core, up, dy.half())
+    got = by_kernels(mixed, strategy)
+    exact = by_reference(mixed, torch.float64)
+    plain = by_reference([t.half() for t in mixed], torch.float16)
+    for name in ("x", "down", "core", "up", "y"):
+        assert error(got[name], exact[name]) <= 2 * error(plain[name], exact[name]), name
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
+@pytest.mark.parametrize("of", ["core", "up", "dy"])
+def test_gradients_of_any_magnitude_in_float16(of, scale):
+    """P·core and dY·up may leave float16's range although no gradient does."""
+    tensors = list(operands(SHARED, torch.float32))
+    position = {"core": 4, "up": 5, "dy": 6}[of]
+    tensors[position] *= min(scale, 10.0) if of == "dy" else scale  # dY itself has to fit
+    tensors[0], tensors[6] = tensors[0].half(), tensors[6].half()
+    x, weight, bias, down, core, up, dy = tensors
+    _, p = backend.forward(x, weight, bias, down, core, up, save_p=True, strategy="split")
+    needs = (False, False, False, False, True, True)
+    *_, d_core, d_up = backend.backward(
+        dy, x, weight, p, down, core, up, needs=needs, strategy="split"
+    )
+    exact = by_reference(tensors, torch.float64)
+    plain = by_reference([t.half() for t in tensors], torch.float16)
+    for name, value in (("core", d_core), ("up", d_up)):
+        torch_error = error(plain[name], exact[name])
+        budget = 2 * max(torch.finfo(torch.float16).eps, torch_error if of == "up" else 0.0)
+        assert error(value, exact[name]) < budget, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("core", [True, False])
+def test_a_program_adds_to_its_own_partial_sums(core, dtype):
+    """Two programs over many row blocks each, which the default grid of a large GPU makes only of
+    tens of thousands of rows.
+    """
+    from efft_kernels.ops.triton.thin import launch_reduce, launch_thin
+    from efft_kernels.ops.triton.tuning import PassConfig
+
+    s = Shape(M=331, K=17, n=41, G=3 if core else 1, Ra=7, Rb=5 if core else 7, core=core)
+    *_, up_core, up, dy = operands(replace(s, shared=core), dtype, exact=True)
+    p = operands(s, dtype, exact=True, seed=1)[0][:, : s.Ra].contiguous()
+    config = PassConfig(32, 16 if INTERPRETED else 32, 2, 4, 3)
+    found = dy.new_empty((s.M, s.Ra))
+    partial_up, partial_core = launch_thin(dy, up, up_core, found, p, config)
+    d_up, d_core = (
+        up.new_empty(up.shape),
+        None if up_core is None else up_core.new_empty(up_core.shape),
+    )
+    launch_reduce(((partial_up, d_up), (partial_core, d_core), (None, None)))
+    slices = dy.double().unflatten(1, (s.G, s.n))  # [M, G, n]
+    wide = up.double().expand(s.G, -1, -1)
+    q = torch.einsum("mgn,gnb->mgb", slices, wide)
+    cores = torch.eye(7, dtype=torch.float64, device=DEVICE)[None] if up_core is None else up_core
+    cores = cores.double()
+    assert torch.equal(found.double(), torch.einsum("mgb,gab->ma", q, cores))
+    t = torch.einsum("ma,gab->mgb", p.double(), cores)
+    expected = torch.einsum("mgn,mgb->gnb", slices, t)
+    assert torch.equal(d_up.double(), expected.sum(0, keepdim=True))
+    if d_core is not None:
+        assert torch.equal(d_core.double(), torch.einsum("ma,mgb->gab", p.double(), q))
+
+
 def test_a_rank_beyond_the_kernels_runs_in_torch(caplog):
     sys.modules["efft_kernels.ops.triton.forward"]._note_rank.cache_clear()
     tensors = operands(Shape(M=37, K=41, n=23, Ra=131, Rb=5), torch.float32)
@@ -347,16 +425,22 @@ def exact_product(
 @needs_hopper
 @pytest.mark.parametrize("ride", [True, False])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("slices", [0, 13])
+@pytest.mark.parametrize("columns,slices", [(208, 0), (208, 13), (256, 2)])
 @pytest.mark.parametrize("persistent", [False, True])
-def test_tiles_through_the_copy_engine(persistent, slices, direction, ride):
-    """Config.tma, which only a measurement turns on, on ragged tiles in every direction."""
+def test_tiles_through_the_copy_engine(persistent, columns, slices, direction, ride, recorded):
+    """Config.tma, which only a measurement turns on, on ragged tiles in every direction; without
+    slices, with tiles that slices share, and with tiles within a slice.
+    """
     from efft_kernels.ops.triton.tuning import GemmConfig
 
     block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 128, 64, 8, 4, 3)
     config = GemmConfig(*block, tma=True, persistent=persistent)
     rows = 201 if INTERPRETED else 20_011  # several tiles to a persistent program
-    out, p, exact, expected_p = exact_product(rows, 176, 208, direction, ride, config, 16, slices)
+    out, p, exact, expected_p = exact_product(
+        rows, 176, columns, direction, ride, config, 16, slices
+    )
+    if persistent and slices != 13:  # a loop over slices would keep the tiles' loop from fusing
+        assert recorded[-1].grid[0] == 3 or not INTERPRETED
     assert torch.equal(p.double(), expected_p)
     assert torch.equal(out.double(), exact)
 
@@ -389,6 +473,22 @@ def test_a_persistent_grid_has_a_program_per_multiprocessor(persistent, recorded
         expected = min(tiles, multiprocessors) if persistent else tiles
         assert recorded[-1].grid == (expected, 1, 1)
         assert (tiles > multiprocessors) == (rows > 1)
+
+
+def test_the_copy_engine_is_left_out_where_down_starts_off_16_bytes():
+    from efft_kernels.ops.triton.gemm import launch_gemm
+    from efft_kernels.ops.triton.tuning import GemmConfig
+
+    block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 64, 32, 8, 8, 3)
+    x, w, up, storage = (
+        torch.ones(size, device=DEVICE, dtype=torch.float16)
+        for size in ((67, 32), (32, 80), (80, 16), (32 * 16 + 1,))
+    )
+    for down in (storage[:-1].view(32, 16), storage[1:].view(32, 16)):
+        out = launch_gemm(
+            x, w, None, down, None, up, None, width=16, config=GemmConfig(*block, tma=True)
+        )
+        assert torch.equal(out, torch.full_like(out, 32 + 32 * 16))
 
 
 def test_the_copy_engine_is_left_out_where_a_slice_starts_off_16_bytes(recorded):

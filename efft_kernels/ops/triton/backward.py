@@ -52,7 +52,7 @@ class _Steps(NamedTuple):
     pad_down: bool = False
     s: _Shape = None  # [M, padded rank]
     rank: int = 0
-    grad: bool = False  # the pass over dY also gives d_core and d_up
+    grad: bool = False  # the pass over dY also gives d_core and d_up, both if one is wanted
     d_b: _Shape = None  # d_core and d_up come from it
     d_down: _Shape = None
     d_core: _Shape = None
@@ -72,7 +72,7 @@ def _steps(
 ) -> _Steps:
     need_x, need_weight, need_bias, need_down, need_core, need_up = needs
     m, (n, k), ra = dy.shape[0], weight.shape, down.shape[1]
-    if out_of_reach(m, n, k, ra, up.shape[2]):
+    if out_of_reach(m, n, k, ra):
         return _Steps(in_torch=True)
     rank = padded_rank(ra)
     need_core = need_core and core is not None

@@ -145,7 +145,7 @@ def _add_slices(
                         other=0.0,
                     )
                     b_g = tl.dot(out.to(dtype), core.to(dtype), b_g, input_precision=PRECISION)
-                b = tl.where((slice_of == g)[:, None], b_g, b)
+                b = tl.where((slice_of == g)[:, None] & in_p, b_g, b)
         if RIDE:
             part = p
         else:

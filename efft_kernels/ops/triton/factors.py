@@ -86,8 +86,11 @@ def fold_block(
                 mask=in_b[:, None] & in_a,
                 other=0.0,
             )
+            if up.dtype == tl.float64:
+                up, core = up.to(tl.float32), core.to(tl.float32)
             b = tl.dot(up, core, b, input_precision="ieee")
-    return b
+    # An infinity in `up` times core's padding is a NaN.
+    return tl.where(in_a, b, 0.0)
 
 
 @triton.jit

@@ -4,8 +4,8 @@ fused    gemm (P rides)
 split    thin (P = x·down), gemm
 merged   thin where P is saved, merge, the library's GEMM
 
-Before them, where factors.py says so, `fold`: of `down` where it rides and is not of x's dtype and
-16, 32, 64 or 128 columns wide, and of all factors at ranks above 32.
+Before them, where factors.py says so, `fold`: of `down` where it rides and is not contiguous, of
+x's dtype and 16, 32, 64 or 128 columns wide, and of all factors at ranks above 32.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ def thin_buffer(like: Tensor, width: int) -> Tensor:
     return buffer if width == rank else buffer[:, :width]
 
 
-def out_of_reach(m: int, n: int, k: int, ra: int, rb: int) -> bool:
-    """Whether plain torch runs instead: nothing to launch on, or a rank beyond what a tile's
-    registers hold.
+def out_of_reach(m: int, n: int, k: int, rank: int) -> bool:
+    """Whether plain torch runs instead: nothing to launch on, or an Ra beyond what a tile's
+    registers hold (Rb is folded away first).
     """
-    rank = max(ra, rb)
     if rank > TRITON_MAX_RANK:
         _note_rank(rank)
         return True
@@ -79,7 +78,7 @@ def forward(
     m = x.shape[0]
     n, k = weight.shape
     ra = down.shape[1]
-    if out_of_reach(m, n, k, ra, up.shape[2]):
+    if out_of_reach(m, n, k, ra):
         return torch_backend.forward(
             x, weight, bias, down, core, up, save_p=save_p, strategy=torch_strategy(strategy)
         )
@@ -89,7 +88,7 @@ def forward(
     x = rows(x)
     p = x.new_empty((m, ra)) if save_p else None
     merged = strategy == "merged"
-    ride = strategy == "fused" and can_ride(x.dtype, padded_rank(max(ra, up.shape[2])))
+    ride = strategy == "fused" and can_ride(x.dtype, padded_rank(ra))
     padded = not read_in_place(down, up)
     down_in = down
     if ride or (padded and (save_p or not merged)):

@@ -357,7 +357,10 @@ def launch_gemm(
     plan: _GemmPlan | None = plans.get("gemm")
     if plan is None or plan.blocks is not None:
         # The copy engine starts at multiples of 16 bytes; a slice may start anywhere.
-        aligned = not (a.data_ptr() | w.data_ptr()) & 15
+        addresses = a.data_ptr() | w.data_ptr()
+        if thin_in is not None:
+            addresses |= thin_in.data_ptr()
+        aligned = not addresses & 15
         name = "gemm" if aligned else "gemm by pointers"
         plan = plans.get(name)
         if plan is None:

@@ -18,7 +18,7 @@ No atomics: the same inputs on the same device give the same bits. Bytes moved, 
     reduce             parts·C·RANK·4 + C·rank for each sum
 
 `plan` in ops/cost_model.py counts them, and the tests hold the launches to it. With more row tiles
-than programs, `thin` also updates its own partial sums in place, which stay in L2.
+than programs, `thin` also updates its own partial sums in place, mostly in L2; that is not counted.
 """
 
 from __future__ import annotations
@@ -34,6 +34,21 @@ from ..cost_model import padded_rank
 from . import tuning
 from .factors import core_strides, slices_of
 from .launch import Plan, Plans
+
+
+@triton.jit
+def _to_half(t, dtype: tl.constexpr):
+    """(t in `dtype`, the factor to multiply back). For float16 t is first brought to a magnitude of
+    one by a power of two: a small core or a large dY would leave its range.
+    """
+    if dtype == tl.float16:
+        top = tl.max(tl.max(tl.abs(t.to(tl.float32)), axis=1), axis=0)
+        exponent = top.to(tl.int32, bitcast=True) & 0x7F800000  # 2^e with its sign and mantissa cut
+        exponent = tl.where(exponent >= 254 << 23, 127 << 23, exponent)
+        scale = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+        return (t.to(tl.float32) * scale).to(dtype), exponent.to(tl.float32, bitcast=True)
+    else:
+        return t.to(dtype), 1.0
 
 
 @triton.jit
@@ -105,7 +120,7 @@ def _thin_kernel(
                 in_core = in_a[:, None] & in_b[None, :]
                 q = tl.zeros((BLOCK_M, RB), dtype=tl.float32)
                 if GRAD:
-                    core = tl.load(core_ptrs, mask=in_core, other=0.0).to(dtype)
+                    core, core_unit = _to_half(tl.load(core_ptrs, mask=in_core, other=0.0), dtype)
                     t = tl.dot(t, core, input_precision=PRECISION).to(dtype)
             else:
                 q = s
@@ -128,6 +143,8 @@ def _thin_kernel(
                 q = tl.dot(tall, up.to(dtype), q, input_precision=PRECISION)
                 if GRAD:
                     part = tl.dot(tl.trans(tall), t, input_precision=PRECISION)
+                    if core_ptr is not None:
+                        part *= core_unit
                     _keep_part(d_up_ptrs, part, in_c[:, None], again)
                     d_up_ptrs += BLOCK_C * RB
                 tall_ptrs += BLOCK_C
@@ -136,14 +153,15 @@ def _thin_kernel(
                 s = q
             else:
                 # Beyond the rank core is zero; an infinity times that padding would be a NaN.
-                q_in = tl.where(in_b[None, :], q, 0.0).to(dtype)
-                core = tl.load(core_ptrs, mask=in_core, other=0.0).to(dtype)
-                s = tl.dot(q_in, tl.trans(core), s, input_precision=PRECISION)
+                q_in, q_unit = _to_half(tl.where(in_b[None, :], q, 0.0), dtype)
+                core, core_unit = _to_half(tl.load(core_ptrs, mask=in_core, other=0.0), dtype)
+                s_g = tl.dot(q_in, tl.trans(core), input_precision=PRECISION)
+                s += s_g * (q_unit * core_unit)
                 if GRAD:
                     p = tl.load(p_ptrs, mask=in_p, other=0.0)
                     _keep_part(
                         d_core_ptr + (part_g * ra + offs_a[:, None]) * RB + offs_b[None, :],
-                        tl.dot(tl.trans(p), q_in, input_precision=PRECISION),
+                        tl.dot(tl.trans(p), q_in, input_precision=PRECISION) * q_unit,
                         in_a[:, None],
                         again,
                     )
