@@ -128,7 +128,7 @@ class TensorTrainGroup(FactorGroup):
         core = self.cores(place.first_core, place.slices)
         if dropout and self.dropout > 0:
             u, v, core = (F.dropout(t, self.dropout) for t in (u, v, core))
-        if isinstance(self.scale, nn.Parameter) or self.scale != 1.0:
+        if isinstance(self.scale, Tensor) or self.scale != 1.0:
             core = core * self.scale
         if place.stacked == "in":
             return Factors(torch.matmul(u, core).flatten(0, 1), None, v.unsqueeze(0))
