@@ -566,14 +566,14 @@ def recorded(monkeypatch, request) -> list[Recorded]:
     launches: list[Recorded] = []
     start = launch.Plan.__call__
 
-    def record(plan, tensors, descriptors=()):
+    def record(plan, tensors, *rest, **options):
         found = {t.data_ptr(): t for t in tensors if t is not None}
         moved = sum(t.numel() * t.element_size() for t in found.values())
         name = names[id(plan.kernel)]
         grad = name == "thin" and tensors[4] is not None
         launches.append(Recorded(f"{name}_grad" if grad else name, moved, plan.grid))
         if getattr(request, "param", True):
-            start(plan, tensors, descriptors)
+            start(plan, tensors, *rest, **options)
 
     monkeypatch.setattr(launch.Plan, "__call__", record)
     return launches

@@ -12,7 +12,7 @@ What a compiled kernel relies on, and where that is checked:
     dtypes, integers, constants    follow from the key of `plans_of`
     the device                     likewise; the caller makes it the current one (ops/dispatch.py)
     pointers aligned to 16 bytes   at every call: one that is not takes the long way round, which
-                                   compiles for it
+                                   compiles for it; torch's own allocations always are
 
 Nothing else is remembered: no pointer, no stream, no value. So a plan may be made or used while a
 CUDA graph is captured, and a replay runs none of this. Triton's debugging switches count when a
@@ -54,11 +54,16 @@ class Plan:
         self._start: Callable[..., None] | None = None
 
     def __call__(
-        self, tensors: tuple[Tensor | None, ...], descriptors: tuple[Any, ...] = ()
+        self,
+        tensors: tuple[Tensor | None, ...],
+        descriptors: tuple[Any, ...] = (),
+        fresh: bool = False,
     ) -> None:
-        """Launch on the current device and stream; `descriptors` are of some of the tensors."""
+        """Launch on the current device and stream; `descriptors` are of some of the tensors. With
+        `fresh` all of them were allocated for this call, hence are aligned.
+        """
         addresses = 0
-        for tensor in tensors:
+        for tensor in () if fresh else tensors:
             if tensor is not None:
                 addresses |= tensor.data_ptr()
         aligned = not addresses & 15

@@ -451,8 +451,8 @@ def launch_reduce(
     plans: Plans | None = None,
 ) -> None:
     """out = the sum of partial, seen as [parts, rows of out, RANK], for up to three pairs in one
-    launch: cropped to out's columns and rounded once. out is contiguous, or None where the sum is
-    not wanted; the first two pairs have one RANK and one number of columns.
+    launch: cropped to out's columns and rounded once. out is newly allocated, or None where the sum
+    is not wanted; the first two pairs have one RANK and one number of columns.
     """
     plans = {} if plans is None else plans
     plan: Plan | None = plans.get("reduce")
@@ -467,7 +467,8 @@ def launch_reduce(
             b,
             None if c is None else partial_c,
             c,
-        )
+        ),
+        fresh=True,
     )
 
 
