@@ -89,6 +89,9 @@ class TensorTrainGroup(FactorGroup):
         self.placements = dict(placements)
         self.init = init
         self.initial_scale = float(scale)
+        # Settled here: torch.compile would guard a comparison in factors(), vmap refuse it.
+        self._scaled = learn_scale or self.initial_scale != 1.0
+        self._whole = {name for name, p in self.placements.items() if p.u_rows == (0, dims[0])}
         self.dropout = dropout
         self.activation_dropout = activation_dropout
         self.U = nn.Parameter(torch.empty(dims[0], rank[0]))
@@ -122,13 +125,13 @@ class TensorTrainGroup(FactorGroup):
     def factors(self, site: str, dropout: bool) -> Factors:
         place = self.placements[site]
         # A slice's backward fills a gradient of U's size with zeros, for every linear of the group.
-        whole = place.u_rows == (0, self.U.shape[0])
+        whole = site in self._whole
         u: Tensor = self.U if whole else self.U[place.u_rows[0] : place.u_rows[1]]
         v: Tensor = self.V
         core = self.cores(place.first_core, place.slices)
         if dropout and self.dropout > 0:
             u, v, core = (F.dropout(t, self.dropout) for t in (u, v, core))
-        if isinstance(self.scale, Tensor) or self.scale != 1.0:
+        if self._scaled:
             core = core * self.scale
         if place.stacked == "in":
             return Factors(torch.matmul(u, core).flatten(0, 1), None, v.unsqueeze(0))
