@@ -45,7 +45,7 @@ SMEM_BYTES = {
 
 REDUCE_CONFIG = (64, 64, 4)  # elements, parts at a time, warps
 FOLD_CONFIG = (32, 16, 4)  # rows, columns of rb at a time, warps
-MERGE_CONFIG = (32, 128, 16, 4)  # rows, columns, ranks at a time, warps
+MERGE_CONFIG = (32, 32, 16, 4)  # rows, columns, ranks at a time, warps
 
 
 def cdiv(a: int, b: int) -> int:
