@@ -157,9 +157,10 @@ def test_tf32_only_where_torch_allows_it():
 REPRESENTATIVE = [
     case
     for case in aot.cases()
-    if case.dtype == "bf16"
+    # float16 has code of its own where a core is read in a pass over rows
+    if (case.dtype == "bf16" or (case.dtype == "fp16" and case.kernel == "thin"))
     and case.rank == 16
-    and not any(word in case.label for word in ("ragged", "unaligned", "wide", "no core"))
+    and not any(word in case.label for word in ("ragged", "unaligned", "wide"))
     and (case.kernel != "gemm" or "128x" in case.label)
 ]
 

@@ -42,7 +42,7 @@ def _to_half(t, dtype: tl.constexpr):
     one by a power of two: a small core or a large dY would leave its range.
     """
     if dtype == tl.float16:
-        top = tl.max(tl.max(tl.abs(t.to(tl.float32)), axis=1), axis=0)
+        top = tl.max(tl.abs(t.to(tl.float32)))
         exponent = top.to(tl.int32, bitcast=True) & 0x7F800000  # 2^e with its sign and mantissa cut
         exponent = tl.where(exponent >= 254 << 23, 127 << 23, exponent)
         scale = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
