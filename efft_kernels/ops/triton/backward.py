@@ -128,7 +128,7 @@ def backward(
 
     s = thin_in = d_up_partial = d_core_partial = None
     if steps.s is not None:
-        s = dy.new_empty(steps.s)
+        s = dy.new_empty(*steps.s)
         if steps.rank != steps.s[1]:
             s = s[:, : steps.rank]
     up_in, core_in = up, core
@@ -151,18 +151,18 @@ def backward(
     if steps.d_down is not None:
         assert x is not None and s is not None
         d_down_partial = launch_tall_grad(x, s, plans=plans)
-        d_down = down.new_empty(steps.d_down)
+        d_down = down.new_empty(*steps.d_down)
     if steps.d_b is not None:
-        d_b = up.new_empty(steps.d_b)
+        d_b = up.new_empty(*steps.d_b)
         launch_reduce(((d_up_partial, d_b), (None, None), (d_down_partial, d_down)), plans)
         d_core, d_up = torch_backend.unfold_grads(
             d_b, core, up, steps.d_core is not None, steps.d_up is not None
         )
     elif steps.grad or d_down is not None:
         if steps.d_up is not None:
-            d_up = up.new_empty(steps.d_up)
+            d_up = up.new_empty(*steps.d_up)
         if steps.d_core is not None:
-            d_core = up.new_empty(steps.d_core)
+            d_core = up.new_empty(*steps.d_core)
         launch_reduce(
             ((d_up_partial, d_up), (d_core_partial, d_core), (d_down_partial, d_down)), plans
         )

@@ -221,7 +221,7 @@ def launch_fold(
     plan: Plan | None = plans.get(name)
     if plan is None:
         plan = plans[name] = _fold_plan(up, core, rank)
-    b = up.new_empty((rows, rank), dtype=dtype)
+    b = up.new_empty(rows, rank, dtype=dtype)
     plan((up, core, b))
     return b
 
@@ -257,7 +257,7 @@ def launch_merge(
     plan: Plan | None = plans.get("merge")
     if plan is None:
         plan = plans["merge"] = _merge_plan(weight, down, core, up)
-    out = weight.new_empty(weight.shape, dtype=dtype)
+    out = weight.new_empty(*weight.shape, dtype=dtype)
     plan((weight, up, core, down, out))
     return out
 

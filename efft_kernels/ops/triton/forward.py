@@ -35,7 +35,7 @@ def rows(t: Tensor) -> Tensor:
 def thin_buffer(like: Tensor, width: int) -> Tensor:
     """An empty [M, width] in rows of the padded rank, which keeps them aligned."""
     rank = padded_rank(width)
-    buffer = like.new_empty((like.shape[0], rank))
+    buffer = like.new_empty(like.shape[0], rank)
     return buffer if width == rank else buffer[:, :width]
 
 
@@ -86,7 +86,7 @@ def forward(
         (x, weight, bias, down, core, up), "fwd", save_p, strategy, dot_precision(x.dtype)
     )
     x = rows(x)
-    p = x.new_empty((m, ra)) if save_p else None
+    p = x.new_empty(m, ra) if save_p else None
     merged = strategy == "merged"
     ride = strategy == "fused" and can_ride(x.dtype, padded_rank(ra))
     padded = not read_in_place(down, up)

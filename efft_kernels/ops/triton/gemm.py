@@ -375,7 +375,7 @@ def launch_gemm(
                 aligned,
                 config,
             )
-    out = a.new_empty(plan.out)
+    out = a.new_empty(*plan.out)
     pointers = (a, w, bias, thin_in, core, thin_out, out if p is None else p, out)
     if plan.blocks is None:
         plan.launch(pointers, _NO_DESCRIPTORS)
