@@ -26,7 +26,7 @@ def test_what_is_tried_fits_the_device(device, rank, ride):
     for config in tried:
         assert tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= device.smem_bytes
     assert any(config.tma for config in tried) == (device.arch >= 90 and bool(tried))
-    assert any(config.persistent for config in tried) == (device in (H200, B200))
+    assert any(config.persistent for config in tried) == (device == H200)
 
 
 def test_the_shipped_choice_comes_first():

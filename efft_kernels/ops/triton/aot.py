@@ -46,6 +46,8 @@ KERNELS = {
 }
 # The matrix instruction of each architecture; mma.sync is the right one for what wgmma cannot take.
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.*MMA"}
+# Integers that are multiples of 16 only where the ranks are.
+_OF_A_RANK = re.compile(r"width|width_out|width_c|ra|rb|C_b|stride_(oc|or|un|ur|ca|cb|cp|ct|dk|dr)")
 _POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -67,6 +69,7 @@ class Case:
     num_stages: int
     instruction: str | None
     aligned: bool = True
+    ranks_fill_the_padding: bool = True
 
     @property
     def overlaps(self) -> bool:
@@ -157,12 +160,14 @@ class _Form(NamedTuple):
     float32: bool = False  # core and thin_out are float32 beside half-precision rows
 
 
-_FORMS = (_Form(), _Form(core=True), _Form("dx"))
-# How the same loop ends otherwise: for the first shape of a list, by pointers, of both halves bf16.
-_RARE_FORMS = (
+_FORMS = (
+    _Form(),
+    _Form(core=True),
     _Form(core=True, cross=True),
+    _Form(float32=True),
     _Form(core=True, float32=True),
     _Form(core=True, cross=True, float32=True),
+    _Form("dx"),
     _Form("dx", float32=True),
 )
 
@@ -180,13 +185,13 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                     configs += tuple(config._replace(tma=True) for config in shipped)
                     configs += tuning.persistent_candidates(arch, kind, rank, ride)
                 for config in configs:
-                    forms = (*_FORMS, *(_RARE_FORMS if config == shipped[0] else ()))
-                    for form in forms:
+                    for form in _FORMS:
                         if form.float32 and kind != "half":
                             continue
                         if rank > TRITON_IN_PLACE_RANK and (form.core or form.float32):
                             continue
-                        if (dtype == "fp16" or wide) and form in _RARE_FORMS:
+                        wide_tile = config.block_c > tuning.MOST_CROSSED
+                        if form.cross and (wide_tile or config.persistent):
                             continue
                         yield _gemm_case(
                             arch, dtype, rank, aligned, precision, wide, ride, config, form
@@ -253,12 +258,16 @@ def _gemm_case(
             "TMA": config.tma,
             "W_ROWS_ALONG_I": forward,
             "PERSISTENT": config.persistent,
-            "FLATTEN": config.persistent and tuning.can_fuse_loops(arch),
+            "FLATTEN": config.persistent,
         },
         config.num_warps,
         config.num_stages,
         None if ieee else TENSOR_CORE[arch],
-        unit=("stride_wi" if forward else "stride_wc", "stride_or", "stride_ct"),
+        unit=(
+            "stride_wi" if forward else "stride_wc",
+            "stride_or",
+            *(("stride_ct",) if form.core else ()),
+        ),
         aligned=aligned,
     )
 
@@ -311,7 +320,7 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                     config.num_warps,
                     config.num_stages,
                     instruction,
-                    unit=("stride_ur", "stride_cb"),
+                    unit=("stride_ur", *(("stride_cb",) if core else ())),
                     aligned=aligned,
                 )
         config = tuning.pass_defaults("tall_grad", arch, form, rank)
@@ -339,21 +348,24 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
 def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
     pointer = _POINTER[dtype]
     block, block_parts, num_warps = tuning.REDUCE_CONFIG
-    sums: dict[str, str | None] = {}
-    for one in "abc":
-        sums |= {f"partial_{one}_ptr": "*fp32", f"out_{one}_ptr": pointer}
-    yield _case(
-        "reduce",
-        "",
-        arch,
-        dtype,
-        rank,
-        sums,
-        {"RANK": rank, "RANK_C": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
-        num_warps,
-        3,
-        None,
-    )
+    for out in dict.fromkeys((pointer, "*fp32")):
+        for sums in ("abc", "ac", "c"):  # of d_up, d_core, d_down
+            pointers: dict[str, str | None] = {}
+            for one in "abc":
+                pointers[f"partial_{one}_ptr"] = "*fp32" if one in sums else None
+                pointers[f"out_{one}_ptr"] = out if one in sums else None
+            yield _case(
+                "reduce",
+                f"{sums} to {out[1:]}",
+                arch,
+                dtype,
+                rank,
+                pointers,
+                {"RANK": rank, "RANK_C": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
+                num_warps,
+                3,
+                None,
+            )
     fold_block, fold_block_rb, fold_warps = tuning.FOLD_CONFIG
     block_n, block_k, block_r, merge_warps = tuning.MERGE_CONFIG
     for factors in dict.fromkeys(("*fp32", pointer)):
@@ -370,7 +382,7 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
                 fold_warps,
                 3,
                 None,
-                unit=("stride_cb", "stride_ur"),
+                unit=("stride_ur", *(("stride_cb",) if core else ())),
             )
             yield _case(
                 "merge",
@@ -389,7 +401,7 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
                 merge_warps,
                 3,
                 None,
-                unit=("stride_cb", "stride_ur", "stride_dr"),
+                unit=("stride_ur", "stride_dr", *(("stride_cb",) if core else ())),
             )
 
 
@@ -398,30 +410,69 @@ def cases(archs: tuple[int, ...] = ARCHS) -> Iterator[Case]:
     for arch in archs:
         for dtype in _POINTER:
             for rank in RANKS:
-                yield from _gemm_cases(arch, dtype, rank)
+                if dtype != "fp16" or rank == RANKS[0]:  # the GEMM's code is that of bf16
+                    yield from _gemm_cases(arch, dtype, rank)
                 yield from _pass_cases(arch, dtype, rank)
                 yield from _small_cases(arch, dtype, rank)
-        yield from _ragged_cases(arch)
+                yield from _other_sizes(arch, dtype, rank)
 
 
-def _ragged_cases(arch: int) -> Iterator[Case]:
-    """The masked loads: multiples of 16 that no block divides, with the shipped configs, and odd
-    sizes with theirs.
+def _other_sizes(arch: int, dtype: str, rank: int) -> Iterator[Case]:
+    """Sizes that are multiples of 16 but not of a block ("ragged"), and odd ones ("unaligned"),
+    both with masked loads; each with ranks that fill their padding and that do not ("padded").
     """
-    for dtype in ("bf16", "fp32"):
-        for rank in RANKS:
-            for aligned in (True, False) if rank in (16, 128) else (False,):
-                for case in (
-                    *_gemm_cases(arch, dtype, rank, aligned),
-                    *_pass_cases(arch, dtype, rank, aligned),
-                ):
-                    even = {name: False for name in case.constants if name.startswith("EVEN")}
-                    label = f"{case.label} {'ragged' if aligned else 'unaligned'}"
-                    yield replace(case, label=label, constants={**case.constants, **even})
+    for sizes, padded in (
+        ("", True),
+        ("ragged", False),
+        ("ragged", True),
+        ("unaligned", False),
+        ("unaligned", True),
+    ):
+        aligned = sizes != "unaligned"
+        as_aligned = aligned and tuning.is_aligned(16, rank - padded)
+        for case in (
+            *(_gemm_cases(arch, dtype, rank, as_aligned) if dtype != "fp16" else ()),
+            *_pass_cases(arch, dtype, rank, as_aligned),
+            *(_small_cases(arch, dtype, rank) if sizes != "ragged" else ()),
+        ):
+            even = {name: not sizes for name in case.constants if name.startswith("EVEN")}
+            yield replace(
+                case,
+                label=" ".join(filter(None, (case.label, sizes, "padded" if padded else ""))),
+                constants={**case.constants, **even},
+                aligned=aligned,
+                ranks_fill_the_padding=not padded,
+            )
 
 
-def compile_case(case: Case) -> Report:
-    """Compile and inspect one case."""
+def _owners(kernel: str, name: str) -> tuple[str, ...]:
+    """The pointers, of those that a launch may leave out, that an integer describes."""
+    if kernel == "reduce":
+        sums = {"width": "ab", "width_c": "c", "C_a": "a", "C_b": "b", "C_c": "c"}.get(name, "")
+        return tuple(f"out_{one}_ptr" for one in sums)
+    return ("core_ptr",) if name.startswith("stride_c") else ()
+
+
+def _multiple_of_16(case: Case, name: str) -> bool:
+    """Whether a launch of this case is specialised on the integer being one."""
+    forward, grad = case.constants.get("W_ROWS_ALONG_I"), case.constants.get("GRAD")
+    owners = _owners(case.kernel, name)
+    if owners and all(case.signature[pointer] == "constexpr" for pointer in owners):
+        return True  # the size or stride of what is absent is 0
+    folded = case.rank > TRITON_IN_PLACE_RANK and case.kernel in ("gemm", "thin")
+    if folded and name in ("width_out", "rb", "stride_oc", "stride_un"):
+        return True  # what a fold gives has the padded rank
+    # S is stored in rows of the padded rank, P in rows of the rank itself.
+    reads_p = name == "stride_p" and (forward or grad)
+    if reads_p or (name == "stride_s" and not grad) or _OF_A_RANK.fullmatch(name):
+        return case.ranks_fill_the_padding
+    if name in ("stride_ug", "stride_og", "stride_cg"):
+        return case.aligned or case.ranks_fill_the_padding
+    return case.aligned or name in ("stride_p", "stride_s", "stride_thin")
+
+
+def source(case: Case) -> ASTSource:
+    """What Triton compiles, specialised as a launch on aligned tensors specialises it."""
     kernel = KERNELS[case.kernel]
     names = kernel.arg_names
     attrs = {}
@@ -429,17 +480,21 @@ def compile_case(case: Case) -> Report:
         if case.signature[name] == "constexpr":
             continue
         pointer = case.signature[name].startswith("*")
-        unspecialised = name in kernel.do_not_specialize or name.startswith(("width", "ra", "rb"))
-        if pointer or (case.aligned and not unspecialised):
+        specialised = name not in kernel.do_not_specialize
+        if pointer or (specialised and _multiple_of_16(case, name)):
             attrs[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
+    return ASTSource(
         kernel,
         case.signature,
         {(names.index(name),): value for name, value in case.constants.items()},
         attrs,
     )
+
+
+def compile_case(case: Case) -> Report:
+    """Compile and inspect one case."""
     compiled = triton.compile(
-        source,
+        source(case),
         target=GPUTarget("cuda", case.arch, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages},
     )

@@ -415,7 +415,7 @@ def _plan(
     c = w.shape[1]
     ride = thin_in is not None
     rank, rank_out = padded_rank(width), padded_rank(thin_out.shape[-1])
-    slices, slice_c, out_strides = slices_of(thin_out, core)
+    _, slice_c, out_strides = slices_of(thin_out, core)
     stride_a, (stride_wi, stride_wc) = a.stride(0), w.stride()
     if config is None:
         config = tuning.gemm_config(
@@ -425,10 +425,12 @@ def _plan(
             max(rank, rank_out),
             a.dtype,
             wide=w.dtype != a.dtype,
-            aligned=(stride_a | stride_wi * stride_wc | i | c) % 16 == 0,
+            aligned=tuning.is_aligned(stride_a | stride_wi * stride_wc | i | c, width),
             ride=ride,
+            slice_c=slice_c,
             index=a.device.index,
         )
+    cross = tuning.crosses(config, c, slice_c)
     block_m, block_c, block_i, group_m, num_warps, num_stages, tma, persistent = config
     # An expanded row repeats, and a measured config knows nothing of strides.
     tma = (
@@ -438,7 +440,6 @@ def _plan(
         and stride_a >= i
         and (stride_a | stride_wi * stride_wc) % 8 == 0
     )
-    cross = slices > 1 and slice_c % block_c != 0
     # A loop over slices within the loop over tiles would keep that one from being fused.
     persistent = bool(persistent) and tma == bool(config.tma) and not cross
     rows_along_i = stride_wi == 1

@@ -59,7 +59,7 @@ def _keep_part(ptrs, part, mask, again):
     tl.store(ptrs, part, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "G"])
 def _thin_kernel(
     tall_ptr,  # [M, G·C], unit stride along the columns
     up_ptr,  # [1 or G, C, rb], any strides (0 along the first where shared)
@@ -331,9 +331,9 @@ def launch_thin(
         plan = plans["thin"] = _thin_plan(tall, up, core, s, p, config)
     d_up = d_core = None
     if p is not None:
-        d_up = tall.new_empty(plan.d_up, dtype=torch.float32)
+        d_up = tall.new_empty(*plan.d_up, dtype=torch.float32)
         if plan.d_core is not None:
-            d_core = tall.new_empty(plan.d_core, dtype=torch.float32)
+            d_core = tall.new_empty(*plan.d_core, dtype=torch.float32)
     plan.launch((tall, up, core, s, p, d_up, d_core))
     return d_up, d_core
 
@@ -356,7 +356,7 @@ def _thin_plan(
         c,
         max(rank_a, rank_b),
         tall.dtype,
-        aligned=(tall.stride(0) | slice_c) % 16 == 0,
+        aligned=tuning.is_aligned(tall.stride(0) | slice_c, ra),
         index=tall.device.index,
     )
     programs = min(tuning.cdiv(m, block_m), programs)
@@ -399,7 +399,7 @@ def launch_tall_grad(
     plan: _TallGradPlan | None = plans.get(name)
     if plan is None:
         plan = plans[name] = _tall_grad_plan(tall, thin, config)
-    partial = tall.new_empty(plan.partial, dtype=torch.float32)
+    partial = tall.new_empty(*plan.partial, dtype=torch.float32)
     plan.launch((tall, thin, partial))
     return partial
 
@@ -418,7 +418,7 @@ def _tall_grad_plan(tall: Tensor, thin: Tensor, config: tuning.PassConfig | None
         c,
         rank,
         tall.dtype,
-        aligned=(tall.stride(0) | c) % 16 == 0,
+        aligned=tuning.is_aligned(tall.stride(0) | c, thin.shape[1]),
         index=tall.device.index,
     )
     rows = tuning.cdiv(tuning.cdiv(m, splits), block_m) * block_m

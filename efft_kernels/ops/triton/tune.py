@@ -54,7 +54,7 @@ Rows = dict[str, dict[str, list[int]]]
 
 def gemm_space(dev: tuning.Device, rank: int, ride: bool, form: str) -> Iterator[GemmConfig]:
     """The shipped configs and the grid's that fit shared memory, each by pointers and by the copy
-    engine; the shipped ones as persistent programs too.
+    engine; on sm_90 the shipped ones as persistent programs too.
     """
     grid = (GemmConfig(*block) for block in _GEMM_BLOCKS)
     for config in (*tuning.gemm_candidates(dev.arch, form, rank), *grid):
@@ -64,7 +64,7 @@ def gemm_space(dev: tuning.Device, rank: int, ride: bool, form: str) -> Iterator
             yield config
             if dev.arch >= 90:
                 yield config._replace(tma=True)
-    if 90 <= dev.arch < 110 and form == "half":
+    if form == "half":
         for config in tuning.persistent_candidates(dev.arch, form, rank, ride):
             if tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes:
                 yield config

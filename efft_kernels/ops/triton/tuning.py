@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from ..cost_model import TRITON_IN_PLACE_RANK
+
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "EFFT_KERNELS_TUNED"
@@ -108,13 +110,10 @@ def multiprocessors(index: int | None) -> int:
 
 
 def fuses_loops(index: int | None) -> bool:
-    """Whether a persistent program's loop over tiles becomes one with the loop inside."""
-    return not INTERPRETED and can_fuse_loops(device(index).arch)
-
-
-def can_fuse_loops(arch: int) -> bool:
-    """Triton 3.6 fails on the fused loop where the accumulator is in tensor memory."""
-    return family(arch) < 100
+    """Whether a persistent program's loop over tiles becomes one with the loop inside: Triton 3.6
+    fails on it where the accumulator is in tensor memory.
+    """
+    return not INTERPRETED and family(device(index).arch) < 100
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -155,11 +154,18 @@ def can_ride(dtype: torch.dtype, rank: int) -> bool:
     return dtype != torch.float32 or rank <= IEEE_RIDE_LIMIT or dot_precision(dtype) == "tf32"
 
 
+def is_aligned(sizes: int, rank: int) -> bool:
+    """Whether the configs for aligned operands serve: sizes and strides, or-ed, are multiples of
+    16, and the rank is one or small. The masks of others take as many registers as odd sizes do.
+    """
+    return sizes % 16 == 0 and (rank % 16 == 0 or rank <= TRITON_IN_PLACE_RANK)
+
+
 def operand_form(dtype: torch.dtype, wide: bool, aligned: bool) -> str:
     """The dtype class, and what else changes the loads: 'half-wide' (w stored in float32),
     '...-unaligned'.
 
-    Sizes and strides that are not multiples of 16 elements (`aligned` False) are copied element by
+    Sizes and strides that are not multiples of 16 elements (not `is_aligned`) are copied element by
     element through registers, which leaves room for small tiles only.
     """
     kind = dtype_class(dtype)
@@ -192,26 +198,23 @@ def gemm_smem_bytes(config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, r
 TMEM_COLUMNS = 512  # of tensor memory on sm_100, 128 rows of 4 bytes each
 
 
-def gemm_tmem_columns(config: GemmConfig, rank: int) -> int:
-    """Tensor memory of the accumulators, P's or T's included: a persistent program holds them
-    twice."""
-    columns = config.block_c + rank
-    return 2 * columns if config.persistent else columns
-
-
 def persistent_candidates(arch: int, form: str, rank: int, ride: bool) -> tuple[GemmConfig, ...]:
     """The shipped configs as persistent programs: for `tune()` to measure, never taken unmeasured.
 
-    Only those that fill a multiprocessor alone: where two programs share one, each hides the
-    other's first loads and last stores already. Shared memory has to hold one stage less for it.
+    Only on sm_90, where the loop over tiles becomes one with the loop inside, and only those that
+    fill a multiprocessor alone: where two programs share one, each hides the other's first loads
+    and last stores already. Shared memory has to hold one stage less for it.
     """
+    if arch != 90:
+        return ()
     found = []
     for config in gemm_candidates(arch, form, rank):
         persistent = config._replace(tma=True, persistent=True)
-        columns = gemm_tmem_columns(persistent, rank) if family(arch) == 100 else 0
-        if config.num_warps < 8 or columns > TMEM_COLUMNS:
+        if config.num_warps < 8:
             continue
-        while gemm_smem_bytes(persistent, rank, 2, 2, ride) > SMEM_BYTES[family(arch)]:
+        if rank > 16 and config.block_c > 128:  # spills at ranks of 17 to 31 (aot.py)
+            continue
+        while gemm_smem_bytes(persistent, rank, 2, 2, ride) > SMEM_BYTES[arch]:
             persistent = persistent._replace(num_stages=persistent.num_stages - 1)
         if persistent.num_stages >= 2:
             found.append(persistent)
@@ -258,17 +261,41 @@ def _gemm_cost(config: GemmConfig, m: int, c: int, rank: int, ride: bool, dev: D
     return waves * tile
 
 
+# Columns of the widest tile that may lie in several slices: the product of such a tile takes
+# registers of its own, and wider ones spill (aot.py).
+MOST_CROSSED = 128
+
+
+def crosses(config: GemmConfig, c: int, slice_c: int) -> bool:
+    """Whether tiles of [m, c] lie in several slices of slice_c columns."""
+    return slice_c < c and slice_c % config.block_c != 0
+
+
 @lru_cache(maxsize=4096)
 def _gemm_config(
-    m: int, c: int, i: int, rank: int, form: str, wide: bool, ride: bool, index: int | None
+    m: int,
+    c: int,
+    i: int,
+    rank: int,
+    form: str,
+    wide: bool,
+    ride: bool,
+    slice_c: int,
+    index: int | None,
 ) -> GemmConfig:
     dev = device(index)
     aligned = not form.endswith("unaligned")
     measured = _measured(dev.name, gemm_key(c, i, rank, form, ride), m) if aligned else None
     if measured is not None:
-        return GemmConfig(*measured)  # type: ignore[arg-type]
+        found = GemmConfig(*measured)  # type: ignore[arg-type]
+        if not (crosses(found, c, slice_c) and found.block_c > MOST_CROSSED):
+            return found
     _note_fallback(dev.name, "gemm")
-    candidates = gemm_candidates(dev.arch, form, rank)
+    candidates = tuple(
+        config
+        for config in gemm_candidates(dev.arch, form, rank)
+        if config.block_c <= MOST_CROSSED or not crosses(config, c, slice_c)
+    )
     half = form.startswith("half")
     fitting = [
         config
@@ -301,12 +328,16 @@ def gemm_config(
     wide: bool,
     aligned: bool,
     ride: bool,
+    slice_c: int,
     index: int | None,
 ) -> GemmConfig:
-    """The config for out [m, c] over i; `wide` where w is stored wider than it is multiplied."""
+    """The config for out [m, c] over i, in slices of slice_c columns; `wide` where w is stored
+    wider than it is multiplied.
+    """
     if INTERPRETED:
         return _INTERPRETER_GEMM
-    return _gemm_config(m, c, i, rank, operand_form(dtype, wide, aligned), wide, ride, index)
+    form = operand_form(dtype, wide, aligned)
+    return _gemm_config(m, c, i, rank, form, wide, ride, slice_c, index)
 
 
 @lru_cache(maxsize=4096)
