@@ -367,7 +367,7 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
                 None,
             )
     fold_block, fold_block_rb, fold_warps = tuning.FOLD_CONFIG
-    block_n, block_k, block_r, merge_warps = tuning.MERGE_CONFIG
+    block_n, block_k, block_r, merge_warps = tuning.MERGE_CONFIGS[arch]
     for factors in dict.fromkeys(("*fp32", pointer)):
         for core in (factors, None):
             words = f"{factors[1:]} factors{'' if core else ' no core'}"
