@@ -4,8 +4,9 @@
 
 For sm_80, sm_90 and sm_100 and for every row of tuned/defaults.json: no register spills, no stack,
 shared memory within the architecture's limit, and the tensor-core instruction that belongs there
-(HMMA, HGMMA, UTCHMMA). Exits with 1 and the failing rows named otherwise. bf16 and fp16 share every
-code path but the operand type; both are compiled.
+(HMMA, HGMMA, UTCHMMA). Exits with 1 and the failing rows named otherwise. What is compiled is what a
+launch is specialised on (`source`). bf16 and fp16 share every code path of the GEMM but the operand
+type, so that in fp16 it is compiled at rank 16 only.
 """
 
 from __future__ import annotations
