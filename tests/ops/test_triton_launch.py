@@ -156,10 +156,11 @@ SIZES_AND_RANKS = [(768, 16), (768, 8), (720, 16), (720, 8), (769, 16), (768, 64
 
 @pytest.mark.parametrize("size,width", SIZES_AND_RANKS)
 @pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("strategy", ["fused", "split", "merged"])
 def test_a_step_launches_only_what_is_compiled_ahead_of_time(
-    driver, strategy, folded, factors, size, width
+    driver, strategy, folded, transposed, factors, size, width
 ):
     """A qkv at 64 images: specialised on the very integers that aot.py assumes."""
     slices = 3
@@ -171,6 +172,10 @@ def test_a_step_launches_only_what_is_compiled_ahead_of_time(
     down = torch.empty(size, width, dtype=factors)
     core = None if folded else torch.empty(slices, width, width, dtype=factors)
     up = torch.empty(1, slices * size if folded else size, width, dtype=factors)
+    if transposed and folded:  # as methods/lora.py gives it
+        down = torch.empty(width, size, dtype=factors).mT
+    elif transposed:  # as methods/tensor_train.py does
+        core = core.mT
     _, p = backend.forward(x, weight, bias, down, core, up, save_p=True, strategy=strategy)
     backend.backward(dy, x, weight, p, down, core, up, needs=NEEDS, strategy=strategy)
     launched = [

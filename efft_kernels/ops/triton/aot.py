@@ -4,9 +4,14 @@
 
 For sm_80, sm_90 and sm_100 and for every row of tuned/defaults.json: no register spills, no stack,
 shared memory within the architecture's limit, and the tensor-core instruction that belongs there
-(HMMA, HGMMA, UTCHMMA). Exits with 1 and the failing rows named otherwise. What is compiled is what a
-launch is specialised on (`source`). bf16 and fp16 share every code path of the GEMM but the operand
-type, so that in fp16 it is compiled at rank 16 only.
+(HMMA, HGMMA, UTCHMMA). Exits with 1 and the failing rows named otherwise.
+
+Compiled is what a launch is specialised on (`source`), in these variants: factors of the rows'
+dtype and float32; core and down as they are and transposed, as FacT-TT and LoRA give them; sizes
+that blocks divide, that they do not, and odd ones; ranks that fill their padding and that do not.
+Left out, being less of the same code: no bias, P not saved, a sum of one gradient alone, a sixteen-
+bit weight in `merge`, one odd size beside an aligned one, two different ranks. The GEMM's code in
+fp16 is that of bf16 but for the operand type; it is compiled at rank 16 only.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ KERNELS = {
 # The matrix instruction of each architecture; mma.sync is the right one for what wgmma cannot take.
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.*MMA"}
 # Integers that are multiples of 16 only where the ranks are.
-_OF_A_RANK = re.compile(r"width|width_out|width_c|ra|rb|C_b|stride_(oc|or|un|ur|ca|cb|cp|ct|dk|dr)")
+_OF_A_RANK = re.compile(r"width|width_out|width_c|ra|rb|C_b|stride_(oc|un|ca|cb|cp|ct|dk)")
 _POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -159,6 +164,7 @@ class _Form(NamedTuple):
     core: bool = False
     cross: bool = False  # a tile's columns may lie in several slices
     float32: bool = False  # core and thin_out are float32 beside half-precision rows
+    transposed: bool = False  # the forward's core, or dX's thin_out (down), has its first stride 1
 
 
 _FORMS = (
@@ -168,8 +174,14 @@ _FORMS = (
     _Form(float32=True),
     _Form(core=True, float32=True),
     _Form(core=True, cross=True, float32=True),
+    _Form(core=True, transposed=True),
+    _Form(core=True, float32=True, transposed=True),
+    _Form(core=True, cross=True, transposed=True),
+    _Form(core=True, cross=True, float32=True, transposed=True),
     _Form("dx"),
     _Form("dx", float32=True),
+    _Form("dx", transposed=True),
+    _Form("dx", float32=True, transposed=True),
 )
 
 
@@ -189,7 +201,10 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                     for form in _FORMS:
                         if form.float32 and kind != "half":
                             continue
-                        if rank > TRITON_IN_PLACE_RANK and (form.core or form.float32):
+                        in_place_only = form.core or form.float32 or form.transposed
+                        if rank > TRITON_IN_PLACE_RANK and in_place_only:
+                            continue
+                        if form.transposed and config.tma:  # never taken unmeasured
                             continue
                         wide_tile = config.block_c > tuning.MOST_CROSSED
                         if form.cross and (wide_tile or config.persistent):
@@ -220,7 +235,7 @@ def _gemm_case(
         "ride" if ride else "given",
         f"{config.block_m}x{config.block_c}x{config.block_i}",
         *(name for name in ("tma", "persistent") if getattr(config, name)),
-        *(name for name in ("core", "cross", "float32") if getattr(form, name)),
+        *(name for name in ("core", "cross", "float32", "transposed") if getattr(form, name)),
         *(name for name, true in (("wide", wide), ("ieee", ieee)) if true),
     )
     return _case(
@@ -266,11 +281,20 @@ def _gemm_case(
         None if ieee else TENSOR_CORE[arch],
         unit=(
             "stride_wi" if forward else "stride_wc",
-            "stride_or",
-            *(("stride_ct",) if form.core else ()),
+            "stride_oc" if form.transposed and not forward else "stride_or",
+            *(("stride_cp" if form.transposed else "stride_ct",) if form.core else ()),
         ),
         aligned=aligned,
     )
+
+
+def _units(core: bool, transposed: bool) -> tuple[str, ...]:
+    """The strides that are 1 of up and core; where there is no core, up may be LoRA's down, which
+    is the one transposed.
+    """
+    if core:
+        return "stride_ur", "stride_ca" if transposed else "stride_cb"
+    return ("stride_un" if transposed else "stride_ur",)
 
 
 def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Iterator[Case]:
@@ -280,19 +304,21 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
         form = kind if aligned else f"{kind}-unaligned"
         # Thin products have few columns; any tensor-core instruction serves a pass bound by memory.
         instruction = None if kind == "ieee" else f"HMMA|{TENSOR_CORE[arch]}"
-        for grad, core in itertools.product((False, True), (False, True)):
+        for grad, core, transposed in itertools.product((False, True), repeat=3):
             name = "thin_grad" if grad else "thin"
             config = tuning.pass_defaults(name, arch, form, rank)
             for factors in dict.fromkeys((pointer, "*fp32")):
-                if rank > TRITON_IN_PLACE_RANK and (core or factors != pointer):
+                in_place_only = core or transposed or factors != pointer
+                if rank > TRITON_IN_PLACE_RANK and in_place_only:
                     continue
-                if dtype == "fp16" and factors != pointer:
+                if transposed and grad and not core:
                     continue
                 words = (
                     "S + factors" if grad else "S",
                     f"{config.block_m}x{config.block_c}",
                     *(("core",) if core else ()),
                     *(("float32",) if factors != pointer else ()),
+                    *(("transposed",) if transposed else ()),
                 )
                 yield _case(
                     "thin",
@@ -321,7 +347,7 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                     config.num_warps,
                     config.num_stages,
                     instruction,
-                    unit=("stride_ur", *(("stride_cb",) if core else ())),
+                    unit=_units(core, transposed),
                     aligned=aligned,
                 )
         config = tuning.pass_defaults("tall_grad", arch, form, rank)
@@ -370,8 +396,9 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
     fold_block, fold_block_rb, fold_warps = tuning.FOLD_CONFIG
     block_n, block_k, block_r, merge_warps = tuning.MERGE_CONFIGS[arch]
     for factors in dict.fromkeys(("*fp32", pointer)):
-        for core in (factors, None):
+        for core, transposed in itertools.product((factors, None), (False, True)):
             words = f"{factors[1:]} factors{'' if core else ' no core'}"
+            words += " transposed" if transposed else ""
             yield _case(
                 "fold",
                 words,
@@ -383,7 +410,7 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
                 fold_warps,
                 3,
                 None,
-                unit=("stride_ur", *(("stride_cb",) if core else ())),
+                unit=_units(core is not None, transposed),
             )
             yield _case(
                 "merge",
@@ -402,12 +429,14 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
                 merge_warps,
                 3,
                 None,
-                unit=("stride_ur", "stride_dr", *(("stride_cb",) if core else ())),
+                unit=("stride_ur", "stride_dr", *_units(True, transposed)[1:])
+                if core
+                else ("stride_ur", "stride_dk" if transposed else "stride_dr"),
             )
 
 
 def cases(archs: tuple[int, ...] = ARCHS) -> Iterator[Case]:
-    """Every shipped configuration of every kernel, as bf16, fp16 and fp32."""
+    """Every shipped configuration of every kernel, in the variants named above."""
     for arch in archs:
         for dtype in _POINTER:
             for rank in RANKS:
@@ -516,7 +545,8 @@ def compile_case(case: Case) -> Report:
         report.problems.append(f"{report.stack_bytes} bytes of stack")
     if re.search(r"\b(LDL|STL)\b", sass):
         report.problems.append("register spills (LDL/STL)")
-    limit = tuning.SMEM_BYTES[case.arch]
+    # sm_86, sm_89 and sm_120 run sm_80's shapes too, with less shared memory.
+    limit = min(v for arch, v in tuning.SMEM_BYTES.items() if tuning.family(arch) == case.arch)
     if report.smem_bytes > limit:
         report.problems.append(f"{report.smem_bytes} bytes of shared memory, limit {limit}")
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0

@@ -238,7 +238,13 @@ def main() -> None:
         "--models", nargs="+", default=["ViT-B/16"], choices=sorted(cost_model.models(1))
     )
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=16,
+        choices=(16, 32, 64, 128),
+        help="a padded rank; its rows serve the ranks that are padded to it",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument(
         "--seconds", type=float, default=240.0, help="stop measuring after this long"

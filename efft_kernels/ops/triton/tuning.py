@@ -156,8 +156,9 @@ def can_ride(dtype: torch.dtype, rank: int) -> bool:
 
 
 def is_aligned(sizes: int, rank: int) -> bool:
-    """Whether the configs for aligned operands serve: sizes and strides, or-ed, are multiples of
-    16, and the rank is one or small. The masks of others take as many registers as odd sizes do.
+    """Whether the configs for aligned operands serve: `sizes`, sizes and strides or-ed, is a
+    multiple of 16, and the rank is a multiple of 16 or at most 32. Above, the masks of odd ranks
+    take as many registers as those of odd sizes.
     """
     return sizes % 16 == 0 and (rank % 16 == 0 or rank <= TRITON_IN_PLACE_RANK)
 
@@ -176,8 +177,10 @@ def operand_form(dtype: torch.dtype, wide: bool, aligned: bool) -> str:
 
 
 def family(arch: int) -> int:
-    """The architecture whose defaults serve `arch`: 80, 90 or 100."""
-    return 100 if arch >= 100 else 90 if arch == 90 else 80
+    """The architecture whose defaults serve `arch`: 80, 90 or 100. sm_120 has neither wgmma nor
+    tensor memory and as little shared memory as sm_86, so sm_80's serve it as well.
+    """
+    return 100 if 100 <= arch < 120 else 90 if arch == 90 else 80
 
 
 def merge_config(index: int | None) -> tuple[int, int, int, int]:
