@@ -372,7 +372,9 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
         )
 
 
-def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
+def _small_cases(
+    arch: int, dtype: str, rank: int, aligned: bool = True, padded: bool = False
+) -> Iterator[Case]:
     pointer = _POINTER[dtype]
     block, block_parts, num_warps = tuning.REDUCE_CONFIG
     for out in dict.fromkeys((pointer, "*fp32")):
@@ -394,7 +396,9 @@ def _small_cases(arch: int, dtype: str, rank: int) -> Iterator[Case]:
                 None,
             )
     fold_block, fold_block_rb, fold_warps = tuning.FOLD_CONFIG
-    block_n, block_k, block_r, merge_warps = tuning.MERGE_CONFIGS[arch]
+    block_n, block_k, block_r, merge_warps = tuning.merge_config(
+        16 if aligned else 1, rank - padded
+    )
     for factors in dict.fromkeys(("*fp32", pointer)):
         for core, transposed in itertools.product((factors, None), (False, True)):
             words = f"{factors[1:]} factors{'' if core else ' no core'}"
@@ -463,7 +467,7 @@ def _other_sizes(arch: int, dtype: str, rank: int) -> Iterator[Case]:
         for case in (
             *(_gemm_cases(arch, dtype, rank, as_aligned) if dtype != "fp16" else ()),
             *_pass_cases(arch, dtype, rank, as_aligned),
-            *(_small_cases(arch, dtype, rank) if sizes != "ragged" else ()),
+            *(_small_cases(arch, dtype, rank, aligned, padded) if sizes != "ragged" else ()),
         ):
             even = {name: not sizes for name in case.constants if name.startswith("EVEN")}
             yield replace(

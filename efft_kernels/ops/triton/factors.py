@@ -265,7 +265,7 @@ def launch_merge(
 def _merge_plan(weight: Tensor, down: Tensor, core: Tensor | None, up: Tensor) -> Plan:
     k, ra = down.shape
     slices, n, strides = slices_of(up, core)
-    block_n, block_k, block_r, num_warps = tuning.merge_config(weight.device.index)
+    block_n, block_k, block_r, num_warps = tuning.merge_config(weight.stride(0) | n | k, ra)
     return Plan(
         _merge_kernel,
         (tuning.cdiv(n, block_n) * tuning.cdiv(k, block_k), slices),

@@ -47,8 +47,8 @@ SMEM_BYTES = {
 
 REDUCE_CONFIG = (64, 64, 4)  # elements, parts at a time, warps
 FOLD_CONFIG = (32, 16, 4)  # rows, columns of rb at a time, warps
-# Rows, columns, ranks at a time, warps, by family; on sm_100 32 columns spill at ranks of 17 to 31.
-MERGE_CONFIGS = {80: (32, 32, 16, 4), 90: (32, 32, 16, 4), 100: (32, 16, 16, 4)}
+MERGE_CONFIG = (32, 32, 16, 4)  # rows, columns, ranks at a time, warps
+_NARROW_MERGE_CONFIG = (32, 16, 16, 4)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -183,9 +183,10 @@ def family(arch: int) -> int:
     return 100 if 100 <= arch < 120 else 90 if arch == 90 else 80
 
 
-def merge_config(index: int | None) -> tuple[int, int, int, int]:
-    """The row of MERGE_CONFIGS for the CUDA device."""
-    return MERGE_CONFIGS[80 if INTERPRETED else family(device(index).arch)]
+def merge_config(sizes: int, rank: int) -> tuple[int, int, int, int]:
+    """Tiles of `merge`: narrow where the masks of odd sizes (or-ed in `sizes`) or ranks spill."""
+    wide = sizes % 16 == 0 and (rank % 16 == 0 or rank <= 16)
+    return MERGE_CONFIG if wide else _NARROW_MERGE_CONFIG
 
 
 def gemm_smem_bytes(config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, ride: bool) -> int:
