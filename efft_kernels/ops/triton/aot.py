@@ -7,8 +7,9 @@ shared memory within the architecture's limit, and the tensor-core instruction t
 (HMMA, HGMMA, UTCHMMA). Exits with 1 and the failing rows named otherwise.
 
 Compiled is what a launch is specialised on (`source`), in these variants: factors of the rows'
-dtype and float32; core and down as they are and transposed, as FacT-TT and LoRA give them; sizes
-that blocks divide, that they do not, and odd ones; ranks that fill their padding and that do not.
+dtype and float32; core and down as they are and, beside rows of 16 bits, transposed, as FacT-TT and
+LoRA give them; sizes that blocks divide, that they do not, and odd ones; ranks that fill their
+padding and that do not.
 Left out, being less of the same code: no bias, P not saved, a sum of one gradient alone, a sixteen-
 bit weight in `merge`, one odd size beside an aligned one, two different ranks. The GEMM's code in
 fp16 is that of bf16 but for the operand type; it is compiled at rank 16 only.
@@ -199,7 +200,7 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                     configs += tuning.persistent_candidates(arch, kind, rank, ride)
                 for config in configs:
                     for form in _FORMS:
-                        if form.float32 and kind != "half":
+                        if (form.float32 or form.transposed) and kind != "half":
                             continue
                         in_place_only = form.core or form.float32 or form.transposed
                         if rank > TRITON_IN_PLACE_RANK and in_place_only:
@@ -311,7 +312,7 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                 in_place_only = core or transposed or factors != pointer
                 if rank > TRITON_IN_PLACE_RANK and in_place_only:
                     continue
-                if transposed and grad and not core:
+                if transposed and (kind != "half" or (grad and not core)):
                     continue
                 words = (
                     "S + factors" if grad else "S",
