@@ -176,8 +176,8 @@ def test_tf32_only_where_torch_allows_it():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-# `make aot` builds every shipped configuration; here, what a ViT in bf16 at rank 16 runs with a
-# method's factors as they are stored, on each architecture.
+# `make aot` builds every shipped configuration; here, those a ViT in bf16 at rank 16 runs with
+# EFFT's factors, on each architecture.
 LEFT_OUT = ("ragged", "unaligned", "wide", "padded", "cross", "transposed")
 REPRESENTATIVE = [
     case
@@ -187,7 +187,7 @@ REPRESENTATIVE = [
     and case.rank == 16
     and not any(word in case.label for word in LEFT_OUT)
     and (case.kernel != "gemm" or "128x" in case.label)
-    # `tune` may choose these; one of each shape
+    # taken only where `tune` measured them: one form of each shape
     and not (case.constants.get("TMA") and ("core" in case.label or "float32" in case.label))
 ]
 

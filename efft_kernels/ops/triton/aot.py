@@ -10,9 +10,10 @@ Compiled is what a launch is specialised on (`source`), in these variants: facto
 dtype and float32; core and down as they are and, beside rows of 16 bits, transposed, as FacT-TT and
 LoRA give them; sizes that blocks divide, that they do not, and odd ones; ranks that fill their
 padding and that do not.
-Left out, being less of the same code: no bias, P not saved, a sum of one gradient alone, a sixteen-
-bit weight in `merge`, one odd size beside an aligned one, two different ranks. The GEMM's code in
-fp16 is that of bf16 but for the operand type; it is compiled at rank 16 only.
+Left out, hence not known to be free of spills: transposed factors of float32 rows, and by the copy
+engine; one odd size beside an aligned one; two different ranks; fp16's GEMM but at rank 16 and
+sizes that blocks divide. Left out as less of the same code: no bias, P not saved, a sum of one
+gradient alone, a 16-bit weight in `merge`.
 """
 
 from __future__ import annotations
