@@ -37,10 +37,10 @@ tables: $(STAMP) ## the measured tables of README and benchmarks/results from th
 	$(BIN)/python -m benchmarks.tables
 
 aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and sm_100, no GPU needed
-	$(BIN)/python -m efft_kernels.ops.triton.aot
+	$(BIN)/python -m tools.compile_triton
 
 asan: $(STAMP) ## test the C++ operators under AddressSanitizer and UBSan
-	csrc/asan.sh $(BIN)/python
+	csrc/build/asan.sh $(BIN)/python
 
 lint: $(STAMP) ## check style, types and formatting
 	$(BIN)/ruff check .
@@ -60,9 +60,9 @@ clean: ## remove build products and caches; keeps .venv and runs/
 	rm -f efft_kernels/_build_report.json
 
 # The native build comes before pip's, which hides its progress and then finds all of it made.
-$(STAMP): pyproject.toml setup.py constraints.txt $(CSRC) $(wildcard csrc/*.py) | $(BIN)/python
+$(STAMP): pyproject.toml setup.py constraints.txt $(CSRC) $(wildcard csrc/build/*.py) | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt $(BUILD_REQUIRES)
-	$(BIN)/python csrc/native_build.py
+	$(BIN)/python csrc/build/native_build.py
 	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[dev]"
 	@touch $@
 

@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(ROOT / "csrc" / "build"))
 
 import native_build  # noqa: E402
 from toolchain import Missing, Settings, ToolError  # noqa: E402
@@ -28,7 +28,7 @@ PACKAGE = "efft_kernels"
 
 
 class BuildNative(build_ext):
-    """Hands all libraries to csrc/native_build.py at once, and puts them where pip wants them.
+    """Builds all libraries by csrc/build/native_build.py, and puts them where pip wants them.
 
     An editable install keeps its objects in build/native, so that the next one compiles only what
     changed; the folder that setuptools offers is a temporary one.

@@ -44,7 +44,7 @@ if not torch.cuda.is_available():
     sys.exit("gpu_check.sh needs a CUDA device; torch sees none")
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__)
 PY
-device=$("$python" -c 'from efft_kernels.ops.triton import tuning; print(tuning.device(None).name)') || exit 1
+device=$("$python" -c 'from efft_kernels.ops.backends.triton import tuning; print(tuning.device(None).name)') || exit 1
 tuned=$results/$device.json
 
 # The strategies of the CUDA C++ backend, as the benchmark names them; none where it is not built.
@@ -114,7 +114,7 @@ else
 fi
 stage "benchmark, model's block shapes" 35 "$python" benchmarks/operator_bench.py \
   --impl triton:fused triton:split torch:split peft --out "$results/operators_untuned.csv"
-stage "tuning" 130 "$python" -m efft_kernels.ops.triton.tune --seconds 105 --out "$tuned"
+stage "tuning" 130 "$python" -m tools.tune_triton --seconds 105 --out "$tuned"
 export EFFT_KERNELS_TUNED=$tuned
 stage "benchmark, tuned" 60 "$python" benchmarks/operator_bench.py --modes fwd "train fwd" "fwd+bwd" \
   --impl triton:auto triton:fused triton:split ${benched[@]+"${benched[@]}"} torch:split peft \

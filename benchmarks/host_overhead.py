@@ -8,7 +8,7 @@ strategy and form of the factors (folded for a whole group at once: core=None; o
 forward and backward:
 
     launches   kernels and library products that the call would start
-    kernels    `forward` or `backward` of ops/triton: choice of block shapes, buffers, arguments
+    kernels    the Triton backend's `forward` or `backward`: block shapes, buffers, arguments
     operator   the same through `low_rank_linear`, its checks and autograd
     floor      an empty autograd.Function around a product that is a stub as well
     triton     `kernels` with Triton's own host code: the kernels are compiled for sm_90 and handed
@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efft_kernels.ops import cost_model, direct, dispatch
-from efft_kernels.ops import triton as backend
+from efft_kernels.ops import cost_model, dispatch, eager_entry
+from efft_kernels.ops.backends import triton as backend
 from efft_kernels.ops.functional import low_rank_linear
 
 from .harness import append_rows, provenance
@@ -98,7 +98,7 @@ class FakeDriver:
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """The Triton backend takes CPU tensors and chooses block shapes as on an H200."""
-    from efft_kernels.ops.triton import tuning
+    from efft_kernels.ops.backends.triton import tuning
 
     device = tuning.Device("pretended", 90, 132, 227 * 1024)
     with (
@@ -116,7 +116,7 @@ def pretended_gpu() -> Iterator[None]:
 def forget_backends() -> None:
     """Have the dispatcher ask anew what can run here."""
     dispatch._load.cache_clear()
-    direct.forget_choices()
+    eager_entry.forget_choices()
 
 
 @contextmanager
@@ -147,9 +147,9 @@ def no_launches(triton_too: bool) -> Iterator[Launches]:
 
 def forget_plans() -> None:
     """What the launchers remember belongs to the stubs it was made with."""
-    from efft_kernels.ops.triton import launch
+    from efft_kernels.ops.backends.triton import launch_cache
 
-    launch.forget()
+    launch_cache.forget()
 
 
 class _Floor(torch.autograd.Function):
@@ -293,7 +293,7 @@ def host_only() -> str | None:
 
     if find_spec("triton") is None:
         return "triton is not installed; there is no host code to time"
-    from efft_kernels.ops.triton import tuning
+    from efft_kernels.ops.backends.triton import tuning
 
     if tuning.INTERPRETED:
         return "TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to time"

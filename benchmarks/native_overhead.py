@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from efft_kernels import low_rank_linear
-from efft_kernels.ops import native
+from efft_kernels.ops.backends import native_library
 
 from .harness import RESULTS, append_rows, provenance
 
@@ -58,14 +58,14 @@ def ways() -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
         return lambda: low_rank_linear(x, weight, bias, down, core, up, backend=name)
 
     def python_entry() -> Tensor:
-        with mock.patch.object(native, "autograd_module", _no_module):
+        with mock.patch.object(native_library, "autograd_module", _no_module):
             return low_rank_linear(x, weight, bias, down, core, up, backend="cpp")
 
     def eager() -> Tensor:
         return F.linear(x, weight, bias) + (x @ down) @ core[0] @ up[0].t()
 
     found = {FLOOR: (lambda: F.linear(x, weight, bias), [x])}
-    if native.cpu_unavailable() is None and native.autograd_unavailable() is None:
+    if native_library.cpu_unavailable() is None and native_library.autograd_unavailable() is None:
         found["C++ entry"] = with_backend("cpp"), wanted
         found["Python entry"] = python_entry, wanted
     found["torch backend"] = with_backend("torch"), wanted

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels import EFFT1, EFFT2, Adapter, FacTTK, FacTTT, KAdaptation, LoRA, attach
+from efft_kernels.adapters.sites import find_sites
 from efft_kernels.methods.base import Method
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.nn import FactorBank
-from efft_kernels.sites import find_sites
 
 FLOOR = "frozen, gradient to its input"
 PROBE = "linear probe"

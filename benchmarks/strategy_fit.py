@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from efft_kernels.ops import torch_backend
+from efft_kernels.ops.backends import torch_backend
 
 from .harness import RESULTS, Row, append_rows, newest, provenance, read_rows
 from .operator_bench import Operands

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from efft_kernels.engine import saved_for_backward_mib
+from efft_kernels.training.loop import saved_for_backward_mib
 
 from . import peers, tables
 from .harness import (

@@ -1,8 +1,8 @@
 """Fused low-rank linears for factor-tuning vision transformers: EFFT and kin on one operator."""
 
-from .adapter import Adapter
-from .adapter_set import AdapterSet
-from .attach import attach, load
+from .adapters.adapter import Adapter
+from .adapters.adapter_set import AdapterSet
+from .adapters.attach import attach, load
 from .interop import export_peft_lora, import_fact, import_peft_lora
 from .methods import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA
 from .nn import FactorBank, FusedEFFTLinear

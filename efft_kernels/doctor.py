@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, available_backends, low_rank_linear, reference
-from .ops import native
+from .ops.backends import native_library
 
 LIBRARIES = ("torch", "torchvision", "triton", "timm", "torchmetrics", "safetensors", "numpy")
 
@@ -57,17 +57,17 @@ def diagnose() -> Diagnosis:
         name: _trial(name) if reason is None else reason
         for name, reason in available_backends().items()
     }
-    libraries, build = _libraries(), native.build_info()
+    libraries, build = _libraries(), native_library.build_info()
     versions = {**_versions(), **_build_rows(libraries, build)}
     return Diagnosis(versions, _devices(), backends, libraries, build)
 
 
 def _libraries() -> dict[str, str | None]:
     return {
-        "_native": native.load_cpu(),
-        "_native_cuda": native.load_cuda(),
-        "_autograd": native.autograd_unavailable(),
-        "_build_info": native.not_built("_build_info"),
+        "_native": native_library.load_cpu(),
+        "_native_cuda": native_library.load_cuda(),
+        "_autograd": native_library.autograd_unavailable(),
+        "_build_info": native_library.not_built("_build_info"),
     }
 
 

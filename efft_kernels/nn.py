@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
 from .methods.tensor_train import Placement, TensorTrainGroup
+from .ops.backends.torch_backend import fold
 from .ops.dispatch import requested_backend
 from .ops.functional import low_rank_linear, low_rank_linear_with_dropout
-from .ops.projected import linear_plus_projected
+from .ops.mixed_batch import tasks_linear
 from .ops.reference import delta_weight
-from .ops.tasks import tasks_linear
-from .ops.torch_backend import fold
+from .ops.shared_projection import linear_plus_projected
 
 
 class TaskBatch(NamedTuple):

@@ -15,17 +15,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from efft_kernels import (
-    EFFT1,
-    EFFT2,
-    AdapterSet,
-    FacTTK,
-    FacTTT,
-    KAdaptation,
-    LoRA,
-    attach,
-    load,
-)
+from efft_kernels import EFFT1, EFFT2, AdapterSet, FacTTK, FacTTT, KAdaptation, LoRA, attach, load
 from efft_kernels.methods import method_from_config
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True, database=None)

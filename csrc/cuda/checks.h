@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "workspace.h"
+#include "passes/sizes.h"
 
 // The operators' argument checks. Each returns what is wrong, naming the argument, what it must be
 // (in symbols and numbers) and what came; empty if nothing is.

@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "checks.h"
-#include "launch.h"
-#include "runtime.h"
-#include "workspace.h"
+#include "common/device_guard.h"
+#include "common/launchers.h"
+#include "passes/sizes.h"
 
 // The operators' CUDA implementation: which launches, in which order.
 //

@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-// The operators of csrc/ops.cpp on CUDA tensors.
+// The operators of csrc/schemas.cpp on CUDA tensors.
 namespace efft_kernels::cuda {
 
 using torch::stable::Tensor;

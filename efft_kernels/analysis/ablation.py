@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attach import attach
-from ..engine import seed_everything
+from ..adapters.attach import attach
+from ..adapters.sites import find_sites
 from ..methods.base import Method
-from ..sites import find_sites
+from ..training.loop import seed_everything
 from .task import Budget, Task, top1_after_training, without_nan
 
 LayerRange = tuple[int, int]  # first and last block, both included

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from ..attach import resolve_modules_to_train
-from ..engine import seed_everything
+from ..adapters.attach import resolve_modules_to_train
+from ..training.loop import seed_everything
 from .fastfood import random_subspace
 from .task import Budget, Task, top1_after_training, without_nan
 

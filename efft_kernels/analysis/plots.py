@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..files import replacing
+from ..atomic_files import replacing
 from .ablation import Ablation, ScaleSweep
 from .intrinsic_dimension import IntrinsicDimension
 from .subspace import BlockComparison, Comparison, Matrix

@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..adapter import Adapter, read_adapter_file
-from ..attach import load
+from ..adapters.adapter import Adapter, read_adapter_file
+from ..adapters.attach import load
 from ..methods.base import FFN_ROLES, MHSA_ROLES, Factors, Site
 
 SIDES = ("in", "out")

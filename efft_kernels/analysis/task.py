@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
-from ..backbone import Notify, build_backbone
-from ..data import (
+from ..training.backbone import Notify, build_backbone
+from ..training.images import (
     epoch_seed,
     find_unreadable,
     make_loader,
@@ -24,8 +24,8 @@ from ..data import (
     open_splits,
     refuse_or_report,
 )
-from ..engine import NonFiniteLossError, evaluate, seed_everything, train_one_epoch
-from ..train.settings import resolve_device
+from ..training.loop import NonFiniteLossError, evaluate, seed_everything, train_one_epoch
+from ..training.settings import resolve_device
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
@@ -217,7 +217,7 @@ def digits_task(
     Raises:
         ValueError: no such device, or a number below 1.
     """
-    from .. import demo
+    from ..demo import run as demo
 
     _check_batch_size(batch_size)
     settings = demo.Settings()

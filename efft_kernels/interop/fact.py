@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, shorten
-from ..attach import attach
+from ..adapters.adapter import Adapter, shorten
+from ..adapters.attach import attach
+from ..adapters.sites import find_sites
 from ..methods.base import Site, check_choice, check_number
 from ..methods.fact import FacTTT
-from ..sites import find_sites
 from .files import (
     check_floating,
     check_shape,

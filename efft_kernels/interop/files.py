@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapter import Adapter, is_attached, shorten
+from ..adapters.adapter import Adapter, is_attached, shorten
 
 
 def require_plain(model: nn.Module) -> None:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapter import Adapter, shorten
-from ..attach import attach
+from ..adapters.adapter import Adapter, shorten
+from ..adapters.attach import attach
+from ..adapters.sites import find_sites
 from ..methods.base import Factors
 from ..methods.lora import LoRA
-from ..sites import find_sites
 from .files import (
     check_floating,
     check_shape,

@@ -31,10 +31,10 @@ BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
 STRATEGIES = ("fused", "split", "merged")
 
 _MODULES = {
-    "torch": "efft_kernels.ops.torch_backend",
-    "cpp": "efft_kernels.ops.cpp",
-    "triton": "efft_kernels.ops.triton",
-    "cuda": "efft_kernels.ops.cuda_backend",
+    "torch": "efft_kernels.ops.backends.torch_backend",
+    "cpp": "efft_kernels.ops.backends.cpp_backend",
+    "triton": "efft_kernels.ops.backends.triton",
+    "cuda": "efft_kernels.ops.backends.cuda_backend",
 }
 # `auto` takes the first of these that is available and accepts the input.
 _PREFERENCE = ("cuda", "triton", "cpp", "torch")
@@ -119,7 +119,7 @@ def _overriding(name: str) -> Iterator[None]:
 
 
 def is_native(module: ModuleType) -> bool:
-    """Whether the backend's kernels are the native operators of csrc/ops.cpp."""
+    """Whether the backend's kernels are the native operators of csrc/schemas.cpp."""
     return module.__name__ in (_MODULES["cpp"], _MODULES["cuda"])
 
 

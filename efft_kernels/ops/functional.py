@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import direct, dispatch, reference, torch_backend
+from . import dispatch, eager_entry, reference
+from .backends import torch_backend
 
 _HALF = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float64, torch.float32, *_HALF)
@@ -67,7 +68,7 @@ def low_rank_linear(
     dispatch.check_strategy(strategy)
     transformed = torch._C._are_functorch_transforms_active()
     if not (transformed or torch.compiler.is_compiling()):
-        direct_y = direct.low_rank_linear(x, weight, bias, down, core, up, backend, strategy)
+        direct_y = eager_entry.low_rank_linear(x, weight, bias, down, core, up, backend, strategy)
         if direct_y is not None:
             return direct_y
     x = _autocast(x, weight)

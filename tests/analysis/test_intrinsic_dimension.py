@@ -11,11 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from efft_kernels.analysis import intrinsic_dimension as analysis
-from efft_kernels.analysis.intrinsic_dimension import (
-    Settings,
-    equal_step_lr,
-    intrinsic_dimensions,
-)
+from efft_kernels.analysis.intrinsic_dimension import Settings, equal_step_lr, intrinsic_dimensions
 from efft_kernels.analysis.task import Budget, Task
 
 from .tasks import colour_task, task_of

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import operator_sweep, roofline
-from efft_kernels import bench
+from efft_kernels.cli import bench
 
 
 @pytest.fixture

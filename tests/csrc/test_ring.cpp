@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "csrc/cuda/ring.h"
+#include "csrc/cuda/common/ring.h"
 #include "expect.h"
 
 using namespace efft_kernels::cuda;

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "csrc/cuda/schedule.h"
+#include "csrc/cuda/gemm/schedule.h"
 #include "expect.h"
 
 using namespace efft_kernels::cuda;

@@ -8,8 +8,8 @@
 #include <set>
 #include <vector>
 
-#include "csrc/cuda/config_sm90.h"
-#include "csrc/cuda/swizzle.h"
+#include "csrc/cuda/gemm/config_sm90.h"
+#include "csrc/cuda/common/swizzle.h"
 #include "expect.h"
 
 using namespace efft_kernels::cuda;

@@ -1,7 +1,7 @@
 // The tensor maps' limits; the boxes of the sm_90a GEMM fill its stages to the byte.
 
-#include "csrc/cuda/plan.h"
-#include "csrc/cuda/tensor_map.h"
+#include "csrc/cuda/gemm/select.h"
+#include "csrc/cuda/gemm/tma.h"
 #include "expect.h"
 
 using namespace efft_kernels::cuda;

@@ -2,8 +2,8 @@
 
 #include <initializer_list>
 
-#include "csrc/cuda/config_sm80.h"
-#include "csrc/cuda/workspace.h"
+#include "csrc/cuda/gemm/config_sm80.h"
+#include "csrc/cuda/passes/sizes.h"
 #include "expect.h"
 
 using namespace efft_kernels::cuda;

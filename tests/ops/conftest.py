@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from efft_kernels import available_backends, use_backend
-from efft_kernels.ops import native
+from efft_kernels.ops.backends import native_library
 
 ROUTES = ("torch", "entry-point", "python")
 
@@ -21,23 +21,23 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
         with use_backend("torch"):
             yield request.param
         return
-    missing = native.not_built("_native")
+    missing = native_library.not_built("_native")
     if missing is None and request.param == "entry-point":
-        missing = native.not_built("_autograd")
+        missing = native_library.not_built("_autograd")
     if missing is not None:
         pytest.skip(missing)
-    assert native.cpu_unavailable() is None
-    assert request.param == "python" or native.autograd_unavailable() is None
+    assert native_library.cpu_unavailable() is None
+    assert request.param == "python" or native_library.autograd_unavailable() is None
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "python":
-            patch.setattr(native, "autograd_module", lambda: None)
+            patch.setattr(native_library, "autograd_module", lambda: None)
         yield request.param
 
 
 @pytest.fixture
 def no_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call goes through functional.py and dispatch.py, where a test can watch it."""
-    monkeypatch.setattr(native, "autograd_module", lambda: None)
+    monkeypatch.setattr(native_library, "autograd_module", lambda: None)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from efft_kernels import EFFT2, FusedEFFTLinear, attach, low_rank_linear
-from efft_kernels.ops import cpp, torch_backend
+from efft_kernels.ops.backends import cpp_backend, torch_backend
 
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default
 BWD = torch.ops.efft_kernels.low_rank_linear_bwd.default
@@ -58,7 +58,7 @@ def backward_rows(monkeypatch, no_entry_point):
 
         return backward
 
-    for backend in (torch_backend, cpp):
+    for backend in (torch_backend, cpp_backend):
         monkeypatch.setattr(backend, "backward", recording(backend.backward))
     return rows
 

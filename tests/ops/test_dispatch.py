@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from efft_kernels import available_backends, low_rank_linear, reference, use_backend
-from efft_kernels.ops import cpp, dispatch, torch_backend
+from efft_kernels.ops import dispatch
+from efft_kernels.ops.backends import cpp_backend, torch_backend
 
 NAMES = {"reference", "torch", "cpp", "triton", "cuda"}
 
@@ -43,7 +44,7 @@ def calls(monkeypatch, no_entry_point):
         seen.append(("reference", None))
         return real_reference(*args, **kwargs)
 
-    for name, backend in (("torch", torch_backend), ("cpp", cpp)):
+    for name, backend in (("torch", torch_backend), ("cpp", cpp_backend)):
         monkeypatch.setattr(backend, "forward", recording(name, backend.forward))
     monkeypatch.setattr(reference, "low_rank_linear", of_reference)
     return seen

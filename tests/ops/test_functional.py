@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from efft_kernels import low_rank_linear, reference
-from efft_kernels.ops import cpp, torch_backend
+from efft_kernels.ops.backends import cpp_backend, torch_backend
 
 pytestmark = pytest.mark.usefixtures("route")
 
@@ -251,7 +251,7 @@ def test_gradients_only_where_asked(strategy, route, monkeypatch):
     dy = torch.randn(11, 15, dtype=torch.float64)
     _, everything = differentiate(reference.low_rank_linear, tensors, dy)
     computed = []
-    backend = torch_backend if route == "torch" else cpp
+    backend = torch_backend if route == "torch" else cpp_backend
     real = backend.backward
 
     def recording(*args, **kwargs):

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "../expect.h"
-#include "arguments.h"
-#include "convert.cuh"
+#include "common/arguments.h"
+#include "common/convert.cuh"
 
 // Matrices of small integers, whose products are exact, in exactly as much memory as they need and
 // with rows of any length; what lies between rows must stay as it is.

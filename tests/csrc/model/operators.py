@@ -14,8 +14,8 @@ import sys
 import torch
 from torch import Tensor
 
-from efft_kernels.ops import cuda_backend as backend
 from efft_kernels.ops import reference, schemas
+from efft_kernels.ops.backends import cuda_backend as backend
 
 NAMES = ("x", "weight", "bias", "down", "core", "up")
 ALL = (True,) * 6

@@ -1,6 +1,6 @@
 // The fold, the merge and the unfold on the model: shared and per-slice up, with and without core.
 
-#include "factors.cu"
+#include "factors/factors.cu"
 #include "matrices.h"
 
 using namespace efft_kernels::cuda;

@@ -1,7 +1,7 @@
 // The sm_90a GEMM on the model: both layouts and widths, P given and riding, ragged tiles, more
 // tiles than blocks. Only multiples of 8 columns, as the copy engine takes no others.
 
-#include "gemm_sm90.cuh"
+#include "gemm/gemm_sm90.cuh"
 #include "matrices.h"
 
 using namespace efft_kernels::cuda;

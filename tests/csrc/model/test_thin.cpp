@@ -1,7 +1,7 @@
 // The passes over a tall matrix and their reductions on the model.
 
 #include "matrices.h"
-#include "thin.cu"
+#include "passes/thin.cu"
 
 using namespace efft_kernels::cuda;
 

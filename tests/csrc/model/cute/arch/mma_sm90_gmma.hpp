@@ -2,9 +2,9 @@
 
 #include <array>
 
-#include "convert.cuh"
+#include "common/convert.cuh"
 #include "gpu.h"
-#include "swizzle.h"
+#include "common/swizzle.h"
 
 // The part of CuTe's interface to wgmma that the kernels use, on the model: each thread forms its
 // own accumulators from the operands in shared memory, when the group is waited for.

@@ -1,0 +1,123 @@
+#pragma once
+
+#include <cstdint>
+
+#include "gemm/config_sm90.h"
+
+// What the launchers take: raw pointers, shapes and strides.
+namespace efft_kernels::cuda {
+
+enum class Dtype { kHalf, kBfloat16, kFloat };
+
+// A row-major matrix: unit stride along its columns.
+struct Matrix {
+  void* data = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stride = 0;  // elements from one row to the next
+};
+
+struct Device {
+  int multiprocessors = 0;
+  bool sm90 = false;  // it runs sm_90a code, and this build has the kernels
+};
+
+// out = a·w + bias + P·thin_out^T, with P = a·thin_in computed on the way if `ride`.
+struct GemmArguments {
+  Dtype dtype;       // of all matrices
+  WLayout layout;    // of w, thin_in and thin_out
+  Matrix a;          // [M, I]
+  Matrix w;          // [C, I] in rows of I, or [I, C] in rows of C
+  Matrix thin_in;    // [R, I] or [I, R]; only to ride
+  Matrix thin_out;   // [C, R] or [R, C]; zero beyond the rank
+  Matrix p;          // [M, rank]: read, or written if `ride` (null: not kept)
+  Matrix out;        // [M, C]
+  const void* bias;  // [C] or null
+  Dtype bias_dtype;
+  int rank_padded;  // R
+  bool ride;        // P is computed here
+};
+
+// S = tall·thin_in; with `p`, in the same pass, the partial sums of tall^T·P.
+struct ThinArguments {
+  Dtype dtype;
+  Matrix tall;     // [M, C]
+  Matrix thin_in;  // [C, R], zero beyond the rank
+  Matrix s;        // [M, R or rank]: out
+  Matrix s_copy;   // [M, rank]: out as well, or null
+  int rank;        // columns of s beyond it are stored as zeros
+  Matrix p;        // [M, rank] or null
+  float* partial;  // [programs, C, R]: out, with p
+  int64_t programs;
+};
+
+// Partial sums [splits, C, R] of tall^T·thin.
+struct TallGradArguments {
+  Dtype dtype;
+  Matrix tall;     // [M, C]
+  Matrix thin;     // [M, rank]
+  float* partial;  // [splits, C, R]: out
+  int64_t rows_per_split;
+  int64_t splits;
+};
+
+// The second stage: out[c, r] = sum of partial[part, c, r], in order, rounded once.
+struct ReduceArguments {
+  const float* partial;  // [parts, C, R]
+  int64_t parts;
+  int64_t c;
+  int rank_padded;
+  void* out;  // [C, rank]
+  int rank;
+  Dtype out_dtype;
+};
+
+// A tensor of up to three dims with any strides.
+struct Strided {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat;
+  int64_t stride[3] = {0, 0, 0};
+};
+
+// B[n, a] = sum_b up[g, n, b]·core[g, a, b], and `down`, cast and padded to R columns. Either
+// output may be null.
+struct FoldArguments {
+  Strided down;  // [K, Ra]
+  Strided core;  // [G, Ra, Rb] or null
+  Strided up;    // [G, N/G, Rb], stride 0 along a shared first dim
+  int64_t k, slices, slice_n;
+  int ra, rb, rank_padded;
+  Dtype out_dtype;
+  void* b;              // [N, R]: out
+  void* down_out;       // [K, R], or [R, K] if `transpose_down`: out
+  int64_t down_stride;  // elements from one row of down_out to the next
+  bool transpose_down;
+};
+
+// W + B·down^T, or W alone where b is null, rounded once.
+struct MergeArguments {
+  Strided weight;     // [N, K], unit stride along K
+  const float* b;     // [N, R] or null
+  const float* down;  // [R, K]
+  int64_t down_stride;
+  int rank_padded;
+  int64_t n, k;
+  void* out;  // [N, K]
+  Dtype out_dtype;
+};
+
+// d_core[g, a, b] = sum_n d_B[n, a]·up[g, n, b] and d_up[g, n, b] = sum_a d_B[n, a]·core[g, a, b],
+// the latter summed over g where `up` is shared. Either output may be null.
+struct UnfoldArguments {
+  const float* d_b;  // [N, Ra]
+  Strided core;      // [G, Ra, Rb] or null
+  Strided up;        // [G, N/G, Rb], stride 0 along a shared first dim
+  int64_t slices, slice_n;
+  int ra, rb;
+  bool shared;
+  Dtype out_dtype;
+  void* d_core;  // [G, Ra, Rb]: out
+  void* d_up;    // [1 or G, N/G, Rb]: out
+};
+
+}  // namespace efft_kernels::cuda

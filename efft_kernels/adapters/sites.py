@@ -1,0 +1,163 @@
+"""Which linears of a model a method adapts: names to roles, blocks and stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import nn
+
+from ..methods.base import FFN_ROLES, MHSA_ROLES, Site
+
+Key = TypeVar("Key", bound=Hashable)
+
+# The tail of a module's name, after its block's prefix, for each role; the first that fits counts.
+_ROLE_TAILS: tuple[tuple[str, str], ...] = (
+    (r"attn\.qkv", "qkv"),
+    (r"(?:self_)?(?:attn|attention)\.q_proj|attention\.(?:attention|self)\.query", "q"),
+    (r"(?:self_)?(?:attn|attention)\.k_proj|attention\.(?:attention|self)\.key", "k"),
+    (r"(?:self_)?(?:attn|attention)\.v_proj|attention\.(?:attention|self)\.value", "v"),
+    (r"attn\.proj|(?:self_)?(?:attn|attention)\.(?:o|out)_proj|attention\.output\.dense", "o"),
+    (r"mlp\.(?:fc1_g|gate_proj)", "gate"),
+    (r"mlp\.(?:fc1(?:_x)?|up_proj)|intermediate\.dense", "fc1"),
+    (r"mlp\.weights_in", "gate_fc1"),
+    (r"mlp\.(?:fc2|weights_out|down_proj)|output\.dense", "fc2"),
+)
+_TAIL = re.compile(
+    r"^(?P<block>.*\d)\.(?:" + "|".join(f"({tail})" for tail, _ in _ROLE_TAILS) + r")$"
+)
+_ALIASES = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(block prefix, role) of a dotted name; role "linear" where the name tells nothing."""
+    match = _TAIL.match(name)
+    if match is None:
+        prefix = re.match(r"^(.*\.\d+)\.", name)
+        return (prefix.group(1) if prefix else ""), "linear"
+    position = next(i for i, group in enumerate(match.groups()[1:]) if group is not None)
+    return match["block"], _ROLE_TAILS[position][1]
+
+
+def find_sites(
+    model: nn.Module,
+    targets: str | Sequence[str] | None = None,
+    layers: int | Iterable[int] | None = None,
+    exclude: Sequence[str] = (),
+) -> list[Site]:
+    """The sites that `targets` and `layers` choose, in the model's order.
+
+    Args:
+        model: the model to look through.
+        targets: None for every attention and FFN linear whose role is known by name; else names,
+            dotted endings ("attn.qkv"), globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or
+            several. A linear's whole name stands for that linear alone.
+        layers: block indices from 0 over the whole model; None for all.
+        exclude: module names whose linears are left alone (those that are trained whole).
+
+    Raises:
+        TypeError: targets or layers of the wrong kind.
+        ValueError: a pattern or a block index that matches nothing, or nothing left to adapt.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+        and name  # the model itself has no parent to swap it in
+        and not any(_inside(name, outer) for outer in exclude)
+    }
+    named = {name: split_name(name) for name in linears}
+    known = [block for block, role in named.values() if role != "linear"]
+    blocks = _numbered(known or [block for block, _ in named.values() if block])
+    chosen = _match_targets(named, targets, type(model).__name__)
+    everywhere = {
+        name: Site(name, role, blocks.get(block, 0), 0, linear.in_features, linear.out_features)
+        for (name, linear), (block, role) in zip(linears.items(), named.values(), strict=True)
+    }
+    _mark_packed_gates(everywhere, {name: block for name, (block, _) in named.items()})
+    stages = _numbered(site.width for site in everywhere.values() if site.role != "linear")
+    sites = [
+        replace(everywhere[name], stage=stages.get(everywhere[name].width, 0)) for name in chosen
+    ]
+    inside = {name for name, (block, _) in named.items() if block in blocks}
+    return _filter_layers(sites, layers, len(blocks), inside)
+
+
+def _mark_packed_gates(sites: dict[str, Site], block_of: dict[str, str]) -> None:
+    """Give an fc1 that is twice as wide as its block's fc2 takes in (gate and fc1 in one) its
+    role."""
+    hidden = {block_of[s.name]: s.in_features for s in sites.values() if s.role == "fc2"}
+    for name, site in sites.items():
+        if site.role == "fc1" and site.out_features == 2 * hidden.get(block_of[name], 0):
+            sites[name] = replace(site, role="gate_fc1")
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(outer + ".")
+
+
+def _numbered(keys: Iterable[Key]) -> dict[Key, int]:
+    numbers: dict[Key, int] = {}
+    for key in keys:
+        numbers.setdefault(key, len(numbers))
+    return numbers
+
+
+def _match_targets(
+    named: dict[str, tuple[str, str]], targets: str | Sequence[str] | None, model_name: str
+) -> list[str]:
+    if targets is None:
+        found = [name for name, (_, role) in named.items() if role != "linear"]
+        if not found:
+            raise ValueError(
+                f"targets=None finds the linears of the vision transformers it knows, none in"
+                f" {model_name}; name them, e.g. targets=['query', 'value']"
+            )
+        return found
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"targets must be a name, a pattern or several, got {targets!r}")
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"targets must be a name, a pattern or several, got {targets!r}")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name, (_, role) in named.items() if _matches(name, role, pattern)}
+        hits = {pattern} if pattern in named else hits
+        if not hits:
+            examples = ", ".join(list(named)[:4])
+            raise ValueError(
+                f"targets pattern {pattern!r} matches no nn.Linear of {model_name}; it has"
+                f" {examples}, ..."
+            )
+        chosen |= hits
+    return [name for name in named if name in chosen]
+
+
+def _matches(name: str, role: str, pattern: str) -> bool:
+    if pattern in _ALIASES:
+        return role in _ALIASES[pattern]
+    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
+
+
+def _filter_layers(
+    sites: list[Site], layers: int | Iterable[int] | None, blocks: int, inside: set[str]
+) -> list[Site]:
+    if layers is None:
+        return sites
+    if not isinstance(layers, int | Iterable):
+        raise TypeError(f"layers must be block indices (int), got {layers!r}")
+    wanted = [layers] if isinstance(layers, int) else list(layers)
+    if not wanted:
+        raise ValueError("layers must name at least one block, got none")
+    for layer in wanted:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layers must be block indices (int), got {layer!r}")
+        if not 0 <= layer < blocks:
+            raise ValueError(f"layers must be within 0..{blocks - 1}, got {layer}")
+    chosen = [site for site in sites if site.block in wanted and site.name in inside]
+    if not chosen:
+        raise ValueError(f"layers {wanted} hold none of the linears that targets chose")
+    return chosen

@@ -1,0 +1,65 @@
+"""The Triton backend: every strategy in fused kernels, on CUDA or in Triton's interpreter.
+
+    gemm.py       out = a·w + (a·thin_in)·core·thin_out^T: the forward, and dX with the roles
+                  swapped; epilogue.py has the low-rank product after its loop
+    thin.py       passes over a tall matrix: tall·thin and tall^T·thin, with their two-stage sums
+    factors.py    the factors as the kernels read them; W + ΔW for `merged`
+    forward.py, backward.py    the order in which they run
+    launch_cache.py    what a call remembers, so that the next one hands over pointers only
+    tuning.py     block shapes by device, dtype and shape; tools/tune_triton.py measures them
+    tools/compile_triton.py compiles all of it for GPUs that are not here
+
+The interpreter takes CPU tensors when TRITON_INTERPRET=1 was set before this package was imported.
+It checks kernels and is thousands of times slower than plain torch, so only an explicit choice
+reaches it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+STRATEGIES = ("fused", "split", "merged")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+if find_spec("triton") is not None:
+    from .backward import backward
+    from .forward import forward
+    from .tuning import INTERPRETED
+
+    __all__ = ["STRATEGIES", "backward", "forward", "rejects", "unavailable"]
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here, and what would change that."""
+    if find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` (it comes with torch on Linux)"
+    if INTERPRETED:
+        return None
+    if torch.version.hip is not None:
+        return "the kernels are written and checked for NVIDIA GPUs; this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return (
+            "no CUDA device is visible to torch; use backend='torch', or set TRITON_INTERPRET=1"
+            " before Python starts to run the kernels on the CPU in Triton's interpreter (slow, for"
+            " tests)"
+        )
+    if torch.cuda.get_device_capability() < (8, 0):
+        name = torch.cuda.get_device_name()
+        return f"{name} is older than compute capability 8.0; use backend='torch'"
+    return None
+
+
+def rejects(x: Tensor) -> str | None:
+    """Why x cannot be taken: its dtype or its device."""
+    if x.dtype not in DTYPES:
+        return f"dtype must be float16, bfloat16 or float32, got {x.dtype}; use backend='torch'"
+    if INTERPRETED:
+        if x.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 incorrectly; use float16 or float32"
+        return None
+    if not x.is_cuda:
+        return f"x is on {x.device}; move it to a CUDA device or use backend='torch'"
+    return None

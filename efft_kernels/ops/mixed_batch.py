@@ -1,0 +1,61 @@
+"""The operator with many factors: every item of a batch with those of its own task.
+
+y[i] = x[i]·W^T + bias + x[i]·down[t]·b[t]^T for item i of task t = task_of_item[i]: the frozen
+product runs once over the whole batch, and the base weight is read once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import cpp_backend, native_library
+from .dispatch import autocast_enabled, requested_backend
+
+
+def tasks_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    b: Tensor,
+    task_of_item: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """y[i] = x[i]·weight^T + bias + x[i]·down[t]·b[t]^T, t = task_of_item[i].
+
+    Args:
+        x: [items, rows, K].
+        weight: [N, K].
+        bias: [N] or None.
+        down: [tasks, K, Ra].
+        b: [tasks, N, Ra], the fold of core and up.
+        task_of_item: [items], int64 in [0, tasks).
+        backend: as in `low_rank_linear`; 'cpp' is one pass over x, all others two batched products
+            on top of the library's.
+
+    Returns:
+        [items, rows, N] in x's dtype (the ambient one under autocast). Differentiable, then by way
+        of plain torch.
+    """
+    device_type = x.device.type
+    if autocast_enabled(device_type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    wanted = requested_backend(backend) in ("auto", "cpp") and not (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias, down, b))
+    )
+    if (
+        wanted
+        and cpp_backend.rejects(x) is None
+        and weight.numel()
+        and native_library.cpu_unavailable() is None
+    ):
+        y: Tensor = torch.ops.efft_kernels.native_tasks_fwd(x, weight, bias, down, b, task_of_item)
+        return y
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    p = torch.bmm(x, down[task_of_item].to(x.dtype))  # [items, rows, Ra]
+    # In place: y is ours, and another one of its size would cost more than the thin products.
+    return y.baddbmm_(p, b[task_of_item].mT.to(x.dtype))

@@ -1,0 +1,84 @@
+"""The operator for a given P = x·down: y = x·W^T + bias + P·B^T, where several linears share x and
+down.
+
+Separate query, key and value linears of one aggregated group read the same x, so P is computed once
+and each adds its own up-projection. With B = stack_g up[g]·core[g]^T and dY = dL/dy:
+
+    dX = dY·W       dP = dY·B       d_B = dY^T·P, and d_core, d_up from it as in functional.py
+
+Autograd sums dP over the linears and takes d_down = x^T·ΣdP and dX += ΣdP·down^T once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
+from .dispatch import autocast_enabled
+
+
+def project(x: Tensor, down: Tensor) -> Tensor:
+    """P = x·down, [..., Ra], in x's dtype (autocast's under autocast); differentiable in both."""
+    if autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return torch.matmul(x, down.to(x.dtype))
+
+
+def linear_plus_projected(
+    x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, core: Tensor | None, up: Tensor
+) -> Tensor:
+    """y = x·weight^T + bias + p·core[g]·up[g]^T for every output slice g.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N] or None.
+        p: [..., Ra], from `project`; its dtype is y's.
+        core: [G, Ra, Rb] or None.
+        up: [1 or G, N/G, Rb].
+
+    Returns:
+        [..., N] in p's dtype.
+    """
+    flat = x.reshape(-1, x.shape[-1]).to(p.dtype)
+    y = _LinearPlusProjected.apply(flat, weight, bias, p.reshape(-1, p.shape[-1]), core, up)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class _LinearPlusProjected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [M, K]
+        weight: Tensor,  # [N, K]
+        bias: Tensor | None,  # [N]
+        p: Tensor,  # [M, Ra]
+        core: Tensor | None,  # [G, Ra, Rb]
+        up: Tensor,  # [1 or G, N/G, Rb]
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, p, core, up)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            b = fold(core, up).to(p.dtype)
+            y = F.linear(x, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
+            # Traced by Dynamo (torch 2.11), an output updated in place would get no gradient.
+            return torch.addmm(y, p, b.t()) if torch.compiler.is_compiling() else y.addmm_(p, b.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, p, core, up = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_p, need_core, need_up = ctx.needs_input_grad
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = torch.mm(dy, weight.to(dy.dtype)) if need_x else None
+            d_weight = mm_into(dy.t(), x, weight.dtype) if need_weight else None
+            d_bias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
+            dp = torch.mm(dy, fold(core, up).to(dy.dtype)) if need_p else None
+            d_core = d_up = None
+            if need_core or need_up:
+                d_b = thin_grad(dy, p, up.dtype)
+                d_core, d_up = unfold_grads(d_b, core, up, need_core, need_up)
+        return dx, d_weight, d_bias, dp, d_core, d_up

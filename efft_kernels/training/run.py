@@ -1,0 +1,329 @@
+"""Resumable training.
+
+Whatever is random in an epoch is derived from (seed, epoch), and all that an epoch changes is in
+one file, replaced when the epoch ends. So a run that was stopped at any moment and resumed ends in
+the same bits as one that was left alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..adapters.adapter import Adapter
+from ..adapters.attach import attach, resolve_modules_to_train
+from ..atomic_files import replacing
+from . import images, run_folder
+from .backbone import Notify, build_backbone, fingerprint
+from .loop import NonFiniteLossError, evaluate, seed_everything, train_one_epoch
+from .settings import AMP_DTYPES, TrainSettings, resolve_device
+
+WARMUP_LR = 1e-6
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One line of metrics.csv: epoch counts from 1, lr is after the last update."""
+
+    epoch: int
+    train_loss: float
+    val_top1_percent: float
+    lr: float
+    seconds: float
+
+
+@dataclass
+class Run:
+    """A training run that is ready to go on; `history` has a row for every finished epoch."""
+
+    settings: TrainSettings
+    output: Path
+    config: run_folder.Config
+    device: torch.device
+    model: nn.Module
+    adapter: Adapter
+    classes: tuple[str, ...]
+    train_loader: DataLoader[tuple[Tensor, Tensor]]
+    val_loader: DataLoader[tuple[Tensor, Tensor]]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler | None
+    history: list[EpochRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Top-1 in percent of the validation images, after the last epoch and at its best.
+
+    The best is chosen on the very images it is measured on, so it is optimistic. adapter_path holds
+    the last epoch's adapter.
+    """
+
+    last_top1_percent: float
+    best_top1_percent: float
+    best_epoch: int
+    adapter_path: Path
+
+
+def prepare(
+    settings: TrainSettings,
+    output: Path,
+    *,
+    resume: bool = False,
+    notify: Notify = lambda message: None,
+    on_check: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Check everything, build the model, and make or reopen the output folder.
+
+    Nothing is written before all of the input has been found good. `notify` gets lines for the
+    user; `on_check` is called with (images checked, all images).
+
+    Raises ValueError or TypeError naming what is wrong with the settings, the images, the
+    checkpoint or the folder.
+    """
+    run_folder.check_output(output, resume=resume)
+    device = resolve_device(settings.device)
+    recorded = run_folder.read_config(output) if resume else None
+    if recorded is not None:
+        run_folder.compare_settings(recorded["settings"], settings.to_json())
+    method = settings.method_config()
+
+    splits = images.open_splits(settings.data, val_split=settings.val_split, seed=settings.seed)
+    data_fingerprint = splits.fingerprint()
+    splits, skipped = _drop_unreadable(splits, settings, notify, on_check)
+
+    seed_everything(images.epoch_seed(settings.seed, 0))
+    model = build_backbone(
+        settings.model,
+        num_classes=len(splits.classes),
+        checkpoint=settings.checkpoint,
+        pretrained=settings.pretrained,
+        img_size=settings.img_size,
+        drop_path=settings.drop_path,
+        notify=notify,
+    )
+    identity = {
+        "classes": list(splits.classes),
+        "data": data_fingerprint,
+        "skipped_images": skipped,
+        "backbone": fingerprint(model, resolve_modules_to_train(model, "head")),
+    }
+    adapter = attach(model, method, targets=settings.targets, layers=settings.layers)
+    model.to(device)
+
+    run = _assemble(settings, output, splits, device, model, adapter)
+    run.config = {
+        "settings": settings.to_json(),
+        "identity": identity,
+        "method": method.to_config(),
+        "factor_parameters": adapter.num_parameters(),
+        "images": {"train": len(splits.train), "val": len(splits.val)},
+        "versions": run_folder.library_versions(),
+    }
+    if recorded is None:
+        if resume:
+            notify(f"{output}: nothing to resume yet, starting with epoch 1")
+        run_folder.write_config(output, run.config)
+    else:
+        run_folder.compare_identity(recorded["identity"], identity)
+        if recorded["versions"] != run.config["versions"]:
+            notify("other library versions than when the run began: its bits may differ")
+        run.config = recorded
+        run_folder.remove_leftovers(output)
+        _restore(run)
+        notify(f"{output}: resuming after epoch {len(run.history)} of {settings.epochs}")
+    return run
+
+
+def _drop_unreadable(
+    splits: images.ImageSplits,
+    settings: TrainSettings,
+    notify: Notify,
+    on_check: Callable[[int, int], None] | None,
+) -> tuple[images.ImageSplits, int]:
+    samples = splits.train + splits.val
+    unreadable = images.find_unreadable(samples, workers=settings.workers, on_check=on_check)
+    images.refuse_or_report(unreadable, skip=settings.skip_bad_images, notify=notify)
+    if not unreadable:
+        return splits, 0
+    train = images.without(splits.train, unreadable, splits.classes)
+    val = images.without(splits.val, unreadable, splits.classes)
+    return dataclasses.replace(splits, train=train, val=val), len(unreadable)
+
+
+def _assemble(
+    settings: TrainSettings,
+    output: Path,
+    splits: images.ImageSplits,
+    device: torch.device,
+    model: nn.Module,
+    adapter: Adapter,
+) -> Run:
+    train_transform, val_transform = images.make_transforms(
+        model, img_size=settings.img_size, augment=settings.augment
+    )
+    loading: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "workers": settings.workers,
+        "pin_memory": device.type == "cuda",
+    }
+    train_loader = images.make_loader(splits.train, train_transform, shuffle=True, **loading)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=settings.epochs,
+        warmup_epochs=settings.resolved_warmup_epochs,
+        warmup_lr=min(WARMUP_LR, settings.lr),
+        min_lr=settings.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=len(train_loader),
+    )
+    return Run(
+        settings=settings,
+        output=output,
+        config={},
+        device=device,
+        model=model,
+        adapter=adapter,
+        classes=splits.classes,
+        train_loader=train_loader,
+        val_loader=images.make_loader(splits.val, val_transform, shuffle=False, **loading),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(device.type) if settings.amp == "float16" else None,
+    )
+
+
+def fit(
+    run: Run,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[EpochRow], None] | None = None,
+) -> TrainResult:
+    """Train the epochs that are left, saving after each.
+
+    on_step is called with (updates done, updates of the epoch), on_epoch after an epoch is saved.
+
+    Raises NonFiniteLossError when the loss or a trained parameter is NaN or infinite; the folder
+    then holds the epoch before.
+    """
+    with _deterministic(run.device):
+        for epoch in range(len(run.history), run.settings.epochs):
+            row = _train_epoch(run, epoch, on_step)
+            run.history.append(row)
+            _save(run)
+            if on_epoch is not None:
+                on_epoch(row)
+    best = max(run.history, key=lambda row: row.val_top1_percent)
+    return TrainResult(
+        run.history[-1].val_top1_percent,
+        best.val_top1_percent,
+        best.epoch,
+        run.output / run_folder.ADAPTER,
+    )
+
+
+def _train_epoch(run: Run, epoch: int, on_step: Callable[[int, int], None] | None) -> EpochRow:
+    start = time.perf_counter()
+    autocast_dtype = AMP_DTYPES[run.settings.amp]
+    steps = len(run.train_loader)
+    seed = images.epoch_seed(run.settings.seed, epoch + 1)  # 0 is the initialisation's
+    seed_everything(seed)
+    run.train_loader.generator.manual_seed(seed)
+    result = train_one_epoch(
+        run.model,
+        run.train_loader,
+        run.optimizer,
+        device=run.device,
+        scheduler=run.scheduler,
+        autocast_dtype=autocast_dtype,
+        scaler=run.scaler,
+        epoch=epoch,
+        on_step=None if on_step is None else lambda step, loss: on_step(step + 1, steps),
+    )
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
+    top1_percent = evaluate(
+        run.model,
+        run.val_loader,
+        device=run.device,
+        num_classes=len(run.classes),
+        autocast_dtype=autocast_dtype,
+    )
+    lr = run.optimizer.param_groups[0]["lr"]
+    return EpochRow(epoch + 1, result.loss, top1_percent, lr, time.perf_counter() - start)
+
+
+def _save(run: Run) -> None:
+    state = {
+        "trained": run.adapter.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": None if run.scaler is None else run.scaler.state_dict(),
+        "history": [dataclasses.asdict(row) for row in run.history],
+    }
+    run_folder.save_state(run.output, state)
+    _write_products(run)
+
+
+def _restore(run: Run) -> None:
+    state = run_folder.read_state(run.output, run.device)
+    if state is None:
+        return
+    try:
+        run.adapter.load_state_dict(state["trained"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.scaler is not None:
+            run.scaler.load_state_dict(state["scaler"])
+        run.history = [EpochRow(**row) for row in state["history"]]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise run_folder.damaged_state(run.output, error) from error
+    _write_products(run)
+
+
+def _write_products(run: Run) -> None:
+    """Write what is derived from the state: the adapter and the table of epochs."""
+    header = {run_folder.HEADER_KEY: json.dumps(run.config)}
+    run.adapter.save(run.output / run_folder.ADAPTER, metadata=header)
+    with (
+        replacing(run.output / run_folder.METRICS) as path,
+        path.open("w", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, [item.name for item in dataclasses.fields(EpochRow)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in run.history)
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On CUDA, prefer deterministic kernels, so that a resumed run can repeat the bits."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    switches: Any = torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switches.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        switches.fill_uninitialized_memory = fill

@@ -1,0 +1,161 @@
+"""Names to roles, blocks and stages, on the families of models that name their linears
+differently."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from efft_kernels.adapters.sites import find_sites, split_name
+
+NAMES = [
+    # timm: ViT, DeiT, BEiT, CLIP tower; Swin; EVA-02 with separate q, k, v and a gated FFN
+    ("blocks.11.attn.qkv", "blocks.11", "qkv"),
+    ("trunk.blocks.0.attn.proj", "trunk.blocks.0", "o"),
+    ("layers.2.blocks.17.mlp.fc1", "layers.2.blocks.17", "fc1"),
+    ("blocks.0.mlp.fc2", "blocks.0", "fc2"),
+    ("blocks.0.attn.q_proj", "blocks.0", "q"),
+    ("blocks.0.mlp.fc1_g", "blocks.0", "gate"),
+    ("blocks.0.mlp.fc1_x", "blocks.0", "fc1"),
+    # Hugging Face: ViT and DINOv2 before version 5, and since; BERT-like; CLIP
+    ("vit.encoder.layer.3.attention.attention.query", "vit.encoder.layer.3", "q"),
+    ("vit.encoder.layer.3.attention.attention.key", "vit.encoder.layer.3", "k"),
+    ("vit.encoder.layer.3.attention.attention.value", "vit.encoder.layer.3", "v"),
+    ("vit.encoder.layer.3.attention.output.dense", "vit.encoder.layer.3", "o"),
+    ("vit.encoder.layer.3.intermediate.dense", "vit.encoder.layer.3", "fc1"),
+    ("vit.encoder.layer.3.output.dense", "vit.encoder.layer.3", "fc2"),
+    ("encoder.layer.0.attention.self.query", "encoder.layer.0", "q"),
+    ("vit.layers.0.attention.q_proj", "vit.layers.0", "q"),
+    ("vit.layers.0.attention.o_proj", "vit.layers.0", "o"),
+    ("encoder.layers.0.self_attn.k_proj", "encoder.layers.0", "k"),
+    ("encoder.layers.0.self_attn.v_proj", "encoder.layers.0", "v"),
+    ("vision_model.encoder.layers.0.self_attn.out_proj", "vision_model.encoder.layers.0", "o"),
+    ("dinov2.encoder.layer.1.mlp.weights_in", "dinov2.encoder.layer.1", "gate_fc1"),
+    ("dinov2.encoder.layer.1.mlp.weights_out", "dinov2.encoder.layer.1", "fc2"),
+    ("dinov2.encoder.layer.1.mlp.gate_proj", "dinov2.encoder.layer.1", "gate"),
+    ("dinov2.encoder.layer.1.mlp.up_proj", "dinov2.encoder.layer.1", "fc1"),
+    ("dinov2.encoder.layer.1.mlp.down_proj", "dinov2.encoder.layer.1", "fc2"),
+    # Nothing to be told
+    ("head", "", "linear"),
+    ("0", "", "linear"),
+    ("mlp.fc1", "", "linear"),
+    ("head.fc", "", "linear"),
+    ("layers.1.downsample.reduction", "layers.1", "linear"),
+    ("layers.0.blocks.1.attn.cpb_mlp.0", "layers.0.blocks.1", "linear"),
+    ("blocks.0.attn.qkv_norm", "blocks.0", "linear"),
+    ("blocks.0.my_mlp.fc1", "blocks.0", "linear"),
+    ("blocks.0.cross.attn.qkv", "blocks.0", "linear"),
+]
+
+
+@pytest.mark.parametrize(("name", "block", "role"), NAMES)
+def test_split_name(name, block, role):
+    assert split_name(name) == (block, role)
+
+
+@functools.cache
+def meta(name, **options):
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
+def test_swin_base_has_four_stages_of_the_papers_depths():
+    sites = find_sites(meta("swin_base_patch4_window7_224"))
+    assert len(sites) == 24 * 4 and {s.role for s in sites} == {"qkv", "o", "fc1", "fc2"}
+    for stage, (depth, width) in enumerate(zip((2, 2, 18, 2), (128, 256, 512, 1024), strict=True)):
+        mine = [s for s in sites if s.stage == stage]
+        assert len(mine) == 4 * depth and {s.width for s in mine} == {width}
+        assert all(s.name.startswith(f"layers.{stage}.") for s in mine)
+    assert sorted({s.block for s in sites}) == list(range(24))
+    by_block = {s.block: s.name for s in sites if s.role == "qkv"}
+    assert by_block[4] == "layers.2.blocks.0.attn.qkv"
+
+
+def test_stages_are_those_of_the_whole_model():
+    """The stage of a targeted linear does not depend on what else is targeted."""
+    model = meta("swin_tiny_patch4_window7_224")
+    sites = find_sites(model, targets="layers.2.*attn.qkv", layers=[5, 7])
+    assert [(s.name, s.block, s.stage) for s in sites] == [
+        ("layers.2.blocks.1.attn.qkv", 5, 2),
+        ("layers.2.blocks.3.attn.qkv", 7, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (None, 48), ("mhsa", 24), ("ffn", 24), ("qkv", 12), (("attn.qkv", "mlp.fc2"), 24),
+        ("layers.3.*", 9), ("reduction", 3), ("*.downsample.reduction", 3), ("head.fc", 1),
+    ],
+)  # fmt: skip
+def test_targets_of_swin(targets, count):
+    assert len(find_sites(meta("swin_tiny_patch4_window7_224"), targets)) == count
+
+
+def test_excluded_modules_are_left_alone():
+    model = meta("vit_tiny_patch16_224")
+    names = {s.name for s in find_sites(model, "*", exclude=["blocks.1", "head"])}
+    assert not any(name.startswith(("blocks.1.", "head")) for name in names)
+    assert "blocks.10.attn.qkv" in names and len(names) == 11 * 4
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_packed_gates_are_told_by_width(packed):
+    """An fc1 of twice fc2's width is gate and fc1 in one."""
+    block = nn.ModuleDict({"mlp": nn.ModuleDict()})
+    block["mlp"]["fc1"] = nn.Linear(6, 32 if packed else 16)
+    block["mlp"]["fc2"] = nn.Linear(16, 6)
+    sites = find_sites(nn.ModuleDict({"blocks": nn.ModuleList([block])}))
+    assert [s.role for s in sites] == (["gate_fc1", "fc2"] if packed else ["fc1", "fc2"])
+    assert find_sites(nn.ModuleDict({"blocks": nn.ModuleList([block])}), "fc1")[0].slices == (
+        2 if packed else 1
+    )
+
+
+def test_unknown_model_is_numbered_by_its_containers():
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(2, 4), *blocks)
+    sites = find_sites(model, "*")
+    assert [s.name for s in sites] == ["0", "1.0", "2.0", "3.0"]
+    assert {s.role for s in sites} == {"linear"}
+
+
+def test_a_whole_name_is_that_linear_alone():
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3), "a": nn.ModuleDict({"fc": nn.Linear(3, 3)})})
+    model.add_module("ffn", nn.Linear(3, 3))
+    assert [s.name for s in find_sites(model, "fc")] == ["fc"]
+    assert [s.name for s in find_sites(model, "a.fc")] == ["a.fc"]
+    assert [s.name for s in find_sites(model, "ffn")] == ["ffn"]
+    assert [s.name for s in find_sites(model, "*fc")] == ["fc", "a.fc"]
+
+
+def test_linears_outside_the_blocks_are_of_no_layer():
+    model = meta("swin_tiny_patch4_window7_224")
+    names = {s.name for s in find_sites(model, "*", layers=0)}
+    assert names and all(name.startswith("layers.0.blocks.0.") for name in names)
+    with pytest.raises(ValueError, match=r"layers \[0\] hold none"):
+        find_sites(model, "reduction", layers=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"targets": "nope"}, ValueError, "'nope' matches no nn.Linear of VisionTransformer"),
+        ({"targets": ["mhsa", "nope"]}, ValueError, "'nope' matches no"),
+        ({"targets": []}, TypeError, "targets must be a name"),
+        ({"targets": 3}, TypeError, "targets must be a name"),
+        ({"layers": 12}, ValueError, r"layers must be within 0\.\.11, got 12"),
+        ({"layers": -1}, ValueError, r"layers must be within 0\.\.11, got -1"),
+        ({"layers": []}, ValueError, "layers must name at least one block"),
+        ({"layers": [True]}, TypeError, "layers must be block indices"),
+        ({"layers": "1"}, TypeError, "layers must be block indices"),
+        ({"targets": "blocks.2.*", "layers": 3}, ValueError, r"layers \[3\] hold none"),
+    ],
+)
+def test_refused(options, kind, text):
+    with pytest.raises(kind, match=text):
+        find_sites(meta("vit_tiny_patch16_224"), **options)

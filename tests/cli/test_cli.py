@@ -1,0 +1,261 @@
+"""The command line, as a user meets it: what it prints, its exit codes, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from efft_kernels.cli import app
+
+SMALL = [
+    "--no-pretrained", "--img-size=32", "--rank=4", "--batch-size=8", "--workers=0", "--device=cpu",
+    "--val-split=0.3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, told apart by which colour is brighter under noise."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(1)
+    for channel, name in enumerate(("red", "green")):
+        (root / name).mkdir()
+        for index in range(12):
+            pixels = generator.integers(0, 200, (16, 16, 3), dtype=np.uint8)
+            pixels[..., channel] += 55
+            Image.fromarray(pixels).save(root / name / f"{index:02}.png")
+    return root
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def train(data: Path, output: Path, *more: object) -> Result:
+    return invoke("train", "--data", data, "--output", output, *SMALL, *more)
+
+
+def error_of(result: Result, exit_code: int = 2) -> str:
+    """The one line on stderr that is the error."""
+    assert result.exit_code == exit_code, result.output
+    assert "Traceback" not in result.output
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    output = tmp_path_factory.mktemp("runs") / "deep" / "run"
+    return output, train(images, output, "--epochs", 4)
+
+
+def test_train_says_what_happened(trained: tuple[Path, Result]) -> None:
+    output, result = trained
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert re.match(r"vit_tiny_patch16_224 on cpu, efft2 rank 4: 6,528 factor parameters", lines[0])
+    assert [line.split("  ")[0] for line in lines[1:5]] == [f"epoch {n}/4" for n in (1, 2, 3, 4)]
+    assert lines[-1] == f"adapter: {output / 'adapter.safetensors'}"
+    found = re.search(r"val top-1: ([\d.]+) % after the last epoch; best ([\d.]+) %", lines[-2])
+    assert found
+    assert float(found[1]) > 75  # chance is 50
+    assert result.stderr.startswith("note: the backbone's weights are random")
+
+
+@pytest.mark.parametrize("merge", [(), ("--merge",)])
+def test_eval_repeats_the_accuracy(
+    images: Path, trained: tuple[Path, Result], merge: tuple[str, ...]
+) -> None:
+    output, result = trained
+    adapter = output / "adapter.safetensors"
+    again = invoke("eval", "--data", images, "--adapter", adapter, "--workers", 0, *merge)
+    assert again.exit_code == 0, again.output
+    expected = re.search(r"val top-1: ([\d.]+) %", result.stdout)
+    assert expected
+    assert again.stdout.startswith(f"top-1: {expected[1]} %")
+    assert "8 images" in again.stdout
+    assert ("merged model" in again.stdout) == bool(merge)
+
+
+def test_eval_errors_are_one_line(images: Path, trained: tuple[Path, Result]) -> None:
+    adapter = trained[0] / "adapter.safetensors"
+    assert "nothing there" in error_of(invoke("eval", "--data", images, "--adapter", "absent"))
+    missing = invoke("eval", "--data", images, "--adapter", adapter, "--checkpoint", "absent.pth")
+    assert "checkpoint must be a file" in error_of(missing)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rank 0", "rank must be"),
+        ("--rank 9999", "rank must be"),
+        ("--rank many", "rank must be a number R or two, R1,R2, got 'many'"),
+        ("--layers 3-x", "layers must be numbers and ranges"),
+        ("--layers 40", "layers must be within 0..11, got 40"),
+        ("--targets nothing", "targets pattern 'nothing' matches no nn.Linear"),
+        ("--method magic", "method must be one of"),
+        ("--init w", "init must be"),
+        ("--model vit_tny_patch16_224", "did you mean vit_tiny_patch16_224"),
+        ("--checkpoint absent.pth", "checkpoint must be a file of weights, got absent.pth"),
+        ("--backend magic", "must be 'auto' or one of"),
+        ("--backend cuda", "cannot run here"),
+        ("--device cuda:77", "device must be"),
+        ("--lr -1", "lr must be above 0, got -1.0"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_write_nothing(
+    images: Path, tmp_path: Path, arguments: str, message: str
+) -> None:
+    if arguments == "--backend cuda" and torch.cuda.is_available():
+        pytest.skip("the CUDA backend may run here")
+    result = train(images, tmp_path / "run", "--epochs", 1, *arguments.split())
+    assert message in error_of(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_backend_in_the_environment_is_one_line(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFT_KERNELS_BACKEND", "magic")
+    assert "EFFT_KERNELS_BACKEND must be" in error_of(train(images, tmp_path / "run"))
+
+
+def test_bad_folders_are_one_line(tmp_path: Path) -> None:
+    assert "nothing there" in error_of(train(tmp_path / "absent", tmp_path / "run"))
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    assert "got none in" in error_of(train(tmp_path / "images", tmp_path / "run"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "0.png")
+    assert "at least 2 classes" in error_of(train(tmp_path / "images", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_are_named_and_skipped_only_when_asked(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(8):
+            path = tmp_path / "images" / label / f"{index}.png"
+            Image.new("RGB", (8, 8), (index, 0, 9)).save(path)
+    bad = tmp_path / "images" / "dog" / "3.png"
+    bad.write_bytes(b"\x89PNG no more")
+    message = error_of(train(tmp_path / "images", tmp_path / "run", "--epochs", 1))
+    assert f"got 1 unreadable: cannot read image {bad}" in message
+    assert "--skip-bad-images" in message
+    assert not (tmp_path / "run").exists()
+    skipping = train(tmp_path / "images", tmp_path / "run", "--epochs", 1, "--skip-bad-images")
+    assert skipping.exit_code == 0, skipping.output
+    assert f"note: skipped 1 unreadable images: cannot read image {bad}" in skipping.stderr
+
+
+def test_divergence_stops_with_advice(images: Path, tmp_path: Path) -> None:
+    result = train(images, tmp_path / "run", "--epochs", 2, "--lr", 1e30, "--scale", 1e9)
+    message = error_of(result, exit_code=1)
+    assert re.search(r"loss is (nan|inf) in epoch 1, step \d: training stopped", message)
+    assert "lower --lr or --scale" in message
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+def test_an_existing_output_says_what_to_do(images: Path, trained: tuple[Path, Result]) -> None:
+    assert "pass --resume" in error_of(train(images, trained[0], "--epochs", 4))
+    other = error_of(train(images, trained[0], "--epochs", 5, "--resume"))
+    assert "epochs must be 4 as when the run began, got 5" in other
+
+
+def assert_same_adapter(first: Path, second: Path) -> None:
+    tensors, others = (load_file(folder / "adapter.safetensors") for folder in (first, second))
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
+def test_interrupted_it_resumes_to_the_same_result(
+    images: Path, trained: tuple[Path, Result], tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+
+        def control_c(*args: object, **kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("efft_kernels.training.run.evaluate", control_c)
+        message = error_of(train(images, tmp_path, "--epochs", 4), exit_code=130)
+    assert f"interrupted. the same command with --resume continues it in {tmp_path}" in message
+    resumed = train(images, tmp_path, "--epochs", 4, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert_same_adapter(tmp_path, trained[0])
+
+
+KILLED_IN_THE_SECOND_EPOCH = """
+import os, signal
+from efft_kernels import cli
+from efft_kernels.train import run
+
+evaluate = run.evaluate
+
+def evaluate_once(*args, **kwargs):
+    global evaluate
+    if evaluate is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    top1_percent, evaluate = evaluate(*args, **kwargs), None
+    return top1_percent
+
+run.evaluate = evaluate_once
+cli.app()
+"""
+
+
+@pytest.mark.slow
+def test_killed_it_resumes_to_the_same_result(
+    images: Path, trained: tuple[Path, Result], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    command = ["train", "--data", str(images), "--output", str(output), *SMALL, "--epochs", "4"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_THE_SECOND_EPOCH, *command],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+    )
+    assert killed.returncode == -signal.SIGKILL
+
+    resumed = invoke(*command, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "resuming after epoch 1 of 4" in resumed.stderr
+    assert resumed.stdout.splitlines()[-2] == trained[1].stdout.splitlines()[-2]
+    assert_same_adapter(output, trained[0])
+
+
+def test_doctor_prints_tables_or_json() -> None:
+    tables = invoke("doctor")
+    assert tables.exit_code == 0
+    assert "torch" in tables.stdout
+    assert "usable" in tables.stdout
+    answer = invoke("doctor", "--json")
+    assert answer.exit_code == 0
+    report = json.loads(answer.stdout)
+    assert report["healthy"]
+    assert report["backends"]["torch"] == {"usable": True, "reason": None}
+    assert report["versions"]["timm"]
+
+
+def test_help_and_version() -> None:
+    assert "demo" in invoke("--help").stdout
+    assert "--skip-bad-images" in invoke("train", "--help").stdout
+    assert re.match(r"efft-kernels \d+\.\d+", invoke("--version").stdout)
+
+
+def test_demo_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr("efft_kernels.demo.run.run", lambda **arguments: calls.append(arguments))
+    assert invoke("demo", "--output", tmp_path, "--seeds", 2).exit_code == 0
+    assert calls == [{"output": tmp_path, "seeds": 2}]

@@ -1,0 +1,200 @@
+"""The Triton backend without a GPU: availability, choice of block shapes, ahead-of-time builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+triton_package = pytest.importorskip("triton")
+
+from efft_kernels.ops import dispatch  # noqa: E402
+from efft_kernels.ops.backends import triton as backend  # noqa: E402
+from efft_kernels.ops.backends.triton import tuning  # noqa: E402
+from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
+from tools import compile_triton  # noqa: E402
+
+H200 = tuning.Device("NVIDIA_H200", 90, 132, 227 * 1024)
+A100 = tuning.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
+RTX3090 = tuning.Device("NVIDIA_GeForce_RTX_3090", 86, 82, 99 * 1024)
+RTX5090 = tuning.Device("NVIDIA_GeForce_RTX_5090", 120, 170, 99 * 1024)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Pretend that a device is there, as far as the choice of block shapes goes."""
+
+    def pretend(device):
+        monkeypatch.setattr(tuning, "device", lambda index: device)
+        for cached in (
+            tuning._gemm_config,
+            tuning._pass_config,
+            tuning._tables,
+            tuning._note_fallback,
+        ):
+            cached.cache_clear()
+
+    yield pretend
+    for cached in (tuning._gemm_config, tuning._pass_config, tuning._tables, tuning._note_fallback):
+        cached.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_unavailable_says_how_to_get_it():
+    reason = backend.unavailable()
+    assert "no CUDA device" in reason and "TRITON_INTERPRET=1" in reason
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        dispatch.require_backend("triton")
+
+
+def test_rejects_names_what_came():
+    assert "float64" in backend.rejects(torch.zeros(2, 3, dtype=torch.float64))
+    assert "cpu" in backend.rejects(torch.zeros(2, 3))
+
+
+def test_auto_never_takes_the_interpreter():
+    code = """
+import torch
+from efft_kernels.ops import cost_model, dispatch
+from efft_kernels.ops import triton as backend
+x = torch.zeros(2, 3)
+assert backend.unavailable() is None and backend.rejects(x) is None
+assert "bfloat16" in backend.rejects(x.bfloat16())
+problem = cost_model.Problem(2, 3, 5, 1, 2, False, 4, 4, "cpu")
+assert dispatch._select_backend("auto", x, problem)[1] in ("cpp", "torch")
+assert dispatch._select_backend("triton", x, problem)[1] == "triton"
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    "rank,padded", [(1, 16), (16, 16), (17, 32), (33, 64), (65, 128), (128, 128)]
+)
+def test_padded_rank(rank, padded):
+    assert padded_rank(rank) == padded
+
+
+@pytest.mark.parametrize("device", [H200, A100, RTX3090, RTX5090], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_shape_has_a_config_that_fits(on, device, dtype):
+    on(device)
+    for rank in (16, 32, 64, 128):
+        for ride in (True, False):
+            for wide in (True, False) if dtype == torch.bfloat16 else (False,):
+                for aligned in (True, False):
+                    for m, c, i in ((1, 16, 16), (12608, 2304, 768), (12608, 768, 3072)):
+                        shape = {"wide": wide, "aligned": aligned, "ride": ride, "slice_c": c}
+                        config = tuning.gemm_config(m, c, i, rank, dtype, **shape, index=0)
+                        wb = 4 if wide else dtype.itemsize
+                        smem = tuning.gemm_smem_bytes(config, rank, dtype.itemsize, wb, ride)
+                        assert smem <= device.smem_bytes
+
+
+@pytest.mark.parametrize(
+    "arch,family",
+    [(75, 80), (80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80)],
+)
+def test_each_architecture_takes_the_shapes_of_its_like(arch, family):
+    assert tuning.family(arch) == family
+
+
+def test_small_problems_get_small_tiles(on):
+    on(H200)
+    shape = {"wide": False, "aligned": True, "ride": True, "slice_c": 3072, "index": 0}
+    many = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **shape)
+    few = tuning.gemm_config(197, 768, 768, 16, torch.bfloat16, **shape)
+    assert many.block_m * many.block_c > few.block_m * few.block_c
+
+
+def test_tiles_of_several_slices_are_narrow(on, monkeypatch, tmp_path):
+    """Slices that 256 columns do not divide, whatever was measured for that output."""
+    key = tuning.gemm_key(3072, 768, 16, "half", True)
+    path = tmp_path / "mine.json"
+    row = [128, 256, 64, 8, 8, 3, 1, 0]
+    path.write_text(json.dumps({"device": H200.name, "rows": {key: {"17": row}}}))
+    for file in (tmp_path / "none.json", path):
+        monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(file))
+        on(H200)
+        for slice_c, expected in ((1024, 256), (3072, 256), (384, 128), (96, 128)):
+            shape = {"wide": False, "aligned": True, "ride": True, "slice_c": slice_c, "index": 0}
+            found = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **shape)
+            assert found.block_c == expected
+            assert tuning.crosses(found, 3072, slice_c) == (slice_c == 96)
+
+
+def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_path):
+    row = [64, 64, 64, 4, 4, 2, 1]
+    read = [*row, False]  # a row from before there was a persistent grid
+    key = tuning.gemm_key(2304, 768, 16, "half", True)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"device": H200.name, "rows": {key: {"14": row}}}))
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
+    on(H200)
+
+    def config(m, c, aligned=True):
+        shape = {"wide": False, "aligned": aligned, "ride": True, "slice_c": c, "index": 0}
+        return list(tuning.gemm_config(m, c, 768, 16, torch.bfloat16, **shape))
+
+    assert config(12608, 2304) == read
+    assert config(600, 2304) != read
+    assert config(12608, 768) != read
+    assert config(12608, 2304, aligned=False) != read
+
+
+def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_path, caplog):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"device": "NVIDIA_B200", "rows": {}}))
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
+    on(H200)
+    with caplog.at_level("INFO"):
+        tuning.pass_config("thin", 197, 768, 16, torch.bfloat16, aligned=True, index=0)
+    assert "was measured on NVIDIA_B200" in caplog.text
+    assert "no measured thin config" in caplog.text
+
+
+def test_shipped_defaults_say_that_nothing_was_measured():
+    assert tuning._defaults()["source"] == "predicted"
+    assert "NOT a measurement" in tuning._defaults()["_about"]
+
+
+def test_tf32_only_where_torch_allows_it():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert tuning.dot_precision(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert tuning.dot_precision(torch.float32) == "tf32"
+        assert tuning.dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+# `make aot` builds every shipped configuration; here, those a ViT in bf16 at rank 16 runs with
+# EFFT's factors, on each architecture.
+LEFT_OUT = ("ragged", "unaligned", "wide", "padded", "cross", "transposed")
+REPRESENTATIVE = [
+    case
+    for case in compile_triton.cases()
+    # float16 has code of its own where a core is read in a pass over rows
+    if (case.dtype == "bf16" or (case.dtype == "fp16" and case.kernel == "thin"))
+    and case.rank == 16
+    and not any(word in case.label for word in LEFT_OUT)
+    and (case.kernel != "gemm" or "128x" in case.label)
+    # taken only where `tune` measured them: one form of each shape
+    and not (case.constants.get("TMA") and ("core" in case.label or "float32" in case.label))
+]
+
+
+@pytest.mark.skipif(tuning.INTERPRETED, reason="the kernels are interpreted")
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
+def test_compiles_ahead_of_time_without_spills(case):
+    report = compile_triton.compile_case(case)
+    assert not report.problems, report

@@ -1,0 +1,98 @@
+"""`tasks_linear`: every item with its own task's factors, by the C++ kernel and by plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efft_kernels.ops.backends import native_library
+from efft_kernels.ops.mixed_batch import tasks_linear
+
+BACKENDS = [
+    "torch",
+    pytest.param(
+        "cpp",
+        marks=pytest.mark.skipif(bool(native_library.not_built("_native")), reason="not built"),
+    ),
+]
+
+
+def operands(items, rows, k, n, tasks, ra, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    x, weight, bias = draw(items, rows, k), draw(n, k, scale=k**-0.5), draw(n)
+    down, b = draw(tasks, k, ra, scale=k**-0.5), draw(tasks, n, ra, scale=ra**-0.5)
+    index = torch.randint(tasks, (items,), generator=generator)
+    return x, weight, bias, down, b, index
+
+
+def one_by_one(x, weight, bias, down, b, index):
+    """The specification: each item by itself, in float64."""
+    x, weight, bias, down, b = (t.double() for t in (x, weight, bias, down, b))
+    merged = [weight + b[t] @ down[t].T for t in index.tolist()]
+    return torch.stack([item @ w.T + bias for item, w in zip(x, merged, strict=True)])
+
+
+# Beyond a block of rows (200), a packed step (384) and a panel (48), and below all of them.
+SHAPES = [
+    (7, 11, 13, 17, 3, 5), (1, 1, 1, 1, 1, 1), (3, 211, 401, 53, 2, 17), (5, 197, 48, 96, 5, 16),
+    (2, 431, 30, 101, 4, 130),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_item_gets_its_own_task(shape, backend, poisoned_memory):
+    tensors = operands(*shape)
+    y = tasks_linear(*tensors, backend=backend)
+    torch.testing.assert_close(y, one_by_one(*tensors), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_budget(dtype, backend):
+    tensors = operands(4, 197, 96, 144, 3, 16, dtype)
+    exact = one_by_one(*tensors)
+    plain = torch.nn.functional.linear(tensors[0], tensors[1], tensors[2]).double()
+    floor = torch.nn.functional.linear(*(t.double() for t in tensors[:3]))
+    y = tasks_linear(*tensors, backend=backend).double()
+    assert (y - exact).abs().max() <= 2 * (plain - floor).abs().max() + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_items_and_no_rows(backend):
+    for items, rows in ((0, 5), (3, 0)):
+        tensors = operands(items, rows, 7, 5, 2, 3)
+        assert tasks_linear(*tensors, backend=backend).shape == (items, rows, 5)
+
+
+def test_a_gradient_goes_by_plain_torch():
+    x, *rest = operands(3, 5, 7, 11, 2, 3)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: tasks_linear(x, *rest), (x,))
+
+
+@pytest.mark.skipif(bool(native_library.not_built("_native")), reason="not built")
+@pytest.mark.parametrize(
+    "changed,text",
+    [
+        ({5: torch.tensor([0, 2])}, "task_of_item must be in"),
+        ({5: torch.tensor([0, -1])}, "task_of_item must be in"),
+        ({5: torch.tensor([0, 1], dtype=torch.int32)}, "task_of_item must be"),
+        ({4: torch.zeros(2, 4, 3)}, "b must be"),
+        ({3: torch.zeros(2, 6, 3)}, "down must be"),
+        ({1: torch.zeros(5, 6)}, "weight must be"),
+        ({2: torch.zeros(4)}, "bias must be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refuses_what_does_not_fit(changed, text):
+    assert native_library.load_cpu() is None
+    tensors = list(operands(2, 3, 7, 5, 2, 3, torch.float32))
+    for position, tensor in changed.items():
+        tensors[position] = tensor
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.efft_kernels.native_tasks_fwd(*tensors)

@@ -1,0 +1,456 @@
+"""Training on a folder of images: it learns, stops and resumes, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import efft_kernels
+from efft_kernels.adapters.adapter import Adapter
+from efft_kernels.training.backbone import build_backbone
+from efft_kernels.training.evaluation import evaluate_adapter
+from efft_kernels.training.loop import (
+    NonFiniteLossError,
+    evaluate,
+    saved_for_backward_mib,
+    train_one_epoch,
+)
+from efft_kernels.training.run import fit, prepare
+from efft_kernels.training.settings import TrainSettings, resolve_device
+
+MODEL = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, told apart by which colour is brighter under noise."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(1)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (root / name).mkdir()
+        for index in range(10):
+            pixels = generator.integers(0, 200, (16, 16, 3), dtype=np.uint8)
+            pixels[..., channel] += 55
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings(images: Path) -> TrainSettings:
+    return TrainSettings(
+        data=images,
+        model=MODEL,
+        rank=4,
+        epochs=3,
+        batch_size=8,
+        img_size=32,
+        pretrained=False,
+        device="cpu",
+        val_split=0.3,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(settings: TrainSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with `settings` that was left alone."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    fit(prepare(settings, output))
+    return output
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    """metrics.csv without the times."""
+    with (output / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    tensors, others = (load_file(path / "adapter.safetensors") for path in (first, second))
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    assert rows(first) == rows(second)
+
+
+def test_training_learns_and_evaluation_repeats_it(settings: TrainSettings, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run = prepare(dataclasses.replace(settings, epochs=5), output)
+    result = fit(run)
+    assert result.last_top1_percent > 80  # chance is 33
+    assert result.best_top1_percent >= result.last_top1_percent
+    assert sorted(path.name for path in output.iterdir()) == [
+        "adapter.safetensors", "config.json", "metrics.csv", "state.pt",
+    ]  # fmt: skip
+    assert [int(row["epoch"]) for row in rows(output)] == [1, 2, 3, 4, 5]
+    assert float(rows(output)[-1]["val_top1_percent"]) == result.last_top1_percent
+    for merge in (False, True):
+        again = evaluate_adapter(settings.data, result.adapter_path, merge=merge, device="cpu")
+        assert again.top1_percent == result.last_top1_percent
+        assert again.images == 9
+
+
+def test_a_finished_run_resumes_to_its_result(settings: TrainSettings, tmp_path: Path) -> None:
+    result = fit(prepare(dataclasses.replace(settings, epochs=1), tmp_path / "run"))
+    (tmp_path / "run" / "adapter.safetensors").unlink()  # as if killed before it was written
+    run = prepare(dataclasses.replace(settings, epochs=1), tmp_path / "run", resume=True)
+    assert fit(run) == result
+    assert result.adapter_path.is_file()
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def stop_in_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    calls = iter(range(100))
+
+    def on_step(done: int, total: int) -> None:
+        if next(calls) == 4:  # 3 updates an epoch: in the second
+            raise Killed
+
+    return on_step
+
+
+def stop_while_saving_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+    save = torch.save
+
+    def half(state: object, path: Path) -> None:
+        save(state, path)
+        if next(calls) == 1:
+            path.write_bytes(path.read_bytes()[:1000])
+            raise Killed
+
+    monkeypatch.setattr(torch, "save", half)
+
+
+def stop_before_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+    save = Adapter.save
+
+    def not_twice(self: Adapter, *args: Any, **kwargs: Any) -> None:
+        if next(calls) == 1:
+            raise Killed
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Adapter, "save", not_twice)
+
+
+def stop_in_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    def on_step(done: int, total: int) -> None:
+        raise Killed
+
+    return on_step
+
+
+@pytest.mark.parametrize(
+    ("stop", "finished"),
+    [
+        (stop_in_the_first_epoch, 0),
+        (stop_in_an_epoch, 1),
+        (stop_while_saving_the_state, 1),
+        (stop_before_the_adapter, 2),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_bits(
+    settings: TrainSettings,
+    tmp_path: Path,
+    uninterrupted: Path,
+    stop: Callable[[pytest.MonkeyPatch], Any],
+    finished: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        on_step = stop(monkeypatch)
+        with pytest.raises(Killed):
+            fit(prepare(settings, tmp_path / "run"), on_step=on_step)
+    (tmp_path / "run" / ".adapter.safetensors.x1").touch()  # what a kill while saving leaves
+    torch.manual_seed(999)
+    run = prepare(settings, tmp_path / "run", resume=True)
+    assert len(run.history) == finished
+    fit(run)
+    assert_same_run(tmp_path / "run", uninterrupted)
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_half_precision_with_augmentation_resumes_too(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    half = dataclasses.replace(settings, amp="float16", augment=True, epochs=2, learn_scale=True)
+    fit(prepare(half, tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
+        fit(prepare(half, tmp_path / "run"), on_step=stop_in_an_epoch(monkeypatch))
+    fit(prepare(dataclasses.replace(half, workers=1), tmp_path / "whole", resume=True))
+    fit(prepare(half, tmp_path / "run", resume=True))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.01}, r"lr must be 0\.001 as when the run began, got 0\.01"),
+        ({"rank": (4, 2)}, "rank must be 4"),
+        ({"scale": 2.0}, "scale must be unset"),
+        ({"epochs": 9}, "epochs must be 3"),
+        ({"val_split": 0.4}, "val_split must be 0.3"),
+    ],
+)
+def test_resuming_with_another_setting_names_it(
+    settings: TrainSettings, uninterrupted: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(dataclasses.replace(settings, **change), uninterrupted, resume=True)
+
+
+def test_resuming_with_other_images_or_backbone_is_refused(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(8):
+            path = tmp_path / "images" / label / f"{index}.png"
+            Image.new("RGB", (8, 8), (index, 0, 9)).save(path)
+    mine = dataclasses.replace(settings, data=tmp_path / "images", epochs=1)
+    fit(prepare(mine, tmp_path / "run"))
+    config = tmp_path / "run" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"backbone": "', '"backbone": "0'))
+    with pytest.raises(ValueError, match=r"checkpoint must be as .* backbone's weights changed"):
+        prepare(mine, tmp_path / "run", resume=True)
+    config.write_text(text)
+    (tmp_path / "images" / "a" / "0.png").rename(tmp_path / "images" / "a" / "9.png")
+    with pytest.raises(ValueError, match=r"data must be as .* image files changed"):
+        prepare(mine, tmp_path / "run", resume=True)
+
+
+def test_an_output_in_use_is_refused(
+    settings: TrainSettings, uninterrupted: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="holds a run: pass --resume"):
+        prepare(settings, uninterrupted)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds thesis\.tex: pass another --output"):
+        prepare(settings, tmp_path)
+    with pytest.raises(ValueError, match=r"without config\.json"):
+        prepare(settings, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="must be a folder"):
+        prepare(settings, tmp_path / "thesis.tex")
+
+
+def test_a_bad_setting_writes_nothing(settings: TrainSettings, tmp_path: Path) -> None:
+    for change, message in (
+        ({"rank": 0}, "rank"),
+        ({"rank": 5000}, "rank"),
+        ({"init": "w"}, "init"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"layers": (12,)}, "layers"),
+        ({"targets": ("nothing",)}, "targets"),
+        ({"device": "cuda:99"}, "device"),
+        ({"device": "quantum"}, "device"),
+        ({"model": "resnet18", "img_size": None, "drop_path": 0.0}, "targets"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(dataclasses.replace(settings, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "magic"},
+        {"amp": "float8"},
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"min_lr": 1.0},
+        {"weight_decay": -1.0},
+        {"warmup_epochs": 3},
+        {"drop_path": 1.0},
+        {"val_split": 0.0},
+        {"seed": -1},
+        {"workers": -1},
+        {"img_size": 0},
+    ],
+)
+def test_senseless_settings_are_named(settings: TrainSettings, change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name} must be .*, got"):
+        dataclasses.replace(settings, **change)
+
+
+def test_warmup_is_a_tenth_by_default(settings: TrainSettings) -> None:
+    assert dataclasses.replace(settings, epochs=100).resolved_warmup_epochs == 10
+    assert dataclasses.replace(settings, epochs=9).resolved_warmup_epochs == 0
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_epoch(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    run = prepare(settings, tmp_path / "run")
+    before: dict[str, bytes] = {}
+
+    def poison(row: object) -> None:
+        before.update({p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()})
+        with torch.no_grad():
+            next(run.adapter.parameters()).fill_(float("nan"))
+
+    with pytest.raises(NonFiniteLossError, match="loss is nan in epoch 2, step 1"):
+        fit(run, on_epoch=poison)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert len(prepare(settings, tmp_path / "run", resume=True).history) == 1
+
+
+def test_a_last_update_that_diverges_is_not_saved(settings: TrainSettings, tmp_path: Path) -> None:
+    run = prepare(settings, tmp_path / "run")
+
+    def poison(done: int, total: int) -> None:
+        if done == total:
+            with torch.no_grad():
+                next(run.adapter.parameters()).fill_(float("inf"))
+
+    with pytest.raises(NonFiniteLossError, match="is not finite after epoch 1"):
+        fit(run, on_step=poison)
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+class Command:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_foreign_or_damaged_state_is_refused(settings: TrainSettings, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    once = dataclasses.replace(settings, epochs=1)
+    fit(prepare(once, output))
+    whole = (output / "state.pt").read_bytes()
+    torch.save({"trained": Command(tmp_path / "ran")}, output / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt must be the state of this run"):
+        prepare(once, output, resume=True)
+    assert not (tmp_path / "ran").exists()
+    for content in (whole[: len(whole) // 2], b""):
+        (output / "state.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"state\.pt must be the state of this run"):
+            prepare(once, output, resume=True)
+    torch.save({"trained": {}}, output / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt must be the state of this run"):
+        prepare(once, output, resume=True)
+    (output / "config.json").write_text('{"settings": {}}')
+    with pytest.raises(ValueError, match=r"config\.json must be the configuration of a run"):
+        prepare(once, output, resume=True)
+
+
+def test_evaluation_on_other_images(
+    settings: TrainSettings, uninterrupted: Path, tmp_path: Path
+) -> None:
+    adapter = uninterrupted / "adapter.safetensors"
+    (tmp_path / "green").mkdir()
+    Image.new("RGB", (16, 16), (90, 200, 90)).save(tmp_path / "green" / "0.png")
+    everything = evaluate_adapter(settings.data, adapter, split="all", device="cpu")
+    assert everything.images == 30
+    one = evaluate_adapter(tmp_path, adapter, split="all", device="cpu")
+    assert (one.images, one.top1_percent) == (1, 100.0)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        evaluate_adapter(tmp_path, adapter, device="cpu")
+    (tmp_path / "red").mkdir()
+    for label in ("green", "red"):
+        for index in range(1, 9):
+            Image.new("RGB", (8, 8), (index, 0, 9)).save(tmp_path / label / f"{index}.png")
+    with pytest.raises(ValueError, match=r"others in .*: pass --split all"):
+        evaluate_adapter(tmp_path, adapter, device="cpu")
+    (tmp_path / "mauve").mkdir()
+    with pytest.raises(ValueError, match=r"only the classes .*, got .* with mauve"):
+        evaluate_adapter(tmp_path, adapter, split="all", device="cpu")
+
+
+def test_evaluation_refuses_what_is_no_adapter(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing there"):
+        evaluate_adapter(images, tmp_path / "absent.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"12")
+    with pytest.raises(ValueError, match="safetensors"):
+        evaluate_adapter(images, tmp_path / "broken.safetensors")
+
+
+def test_evaluation_on_another_backbone_warns(
+    settings: TrainSettings, uninterrupted: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(77)
+    other = build_backbone(MODEL, num_classes=3, pretrained=False, img_size=32)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    notes: list[str] = []
+    evaluate_adapter(
+        settings.data,
+        uninterrupted / "adapter.safetensors",
+        checkpoint=tmp_path / "other.pth",
+        device="cpu",
+        notify=notes.append,
+    )
+    assert "backbone's weights differ" in notes[0]
+
+
+def test_the_adapter_loads_in_plain_code(uninterrupted: Path) -> None:
+    config = json.loads((uninterrupted / "config.json").read_text())
+    model = timm.create_model(MODEL, num_classes=3, img_size=32)
+    adapter = efft_kernels.load(model, uninterrupted / "adapter.safetensors")
+    assert adapter.num_parameters() == config["factor_parameters"]
+
+
+def test_auto_device_is_there() -> None:
+    assert resolve_device("auto").type in ("cpu", "cuda")
+
+
+def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batches = [
+        (torch.randn(7, 5), torch.randint(3, (7,))),
+        (torch.randn(2, 5), torch.tensor([0, 2])),
+    ]
+    steps: list[tuple[int, float]] = []
+    result = train_one_epoch(
+        model, batches, optimizer, device="cpu", on_step=lambda *step: steps.append(step)
+    )
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item())
+    assert (result.images, len(result.step_ms), len(steps)) == (9, 2, 2)
+    right = (model(x).argmax(1) == y).float().mean().item()
+    assert evaluate(model, batches, device="cpu", num_classes=3) == pytest.approx(100 * right)
+    with pytest.raises(ValueError, match="at least one batch"):
+        train_one_epoch(model, [], optimizer, device="cpu")
+
+
+def test_a_nan_loss_stops_before_the_update() -> None:
+    model = torch.nn.Linear(5, 3)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    batch = (torch.full((2, 5), float("nan")), torch.tensor([0, 1]))
+    with pytest.raises(NonFiniteLossError, match="loss is nan in epoch 5, step 1"):
+        train_one_epoch(model, [batch], optimizer, device="cpu", epoch=4)
+    assert torch.equal(model.weight, before)
+
+
+def test_saved_bytes_count_each_storage_once_without_parameters() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.ReLU())
+    x, y = torch.randn(16, 64), torch.zeros(16, dtype=torch.long)
+    generator = torch.get_rng_state()
+    mib = saved_for_backward_mib(model.eval(), x, y)
+    # the input, the ReLU's output, the log-probabilities, the targets and the loss's total weight
+    assert mib * 2**20 == 4 * (16 * 64 + 16 * 32 + 16 * 32 + 1) + 8 * 16
+    assert not model.training
+    assert model[0].weight.grad is None
+    assert torch.equal(torch.get_rng_state(), generator)

@@ -1,0 +1,272 @@
+"""Measure block shapes on the GPU at hand and write them where `tuning.py` finds them. Runs only on
+request.
+
+    python -m tools.tune_triton [--images 64] [--rank 16] [--models ViT-B/16] [--out
+    FILE]
+
+For every layer and pass the configs below are compiled, compared with the default's result, timed,
+and the fastest kept. Rows of an existing file are kept unless measured again; the file is replaced
+in one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+from triton.testing import do_bench
+
+from efft_kernels.ops import cost_model
+from efft_kernels.ops.backends.triton import tuning
+from efft_kernels.ops.backends.triton.gemm import launch_gemm
+from efft_kernels.ops.backends.triton.launch_cache import Plans
+from efft_kernels.ops.backends.triton.thin import launch_tall_grad, launch_thin
+from efft_kernels.ops.backends.triton.tuning import GemmConfig, PassConfig
+
+# Beside the shipped candidates. Few, because each is compiled for two directions, with and without
+# P riding.
+_GEMM_BLOCKS = (
+    (128, 256, 64, 8, 8, 3),
+    (128, 128, 64, 8, 8, 4),
+    (128, 128, 64, 8, 4, 3),
+    (64, 256, 64, 8, 4, 3),
+)
+# block_m, block_c, warps, stages
+_PASS_BLOCKS = ((64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3), (32, 128, 4, 5))
+_TALL_GRAD_BLOCKS = ((64, 128, 4, 5), (128, 64, 4, 4), (64, 64, 4, 5), (128, 128, 8, 3))
+
+Config = GemmConfig | PassConfig
+Rows = dict[str, dict[str, list[int]]]
+
+
+def gemm_space(dev: tuning.Device, rank: int, ride: bool, form: str) -> Iterator[GemmConfig]:
+    """The shipped configs and the grid's that fit shared memory, each by pointers and by the copy
+    engine; on sm_90 the shipped ones as persistent programs too.
+    """
+    grid = (GemmConfig(*block) for block in _GEMM_BLOCKS)
+    for config in (*tuning.gemm_candidates(dev.arch, form, rank), *grid):
+        accumulators = config.block_m * (config.block_c + (rank if ride else 0))
+        registers = accumulators / (32 * config.num_warps)
+        if tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes and registers <= 160:
+            yield config
+            if dev.arch >= 90:
+                yield config._replace(tma=True)
+    if form == "half":
+        for config in tuning.persistent_candidates(dev.arch, form, rank, ride):
+            if tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes:
+                yield config
+
+
+def pass_space(
+    kernel: str, m: int, c: int, rank: int, dev: tuning.Device, form: str
+) -> Iterator[PassConfig]:
+    """The shipped config and the grid's, the number of programs set by shape."""
+    blocks = _TALL_GRAD_BLOCKS if kernel == "tall_grad" else _PASS_BLOCKS
+    shipped = tuning.pass_defaults(kernel, dev.arch, form, rank)
+    grid = (PassConfig(rows, columns, 0, *rest) for rows, columns, *rest in blocks)
+    for config in (shipped, *grid):
+        programs = tuning.pass_programs(kernel, m, c, config, dev.multiprocessors)
+        yield config._replace(programs=programs)
+
+
+def fastest(
+    configs: Iterator[Config], run: Callable[[Any], Tensor], deadline: float
+) -> tuple[Config, float] | None:
+    """(config, milliseconds) of the fastest whose result agrees with the first one's."""
+    best: tuple[Config, float] | None = None
+    expected: Tensor | None = None
+    for config in dict.fromkeys(configs):
+        if time.monotonic() > deadline:
+            break
+        try:
+            result = run(config).double()
+            if expected is None:
+                expected = result
+            elif not (result - expected).norm() <= 1e-2 * expected.norm():
+                print(f"  {config}: wrong result", file=sys.stderr)
+                continue
+            ms = float(do_bench(partial(run, config), warmup=10, rep=40, return_mode="median"))
+        except (TritonError, RuntimeError) as error:  # does not fit, or does not compile
+            print(f"  {config}: {str(error)[:200]}", file=sys.stderr)
+            continue
+        if best is None or ms < best[1]:
+            best = config, ms
+    return best
+
+
+# What each config's launches remember, so that timing does not wait for the host.
+_Remembered = dict[Config, Plans]
+
+
+def _run_gemm(
+    a: Tensor,
+    w: Tensor,
+    thin_in: Tensor | None,
+    core: Tensor | None,
+    thin_out: Tensor,
+    p: Tensor,
+    remembered: _Remembered,
+    config: GemmConfig,
+) -> Tensor:
+    plans = remembered.setdefault(config, {})
+    return launch_gemm(
+        a,
+        w,
+        None,
+        thin_in,
+        core,
+        thin_out,
+        p,
+        width=p.shape[1],
+        config=config,
+        plans=plans,
+    )
+
+
+def _run_thin(
+    tall: Tensor, thin: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig
+) -> Tensor:
+    s = torch.empty_like(p)
+    launch_thin(tall, thin, None, s, None, config, remembered.setdefault(config, {}))
+    return s
+
+
+def _run_thin_grad(
+    tall: Tensor,
+    up: Tensor,
+    core: Tensor,
+    p: Tensor,
+    remembered: _Remembered,
+    config: PassConfig,
+) -> Tensor:
+    s = torch.empty_like(p)
+    d_up, d_core = launch_thin(tall, up, core, s, p, config, remembered.setdefault(config, {}))
+    assert d_up is not None and d_core is not None
+    # Each as large as the others, so that an error in any of them shows.
+    found = (s.float(), d_up.sum((0, 1)), d_core.sum(0))
+    return torch.cat([(t / t.norm()).flatten() for t in found])
+
+
+def _run_tall_grad(tall: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig) -> Tensor:
+    return launch_tall_grad(tall, p, config, remembered.setdefault(config, {})).sum(0)
+
+
+def tune_layer(
+    m: int, k: int, n: int, g: int, rank: int, dtype: torch.dtype, deadline: float
+) -> Rows:
+    """Measured rows {key: {M bucket: config}} of one layer's kernels, forward and backward."""
+    dev = tuning.device(None)
+    form = tuning.operand_form(dtype, False, True)
+    x, dy = (torch.randn(m, c, device="cuda", dtype=dtype) for c in (k, n))
+    weight = torch.randn(n, k, device="cuda", dtype=dtype) * k**-0.5
+    down, b = (torch.randn(c, rank, device="cuda", dtype=dtype) * c**-0.5 for c in (k, n))
+    core = torch.randn(g, rank, rank, device="cuda", dtype=dtype) * rank**-0.5
+    up = b[: n // g].unsqueeze(0)
+    p = torch.randn(m, rank, device="cuda", dtype=dtype)
+    rows: Rows = {}
+
+    def keep(key: str, configs: Iterator[Config], run: Callable[[Any], Tensor]) -> None:
+        found = fastest(configs, run, deadline)
+        if found is not None:
+            config, ms = found
+            rows[key] = {str(m.bit_length()): [int(value) for value in config]}
+            print(f"{key} m={m}: {1e3 * ms:.1f} us {tuple(config)}", flush=True)
+
+    passes = (
+        ("thin", k, partial(_run_thin, x, down, p, {})),
+        ("thin", n, partial(_run_thin, dy, b, p, {})),
+        ("thin_grad", n, partial(_run_thin_grad, dy, up, core, p, {})),
+        ("tall_grad", k, partial(_run_tall_grad, x, p, {})),
+    )
+    for kernel, c, run in passes:
+        keep(tuning.pass_key(kernel, c, rank, form), pass_space(kernel, m, c, rank, dev, form), run)
+    gemms: tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor], ...] = (
+        (x, weight.t(), down, core, up),
+        (dy, weight, b, None, down),
+    )
+    for ride in (False, True):
+        for a, w, thin_in, cores, thin_out in gemms:
+            riding = thin_in if ride else None
+            keep(
+                tuning.gemm_key(w.shape[1], w.shape[0], rank, form, ride),
+                gemm_space(dev, rank, ride, form),
+                partial(_run_gemm, a, w, riding, cores, thin_out, p.clone(), {}),
+            )
+    return rows
+
+
+def write(rows: Rows, path: Path) -> None:
+    """Merge rows into the device's file, replaced in one step so that no reader sees half of it."""
+    name = tuning.device(None).name
+    table: dict[str, Any] = {"device": name, "rows": {}}
+    if path.is_file():
+        old = json.loads(path.read_text())
+        if old.get("device") == name:
+            table = old
+    for key, by_bucket in rows.items():
+        table["rows"].setdefault(key, {}).update(by_bucket)
+    table["source"] = "measured"
+    table["torch"], table["triton"] = torch.__version__, triton.__version__
+    table["timestamp"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
+    with os.fdopen(handle, "w") as file:
+        json.dump(table, file, indent=1, sort_keys=True)
+        file.write("\n")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    """Tune and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["ViT-B/16"], choices=sorted(cost_model.models(1))
+    )
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=16,
+        choices=(16, 32, 64, 128),
+        help="a padded rank; its rows serve the ranks that are padded to it",
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument(
+        "--seconds", type=float, default=240.0, help="stop measuring after this long"
+    )
+    parser.add_argument("--out", type=Path, help="default: the shipped file of this device")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tuning needs a CUDA device")
+    layers = [
+        layer for model in arguments.models for layer in cost_model.models(arguments.images)[model]
+    ]
+    deadline = time.monotonic() + arguments.seconds
+    rows: Rows = {}
+    for name, m, k, n, g in layers:
+        print(name, flush=True)
+        dtype = getattr(torch, arguments.dtype)
+        for key, by_bucket in tune_layer(m, k, n, g, arguments.rank, dtype, deadline).items():
+            rows.setdefault(key, {}).update(by_bucket)
+    out = arguments.out or tuning.FOLDER / f"{tuning.device(None).name}.json"
+    write(rows, out)
+    print(f"{len(rows)} rows in {out}")
+
+
+if __name__ == "__main__":
+    main()
