@@ -22,8 +22,8 @@ test: $(STAMP) ## run the tests in JOBS processes (default 2), one torch thread 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
 
 bench: $(STAMP) ## what the adapter costs on this CPU; let nothing else run
-	$(BIN)/python -m benchmarks.operator_sweep --seconds 60
-	$(BIN)/python -m benchmarks.operator_sweep --models ViT-S/16 ViT-B/16 --images 8 --ranks 16 \
+	$(BIN)/python -m benchmarks.operators --seconds 60
+	$(BIN)/python -m benchmarks.operators --models ViT-S/16 ViT-B/16 --images 8 --ranks 16 \
 	  --impl torch:auto cpp:auto auto peft --modes fwd+bwd --seconds 60
 	$(BIN)/python -m benchmarks.whole_model --models vit_tiny_patch16_224:8 vit_base_patch16_224:2 \
 	  swin_tiny_patch4_window7_224:4 vit_small_patch16_224:8 --seconds 20 --memory-batches 1 2 4
@@ -33,7 +33,7 @@ bench: $(STAMP) ## what the adapter costs on this CPU; let nothing else run
 bench-check: $(STAMP) ## fail where a ratio is worse than the last committed one
 	$(BIN)/python -m benchmarks.check
 
-tables: $(STAMP) ## the measured tables of README and benchmarks/results from their CSVs
+tables: $(STAMP) ## the measured tables of README from the CSVs
 	$(BIN)/python -m benchmarks.tables
 
 aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and sm_100, no GPU needed

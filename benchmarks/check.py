@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import peers
-from .harness import WHOLE_MODEL_CSV, Row, committed_rows, device_kind, newest
+from .lib.rows import WHOLE_MODEL_CSV, Row, committed_rows, device_kind, newest
 from .tables import WHOLE_KEY
 from .whole_model import bench_model
 
@@ -61,24 +61,37 @@ def compare(fresh: Sequence[Row], committed: Sequence[Row]) -> list[Comparison]:
         if before is not None and row["impl"] != peers.FLOOR:
             found.append(
                 Comparison(
-                    row["model"], row["impl"], float(before["ratio_to_floor"]),
-                    float(row["ratio_p20"]), float(row["ratio_to_floor"]), before["commit"],
+                    row["model"],
+                    row["impl"],
+                    float(before["ratio_to_floor"]),
+                    float(row["ratio_p20"]),
+                    float(row["ratio_to_floor"]),
+                    before["commit"],
                 )
-            )  # fmt: skip
+            )
     return found
 
 
 def comparison_table(comparisons: Sequence[Comparison], band: float) -> Table:
     table = Table(
-        "model", "step", "committed", "now (p20)", "change", "",
+        "model",
+        "step",
+        "committed",
+        "now (p20)",
+        "change",
+        "",
         title=f"of the floor; fails beyond +{100 * band:.0f}%",
-    )  # fmt: skip
+    )
     for c in comparisons:
         verdict = "slower" if c.slower(band) else "ok" if c.impl in GUARDED else "not guarded"
         table.add_row(
-            c.model, c.impl, f"{c.committed:.3f} ({c.commit})",
-            f"{c.fresh_p50:.3f} ({c.fresh_p20:.3f})", f"{100 * c.change:+.1f}%", verdict,
-        )  # fmt: skip
+            c.model,
+            c.impl,
+            f"{c.committed:.3f} ({c.commit})",
+            f"{c.fresh_p50:.3f} ({c.fresh_p20:.3f})",
+            f"{100 * c.change:+.1f}%",
+            verdict,
+        )
     return table
 
 
@@ -107,9 +120,15 @@ def main() -> None:
     for entry in arguments.models:
         name, _, images = entry.partition(":")
         fresh = bench_model(
-            name, int(images or 8), arguments.rank, device=device, amp=amp, impls=IMPLS,
-            seconds=arguments.seconds, fewest_rounds=5,
-        )  # fmt: skip
+            name,
+            int(images or 8),
+            arguments.rank,
+            device=device,
+            amp=amp,
+            impls=IMPLS,
+            seconds=arguments.seconds,
+            fewest_rounds=5,
+        )
         comparisons += compare(fresh, committed)
     if {c.impl for c in comparisons}.isdisjoint(GUARDED):
         sys.exit("error: none of the models has committed rows at this batch and rank")

@@ -112,14 +112,14 @@ if command -v compute-sanitizer >/dev/null; then
 else
   summary+=("skipped compute-sanitizer: not on the PATH")
 fi
-stage "benchmark, model's block shapes" 35 "$python" benchmarks/operator_bench.py \
+stage "benchmark, model's block shapes" 35 "$python" -m benchmarks.operators --device cuda \
   --impl triton:fused triton:split torch:split peft --out "$results/operators_untuned.csv"
 stage "tuning" 130 "$python" -m tools.tune_triton --seconds 105 --out "$tuned"
 export EFFT_KERNELS_TUNED=$tuned
-stage "benchmark, tuned" 60 "$python" benchmarks/operator_bench.py --modes fwd "train fwd" "fwd+bwd" \
+stage "benchmark, tuned" 60 "$python" -m benchmarks.operators --device cuda --modes fwd "train fwd" "fwd+bwd" \
   --impl triton:auto triton:fused triton:split ${benched[@]+"${benched[@]}"} torch:split peft \
   --out "$results/operators.csv"
-stage "benchmark, host overhead included" 35 "$python" benchmarks/operator_bench.py --eager \
+stage "benchmark, host overhead included" 35 "$python" -m benchmarks.operators --device cuda --eager \
   --impl triton:auto triton:fused triton:split ${benched[@]+"${benched[@]}"} torch:split peft \
   --out "$results/operators.csv"
 stage "measured.json for the cost model" 10 "$python" -m benchmarks.measured "$results/operators.csv" \

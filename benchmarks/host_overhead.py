@@ -34,22 +34,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efft_kernels.ops import cost_model, dispatch, eager_entry
+from efft_kernels.ops import dispatch, eager_entry
 from efft_kernels.ops.backends import triton as backend
 from efft_kernels.ops.functional import low_rank_linear
 
-from .harness import append_rows, provenance
+from .lib.rows import PROVENANCE, append_rows, columns, provenance
+from .lib.shapes import Layer, models
 
-COLUMNS = (
-    "op", "strategy", "factors", "part", "M", "K", "N", "G", "r", "launches",
-    "kernels_us", "triton_us", "operator_us", "floor_us",
-    "device", "torch", "triton", "cuda", "commit", "timestamp",
-)  # fmt: skip
+COLUMNS = columns(
+    "op strategy factors part M K N G r launches kernels_us triton_us operator_us floor_us "
+    f"{PROVENANCE}"
+)
 NEEDS = (True, False, False, True, True, True)
 STRATEGIES = ("fused", "split")
 CALLS = 100
-
-Layer = tuple[str, int, int, int, int]
 
 
 class Launches:
@@ -186,10 +184,14 @@ def operands(layer: Layer, rank: int, folded: bool) -> tuple[Tensor | None, ...]
 
     slices = 1 if folded else G
     return (
-        zeros(M, K, grad=True), zeros(N, K), zeros(N), zeros(K, rank, grad=True),
+        zeros(M, K, grad=True),
+        zeros(N, K),
+        zeros(N),
+        zeros(K, rank, grad=True),
         None if folded else zeros(G, rank, rank, grad=True),
-        zeros(slices, N // slices, rank, grad=True), zeros(M, N),
-    )  # fmt: skip
+        zeros(slices, N // slices, rank, grad=True),
+        zeros(M, N),
+    )
 
 
 def measure(layer: Layer, strategy: str, folded: bool, rank: int, repeats: int) -> list[dict]:
@@ -224,8 +226,9 @@ def measure(layer: Layer, strategy: str, folded: bool, rank: int, repeats: int) 
                 found[part]["launches"] = launches.count - before
                 found[part]["kernels_us"] = least_us(call, repeats)
             for column, of in (
-                ("operator_us", through_operator), ("floor_us", lambda: _Floor.apply(x, weight))
-            ):  # fmt: skip
+                ("operator_us", through_operator),
+                ("floor_us", lambda: _Floor.apply(x, weight)),
+            ):
                 y, inputs = of(), wanted if column == "operator_us" else [x]
                 found["forward"][column] = least_us(of, repeats)
                 found["backward"][column] = least_us(
@@ -238,8 +241,16 @@ def measure(layer: Layer, strategy: str, folded: bool, rank: int, repeats: int) 
             for part, call in calls.items():
                 call()
                 found[part]["triton_us"] = least_us(call, repeats)
-    case = {"op": name, "strategy": strategy, "factors": "folded" if folded else "core", "M": M,
-            "K": K, "N": N, "G": G, "r": rank}  # fmt: skip
+    case = {
+        "op": name,
+        "strategy": strategy,
+        "factors": "folded" if folded else "core",
+        "M": M,
+        "K": K,
+        "N": N,
+        "G": G,
+        "r": rank,
+    }
     return [
         {**case, "part": part, "launches": numbers.pop("launches")}
         | {column: round(us, 2) for column, us in numbers.items()}
@@ -265,14 +276,23 @@ def main() -> None:
         sys.exit(reason)
     torch.set_num_threads(1)
     rows: list[dict] = []
-    for layer in cost_model.models(arguments.images)["ViT-B/16"]:
+    for layer in models(arguments.images)["ViT-B/16"]:
         if arguments.layers and layer[0] not in arguments.layers.split(","):
             continue
         for strategy in STRATEGIES:
             for folded in (True, False):
                 rows += measure(layer, strategy, folded, arguments.rank, arguments.repeats)
-    shown = ("op", "strategy", "factors", "part", "launches",
-             "kernels_us", "triton_us", "operator_us", "floor_us")  # fmt: skip
+    shown = (
+        "op",
+        "strategy",
+        "factors",
+        "part",
+        "launches",
+        "kernels_us",
+        "triton_us",
+        "operator_us",
+        "floor_us",
+    )
     table = Table(*(column.replace("_us", " us") for column in shown))
     for row in rows:
         table.add_row(

@@ -13,31 +13,30 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from efft_kernels.atomic_files import replacing
 from efft_kernels.ops import cost_model
 from efft_kernels.ops.dispatch import BACKENDS, STRATEGIES
 
-from .harness import Row, is_cpu, newest, read_rows
+from .lib.rows import Row, columns, is_cpu, newest, read_rows
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FORWARD, BOTH = "train fwd", "fwd+bwd"
 KEY = ("device", "impl", "dtype", "M", "K", "N", "r", "strategy", "mode")
-FIELDS = (
-    "backend", "backward", "compute_bytes", "weight_bytes", "M", "K", "N", "rank", "strategy",
-    "ms_p50", "torch", "triton", "commit", "timestamp",
-)  # fmt: skip
+FIELDS = columns(
+    "backend backward compute_bytes weight_bytes M K N rank strategy ms_p50 torch triton "
+    "commit timestamp"
+)
 
 Table = dict[str, list[dict[str, Any]]]
 
 
 def convert(rows: Iterable[Row]) -> Table:
-    """{device: rows for `cost_model.add_measured`} from rows of operator_bench.py.
+    """{device: rows for `cost_model.add_measured`} from rows of operators.py.
 
     Raises:
         ValueError: a row's time or error is not what a measurement gives.
@@ -90,10 +89,17 @@ def _entry(strategy: str, modes: dict[str, Row], backward: bool) -> dict[str, An
         return None
     width = DTYPE_BYTES[str(row["dtype"])]
     values = {
-        "backend": str(row["impl"]), "backward": backward, "compute_bytes": width,
-        "weight_bytes": width, "M": int(row["M"]), "K": int(row["K"]), "N": int(row["N"]),
-        "rank": int(row["r"]), "strategy": strategy, "ms_p50": round(ms, 5),
-    }  # fmt: skip
+        "backend": str(row["impl"]),
+        "backward": backward,
+        "compute_bytes": width,
+        "weight_bytes": width,
+        "M": int(row["M"]),
+        "K": int(row["K"]),
+        "N": int(row["N"]),
+        "rank": int(row["r"]),
+        "strategy": strategy,
+        "ms_p50": round(ms, 5),
+    }
     return values | {column: str(row[column]) for column in FIELDS[len(values) :]}
 
 
@@ -110,11 +116,8 @@ def merge(old: Table, new: Table) -> Table:
 def write(table: Table, path: Path) -> None:
     """Replace the file in one step, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
-    with os.fdopen(handle, "w") as file:
-        json.dump(table, file, indent=1)
-        file.write("\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def main() -> None:

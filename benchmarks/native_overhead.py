@@ -33,13 +33,10 @@ from torch.profiler import ProfilerActivity, profile
 from efft_kernels import low_rank_linear
 from efft_kernels.ops.backends import native_library
 
-from .harness import RESULTS, append_rows, provenance
+from .lib.rows import PROVENANCE, RESULTS, append_rows, columns, provenance
 
 HOST_CSV = RESULTS / "host.csv"
-COLUMNS = (
-    "impl", "part", "M", "K", "N", "r", "us", "launches", "device", "torch", "triton", "cuda",
-    "commit", "timestamp",
-)  # fmt: skip
+COLUMNS = columns(f"impl part M K N r us launches {PROVENANCE}")
 M, K, N, RANK = 8, 16, 16, 4
 CALLS = 100
 FLOOR = "F.linear"
@@ -96,11 +93,18 @@ def measure(repeats: int) -> list[dict[str, object]]:
     where = provenance("cpu")
     return [
         {
-            "impl": impl, "part": part, "M": M, "K": K, "N": N, "r": RANK,
-            "us": f"{us:.1f}", "launches": launches(calls[impl, part]), **where,
+            "impl": impl,
+            "part": part,
+            "M": M,
+            "K": K,
+            "N": N,
+            "r": RANK,
+            "us": f"{us:.1f}",
+            "launches": launches(calls[impl, part]),
+            **where,
         }
         for (impl, part), us in least.items()
-    ]  # fmt: skip
+    ]
 
 
 def _with_backward(

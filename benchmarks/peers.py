@@ -209,9 +209,12 @@ def _peft_lora(model: nn.Module, rank: int) -> Peer:
     head = [name for name, p in model.named_parameters() if p.requires_grad]
     sites = find_sites(model)
     config = LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none",
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
         target_modules=[site.name for site in sites],
-    )  # fmt: skip
+    )
     wrapped = get_peft_model(model, config)
     for name in head:
         wrapped.base_model.model.get_parameter(name).requires_grad_()

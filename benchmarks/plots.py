@@ -1,6 +1,7 @@
-"""Pictures of the results, PNG and SVG, from the CSVs alone.
+"""Pictures of the results, from the CSVs alone.
 
-    python -m benchmarks.plots
+    python -m benchmarks.plots                                   # the PNGs of results/plots
+    python -m benchmarks.plots --out runs/plots --format svg     # to edit or to print
 
 One set for each kind of device. Colours are Okabe and Ito's, told apart with any colour vision;
 hatching and markers remain where a print loses them.
@@ -8,6 +9,7 @@ hatching and markers remain where a print loses them.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from . import peers
-from .harness import (
-    OPERATORS_CSV,
-    RESULTS,
-    WHOLE_MODEL_CSV,
-    Row,
-    last_comparisons,
-    read_rows,
-)
-from .operator_bench import FLOOR as LINEAR
+from .lib.operands import FLOOR as LINEAR
+from .lib.rows import OPERATORS_CSV, RESULTS, WHOLE_MODEL_CSV, Row, last_comparisons, read_rows
 from .roofline import peaks_of
 from .tables import MODEL_NAMES, OPERATOR_KEY, WHOLE_KEY, impl_name, is_peak, where_and_when
 
@@ -42,10 +37,21 @@ FLOOR_COLOUR = "#555555"
 
 # The place of an implementation in the lists above, the same in every picture.
 PLACES = {
-    "auto": 0, "torch, split": 1, "torch, merged": 2, "unfused, eager torch": 3,
-    "cpp, split": 4, "cpp, merged": 5, "triton, fused": 4, "triton, split": 5, "cuda, fused": 6,
-    "EFFT2": 0, peers.RELEASED_EFFT2: 1, peers.FULL: 2, peers.PEFT_LORA: 3, peers.FLOOR: 6,
-}  # fmt: skip
+    "auto": 0,
+    "torch, split": 1,
+    "torch, merged": 2,
+    "unfused, eager torch": 3,
+    "cpp, split": 4,
+    "cpp, merged": 5,
+    "triton, fused": 4,
+    "triton, split": 5,
+    "cuda, fused": 6,
+    "EFFT2": 0,
+    peers.RELEASED_EFFT2: 1,
+    peers.FULL: 2,
+    peers.PEFT_LORA: 3,
+    peers.FLOOR: 6,
+}
 
 
 def _place(name: str) -> int:
@@ -260,23 +266,24 @@ def _tidy(axes: Axes) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False,
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(3, len(labels)),
+        frameon=False,
         fontsize=8,
-    )  # fmt: skip
+    )
 
 
 def _title(figure: Figure, title: str, rows: Sequence[Row]) -> None:
     figure.suptitle(f"{title}\n{where_and_when(rows).replace('`', '')}", fontsize=9)
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """folder/name.png and .svg; the same figure gives the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
+def save(figure: Figure, path: Path) -> None:
+    """The figure as path's suffix says, .png or .svg; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "efft-kernels"}):
-        figure.savefig(paths[0])
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def slug(device: str) -> str:
@@ -292,7 +299,9 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure | None]]] = {
 }
 
 
-def draw(operators: Sequence[Row], whole: Sequence[Row], folder: Path = PLOTS) -> list[Path]:
+def draw(
+    operators: Sequence[Row], whole: Sequence[Row], folder: Path = PLOTS, suffix: str = "png"
+) -> list[Path]:
     """Every picture that the rows give, for every device; the paths."""
     newest_rows = {
         "operators": last_comparisons(operators, OPERATOR_KEY),
@@ -304,12 +313,20 @@ def draw(operators: Sequence[Row], whole: Sequence[Row], folder: Path = PLOTS) -
         for device in dict.fromkeys(row["device"] for row in rows):
             figure = picture([row for row in rows if row["device"] == device])
             if figure is not None:
-                paths += save(figure, folder, f"{name}-{slug(device)}")
+                paths.append(folder / f"{name}-{slug(device)}.{suffix}")
+                save(figure, paths[-1])
     return paths
 
 
 def main() -> None:
-    for path in draw(read_rows(OPERATORS_CSV), read_rows(WHOLE_MODEL_CSV)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=PLOTS)
+    parser.add_argument("--format", choices=("png", "svg"), default="png")
+    arguments = parser.parse_args()
+    operators, whole = read_rows(OPERATORS_CSV), read_rows(WHOLE_MODEL_CSV)
+    for path in draw(operators, whole, arguments.out, arguments.format):
         print(path)
 
 

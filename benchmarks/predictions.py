@@ -1,7 +1,7 @@
 """Prints what the cost model predicts for every linear layer of ViT-B/L/H and Swin-B. Measures
 nothing.
 
-    python benchmarks/predictions.py [--device H200] [--images 64] [--rank 16] [--weights float32]
+    python -m benchmarks.predictions [--device H200] [--images 64] [--rank 16] [--weights float32]
 
 The floor is the frozen layer's own product at the library's rate (y forward, dX backward); "of
 roofline" is the floor over the picked strategy's time.
@@ -17,22 +17,19 @@ import torch
 
 from efft_kernels.ops import cost_model
 
+from .lib.shapes import Layer, models
+
+MODELS = ("ViT-B/16", "ViT-L/16", "ViT-H/14", "Swin-B")
 STRATEGIES = ("fused", "split", "merged")
 COLUMNS = (
-    "layer",
-    "M",
-    "K -> N",
-    "pass",
-    "floor us",
+    *("layer", "M", "K -> N", "pass", "floor us"),
     *(f"{strategy} us" for strategy in STRATEGIES),
-    "picked",
-    "x floor",
-    "of roofline",
+    *("picked", "x floor", "of roofline"),
 )
 
 
 def predictions(
-    layers: list[tuple[str, int, int, int, int]], device: str, rank: int, weights: torch.dtype
+    layers: list[Layer], device: str, rank: int, weights: torch.dtype
 ) -> list[cost_model.Explanation]:
     """Forward and backward of every layer (name, M, K, N, G), bf16 compute."""
     return [
@@ -76,7 +73,9 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
     weights = getattr(torch, arguments.weights)
-    for model, layers in cost_model.models(arguments.images).items():
+    shapes = models(arguments.images)
+    for model in MODELS:
+        layers = shapes[model]
         explained = predictions(layers, arguments.device, arguments.rank, weights)
         names = [layer[0] for layer in layers for _ in range(2)]
         title = (

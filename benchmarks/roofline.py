@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .harness import OPERATOR_COLUMNS, Row, provenance
+from .lib.rows import OPERATOR_COLUMNS, Row, provenance
 
 COPY, GEMM = "peak: copy", "peak: GEMM"
 
@@ -77,9 +77,11 @@ def peak_rows(peaks: Peaks, dtype: torch.dtype, device: str) -> list[Row]:
     ):
         row: dict[str, Any] = dict.fromkeys(OPERATOR_COLUMNS, "")
         rows.append(
-            row | {"op": op, "impl": "torch", "dtype": str(dtype).removeprefix("torch.")} | values
+            row
+            | {"op": op, "impl": "torch", "dtype": str(dtype).removeprefix("torch.")}
+            | values
             | where
-        )  # fmt: skip
+        )
     return rows
 
 

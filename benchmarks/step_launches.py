@@ -37,15 +37,12 @@ from efft_kernels import use_backend
 from efft_kernels.ops import cost_model, dispatch
 
 from . import peers
-from .harness import RESULTS, append_rows, provenance
 from .host_overhead import FakeDriver, forget_plans, host_only, pretended_gpu
+from .lib.rows import PROVENANCE, RESULTS, append_rows, columns, provenance
 from .whole_model import draw_batch, make_base
 
 CSV = RESULTS / "launches.csv"
-COLUMNS = (
-    "model", "impl", "weights", "r", "linears", "forward", "backward", "over_floor",
-    "device", "torch", "triton", "cuda", "commit", "timestamp",
-)  # fmt: skip
+COLUMNS = columns(f"model impl weights r linears forward backward over_floor {PROVENANCE}")
 OURS = "EFFT2"
 NAMES = {OURS: "EFFT2, triton"}
 EVERY = (peers.FLOOR, OURS, peers.EAGER_EFFT2, peers.PEFT_LORA)

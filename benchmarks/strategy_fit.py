@@ -29,14 +29,11 @@ from rich.table import Table
 
 from efft_kernels.ops.backends import torch_backend
 
-from .harness import RESULTS, Row, append_rows, newest, provenance, read_rows
-from .operator_bench import Operands
+from .lib.operands import Operands
+from .lib.rows import PROVENANCE, RESULTS, Row, append_rows, columns, newest, provenance, read_rows
 
 CSV = RESULTS / "strategy_fit.csv"
-COLUMNS = (
-    "part", "dtype", "M", "K", "N", "r", "rounds", "clock", "ms_p20", "ms_p50",
-    "device", "torch", "triton", "cuda", "commit", "timestamp",
-)  # fmt: skip
+COLUMNS = columns(f"part dtype M K N r rounds clock ms_p20 ms_p50 {PROVENANCE}")
 KEY = ("part", "dtype", "M", "K", "N", "r", "clock", "device")
 ROWS = (197, 788, 1576, 6304)
 RANKS = (8, 16, 32, 64)
@@ -149,9 +146,11 @@ def report(rows: list[Row], clock: str) -> None:
     for which, floor, width in (("fwd", "linear", "K"), ("bwd", "dX", "N")):
         own = [e for e in entries if e["which"] == which]
         table = Table(
-            "K -> N", "r", *(f"M={m}" for m in ROWS),
+            "K -> N",
+            "r",
+            *(f"M={m}" for m in ROWS),
             title=f"{which}: split / merged, over the frozen {floor} (20th percentile)",
-        )  # fmt: skip
+        )
         for k, n, r in dict.fromkeys((e["K"], e["N"], e["r"]) for e in own):
             cells = []
             for m in ROWS:
@@ -165,9 +164,10 @@ def report(rows: list[Row], clock: str) -> None:
         Console(width=120).print(table)
         thresholds = sorted({0.0, 1e9, *(e["rows_per_width"] * 1.001 for e in own)})
         for name, threshold in (
-            ("always merged", 0.0), ("always split", 1e9),
+            ("always merged", 0.0),
+            ("always split", 1e9),
             ("best single threshold", min(thresholds, key=lambda t: lost(own, t))),
-        ):  # fmt: skip
+        ):
             share = 100 * (lost(own, threshold) - 1)
             rule = f"merged where M > {threshold:g}·{width}"
             print(f"{which} {name}: {rule}; {share:.1f}% over the best choice")
@@ -199,10 +199,20 @@ def main() -> None:
                 for part, sample in ms.items():
                     ordered = sorted(sample)
                     rows.append(
-                        dict(part=part, dtype="float32", M=m, K=k, N=n, r=r, rounds=len(sample),
-                             clock=arguments.clock, ms_p20=round(ordered[len(ordered) // 5], 5),
-                             ms_p50=round(ordered[len(ordered) // 2], 5), **where)
-                    )  # fmt: skip
+                        dict(
+                            part=part,
+                            dtype="float32",
+                            M=m,
+                            K=k,
+                            N=n,
+                            r=r,
+                            rounds=len(sample),
+                            clock=arguments.clock,
+                            ms_p20=round(ordered[len(ordered) // 5], 5),
+                            ms_p50=round(ordered[len(ordered) // 2], 5),
+                            **where,
+                        )
+                    )
                 append_rows(arguments.out, COLUMNS, rows)
     report(list(read_rows(arguments.out)), arguments.clock)
 

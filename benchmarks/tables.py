@@ -1,6 +1,7 @@
-"""Tables from the CSVs: for the terminal, for results/*.md, and for README between its markers.
+"""Tables from the CSVs: for the terminal, and for README between its markers.
 
     python -m benchmarks.tables
+    python -m benchmarks.tables --page rows.md      # every newest row, as Markdown
 
 README shows the newest rows of every kind of device, with their date, device and commit. Running it
 twice changes nothing; a test checks that README is what the CSVs give.
@@ -8,6 +9,7 @@ twice changes nothing; a test checks that README is what the CSVs give.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,26 +17,26 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .harness import (
+from efft_kernels.atomic_files import replacing
+
+from .lib.operands import FLOOR as LINEAR
+from .lib.rows import (
     OPERATORS_CSV,
-    RESULTS,
     ROOT,
     WHOLE_MODEL_CSV,
     Row,
+    columns,
     is_cpu,
     last_comparisons,
     read_rows,
 )
-from .operator_bench import FLOOR as LINEAR
 from .roofline import COPY, GEMM
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 README = ROOT / "README.md"
 
 WHOLE_KEY = ("model", "impl", "dtype", "batch", "r", "device")
-OPERATOR_KEY = (
-    "op", "impl", "strategy", "mode", "dtype", "M", "K", "N", "G", "r", "device",
-)  # fmt: skip
+OPERATOR_KEY = columns("op impl strategy mode dtype M K N G r device")
 
 MODEL_NAMES = {
     "vit_tiny_patch16_224": "ViT-Ti/16",
@@ -72,9 +74,13 @@ def where_and_when(rows: Sequence[Row]) -> str:
 # Whole models
 
 WHOLE_HEADER = (
-    "one training step", "ms (p20 to p80)", "of the floor (p20 to p80)", "saved MiB", "peak MiB",
+    "one training step",
+    "ms (p20 to p80)",
+    "of the floor (p20 to p80)",
+    "saved MiB",
+    "peak MiB",
     "trainable",
-)  # fmt: skip
+)
 
 
 def whole_model_cells(row: Row) -> tuple[str, ...]:
@@ -257,8 +263,8 @@ def with_section(readme: str, section: str) -> str:
 
 
 def results_page(whole: Sequence[Row], operators: Sequence[Row]) -> str:
-    """results/README.md: every newest row."""
-    lines = ["# Results", "", "Generated from the CSVs by `make tables`; do not edit.", ""]
+    """Every newest row, as Markdown."""
+    lines = ["# Results", ""]
     lines += ["## Whole models", "", *whole_model_markdown(whole)]
     lines += ["## The operator: times over the frozen nn.Linear's", ""]
     groups: dict[str, list[Row]] = {}
@@ -269,19 +275,22 @@ def results_page(whole: Sequence[Row], operators: Sequence[Row]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(readme: Path = README, results: Path = RESULTS) -> None:
-    """Bring README and results/README.md up to date with the CSVs."""
-    whole, operators = read_rows(WHOLE_MODEL_CSV), read_rows(OPERATORS_CSV)
-    text = with_section(readme.read_text(), readme_section(whole, operators))
-    readme.write_text(text)
-    (results / "README.md").write_text(results_page(whole, operators))
-
-
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--page", type=Path, help="write all tables here, and leave README alone")
+    arguments = parser.parse_args()
+    whole, operators = read_rows(WHOLE_MODEL_CSV), read_rows(OPERATORS_CSV)
+    if arguments.page is not None:
+        arguments.page.write_text(results_page(whole, operators))
+        return
     try:
-        write()
+        text = with_section(README.read_text(), readme_section(whole, operators))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    with replacing(README) as temporary:
+        temporary.write_text(text)
 
 
 if __name__ == "__main__":

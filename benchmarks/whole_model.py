@@ -29,17 +29,9 @@ from torch import Tensor, nn
 from efft_kernels.training.loop import saved_for_backward_mib
 
 from . import peers, tables
-from .harness import (
-    WHOLE_MODEL_COLUMNS,
-    WHOLE_MODEL_CSV,
-    Row,
-    Timings,
-    append_rows,
-    interleave,
-    provenance,
-    worst_error,
-)
-from .operator_bench import peak_mem_mb
+from .lib.operands import worst_error
+from .lib.rows import WHOLE_MODEL_COLUMNS, WHOLE_MODEL_CSV, Row, append_rows, provenance
+from .lib.timing import Timings, interleave, peak_mem_mb
 from .peers import COMPILED, FLOOR, Peer
 
 # On two cores a step of each takes 0.2 to 2 s.
@@ -50,8 +42,13 @@ DEFAULT_MODELS = (
     "swin_tiny_patch4_window7_224:4",
 )
 COMPILABLE = (
-    FLOOR, "EFFT2", peers.PEFT_LORA, peers.EAGER_EFFT2, peers.RELEASED_EFFT2, peers.PUBLISHED_FACT,
-)  # fmt: skip
+    FLOOR,
+    "EFFT2",
+    peers.PEFT_LORA,
+    peers.EAGER_EFFT2,
+    peers.RELEASED_EFFT2,
+    peers.PUBLISHED_FACT,
+)
 MEMORY_IMPLS = (FLOOR, "EFFT2", peers.PEFT_LORA, peers.RELEASED_EFFT2, peers.FULL)
 GATE_IMAGES = 2
 
@@ -200,10 +197,13 @@ def _times(impl: str, timings: Timings | None) -> dict[str, str]:
     ms, ratio = timings.time(impl), timings.ratio(impl, FLOOR)
     return {
         "rounds": str(timings.rounds),
-        "ms_p20": f"{ms.p20:.3f}", "ms_p50": f"{ms.p50:.3f}", "ms_p80": f"{ms.p80:.3f}",
+        "ms_p20": f"{ms.p20:.3f}",
+        "ms_p50": f"{ms.p50:.3f}",
+        "ms_p80": f"{ms.p80:.3f}",
         "ratio_to_floor": f"{ratio.p50:.4f}",
-        "ratio_p20": f"{ratio.p20:.4f}", "ratio_p80": f"{ratio.p80:.4f}",
-    }  # fmt: skip
+        "ratio_p20": f"{ratio.p20:.4f}",
+        "ratio_p80": f"{ratio.p80:.4f}",
+    }
 
 
 def _saved_mib(peer: Peer, batch: tuple[Tensor, Tensor], amp: torch.dtype | None) -> str:
@@ -232,9 +232,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of rounds for each model")
     parser.add_argument("--compile", action="store_true", help="torch.compile the eager ones too")
     parser.add_argument(
-        "--memory-batches", type=int, nargs="*", default=(),
+        "--memory-batches",
+        type=int,
+        nargs="*",
+        default=(),
         help="also rows without times: what the last model saves for backward at these batches",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, default=WHOLE_MODEL_CSV)
     arguments = parser.parse_args()
     amp_name = arguments.amp or ("bfloat16" if arguments.device == "cuda" else "none")
@@ -243,17 +246,27 @@ def main() -> None:
     for entry in arguments.models:
         name, _, images = entry.partition(":")
         rows = bench_model(
-            name, int(images or 8), arguments.rank, device=arguments.device, amp=amp,
-            impls=arguments.impls, compiled=COMPILABLE if arguments.compile else (),
+            name,
+            int(images or 8),
+            arguments.rank,
+            device=arguments.device,
+            amp=amp,
+            impls=arguments.impls,
+            compiled=COMPILABLE if arguments.compile else (),
             seconds=arguments.seconds,
-        )  # fmt: skip
+        )
         append_rows(arguments.out, WHOLE_MODEL_COLUMNS, rows)
         console.print(tables.whole_model_table(rows))
     for images in arguments.memory_batches:
         rows = bench_model(
-            name, images, arguments.rank, device=arguments.device, amp=amp, impls=MEMORY_IMPLS,
+            name,
+            images,
+            arguments.rank,
+            device=arguments.device,
+            amp=amp,
+            impls=MEMORY_IMPLS,
             timed=False,
-        )  # fmt: skip
+        )
         append_rows(arguments.out, WHOLE_MODEL_COLUMNS, rows)
 
 

@@ -21,7 +21,7 @@ def _load(name: str) -> ModuleType:
     Raises:
         FileNotFoundError: this is no clone of the repository.
     """
-    if not (_CLONE / "benchmarks" / "operator_sweep.py").is_file():
+    if not (_CLONE / "benchmarks" / "operators.py").is_file():
         raise FileNotFoundError(
             f"the benchmarks are part of the repository, and {_CLONE} is no clone of it:"
             " clone it and run `make setup`, then `make bench`"
@@ -42,11 +42,11 @@ def bench(
 ) -> None:
     """Time the operator against the frozen nn.Linear, layer by layer, on this machine."""
     try:
-        sweep, tables = _load("operator_sweep"), _load("tables")
+        operators, tables = _load("operators"), _load("tables")
     except FileNotFoundError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    known = list(sweep.all_models(1))
+    known = list(operators.models(1))
     models = model or ["ViT-S/16"]
     if unknown := [name for name in models if name not in known]:
         typer.echo(f"error: model must be one of {', '.join(known)}, got {unknown[0]!r}", err=True)
@@ -54,16 +54,16 @@ def bench(
     cuda = torch.cuda.is_available()
     console = Console()
     with console.status("measuring the peaks") as status:
-        rows = sweep.run(
+        rows = operators.run(
             models,
             [rank],
             images=images,
             seconds=seconds,
             device="cuda" if cuda else "cpu",
             dtype=torch.bfloat16 if cuda else torch.float32,
-            impls=("triton:auto", "torch:auto", "peft") if cuda else sweep.IMPLS,
+            impls=("triton:auto", "torch:auto", "peft") if cuda else operators.CPU_IMPLS,
             modes=("fwd", "fwd+bwd"),
-            out=sweep.OPERATORS_CSV if save else None,
+            out=operators.OPERATORS_CSV if save else None,
             progress=status.update,
         )
     console.print(tables.operator_table(rows))

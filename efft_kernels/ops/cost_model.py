@@ -270,7 +270,7 @@ def packing_pays(problem: Problem) -> bool:
     Over plain torch, forward and backward, float32, two threads: 0.76 to 0.92 of its speed for
     weights of 1.8 to 2.4 million elements up to 394 rows, 1.03 to 1.06 at 1,576; 1.01 to 1.34 for
     590 thousand elements and fewer at any number of rows. In bfloat16 it is 1.6 times as fast as a
-    library without AMX. `python -m benchmarks.operator_sweep` measures it anew.
+    library without AMX. `python -m benchmarks.operators` measures it anew.
     """
     return problem.compute_bytes == 2 or problem.N * problem.K <= 1 << 20 or problem.M >= 512
 

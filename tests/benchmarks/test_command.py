@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import operator_sweep, roofline
+from benchmarks import operators, roofline
 from efft_kernels.cli import bench
 
 
@@ -21,9 +21,9 @@ def app() -> typer.Typer:
 
 def test_it_prints_the_table(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = {"Tiny": [("qkv", 13, 17, 33, 3)]}
-    monkeypatch.setattr(operator_sweep, "all_models", lambda images: layers)
+    monkeypatch.setattr(operators, "models", lambda images: layers)
     peaks = roofline.Peaks(0.1, 20.0)
-    monkeypatch.setattr(operator_sweep, "measure_peaks", lambda *_: peaks)
+    monkeypatch.setattr(operators, "measure_peaks", lambda *_: peaks)
     result = CliRunner().invoke(app, ["--model", "Tiny", "--rank", "3", "--seconds", "0"])
     assert result.exit_code == 0, result.output
     assert "Tiny qkv" in result.output and "13" in result.output

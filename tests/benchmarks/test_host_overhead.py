@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import harness, host_overhead
+from benchmarks import host_overhead
+from benchmarks.lib import rows as csv_rows
 from efft_kernels.ops import dispatch
 
 pytestmark = pytest.mark.skipif(host_overhead.host_only() is not None, reason="interpreted")
@@ -39,6 +40,6 @@ def test_rows_go_to_a_csv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     command = ["host_overhead", "--images", "1", "--layers", "proj", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(out)])
     host_overhead.main()
-    rows = harness.read_rows(out)
+    rows = csv_rows.read_rows(out)
     assert len(rows) == 2 * 2 * 2
     assert tuple(rows[0]) == host_overhead.COLUMNS

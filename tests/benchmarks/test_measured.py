@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness, measured, operator_bench
+from benchmarks import measured, operators, roofline
+from benchmarks.lib import rows as csv_rows
 from efft_kernels.ops import cost_model
 
 H200 = "NVIDIA H200"
@@ -20,19 +21,37 @@ ALL = ("fused", "split", "merged")
 
 
 def row(strategy: str, mode: str, ms: float, **changes: Any) -> dict[str, Any]:
-    row = dict.fromkeys(harness.OPERATOR_COLUMNS, "")
-    return row | {
-        "op": "ViT-B/16 qkv", "impl": "triton", "strategy": strategy, "mode": mode,
-        "dtype": "bfloat16", "M": "12608", "K": "768", "N": "2304", "G": "3", "r": "16",
-        "ms_p50": str(ms), "err_ratio": "1.01", "device": H200, "torch": "2.11", "triton": "3.6",
-        "commit": "abc1234", "timestamp": "2026-01-01T00:00:00",
-    } | changes  # fmt: skip
+    row = dict.fromkeys(csv_rows.OPERATOR_COLUMNS, "")
+    return (
+        row
+        | {
+            "op": "ViT-B/16 qkv",
+            "impl": "triton",
+            "strategy": strategy,
+            "mode": mode,
+            "dtype": "bfloat16",
+            "M": "12608",
+            "K": "768",
+            "N": "2304",
+            "G": "3",
+            "r": "16",
+            "ms_p50": str(ms),
+            "err_ratio": "1.01",
+            "device": H200,
+            "torch": "2.11",
+            "triton": "3.6",
+            "commit": "abc1234",
+            "timestamp": "2026-01-01T00:00:00",
+        }
+        | changes
+    )
 
 
 def both(strategy: str, forward: float, total: float, **changes: Any) -> list[dict[str, Any]]:
     return [
-        row(strategy, "train fwd", forward, **changes), row(strategy, "fwd+bwd", total, **changes)
-    ]  # fmt: skip
+        row(strategy, "train fwd", forward, **changes),
+        row(strategy, "fwd+bwd", total, **changes),
+    ]
 
 
 @pytest.fixture
@@ -56,7 +75,7 @@ def on_an_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: list[dict], out: Path) -> None:
     csv = tmp_path / "operators.csv"
     csv.unlink(missing_ok=True)
-    harness.append_rows(csv, harness.OPERATOR_COLUMNS, rows)
+    csv_rows.append_rows(csv, csv_rows.OPERATOR_COLUMNS, rows)
     monkeypatch.setattr(sys, "argv", ["measured", str(csv), "--out", str(out)])
     measured.main()
 
@@ -77,8 +96,11 @@ def test_the_cost_model_follows_the_rows(
 def test_rows_are_named_and_typed() -> None:
     (found,) = measured.convert([*both("fused", 0.1, 0.3), *both("split", 0.2, 0.3)]).values()
     assert [(r["strategy"], r["backward"]) for r in found] == [
-        ("fused", False), ("split", False), ("fused", True), ("split", True)
-    ]  # fmt: skip
+        ("fused", False),
+        ("split", False),
+        ("fused", True),
+        ("split", True),
+    ]
     for r in found:
         assert tuple(r) == measured.FIELDS
         assert (r["M"], r["K"], r["N"], r["rank"]) == (12608, 768, 2304, 16)
@@ -146,8 +168,11 @@ def test_other_devices_keep_their_rows(
 
 def test_the_benchmark_writes_the_modes_that_are_read() -> None:
     layer = ("tiny", 13, 17, 33, 3)
-    impls, modes = ["torch:split", "torch:merged"], list(operator_bench.MODES)
-    rows = operator_bench.bench_layer(layer, impls, modes, 3, torch.float32, "cpu", 3, False)
+    impls, modes = ["torch:split", "torch:merged"], list(operators.MODES)
+    peaks = roofline.Peaks(0.1, 20.0)
+    rows = operators.measure_layer(
+        "Tiny", layer, 3, peaks=peaks, impls=impls, modes=modes, rounds=3
+    )
     assert {measured.FORWARD, measured.BOTH} < set(modes)
     assert [r["mode"] for r in rows] == [mode for mode in modes for _ in range(3)]
     assert measured.convert(rows) == {}  # a CPU's

@@ -28,8 +28,11 @@ def run(folder: Path, *arguments: str, fails: str = "") -> subprocess.CompletedP
     environment = {"PATH": "", "FAILS": fails, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, "-p", "no:xdist", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_every_test_runs_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import peers, whole_model
-from benchmarks.harness import WHOLE_MODEL_COLUMNS
+from benchmarks.lib.rows import WHOLE_MODEL_COLUMNS
 from benchmarks.peers import Peer
 
 RANK = 3
@@ -36,9 +36,10 @@ def test_a_peer_computes_its_method_s_function(
     theirs = peers.build(name, base, RANK)
     assert sorted(ours.factors) == sorted(theirs.factors)
     for own, other in zip(
-        whole_model.results(ours, *batch, None), whole_model.results(theirs, *batch, None),
+        whole_model.results(ours, *batch, None),
+        whole_model.results(theirs, *batch, None),
         strict=True,
-    ):  # fmt: skip
+    ):
         assert own.norm() > 0
         torch.testing.assert_close(other, own, rtol=1e-9, atol=1e-11)
 
@@ -51,9 +52,10 @@ def test_the_eager_formula_runs_every_method(
     eager = peers.build(method, base, RANK, formula=peers.factored)
     assert not any(type(m).__name__ == "FusedEFFTLinear" for m in eager.model.modules())
     for own, other in zip(
-        whole_model.results(ours, *batch, None), whole_model.results(eager, *batch, None),
+        whole_model.results(ours, *batch, None),
+        whole_model.results(eager, *batch, None),
         strict=True,
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(other, own, rtol=1e-9, atol=1e-11)
 
 

@@ -8,30 +8,69 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import check, harness, operator_sweep, peers, plots, roofline, tables
+from benchmarks import check, peers, plots, roofline, tables
+from benchmarks import operators as operator_bench
+from benchmarks.lib import operands
+from benchmarks.lib import rows as csv_rows
+from benchmarks.lib.shapes import models
 
 CPU = "Some Processor, 2 threads"
 
 
 def whole_row(impl: str, ratio: float, **changes: Any) -> dict[str, Any]:
-    row = dict.fromkeys(harness.WHOLE_MODEL_COLUMNS, "")
-    return row | {
-        "model": "vit_small_patch16_224", "impl": impl, "dtype": "float32", "batch": "8",
-        "r": "16", "rounds": "9", "ms_p20": "90", "ms_p50": "100", "ms_p80": "120",
-        "ratio_to_floor": str(ratio), "ratio_p20": str(ratio - 0.01),
-        "ratio_p80": str(ratio + 0.01), "saved_mib": "12.5", "trainable": "1234",
-        "device": CPU, "torch": "2.11", "commit": "abc1234", "timestamp": "2026-01-01T00:00:00",
-    } | changes  # fmt: skip
+    row = dict.fromkeys(csv_rows.WHOLE_MODEL_COLUMNS, "")
+    return (
+        row
+        | {
+            "model": "vit_small_patch16_224",
+            "impl": impl,
+            "dtype": "float32",
+            "batch": "8",
+            "r": "16",
+            "rounds": "9",
+            "ms_p20": "90",
+            "ms_p50": "100",
+            "ms_p80": "120",
+            "ratio_to_floor": str(ratio),
+            "ratio_p20": str(ratio - 0.01),
+            "ratio_p80": str(ratio + 0.01),
+            "saved_mib": "12.5",
+            "trainable": "1234",
+            "device": CPU,
+            "torch": "2.11",
+            "commit": "abc1234",
+            "timestamp": "2026-01-01T00:00:00",
+        }
+        | changes
+    )
 
 
 def operator_row(impl: str, strategy: str, ratio: float, **changes: Any) -> dict[str, Any]:
-    row = dict.fromkeys(harness.OPERATOR_COLUMNS, "")
-    return row | {
-        "op": "ViT-S/16 qkv", "impl": impl, "strategy": strategy, "mode": "fwd+bwd",
-        "dtype": "float32", "M": "197", "K": "384", "N": "1152", "G": "3", "r": "16",
-        "ms_p50": "1", "tflops": "0.05", "gbps": "2", "ratio_to_linear": str(ratio),
-        "device": CPU, "torch": "2.11", "commit": "abc1234", "timestamp": "2026-01-01T00:00:00",
-    } | changes  # fmt: skip
+    row = dict.fromkeys(csv_rows.OPERATOR_COLUMNS, "")
+    return (
+        row
+        | {
+            "op": "ViT-S/16 qkv",
+            "impl": impl,
+            "strategy": strategy,
+            "mode": "fwd+bwd",
+            "dtype": "float32",
+            "M": "197",
+            "K": "384",
+            "N": "1152",
+            "G": "3",
+            "r": "16",
+            "ms_p50": "1",
+            "tflops": "0.05",
+            "gbps": "2",
+            "ratio_to_linear": str(ratio),
+            "device": CPU,
+            "torch": "2.11",
+            "commit": "abc1234",
+            "timestamp": "2026-01-01T00:00:00",
+        }
+        | changes
+    )
 
 
 @pytest.fixture
@@ -61,7 +100,7 @@ def operators() -> list[dict[str, Any]]:
 def test_peaks_are_measured_and_read_back_from_their_rows() -> None:
     peaks = roofline.Peaks(tflops=0.1, gbps=20.0)
     rows = roofline.peak_rows(peaks, torch.float32, "cpu")
-    assert all(tuple(row) == harness.OPERATOR_COLUMNS for row in rows)
+    assert all(tuple(row) == csv_rows.OPERATOR_COLUMNS for row in rows)
     assert roofline.peaks_of(rows) == peaks
     assert roofline.peaks_of(rows[:1]) is None
     assert peaks.attainable_tflops(1.0) == pytest.approx(0.02)
@@ -70,12 +109,16 @@ def test_peaks_are_measured_and_read_back_from_their_rows() -> None:
 
 
 def test_a_sweep_writes_gated_rows_for_every_mode() -> None:
-    rows = operator_sweep.sweep_layer(
-        "Tiny", ("qkv", 13, 17, 33, 3), 5, peaks=roofline.Peaks(0.1, 20.0), seconds=0.0,
+    rows = operator_bench.measure_layer(
+        "Tiny",
+        ("qkv", 13, 17, 33, 3),
+        5,
+        peaks=roofline.Peaks(0.1, 20.0),
+        seconds=0.0,
         impls=("torch:split", "torch:merged"),
-    )  # fmt: skip
+    )
     assert len(rows) == 9 and all(tuple(sorted(r)) == tuple(sorted(rows[0])) for r in rows)
-    assert set(rows[0]) == set(harness.OPERATOR_COLUMNS)
+    assert set(rows[0]) == set(csv_rows.OPERATOR_COLUMNS)
     for row in rows:
         assert float(row["ms_p50"]) > 0 and float(row["err_ratio"]) <= 2
         if row["impl"] == "F.linear":
@@ -83,23 +126,28 @@ def test_a_sweep_writes_gated_rows_for_every_mode() -> None:
 
 
 def test_a_wrong_implementation_gets_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = operator_sweep.forward_of
+    real = operands.forward_of
 
     def wrong(impl: str, o: Any) -> Any:
         return (lambda: real("torch:split", o)() * 1.01) if impl == "wrong" else real(impl, o)
 
-    monkeypatch.setattr(operator_sweep, "forward_of", wrong)
-    rows = operator_sweep.sweep_layer(
-        "Tiny", ("proj", 13, 17, 11, 1), 5, peaks=roofline.Peaks(0.1, 20.0), seconds=0.0,
-        impls=("wrong", "torch:split"), modes=("fwd",),
-    )  # fmt: skip
+    monkeypatch.setattr(operands, "forward_of", wrong)
+    rows = operator_bench.measure_layer(
+        "Tiny",
+        ("proj", 13, 17, 11, 1),
+        5,
+        peaks=roofline.Peaks(0.1, 20.0),
+        seconds=0.0,
+        impls=("wrong", "torch:split"),
+        modes=("fwd",),
+    )
     assert [row["impl"] for row in rows] == ["F.linear", "torch"]
 
 
 def test_every_layer_and_rank_is_in_the_sweep() -> None:
-    models = operator_sweep.all_models(1)
-    assert list(models)[:2] == ["ViT-Ti/16", "ViT-S/16"]
-    todo = operator_sweep.cases(list(models), operator_sweep.RANKS, 1)
+    names = list(models(1))
+    assert names[:2] == ["ViT-Ti/16", "ViT-S/16"]
+    todo = operator_bench.cases(names, operator_bench.RANKS, 1)
     assert {rank for model, _, rank in todo if model == "ViT-B/16"} == {4, 8, 16, 32, 64}
     assert {rank for model, _, rank in todo if model == "Swin-B"} == {4, 16, 64}
 
@@ -131,8 +179,8 @@ def test_readme_shows_what_the_csvs_give() -> None:
     readme = tables.README.read_text()
     if tables.BEGIN not in readme:
         pytest.skip("README has no benchmark markers")
-    whole = harness.read_rows(harness.WHOLE_MODEL_CSV)
-    operators = harness.read_rows(harness.OPERATORS_CSV)
+    whole = csv_rows.read_rows(csv_rows.WHOLE_MODEL_CSV)
+    operators = csv_rows.read_rows(csv_rows.OPERATORS_CSV)
     section = tables.readme_section(whole, operators)
     assert tables.with_section(readme, section) == readme, "README is stale: run `make tables`"
 
@@ -143,18 +191,28 @@ def test_pictures_come_from_rows_alone(
     paths = plots.draw(operators, whole, tmp_path)
     names = {path.name for path in paths}
     for name in plots.PICTURES:
-        for suffix in ("png", "svg"):
-            assert f"{name}-some-processor-2-threads.{suffix}" in names
+        assert f"{name}-some-processor-2-threads.png" in names
     assert all(path.stat().st_size > 1000 for path in paths)
     assert plots.draw([], [], tmp_path) == []
+
+
+def test_a_picture_can_be_drawn_to_be_edited(
+    tmp_path: Path, operators: list[dict[str, Any]]
+) -> None:
+    drawn = plots.draw(operators, [], tmp_path / "first", "svg")
+    again = plots.draw(operators, [], tmp_path / "second", "svg")
+    assert {path.suffix for path in drawn} == {".svg"}
+    assert [path.read_bytes() for path in drawn] == [path.read_bytes() for path in again]
 
 
 def test_the_gate_fails_beyond_its_band_and_only_for_this_package() -> None:
     committed = [whole_row("EFFT2", 1.10), whole_row("PEFT LoRA", 1.20)]
     fresh = [
-        whole_row(peers.FLOOR, 1.0), whole_row("EFFT2", 1.30), whole_row("PEFT LoRA", 1.9),
+        whole_row(peers.FLOOR, 1.0),
+        whole_row("EFFT2", 1.30),
+        whole_row("PEFT LoRA", 1.9),
         whole_row("LoRA", 1.2),
-    ]  # fmt: skip
+    ]
     ours, peft = check.compare(fresh, committed)
     assert (ours.impl, peft.impl) == ("EFFT2", "PEFT LoRA")
     assert ours.slower(0.10) and not ours.slower(0.20)

@@ -8,48 +8,49 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks.lib import operands, timing
+from benchmarks.lib import rows as csv_rows
 
 
 def test_every_call_runs_once_in_each_round() -> None:
     ran: list[str] = []
     calls = {name: (lambda name=name: ran.append(name)) for name in ("a", "b", "c")}
-    timings = harness.interleave(calls, seconds=0.0, fewest_rounds=4, warm_ups=0)
+    timings = timing.interleave(calls, seconds=0.0, fewest_rounds=4, warm_ups=0)
     assert timings.rounds == 4 and len(ran) == 12
     for start in range(0, 12, 3):
         assert sorted(ran[start : start + 3]) == ["a", "b", "c"]
 
 
 def test_rounds_stop_at_the_most() -> None:
-    timings = harness.interleave({"a": lambda: None}, seconds=60.0, most_rounds=7)
+    timings = timing.interleave({"a": lambda: None}, seconds=60.0, most_rounds=7)
     assert timings.rounds == 7
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
-    timings = harness.Timings({"own": [2.0, 20.0, 6.0], "floor": [1.0, 10.0, 2.0]})
+    timings = timing.Timings({"own": [2.0, 20.0, 6.0], "floor": [1.0, 10.0, 2.0]})
     assert timings.ratio("own", "floor").p50 == 2.0
-    assert timings.ratio("floor", "floor") == harness.Spread(1.0, 1.0, 1.0)
+    assert timings.ratio("floor", "floor") == timing.Spread(1.0, 1.0, 1.0)
 
 
 def test_a_spread_is_its_sample_s_percentiles() -> None:
-    spread = harness.Spread.of([float(i) for i in range(11)])
+    spread = timing.Spread.of([float(i) for i in range(11)])
     assert (spread.p20, spread.p50, spread.p80) == (2.0, 5.0, 8.0)
-    assert harness.Spread.of([3.0]) == harness.Spread(3.0, 3.0, 3.0)
+    assert timing.Spread.of([3.0]) == timing.Spread(3.0, 3.0, 3.0)
 
 
 def test_rows_are_only_ever_appended(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rows.csv"
-    harness.append_rows(path, ("a", "b"), [{"a": 1, "b": 2}])
+    csv_rows.append_rows(path, ("a", "b"), [{"a": 1, "b": 2}])
     before = path.read_text()
-    harness.append_rows(path, ("a", "b"), [{"a": 3}])
+    csv_rows.append_rows(path, ("a", "b"), [{"a": 3}])
     assert path.read_text() == before + "3,\n"
-    assert harness.read_rows(path) == [{"a": "1", "b": "2"}, {"a": "3", "b": ""}]
+    assert csv_rows.read_rows(path) == [{"a": "1", "b": "2"}, {"a": "3", "b": ""}]
     with pytest.raises(ValueError, match="must have the columns"):
-        harness.append_rows(path, ("a", "c"), [{"a": 1, "c": 2}])
+        csv_rows.append_rows(path, ("a", "c"), [{"a": 1, "c": 2}])
 
 
 def test_no_file_has_no_rows(tmp_path: Path) -> None:
-    assert harness.read_rows(tmp_path / "none.csv") == []
+    assert csv_rows.read_rows(tmp_path / "none.csv") == []
 
 
 def test_the_newest_row_of_each_key_counts() -> None:
@@ -59,7 +60,7 @@ def test_the_newest_row_of_each_key_counts() -> None:
         {"op": "a", "timestamp": "2026-01-03", "v": 3},
         {"op": "a", "timestamp": "2026-01-01", "v": 4},
     ]
-    assert [row["v"] for row in harness.newest(rows, ("op",))] == [3, 2]
+    assert [row["v"] for row in csv_rows.newest(rows, ("op",))] == [3, 2]
 
 
 def test_rows_of_an_earlier_run_do_not_stand_beside_those_of_the_last() -> None:
@@ -70,21 +71,21 @@ def test_rows_of_an_earlier_run_do_not_stand_beside_those_of_the_last() -> None:
         {"op": "a", "impl": "x", "commit": "2", "timestamp": "4", "v": 4},
         {"op": "a", "impl": "new", "commit": "2", "timestamp": "5", "v": 5},
     ]
-    assert [row["v"] for row in harness.last_comparisons(rows, ("op", "impl"))] == [4, 3, 5]
+    assert [row["v"] for row in csv_rows.last_comparisons(rows, ("op", "impl"))] == [4, 3, 5]
 
 
 def test_the_error_budget_is_plain_torch_s_own_error() -> None:
     exact = torch.ones(4, dtype=torch.float64)
     plain = torch.ones(4) + 1e-3
-    assert harness.worst_error([torch.ones(4) + 2e-3], [plain], [exact]) == pytest.approx(2, 1e-3)
+    assert operands.worst_error([torch.ones(4) + 2e-3], [plain], [exact]) == pytest.approx(2, 1e-3)
     # An exact torch result leaves half an ulp.
-    assert harness.worst_error([torch.ones(4) + 1e-3], [torch.ones(4)], [exact]) > 1e3
+    assert operands.worst_error([torch.ones(4) + 1e-3], [torch.ones(4)], [exact]) > 1e3
     nan = torch.full((4,), float("nan"))
-    assert math.isnan(harness.worst_error([nan, torch.ones(4)], [plain, plain], [exact, exact]))
+    assert math.isnan(operands.worst_error([nan, torch.ones(4)], [plain, plain], [exact, exact]))
 
 
 def test_provenance_names_where_and_when() -> None:
-    where = harness.provenance("cpu", ("timm",))
-    assert harness.is_cpu(where["device"]) and where["timm"] and where["commit"]
+    where = csv_rows.provenance("cpu", ("timm",))
+    assert csv_rows.is_cpu(where["device"]) and where["timm"] and where["commit"]
     assert where["timestamp"].endswith("+00:00")
-    assert not harness.is_cpu("NVIDIA H200")
+    assert not csv_rows.is_cpu("NVIDIA H200")

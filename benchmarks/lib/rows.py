@@ -1,22 +1,11 @@
-"""What every benchmark here shares: interleaved rounds, where and with what they ran, and the CSVs.
-
-Times are taken in rounds: in each round every candidate runs once, so whatever else the machine is
-doing falls on all of them, and the ratio of two of them is taken within a round before the median
-over the rounds.
-"""
+"""The CSVs of benchmarks/results: columns, where and with what rows were measured, which count."""
 
 from __future__ import annotations
 
 import csv
-import gc
-import math
 import platform
-import random
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,101 +14,30 @@ from typing import Any
 
 import torch
 
-from .operator_bench import COLUMNS, Timer
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 OPERATORS_CSV = RESULTS / "operators.csv"
 WHOLE_MODEL_CSV = RESULTS / "whole_model.csv"
+# The last columns of every CSV: `provenance`.
+PROVENANCE = "device torch triton cuda commit timestamp"
 
-OPERATOR_COLUMNS = COLUMNS
-WHOLE_MODEL_COLUMNS = (
-    "model", "impl", "dtype", "batch", "r", "rounds", "ms_p20", "ms_p50", "ms_p80",
-    "ratio_to_floor", "ratio_p20", "ratio_p80", "saved_mib", "peak_mem_mb", "trainable",
-    "loss", "err_ratio", "device", "torch", "timm", "peft", "triton", "cuda", "commit", "timestamp",
-)  # fmt: skip
+
+def columns(names: str) -> tuple[str, ...]:
+    """A CSV's columns from their names, separated by spaces."""
+    return tuple(names.split())
+
+
+OPERATOR_COLUMNS = columns(
+    "op impl strategy mode dtype M K N G r ms_p20 ms_p50 ms_p80 tflops gbps roofline_frac"
+    f" ratio_to_linear peak_mem_mb err_ratio {PROVENANCE}"
+)
+WHOLE_MODEL_COLUMNS = columns(
+    "model impl dtype batch r rounds ms_p20 ms_p50 ms_p80 ratio_to_floor ratio_p20 ratio_p80"
+    " saved_mib peak_mem_mb trainable loss err_ratio device torch timm peft triton cuda commit"
+    " timestamp"
+)
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The 20th, 50th and 80th percentile of a sample."""
-
-    p20: float
-    p50: float
-    p80: float
-
-    @classmethod
-    def of(cls, sample: Sequence[float]) -> Spread:
-        if len(sample) == 1:
-            return cls(sample[0], sample[0], sample[0])
-        deciles = statistics.quantiles(sample, n=10, method="inclusive")
-        return cls(deciles[1], deciles[4], deciles[7])
-
-
-@dataclass
-class Timings:
-    """Milliseconds of every candidate in every round, by name."""
-
-    ms: dict[str, list[float]]
-
-    @property
-    def rounds(self) -> int:
-        return min(len(sample) for sample in self.ms.values())
-
-    def time(self, name: str) -> Spread:
-        return Spread.of(self.ms[name])
-
-    def ratio(self, name: str, floor: str) -> Spread:
-        """Of a candidate's time to the floor's in the same round."""
-        pairs = zip(self.ms[name], self.ms[floor], strict=True)
-        return Spread.of([own / floor_ms for own, floor_ms in pairs])
-
-
-def interleave(
-    calls: Mapping[str, Callable[[], object]],
-    *,
-    seconds: float,
-    device: str = "cpu",
-    graphs: bool = False,
-    most_rounds: int = 200,
-    fewest_rounds: int = 5,
-    warm_ups: int = 1,
-) -> Timings:
-    """Time `calls` in rounds until `seconds` have passed; the order within a round is random.
-
-    Args:
-        calls: name → the call to time.
-        seconds: the budget; at least `fewest_rounds` and at most `most_rounds` are run.
-        device: "cpu" (the clock) or "cuda" (events, with the L2 cache flushed before each call).
-        graphs: on a GPU, time replays of captured graphs rather than the calls themselves.
-        warm_ups: how often each call runs before the first round.
-    """
-    timer = Timer(device, eager=not graphs)
-    if device == "cuda" and graphs:
-        calls = {name: timer.prepare(call) for name, call in calls.items()}
-    for call in calls.values():
-        for _ in range(warm_ups):
-            call()
-    order = list(calls)
-    shuffler = random.Random(0)
-    timings = Timings({name: [] for name in calls})
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        while timings.rounds < fewest_rounds or (
-            timings.rounds < most_rounds and time.perf_counter() - start < seconds
-        ):
-            shuffler.shuffle(order)
-            for name in order:
-                timings.ms[name].append(timer.time(calls[name]))
-    finally:
-        if was_enabled:
-            gc.enable()
-    return timings
 
 
 def device_kind(device: str) -> str:
@@ -207,8 +125,10 @@ def committed_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV as committed in HEAD."""
     run = subprocess.run(
         ["git", "show", f"HEAD:{path.relative_to(ROOT).as_posix()}"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     return list(csv.DictReader(run.stdout.splitlines())) if run.returncode == 0 else []
 
 
@@ -236,21 +156,3 @@ def last_comparisons(rows: Iterable[Row], key: Sequence[str]) -> list[Row]:
 
 def _time_of(row: Row) -> str:
     return str(row["timestamp"])
-
-
-def worst_error(
-    got: Sequence[torch.Tensor], plain: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
-) -> float:
-    """The largest error of `got` over that of plain torch, both against float64; at most 2 passes.
-
-    Plain torch's error counts as at least half an ulp of the exact value's norm. A NaN stays.
-    """
-    ratios = []
-    for value, torch_value, truth in zip(got, plain, exact, strict=True):
-        budget = max(
-            float((torch_value.double() - truth).norm()),
-            float(truth.norm()) * torch.finfo(value.dtype).eps / 2,
-            torch.finfo(torch.float64).tiny,
-        )
-        ratios.append(float((value.double() - truth).norm()) / budget)
-    return math.nan if any(map(math.isnan, ratios)) else max(ratios)

@@ -1,6 +1,6 @@
 """A batch of several tasks in one forward (`AdapterSet.tasks`) against looping over the tasks.
 
-    python -m benchmarks.tasks
+    python -m benchmarks.mixed_batch
 
 ViT-S/16, inference, EFFT2; the floor is the same batch with a single task. Rows are written only if
 the mixed forward gives each row what its own adapter gives alone.
@@ -18,14 +18,14 @@ from rich.table import Table
 
 from efft_kernels import EFFT2, AdapterSet, attach
 
-from .harness import RESULTS, append_rows, interleave, provenance
+from .lib.rows import PROVENANCE, RESULTS, append_rows, columns, provenance
+from .lib.timing import interleave
 
-TASKS_CSV = RESULTS / "tasks.csv"
-COLUMNS = (
-    "model", "impl", "tasks", "batch", "r", "ms_p20", "ms_p50", "ms_p80", "ratio_to_loop_p20",
-    "ratio_to_loop", "ratio_to_loop_p80", "max_abs_error", "device", "torch", "triton", "cuda",
-    "commit", "timestamp",
-)  # fmt: skip
+MIXED_BATCH_CSV = RESULTS / "mixed_batch.csv"
+COLUMNS = columns(
+    "model impl tasks batch r ms_p20 ms_p50 ms_p80 ratio_to_loop_p20 ratio_to_loop "
+    f"ratio_to_loop_p80 max_abs_error {PROVENANCE}"
+)
 LOOP, MIXED, SINGLE = "loop over tasks", "mixed batch", "single task"
 
 
@@ -74,13 +74,21 @@ def measure(
         time, ratio = timings.time(name), timings.ratio(name, LOOP)
         rows.append(
             {
-                "model": model_name, "impl": name, "tasks": tasks, "batch": batch, "r": rank,
-                "ms_p20": round(time.p20, 1), "ms_p50": round(time.p50, 1),
-                "ms_p80": round(time.p80, 1), "ratio_to_loop_p20": round(ratio.p20, 3),
-                "ratio_to_loop": round(ratio.p50, 3), "ratio_to_loop_p80": round(ratio.p80, 3),
-                "max_abs_error": f"{error:.1e}", **provenance(device),
+                "model": model_name,
+                "impl": name,
+                "tasks": tasks,
+                "batch": batch,
+                "r": rank,
+                "ms_p20": round(time.p20, 1),
+                "ms_p50": round(time.p50, 1),
+                "ms_p80": round(time.p80, 1),
+                "ratio_to_loop_p20": round(ratio.p20, 3),
+                "ratio_to_loop": round(ratio.p50, 3),
+                "ratio_to_loop_p80": round(ratio.p80, 3),
+                "max_abs_error": f"{error:.1e}",
+                **provenance(device),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -92,14 +100,18 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=TASKS_CSV)
+    parser.add_argument("--out", type=Path, default=MIXED_BATCH_CSV)
     arguments = parser.parse_args()
     table = Table("way", "tasks", "ms", "of the loop (p20 to p80)", title=arguments.model)
     for tasks in arguments.tasks:
         rows = measure(
-            arguments.model, tasks, arguments.batch, arguments.rank, arguments.seconds,
+            arguments.model,
+            tasks,
+            arguments.batch,
+            arguments.rank,
+            arguments.seconds,
             arguments.device,
-        )  # fmt: skip
+        )
         append_rows(arguments.out, COLUMNS, rows)
         for row in rows:
             spread = f"{row['ratio_to_loop_p20']} to {row['ratio_to_loop_p80']}"
