@@ -8,7 +8,9 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from efft_kernels.testing.poison import poisoned_allocations
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
@@ -28,26 +30,10 @@ def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every fresh floating allocation holds NaN, so an element that is never written cannot
-    pass."""
-
-    def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return poisoned
-
-    for owner, name in (
-        (torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like"),
-        (torch, "empty_strided"),
-    ):  # fmt: skip
-        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
-    torch.use_deterministic_algorithms(True)  # also fills what torch's own operators allocate
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+def poisoned_memory() -> Iterator[None]:
+    """Every fresh floating allocation holds NaN."""
+    with poisoned_allocations():
+        yield
 
 
 @pytest.fixture
@@ -62,11 +48,9 @@ def make_vit() -> Callable[..., nn.Module]:
 
         torch.manual_seed(seed)
         kind = VisionTransformerDistilled if distilled else VisionTransformer
-        settings = {
-            "img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3,
-            "num_classes": 5,
-        }  # fmt: skip
-        model = kind(**(settings | options)).to(dtype)
+        sizes = {"img_size": 8, "patch_size": 4, "num_classes": 5}
+        sizes |= {"embed_dim": 12, "depth": 2, "num_heads": 3}
+        model = kind(**(sizes | options)).to(dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
