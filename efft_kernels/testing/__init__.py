@@ -1,0 +1,1 @@
+"""What tests, benchmarks and tools share. Nothing that runs a model imports it."""
