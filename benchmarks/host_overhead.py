@@ -234,9 +234,9 @@ def host_only() -> str | None:
 
     if find_spec("triton") is None:
         return "triton is not installed; there is no host code to time"
-    from efft_kernels.ops.backends.triton import tuning
+    from efft_kernels.ops.backends.triton import device
 
-    if tuning.INTERPRETED:
+    if device.INTERPRETED:
         return "TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to time"
     return None
 

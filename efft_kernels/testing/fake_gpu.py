@@ -16,7 +16,7 @@ from triton.runtime import JITFunction, driver
 
 from ..ops import dispatch, eager_entry
 from ..ops.backends import triton as backend
-from ..ops.backends.triton import launch_cache, tuning
+from ..ops.backends.triton import device, launch_cache, tuning
 
 # Triton keeps compiled kernels by device number; a new number for each fake GPU keeps them apart.
 _numbers = itertools.count(1000)
@@ -48,19 +48,19 @@ class FakeGpu:
     """As much of Triton's CUDA driver as compiling and launching ask for.
 
     Args:
-        device: what the GPU pretends to be.
+        properties: what the GPU pretends to be.
         record: keep every launch in `launches`. Without it a launch does nothing at all, which is
             what a measurement of host time wants.
     """
 
-    def __init__(self, device: tuning.Device, record: bool) -> None:
-        self.device = device
+    def __init__(self, properties: device.Device, record: bool) -> None:
+        self.properties = properties
         self.launches: list[Launch] = []
         self.stream = 0  # the current stream
-        self.target = GPUTarget("cuda", device.arch, 32)
+        self.target = GPUTarget("cuda", properties.arch, 32)
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (1, 1, 0, 0, 1024),  # module, function, ..., threads per block
-            get_device_properties=lambda _: {"max_shared_mem": device.smem_bytes},
+            get_device_properties=lambda _: {"max_shared_mem": properties.smem_bytes},
         )
         self._number = next(_numbers)
         self._record = record
@@ -96,7 +96,7 @@ def fake_gpu(
 
     Args:
         arch: compute capability, 10 * major + minor: 80, 90, 100 or another of
-            `tuning.SMEM_BYTES`.
+            `device.SMEM_BYTES`.
         multiprocessors: their number; the default is an H200's.
         record: as `FakeGpu`.
 
@@ -107,16 +107,16 @@ def fake_gpu(
         ValueError: an unknown arch.
         RuntimeError: the kernels are interpreted (TRITON_INTERPRET), so nothing is compiled.
     """
-    if tuning.INTERPRETED:
+    if device.INTERPRETED:
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    if arch not in tuning.SMEM_BYTES:
-        raise ValueError(f"arch must be one of {sorted(tuning.SMEM_BYTES)}, got {arch}")
-    device = tuning.Device("pretended", arch, multiprocessors, tuning.SMEM_BYTES[arch])
-    gpu = FakeGpu(device, record)
+    if arch not in device.SMEM_BYTES:
+        raise ValueError(f"arch must be one of {sorted(device.SMEM_BYTES)}, got {arch}")
+    properties = device.Device("pretended", arch, multiprocessors, device.SMEM_BYTES[arch])
+    gpu = FakeGpu(properties, record)
     with ExitStack() as stack:
         for owner, name, value in (
             (driver, "_active", gpu),
-            (tuning, "device", lambda index: device),
+            (device, "properties", lambda index: properties),
             (backend, "unavailable", lambda: None),
             (backend, "rejects", lambda x: None),
         ):
@@ -131,5 +131,4 @@ def _forget() -> None:
     dispatch._load.cache_clear()
     eager_entry.forget_choices()
     launch_cache.forget()
-    for cached in (tuning._gemm_config, tuning._pass_config):
-        cached.cache_clear()
+    tuning.forget()

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from efft_kernels.ops.backends import triton as backend
-from efft_kernels.ops.backends.triton import tuning
+from efft_kernels.ops.backends.triton import device
 
-if tuning.INTERPRETED:
+if device.INTERPRETED:
     pytest.skip("the kernels are interpreted", allow_module_level=True)
 
 from efft_kernels.testing.fake_gpu import fake_gpu
@@ -48,7 +48,7 @@ def test_the_backend_is_as_before_afterwards():
     before = backend.unavailable()
     with fake_gpu(90):
         assert backend.unavailable() is None
-        assert tuning.multiprocessors(0) == 132
+        assert device.multiprocessors(0) == 132
     assert backend.unavailable() == before
 
 

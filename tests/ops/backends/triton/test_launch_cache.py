@@ -14,14 +14,14 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
-from efft_kernels.ops.backends.triton import launch_cache, tuning  # noqa: E402
+from efft_kernels.ops.backends.triton import configs, device, launch_cache, tuning  # noqa: E402
 from efft_kernels.ops.backends.triton.gemm import launch_gemm  # noqa: E402
 from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
 from efft_kernels.ops.functional import low_rank_linear  # noqa: E402
 from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
 from tools import compile_triton  # noqa: E402
 
-pytestmark = pytest.mark.skipif(tuning.INTERPRETED, reason="the kernels are interpreted")
+pytestmark = pytest.mark.skipif(device.INTERPRETED, reason="the kernels are interpreted")
 NEEDS = (True, False, False, True, True, True)
 
 
@@ -182,10 +182,10 @@ def test_a_pointer_off_16_bytes_gets_a_kernel_of_its_own(gpu):
 
 
 def test_a_persistent_config_has_a_program_per_multiprocessor(gpu):
-    config = tuning.persistent_candidates(90, "half", 16, True)[0]
+    config = configs.persistent_candidates(90, "half", 16, True)[0]
     plans: launch_cache.Plans = {}
     w = torch.ones(64, 512, dtype=torch.bfloat16)
-    for rows, programs in ((128, 2), (128 * 200, gpu.device.multiprocessors)):
+    for rows, programs in ((128, 2), (128 * 200, gpu.properties.multiprocessors)):
         plans.clear()
         gemm(torch.ones(rows, 64, dtype=torch.bfloat16), w, plans, config)
         assert gpu.launches[-1].grid == (programs, 1, 1)
@@ -194,28 +194,26 @@ def test_a_persistent_config_has_a_program_per_multiprocessor(gpu):
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
 @pytest.mark.parametrize("ride", [True, False])
 def test_persistent_candidates_fit(rank, ride):
-    found = tuning.persistent_candidates(90, "half", rank, ride)
+    found = configs.persistent_candidates(90, "half", rank, ride)
     assert found
     for config in found:
         assert config.persistent and config.tma and config.num_stages >= 2
-        assert tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= tuning.SMEM_BYTES[90]
+        assert configs.gemm_smem_bytes(config, rank, 2, 2, ride) <= device.SMEM_BYTES[90]
 
 
 def test_a_measured_row_may_be_persistent(gpu, monkeypatch, tmp_path):
     import json
 
     row = [128, 256, 64, 8, 8, 3, 1, 1]
-    key = tuning.gemm_key(2304, 768, 16, "half", True)
+    key = configs.gemm_key(2304, 768, 16, "half", True)
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"device": gpu.device.name, "rows": {key: {"14": row}}}))
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
-    for cached in (tuning._gemm_config, tuning._tables):
-        cached.cache_clear()
+    path.write_text(json.dumps({"device": gpu.properties.name, "rows": {key: {"14": row}}}))
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
+    tuning.forget()
     shape = {"wide": False, "aligned": True, "ride": True, "slice_c": 2304, "index": 0}
     found = tuning.gemm_config(12608, 2304, 768, 16, torch.bfloat16, **shape)
     assert list(found) == row and found.persistent == 1
-    for cached in (tuning._gemm_config, tuning._tables):
-        cached.cache_clear()
+    tuning.forget()
 
 
 def test_only_so_many_calls_are_remembered(monkeypatch):
