@@ -44,7 +44,7 @@ if not torch.cuda.is_available():
     sys.exit("gpu_check.sh needs a CUDA device; torch sees none")
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__)
 PY
-device=$("$python" -c 'from efft_kernels.ops.backends.triton import tuning; print(tuning.device(None).name)') || exit 1
+device=$("$python" -c 'from efft_kernels.ops.backends.triton import device; print(device.properties(None).name)') || exit 1
 tuned=$results/$device.json
 
 # The strategies of the CUDA C++ backend, as the benchmark names them; none where it is not built.

@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -34,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efft_kernels.ops import dispatch, eager_entry
 from efft_kernels.ops.backends import triton as backend
 from efft_kernels.ops.functional import low_rank_linear
 
@@ -43,7 +41,7 @@ from .lib.shapes import Layer, models
 
 COLUMNS = columns(
     "op strategy factors part M K N G r launches kernels_us triton_us operator_us floor_us "
-    f"{PROVENANCE}"
+    + PROVENANCE
 )
 NEEDS = (True, False, False, True, True, True)
 STRATEGIES = ("fused", "split")
@@ -68,65 +66,16 @@ class Launches:
         return a.new_empty((a.shape[0], weight.shape[0]))
 
 
-class FakeDriver:
-    """As much of an H200's driver as `JITFunction.run` asks for; its launches do nothing."""
-
-    def __init__(self) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", 90, 32)
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (1, 1, 0, 0, 1024),
-            get_device_properties=lambda _: {"max_shared_mem": 227 * 1024},
-        )
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def launcher_cls(self, *_: Any) -> Callable[..., None]:
-        return lambda *args: None
-
-
-@contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """The Triton backend takes CPU tensors and chooses block shapes as on an H200."""
-    from efft_kernels.ops.backends.triton import tuning
-
-    device = tuning.Device("pretended", 90, 132, 227 * 1024)
-    with (
-        mock.patch.object(backend, "unavailable", lambda: None),
-        mock.patch.object(backend, "rejects", lambda x: None),
-        mock.patch.object(tuning, "device", lambda index: device),
-    ):
-        forget_backends()
-        try:
-            yield
-        finally:
-            forget_backends()
-
-
-def forget_backends() -> None:
-    """Have the dispatcher ask anew what can run here."""
-    dispatch._load.cache_clear()
-    eager_entry.forget_choices()
-
-
 @contextmanager
 def no_launches(triton_too: bool) -> Iterator[Launches]:
     """Library products do nothing but count. Kernels are compiled for an H200 that is not there:
     their compiled form does nothing but count, with `triton_too`, or all but the launch itself.
     """
     from triton.compiler import CompiledKernel
-    from triton.runtime import driver
+
+    from efft_kernels.testing.fake_gpu import fake_gpu
 
     launches = Launches()
-    forget_plans()
     with ExitStack() as stack:
         for owner, name, stub in (
             (torch, "matmul", launches.matmul),
@@ -134,20 +83,12 @@ def no_launches(triton_too: bool) -> Iterator[Launches]:
             (F, "linear", launches.linear),
         ):
             stack.enter_context(mock.patch.object(owner, name, stub))
-        stack.enter_context(mock.patch.object(driver, "_active", FakeDriver()))
+        stack.enter_context(fake_gpu(90, 132, record=False))
         if triton_too:
             stack.enter_context(
                 mock.patch.object(CompiledKernel, "__getitem__", lambda self, grid: launches)
             )
         yield launches
-    forget_plans()
-
-
-def forget_plans() -> None:
-    """What the launchers remember belongs to the stubs it was made with."""
-    from efft_kernels.ops.backends.triton import launch_cache
-
-    launch_cache.forget()
 
 
 class _Floor(torch.autograd.Function):
@@ -217,30 +158,29 @@ def measure(layer: Layer, strategy: str, folded: bool, rank: int, repeats: int) 
 
     found: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
     calls = {"forward": forward, "backward": backward}
-    with pretended_gpu():
-        with no_launches(triton_too=True) as launches:
-            for part, call in calls.items():
-                call()
-                before = launches.count
-                call()
-                found[part]["launches"] = launches.count - before
-                found[part]["kernels_us"] = least_us(call, repeats)
-            for column, of in (
-                ("operator_us", through_operator),
-                ("floor_us", lambda: _Floor.apply(x, weight)),
-            ):
-                y, inputs = of(), wanted if column == "operator_us" else [x]
-                found["forward"][column] = least_us(of, repeats)
-                found["backward"][column] = least_us(
-                    lambda y=y, inputs=inputs: torch.autograd.grad(  # type: ignore[misc]
-                        y, inputs, dy, retain_graph=True
-                    ),
-                    repeats,
-                )
-        with no_launches(triton_too=False):
-            for part, call in calls.items():
-                call()
-                found[part]["triton_us"] = least_us(call, repeats)
+    with no_launches(triton_too=True) as launches:
+        for part, call in calls.items():
+            call()
+            before = launches.count
+            call()
+            found[part]["launches"] = launches.count - before
+            found[part]["kernels_us"] = least_us(call, repeats)
+        for column, of in (
+            ("operator_us", through_operator),
+            ("floor_us", lambda: _Floor.apply(x, weight)),
+        ):
+            y, inputs = of(), wanted if column == "operator_us" else [x]
+            found["forward"][column] = least_us(of, repeats)
+            found["backward"][column] = least_us(
+                lambda y=y, inputs=inputs: torch.autograd.grad(  # type: ignore[misc]
+                    y, inputs, dy, retain_graph=True
+                ),
+                repeats,
+            )
+    with no_launches(triton_too=False):
+        for part, call in calls.items():
+            call()
+            found[part]["triton_us"] = least_us(call, repeats)
     case = {
         "op": name,
         "strategy": strategy,
@@ -313,9 +253,9 @@ def host_only() -> str | None:
 
     if find_spec("triton") is None:
         return "triton is not installed; there is no host code to time"
-    from efft_kernels.ops.backends.triton import tuning
+    from efft_kernels.ops.backends.triton import device
 
-    if tuning.INTERPRETED:
+    if device.INTERPRETED:
         return "TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to time"
     return None
 

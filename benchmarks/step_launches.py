@@ -37,7 +37,7 @@ from efft_kernels import use_backend
 from efft_kernels.ops import cost_model, dispatch
 
 from . import peers
-from .host_overhead import FakeDriver, forget_plans, host_only, pretended_gpu
+from .host_overhead import host_only
 from .lib.rows import PROVENANCE, RESULTS, append_rows, columns, provenance
 from .whole_model import draw_batch, make_base
 
@@ -81,12 +81,11 @@ class Launches(TorchDispatchMode):
 def counted_kernels(launches: Launches) -> Iterator[None]:
     """Triton's kernels are compiled for an H200 and counted in the place of running."""
     from triton.compiler import CompiledKernel
-    from triton.runtime import driver
 
-    forget_plans()
+    from efft_kernels.testing.fake_gpu import fake_gpu
+
     with (
-        pretended_gpu(),
-        mock.patch.object(driver, "_active", FakeDriver()),
+        fake_gpu(90, 132, record=False),
         mock.patch.object(CompiledKernel, "__getitem__", lambda self, grid: launches.kernel),
         # The choice of strategy sees CPU tensors; it is to be the H200's.
         mock.patch.object(cost_model, "device_of", lambda _: cost_model.DEVICES["H200"]),
@@ -96,7 +95,6 @@ def counted_kernels(launches: Launches) -> Iterator[None]:
             yield
         finally:
             cost_model.choose.cache_clear()
-            forget_plans()
 
 
 def count(name: str, model: str, rank: int, autocast: bool) -> tuple[int, int]:

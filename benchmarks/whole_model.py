@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from efft_kernels.testing.error_budget import worst_ratio
 from efft_kernels.training.loop import saved_for_backward_mib
 
 from . import peers, tables
-from .lib.operands import worst_error
 from .lib.rows import WHOLE_MODEL_COLUMNS, WHOLE_MODEL_CSV, Row, append_rows, provenance
 from .lib.timing import Timings, interleave, peak_mem_mb
 from .peers import COMPILED, FLOOR, Peer
@@ -126,7 +126,7 @@ def error_ratios(
             peers.build(method, base, rank, formula=peers.factored), images, targets, amp
         )
         for peer in own:
-            ratios[peer.name] = worst_error(results(peer, images, targets, amp), plain, truth)
+            ratios[peer.name] = worst_ratio(results(peer, images, targets, amp), plain, truth)
     return ratios
 
 

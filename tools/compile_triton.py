@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from efft_kernels.ops.backends.triton import tuning
+from efft_kernels.ops.backends.triton import configs, device, tuning
 from efft_kernels.ops.backends.triton.factors import _fold_kernel, _merge_kernel
 from efft_kernels.ops.backends.triton.gemm import _low_rank_gemm_kernel
 from efft_kernels.ops.backends.triton.thin import _reduce_kernel, _tall_grad_kernel, _thin_kernel
@@ -155,7 +155,7 @@ def _kinds(dtype: str) -> tuple[tuple[str, str], ...]:
     return (("half", "ieee"),) if dtype != "fp32" else (("tf32", "tf32"), ("ieee", "ieee"))
 
 
-def _descriptor(dtype: str, config: tuning.GemmConfig, rows: int, columns: int) -> str | None:
+def _descriptor(dtype: str, config: configs.GemmConfig, rows: int, columns: int) -> str | None:
     return f"tensordesc<{dtype}[{rows}, {columns}]>" if config.tma else None
 
 
@@ -191,15 +191,15 @@ def _gemm_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
     for kind, precision in _kinds(dtype):
         for wide in (False, True) if kind == "half" else (False,):
             suffix = "-wide" if wide and aligned else "" if aligned else "-unaligned"
-            shipped = tuning.gemm_candidates(arch, f"{kind}{suffix}", rank)
+            shipped = configs.gemm_candidates(arch, f"{kind}{suffix}", rank)
             by_copy_engine = arch >= 90 and kind == "half" and aligned and not wide
             rides = (True, False) if kind != "ieee" or rank <= tuning.IEEE_RIDE_LIMIT else (False,)
             for ride in rides:
-                configs = shipped
+                tried = shipped
                 if by_copy_engine:
-                    configs += tuple(config._replace(tma=True) for config in shipped)
-                    configs += tuning.persistent_candidates(arch, kind, rank, ride)
-                for config in configs:
+                    tried += tuple(config._replace(tma=True) for config in shipped)
+                    tried += configs.persistent_candidates(arch, kind, rank, ride)
+                for config in tried:
                     for form in _FORMS:
                         if (form.float32 or form.transposed) and kind != "half":
                             continue
@@ -224,7 +224,7 @@ def _gemm_case(
     precision: str,
     wide: bool,
     ride: bool,
-    config: tuning.GemmConfig,
+    config: configs.GemmConfig,
     form: _Form,
 ) -> Case:
     pointer = _POINTER[dtype]
@@ -308,7 +308,7 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
         instruction = None if kind == "ieee" else f"HMMA|{TENSOR_CORE[arch]}"
         for grad, core, transposed in itertools.product((False, True), repeat=3):
             name = "thin_grad" if grad else "thin"
-            config = tuning.pass_defaults(name, arch, form, rank)
+            config = configs.pass_defaults(name, arch, form, rank)
             for factors in dict.fromkeys((pointer, "*fp32")):
                 in_place_only = core or transposed or factors != pointer
                 if rank > TRITON_IN_PLACE_RANK and in_place_only:
@@ -352,7 +352,7 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
                     unit=_units(core, transposed),
                     aligned=aligned,
                 )
-        config = tuning.pass_defaults("tall_grad", arch, form, rank)
+        config = configs.pass_defaults("tall_grad", arch, form, rank)
         yield _case(
             "tall_grad",
             f"{config.block_m}x{config.block_c}{suffix}",
@@ -552,13 +552,13 @@ def compile_case(case: Case) -> Report:
     if re.search(r"\b(LDL|STL)\b", sass):
         report.problems.append("register spills (LDL/STL)")
     # sm_86, sm_89 and sm_120 run sm_80's shapes too, with less shared memory.
-    limit = min(v for arch, v in tuning.SMEM_BYTES.items() if tuning.family(arch) == case.arch)
+    limit = min(v for arch, v in device.SMEM_BYTES.items() if device.family(arch) == case.arch)
     if report.smem_bytes > limit:
         report.problems.append(f"{report.smem_bytes} bytes of shared memory, limit {limit}")
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    if tensor_memory > tuning.TMEM_COLUMNS:
+    if tensor_memory > device.TMEM_COLUMNS:
         report.problems.append(
-            f"{tensor_memory} columns of tensor memory, limit {tuning.TMEM_COLUMNS}"
+            f"{tensor_memory} columns of tensor memory, limit {device.TMEM_COLUMNS}"
         )
     if case.instruction and not any(re.fullmatch(case.instruction, name) for name in mnemonics):
         report.problems.append(f"no {case.instruction} in the machine code")
@@ -613,7 +613,7 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    if tuning.INTERPRETED:
+    if device.INTERPRETED:
         sys.exit(
             "TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to compile"
         )

@@ -1,8 +1,6 @@
-"""Measure block shapes on the GPU at hand and write them where `tuning.py` finds them. Runs only on
-request.
+"""Measure block shapes on the GPU at hand and write them where `configs.py` finds them.
 
-    python -m tools.tune_triton [--images 64] [--rank 16] [--models ViT-B/16] [--out
-    FILE]
+    python -m tools.tune_triton [--images 64] [--rank 16] [--models ViT-B/16] [--out FILE]
 
 For every layer and pass the configs below are compiled, compared with the default's result, timed,
 and the fastest kept. Rows of an existing file are kept unless measured again; the file is replaced
@@ -13,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -29,15 +25,16 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.testing import do_bench
 
+from efft_kernels.atomic_files import replacing
 from efft_kernels.ops import cost_model
-from efft_kernels.ops.backends.triton import tuning
+from efft_kernels.ops.backends.triton import configs, device, tuning
+from efft_kernels.ops.backends.triton.configs import GemmConfig, PassConfig, gemm_smem_bytes
 from efft_kernels.ops.backends.triton.gemm import launch_gemm
 from efft_kernels.ops.backends.triton.launch_cache import Plans
 from efft_kernels.ops.backends.triton.thin import launch_tall_grad, launch_thin
-from efft_kernels.ops.backends.triton.tuning import GemmConfig, PassConfig
 
-# Beside the shipped candidates. Few, because each is compiled for two directions, with and without
-# P riding.
+# Tried with the shipped candidates. Few, because each is compiled for two directions, with and
+# without P in the loop.
 _GEMM_BLOCKS = (
     (128, 256, 64, 8, 8, 3),
     (128, 128, 64, 8, 8, 4),
@@ -52,30 +49,30 @@ Config = GemmConfig | PassConfig
 Rows = dict[str, dict[str, list[int]]]
 
 
-def gemm_space(dev: tuning.Device, rank: int, ride: bool, form: str) -> Iterator[GemmConfig]:
-    """The shipped configs and the grid's that fit shared memory, each by pointers and by the copy
-    engine; on sm_90 the shipped ones as persistent programs too.
+def gemm_space(dev: device.Device, rank: int, ride: bool, form: str) -> Iterator[GemmConfig]:
+    """The shipped configs and those above that fit shared memory, each with and without TMA; on
+    sm_90 the shipped ones as persistent programs too.
     """
     grid = (GemmConfig(*block) for block in _GEMM_BLOCKS)
-    for config in (*tuning.gemm_candidates(dev.arch, form, rank), *grid):
+    for config in (*configs.gemm_candidates(dev.arch, form, rank), *grid):
         accumulators = config.block_m * (config.block_c + (rank if ride else 0))
         registers = accumulators / (32 * config.num_warps)
-        if tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes and registers <= 160:
+        if gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes and registers <= 160:
             yield config
             if dev.arch >= 90:
                 yield config._replace(tma=True)
     if form == "half":
-        for config in tuning.persistent_candidates(dev.arch, form, rank, ride):
-            if tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes:
+        for config in configs.persistent_candidates(dev.arch, form, rank, ride):
+            if gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes:
                 yield config
 
 
 def pass_space(
-    kernel: str, m: int, c: int, rank: int, dev: tuning.Device, form: str
+    kernel: str, m: int, c: int, rank: int, dev: device.Device, form: str
 ) -> Iterator[PassConfig]:
-    """The shipped config and the grid's, the number of programs set by shape."""
+    """The shipped config and those above, the number of programs set by shape."""
     blocks = _TALL_GRAD_BLOCKS if kernel == "tall_grad" else _PASS_BLOCKS
-    shipped = tuning.pass_defaults(kernel, dev.arch, form, rank)
+    shipped = configs.pass_defaults(kernel, dev.arch, form, rank)
     grid = (PassConfig(rows, columns, 0, *rest) for rows, columns, *rest in blocks)
     for config in (shipped, *grid):
         programs = tuning.pass_programs(kernel, m, c, config, dev.multiprocessors)
@@ -83,12 +80,12 @@ def pass_space(
 
 
 def fastest(
-    configs: Iterator[Config], run: Callable[[Any], Tensor], deadline: float
+    candidates: Iterator[Config], run: Callable[[Any], Tensor], deadline: float
 ) -> tuple[Config, float] | None:
     """(config, milliseconds) of the fastest whose result agrees with the first one's."""
     best: tuple[Config, float] | None = None
     expected: Tensor | None = None
-    for config in dict.fromkeys(configs):
+    for config in dict.fromkeys(candidates):
         if time.monotonic() > deadline:
             break
         try:
@@ -168,7 +165,7 @@ def tune_layer(
     m: int, k: int, n: int, g: int, rank: int, dtype: torch.dtype, deadline: float
 ) -> Rows:
     """Measured rows {key: {M bucket: config}} of one layer's kernels, forward and backward."""
-    dev = tuning.device(None)
+    dev = device.properties(None)
     form = tuning.operand_form(dtype, False, True)
     x, dy = (torch.randn(m, c, device="cuda", dtype=dtype) for c in (k, n))
     weight = torch.randn(n, k, device="cuda", dtype=dtype) * k**-0.5
@@ -178,8 +175,8 @@ def tune_layer(
     p = torch.randn(m, rank, device="cuda", dtype=dtype)
     rows: Rows = {}
 
-    def keep(key: str, configs: Iterator[Config], run: Callable[[Any], Tensor]) -> None:
-        found = fastest(configs, run, deadline)
+    def keep(key: str, candidates: Iterator[Config], run: Callable[[Any], Tensor]) -> None:
+        found = fastest(candidates, run, deadline)
         if found is not None:
             config, ms = found
             rows[key] = {str(m.bit_length()): [int(value) for value in config]}
@@ -192,7 +189,9 @@ def tune_layer(
         ("tall_grad", k, partial(_run_tall_grad, x, p, {})),
     )
     for kernel, c, run in passes:
-        keep(tuning.pass_key(kernel, c, rank, form), pass_space(kernel, m, c, rank, dev, form), run)
+        keep(
+            configs.pass_key(kernel, c, rank, form), pass_space(kernel, m, c, rank, dev, form), run
+        )
     gemms: tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor], ...] = (
         (x, weight.t(), down, core, up),
         (dy, weight, b, None, down),
@@ -201,7 +200,7 @@ def tune_layer(
         for a, w, thin_in, cores, thin_out in gemms:
             riding = thin_in if ride else None
             keep(
-                tuning.gemm_key(w.shape[1], w.shape[0], rank, form, ride),
+                configs.gemm_key(w.shape[1], w.shape[0], rank, form, ride),
                 gemm_space(dev, rank, ride, form),
                 partial(_run_gemm, a, w, riding, cores, thin_out, p.clone(), {}),
             )
@@ -210,7 +209,7 @@ def tune_layer(
 
 def write(rows: Rows, path: Path) -> None:
     """Merge rows into the device's file, replaced in one step so that no reader sees half of it."""
-    name = tuning.device(None).name
+    name = device.properties(None).name
     table: dict[str, Any] = {"device": name, "rows": {}}
     if path.is_file():
         old = json.loads(path.read_text())
@@ -222,11 +221,8 @@ def write(rows: Rows, path: Path) -> None:
     table["torch"], table["triton"] = torch.__version__, triton.__version__
     table["timestamp"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
-    with os.fdopen(handle, "w") as file:
-        json.dump(table, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.replace(temporary, path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -263,7 +259,7 @@ def main() -> None:
         dtype = getattr(torch, arguments.dtype)
         for key, by_bucket in tune_layer(m, k, n, g, arguments.rank, dtype, deadline).items():
             rows.setdefault(key, {}).update(by_bucket)
-    out = arguments.out or tuning.FOLDER / f"{tuning.device(None).name}.json"
+    out = arguments.out or configs.FOLDER / f"{device.properties(None).name}.json"
     write(rows, out)
     print(f"{len(rows)} rows in {out}")
 

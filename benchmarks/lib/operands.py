@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efft_kernels import low_rank_linear, reference
+from efft_kernels.testing.error_budget import worst_ratio
 
 from .shapes import Layer
 
@@ -116,25 +116,9 @@ class Gate:
         Raises:
             RuntimeError, ValueError: the implementation cannot run here.
         """
-        return worst_error(_results(impl, self.operands), self.plain, self.exact)
+        return worst_ratio(_results(impl, self.operands), self.plain, self.exact)
 
 
 def _results(impl: str, o: Operands) -> list[Tensor]:
     y = forward_of(impl, o)()
     return [y.detach(), *torch.autograd.grad(y, (o.x, o.down, o.core, o.up), o.dy)]
-
-
-def worst_error(got: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest error of `got` over that of plain torch, both against float64; at most 2 passes.
-
-    Plain torch's error counts as at least half an ulp of the exact value's norm. A NaN stays.
-    """
-    ratios = []
-    for value, torch_value, truth in zip(got, plain, exact, strict=True):
-        budget = max(
-            float((torch_value.double() - truth).norm()),
-            float(truth.norm()) * torch.finfo(value.dtype).eps / 2,
-            torch.finfo(torch.float64).tiny,
-        )
-        ratios.append(float((value.double() - truth).norm()) / budget)
-    return math.nan if any(map(math.isnan, ratios)) else max(ratios)

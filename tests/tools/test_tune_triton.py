@@ -10,13 +10,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from efft_kernels.ops.backends.triton import tuning
+from efft_kernels.ops.backends.triton import configs, device
 from tools import tune_triton
 
-H200 = tuning.Device("NVIDIA_H200", 90, 132, 227 * 1024)
-B200 = tuning.Device("NVIDIA_B200", 100, 148, 227 * 1024)
-A100 = tuning.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
-RTX5090 = tuning.Device("NVIDIA_GeForce_RTX_5090", 120, 170, 99 * 1024)
+H200 = device.Device("NVIDIA_H200", 90, 132, 227 * 1024)
+B200 = device.Device("NVIDIA_B200", 100, 148, 227 * 1024)
+A100 = device.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
+RTX5090 = device.Device("NVIDIA_GeForce_RTX_5090", 120, 170, 99 * 1024)
 
 
 @pytest.mark.parametrize("ride", [True, False])
@@ -25,7 +25,7 @@ RTX5090 = tuning.Device("NVIDIA_GeForce_RTX_5090", 120, 170, 99 * 1024)
 def test_what_is_tried_fits_the_device(device, rank, ride):
     tried = list(tune_triton.gemm_space(device, rank, ride, "half"))
     for config in tried:
-        assert tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= device.smem_bytes
+        assert configs.gemm_smem_bytes(config, rank, 2, 2, ride) <= device.smem_bytes
     assert any(config.tma for config in tried) == (device.arch >= 90 and bool(tried))
     assert any(config.persistent for config in tried) == (device == H200)
 
@@ -33,13 +33,13 @@ def test_what_is_tried_fits_the_device(device, rank, ride):
 def test_the_shipped_choice_comes_first():
     """The others' results are compared with the first one's."""
     first = next(tune_triton.gemm_space(H200, 16, True, "half"))
-    assert first == tuning.gemm_candidates(90, "half", 16)[0]
+    assert first == configs.gemm_candidates(90, "half", 16)[0]
     assert not first.tma and not first.persistent
 
 
 def test_the_fastest_right_one_is_kept(monkeypatch, capsys):
     ms = {1: 0.5, 2: 0.1, 3: 0.3, 4: 0.05, 5: 0.01}
-    configs = [tuning.PassConfig(64, 64, programs, 4, 3) for programs in ms]
+    tried = [configs.PassConfig(64, 64, programs, 4, 3) for programs in ms]
 
     def run(config):
         if config.programs == 5:
@@ -52,14 +52,14 @@ def test_the_fastest_right_one_is_kept(monkeypatch, capsys):
 
     monkeypatch.setattr(tune_triton, "do_bench", timed)
     later = time.monotonic() + 60
-    assert tune_triton.fastest(iter(configs), run, later) == (configs[1], 0.1)
+    assert tune_triton.fastest(iter(tried), run, later) == (tried[1], 0.1)
     said = capsys.readouterr().err
     assert "wrong result" in said and "PassManager::run failed" in said
-    assert tune_triton.fastest(iter(configs), run, time.monotonic() - 1) is None
+    assert tune_triton.fastest(iter(tried), run, time.monotonic() - 1) is None
 
 
 def test_written_rows_join_those_of_the_same_device(monkeypatch, tmp_path):
-    monkeypatch.setattr(tuning, "device", lambda index: H200)
+    monkeypatch.setattr(device, "properties", lambda index: H200)
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"device": "NVIDIA_A100", "rows": {"other": {"14": [1]}}}))
     tune_triton.write({"a": {"14": [1, 1]}}, path)

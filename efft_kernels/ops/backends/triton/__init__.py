@@ -6,8 +6,9 @@
     factors.py    the factors as the kernels read them; W + ΔW for `merged`
     forward.py, backward.py    the order in which they run
     launch_cache.py    what a call remembers, so that the next one hands over pointers only
-    tuning.py     block shapes by device, dtype and shape; tools/tune_triton.py measures them
-    tools/compile_triton.py compiles all of it for GPUs that are not here
+    tuning.py     which config a launch gets, of those in configs.py, on the GPU of device.py
+    tools/tune_triton.py measures configs; tools/compile_triton.py compiles all of them for GPUs
+                  that are not here
 
 The interpreter takes CPU tensors when TRITON_INTERPRET=1 was set before this package was imported.
 It checks kernels and is thousands of times slower than plain torch, so only an explicit choice
@@ -26,8 +27,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 if find_spec("triton") is not None:
     from .backward import backward
+    from .device import INTERPRETED
     from .forward import forward
-    from .tuning import INTERPRETED
 
     __all__ = ["STRATEGIES", "backward", "forward", "rejects", "unavailable"]
 

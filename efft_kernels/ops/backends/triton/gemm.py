@@ -35,7 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...cost_model import padded_rank
-from . import tuning
+from . import device, tuning
 from .epilogue import add_low_rank
 from .factors import core_strides, slices_of
 from .launch_cache import Plan, Plans
@@ -444,7 +444,7 @@ def _plan(
     persistent = bool(persistent) and tma == bool(config.tma) and not cross
     rows_along_i = stride_wi == 1
     tiles = tuning.cdiv(m, block_m) * tuning.cdiv(c, block_c)
-    programs = min(tiles, tuning.multiprocessors(a.device.index)) if persistent else tiles
+    programs = min(tiles, device.multiprocessors(a.device.index)) if persistent else tiles
     precision = tuning.dot_precision(a.dtype)
     launch = Plan(
         _low_rank_gemm_kernel,
@@ -477,7 +477,7 @@ def _plan(
         tma,
         rows_along_i,
         persistent,
-        persistent and tuning.fuses_loops(a.device.index),
+        persistent and device.fuses_loops(a.device.index),
         num_warps=num_warps,
         num_stages=num_stages,
     )

@@ -14,33 +14,26 @@ triton_package = pytest.importorskip("triton")
 
 from efft_kernels.ops import dispatch  # noqa: E402
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
-from efft_kernels.ops.backends.triton import tuning  # noqa: E402
+from efft_kernels.ops.backends.triton import configs, device, tuning  # noqa: E402
 from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
 from tools import compile_triton  # noqa: E402
 
-H200 = tuning.Device("NVIDIA_H200", 90, 132, 227 * 1024)
-A100 = tuning.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
-RTX3090 = tuning.Device("NVIDIA_GeForce_RTX_3090", 86, 82, 99 * 1024)
-RTX5090 = tuning.Device("NVIDIA_GeForce_RTX_5090", 120, 170, 99 * 1024)
+H200 = device.Device("NVIDIA_H200", 90, 132, 227 * 1024)
+A100 = device.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
+RTX3090 = device.Device("NVIDIA_GeForce_RTX_3090", 86, 82, 99 * 1024)
+RTX5090 = device.Device("NVIDIA_GeForce_RTX_5090", 120, 170, 99 * 1024)
 
 
 @pytest.fixture
 def on(monkeypatch):
     """Pretend that a device is there, as far as the choice of block shapes goes."""
 
-    def pretend(device):
-        monkeypatch.setattr(tuning, "device", lambda index: device)
-        for cached in (
-            tuning._gemm_config,
-            tuning._pass_config,
-            tuning._tables,
-            tuning._note_fallback,
-        ):
-            cached.cache_clear()
+    def pretend(found):
+        monkeypatch.setattr(device, "properties", lambda index: found)
+        tuning.forget()
 
     yield pretend
-    for cached in (tuning._gemm_config, tuning._pass_config, tuning._tables, tuning._note_fallback):
-        cached.cache_clear()
+    tuning.forget()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
@@ -94,7 +87,7 @@ def test_every_shape_has_a_config_that_fits(on, device, dtype):
                         shape = {"wide": wide, "aligned": aligned, "ride": ride, "slice_c": c}
                         config = tuning.gemm_config(m, c, i, rank, dtype, **shape, index=0)
                         wb = 4 if wide else dtype.itemsize
-                        smem = tuning.gemm_smem_bytes(config, rank, dtype.itemsize, wb, ride)
+                        smem = configs.gemm_smem_bytes(config, rank, dtype.itemsize, wb, ride)
                         assert smem <= device.smem_bytes
 
 
@@ -103,7 +96,7 @@ def test_every_shape_has_a_config_that_fits(on, device, dtype):
     [(75, 80), (80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80)],
 )
 def test_each_architecture_takes_the_shapes_of_its_like(arch, family):
-    assert tuning.family(arch) == family
+    assert device.family(arch) == family
 
 
 def test_small_problems_get_small_tiles(on):
@@ -116,12 +109,12 @@ def test_small_problems_get_small_tiles(on):
 
 def test_tiles_of_several_slices_are_narrow(on, monkeypatch, tmp_path):
     """Slices that 256 columns do not divide, whatever was measured for that output."""
-    key = tuning.gemm_key(3072, 768, 16, "half", True)
+    key = configs.gemm_key(3072, 768, 16, "half", True)
     path = tmp_path / "mine.json"
     row = [128, 256, 64, 8, 8, 3, 1, 0]
     path.write_text(json.dumps({"device": H200.name, "rows": {key: {"17": row}}}))
     for file in (tmp_path / "none.json", path):
-        monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(file))
+        monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(file))
         on(H200)
         for slice_c, expected in ((1024, 256), (3072, 256), (384, 128), (96, 128)):
             shape = {"wide": False, "aligned": True, "ride": True, "slice_c": slice_c, "index": 0}
@@ -133,10 +126,10 @@ def test_tiles_of_several_slices_are_narrow(on, monkeypatch, tmp_path):
 def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_path):
     row = [64, 64, 64, 4, 4, 2, 1]
     read = [*row, False]  # a row from before there was a persistent grid
-    key = tuning.gemm_key(2304, 768, 16, "half", True)
+    key = configs.gemm_key(2304, 768, 16, "half", True)
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"device": H200.name, "rows": {key: {"14": row}}}))
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
     on(H200)
 
     def config(m, c, aligned=True):
@@ -152,7 +145,7 @@ def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_p
 def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_path, caplog):
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"device": "NVIDIA_B200", "rows": {}}))
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
     on(H200)
     with caplog.at_level("INFO"):
         tuning.pass_config("thin", 197, 768, 16, torch.bfloat16, aligned=True, index=0)
@@ -161,18 +154,18 @@ def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_p
 
 
 def test_shipped_defaults_say_that_nothing_was_measured():
-    assert tuning._defaults()["source"] == "predicted"
-    assert "NOT a measurement" in tuning._defaults()["_about"]
+    assert configs.defaults()["source"] == "predicted"
+    assert "NOT a measurement" in configs.defaults()["_about"]
 
 
 def test_tf32_only_where_torch_allows_it():
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        assert tuning.dot_precision(torch.float32) == "ieee"
+        assert device.dot_precision(torch.float32) == "ieee"
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert tuning.dot_precision(torch.float32) == "tf32"
-        assert tuning.dot_precision(torch.bfloat16) == "ieee"
+        assert device.dot_precision(torch.float32) == "tf32"
+        assert device.dot_precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -193,7 +186,7 @@ REPRESENTATIVE = [
 ]
 
 
-@pytest.mark.skipif(tuning.INTERPRETED, reason="the kernels are interpreted")
+@pytest.mark.skipif(device.INTERPRETED, reason="the kernels are interpreted")
 @pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
 def test_compiles_ahead_of_time_without_spills(case):
     report = compile_triton.compile_case(case)

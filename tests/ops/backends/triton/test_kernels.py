@@ -462,11 +462,11 @@ def test_persistent_programs_by_pointers(sizes, direction, ride):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_persistent_grid_has_a_program_per_multiprocessor(persistent, recorded):
-    from efft_kernels.ops.backends.triton import tuning
+    from efft_kernels.ops.backends.triton import device, tuning
 
     block = (32, 64, 16, 2, 4, 1) if INTERPRETED else (64, 64, 32, 8, 8, 3)
     config = tuning.GemmConfig(*block, persistent=persistent)
-    multiprocessors = tuning.multiprocessors(None if INTERPRETED else 0)
+    multiprocessors = device.multiprocessors(None if INTERPRETED else 0)
     for rows in (1, 64 * multiprocessors + 1):
         exact_product(rows, 48, 80, "forward", True, config)
         tiles = tuning.cdiv(rows, block[0]) * tuning.cdiv(80, block[1])

@@ -6,7 +6,6 @@ No GPU: kernels are compiled for sm_90 and given to a driver that notes their ar
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,73 +13,23 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from efft_kernels.ops import dispatch  # noqa: E402
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
-from efft_kernels.ops.backends.triton import launch_cache, tuning  # noqa: E402
+from efft_kernels.ops.backends.triton import configs, device, launch_cache, tuning  # noqa: E402
 from efft_kernels.ops.backends.triton.gemm import launch_gemm  # noqa: E402
 from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
 from efft_kernels.ops.functional import low_rank_linear  # noqa: E402
+from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
 from tools import compile_triton  # noqa: E402
 
-pytestmark = pytest.mark.skipif(tuning.INTERPRETED, reason="the kernels are interpreted")
-H200 = tuning.Device("NVIDIA_H200", 90, 132, 227 * 1024)
+pytestmark = pytest.mark.skipif(device.INTERPRETED, reason="the kernels are interpreted")
 NEEDS = (True, False, False, True, True, True)
 
 
-class Driver:
-    """An H200's driver that notes launches: (function, grid, arguments)."""
-
-    def __init__(self) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", 90, 32)
-        self.launches: list[tuple] = []
-        self.loaded = 0
-        self.stream = 5
-        self.utils = SimpleNamespace(
-            load_binary=self.load_binary,
-            get_device_properties=lambda _: {"max_shared_mem": H200.smem_bytes},
-        )
-
-    def load_binary(self, *_: object) -> tuple[int, ...]:
-        self.loaded += 1
-        return self.loaded, self.loaded, 0, 0, 1024
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return self.stream
-
-    def get_current_target(self) -> object:
-        return self.target
-
-    def launcher_cls(self, *_: object):
-        def launcher(x, y, z, stream, function, metadata, _launch, _enter, _exit, *arguments):
-            self.launches.append((function, (x, y, z), stream, metadata, arguments))
-
-        return launcher
-
-
 @pytest.fixture
-def driver(monkeypatch):
+def gpu():
     """The Triton backend on CPU tensors, as on an H200, and what it launches there."""
-    from triton.runtime import driver
-
-    noted = Driver()
-    monkeypatch.setattr(driver, "_active", noted)
-    monkeypatch.setattr(tuning, "device", lambda index: H200)
-    for kernel in kernels():
-        kernel.device_caches.clear()
-    launch_cache.forget()
-    yield noted
-    for kernel in kernels():
-        kernel.device_caches.clear()
-    launch_cache.forget()
-
-
-def kernels() -> list:
-    return list(compile_triton.KERNELS.values())
+    with fake_gpu(90) as found:
+        yield found
 
 
 def operands(folded: bool, dtype=torch.bfloat16) -> list[Tensor | None]:
@@ -101,17 +50,17 @@ def described(arguments: tuple) -> list:
 
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("strategy", ["fused", "split"])
-def test_the_short_way_launches_what_the_long_way_does(driver, monkeypatch, strategy, folded):
+def test_the_short_way_launches_what_the_long_way_does(gpu, monkeypatch, strategy, folded):
     *tensors, dy = operands(folded)
     x, weight, _, down, core, up = tensors
 
     def call():
-        driver.launches.clear()
+        gpu.launches.clear()
         _, p = backend.forward(*tensors, save_p=True, strategy=strategy)
         backend.backward(dy, x, weight, p, down, core, up, needs=NEEDS, strategy=strategy)
         return [
-            (function, grid, stream, metadata, described(arguments))
-            for function, grid, stream, metadata, arguments in driver.launches
+            (each.compiled, each.grid, each.stream, each.metadata, described(each.arguments))
+            for each in gpu.launches
         ]
 
     monkeypatch.setattr(launch_cache, "DIRECT", False)
@@ -123,11 +72,10 @@ def test_the_short_way_launches_what_the_long_way_does(driver, monkeypatch, stra
     def fail(*_, **__):
         raise AssertionError("the long way")
 
-    for kernel in kernels():
-        monkeypatch.setattr(kernel, "run", fail)
-    driver.stream = 5
+    for launch in gpu.launches:
+        monkeypatch.setattr(launch.kernel, "run", fail)
     assert call() == long_way
-    driver.stream = 7  # of the moment, not of the first call
+    gpu.stream = 7  # of the moment, not of the first call
     assert {stream for _, _, stream, _, _ in call()} == {7}
 
 
@@ -161,7 +109,7 @@ SIZES_AND_RANKS = [(768, 16), (768, 8), (720, 16), (720, 8), (769, 16), (768, 64
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("strategy", ["fused", "split", "merged"])
 def test_a_step_launches_only_what_is_compiled_ahead_of_time(
-    driver, strategy, folded, transposed, factors, size, width
+    gpu, strategy, folded, transposed, factors, size, width
 ):
     """A qkv at 64 images: specialised on the very integers that aot.py assumes."""
     slices = 3
@@ -181,19 +129,15 @@ def test_a_step_launches_only_what_is_compiled_ahead_of_time(
     backend.backward(dy, x, weight, p, down, core, up, needs=NEEDS, strategy=strategy)
     launched = [
         compilation(compiled.src, compiled.metadata.num_warps, compiled.metadata.num_stages)
-        for kernel in kernels()
-        for compiled in kernel.device_caches[0][0].values()
+        for compiled in {launch.compiled for launch in gpu.launches}
     ]
     assert launched
     for one in launched:
         assert one == min(compiled_ahead(padded_rank(width)), key=lambda case: len(case ^ one))
 
 
-def test_a_compiled_step_is_one_graph_and_takes_the_short_way(driver, monkeypatch):
+def test_a_compiled_step_is_one_graph_and_takes_the_short_way(gpu, monkeypatch):
     """Sizes that repeat are remembered within torch.compile's graph as outside it."""
-    monkeypatch.setattr(backend, "unavailable", lambda: None)
-    monkeypatch.setattr(backend, "rejects", lambda x: None)
-    dispatch._load.cache_clear()
     *tensors, dy = operands(folded=True)
     leaves = [None if t is None else t.requires_grad_() for t in tensors]
 
@@ -204,14 +148,13 @@ def test_a_compiled_step_is_one_graph_and_takes_the_short_way(driver, monkeypatc
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     counts = []
     for rows in (197, 101, 197, 101):
-        driver.launches.clear()
+        gpu.launches.clear()
         compiled(leaves[0][:rows]).backward()
-        counts.append(len(driver.launches))
+        counts.append(len(gpu.launches))
         if len(counts) == 2:
-            for kernel in kernels():
-                monkeypatch.setattr(kernel, "run", None)  # the long way is closed
+            for launch in gpu.launches:
+                monkeypatch.setattr(launch.kernel, "run", None)  # the long way is closed
     assert counts == [counts[0]] * 4 and counts[0] >= 4
-    dispatch._load.cache_clear()
 
 
 def test_this_version_of_triton_is_one_that_was_compared():
@@ -224,55 +167,53 @@ def gemm(a: Tensor, w: Tensor, plans: launch_cache.Plans, config=None) -> None:
     launch_gemm(a, w, None, thin_in, None, thin_out, None, width=16, config=config, plans=plans)
 
 
-def test_a_pointer_off_16_bytes_gets_a_kernel_of_its_own(driver):
+def test_a_pointer_off_16_bytes_gets_a_kernel_of_its_own(gpu):
     storage = torch.ones(197 * 48 + 8, dtype=torch.bfloat16)
     aligned, w = storage[:-8].view(197, 48), torch.ones(48, 96, dtype=torch.bfloat16)
     shifted = storage[1:-7].view(197, 48)
     plans: launch_cache.Plans = {}
     for a in (aligned, shifted, aligned, shifted, aligned):
         gemm(a, w, plans)
-    functions = [function for function, *_ in driver.launches]
-    assert functions[0] == functions[2] == functions[4] != functions[1] == functions[3]
-    assert [arguments[0].data_ptr() for *_, arguments in driver.launches] == [
+    compiled = [launch.compiled for launch in gpu.launches]
+    assert compiled[0] == compiled[2] == compiled[4] != compiled[1] == compiled[3]
+    assert [launch.arguments[0].data_ptr() for launch in gpu.launches] == [
         a.data_ptr() for a in (aligned, shifted, aligned, shifted, aligned)
     ]
 
 
-def test_a_persistent_config_has_a_program_per_multiprocessor(driver):
-    config = tuning.persistent_candidates(90, "half", 16, True)[0]
+def test_a_persistent_config_has_a_program_per_multiprocessor(gpu):
+    config = configs.persistent_candidates(90, "half", 16, True)[0]
     plans: launch_cache.Plans = {}
     w = torch.ones(64, 512, dtype=torch.bfloat16)
-    for rows, programs in ((128, 2), (128 * 200, H200.multiprocessors)):
+    for rows, programs in ((128, 2), (128 * 200, gpu.properties.multiprocessors)):
         plans.clear()
         gemm(torch.ones(rows, 64, dtype=torch.bfloat16), w, plans, config)
-        assert driver.launches[-1][1] == (programs, 1, 1)
+        assert gpu.launches[-1].grid == (programs, 1, 1)
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
 @pytest.mark.parametrize("ride", [True, False])
 def test_persistent_candidates_fit(rank, ride):
-    found = tuning.persistent_candidates(90, "half", rank, ride)
+    found = configs.persistent_candidates(90, "half", rank, ride)
     assert found
     for config in found:
         assert config.persistent and config.tma and config.num_stages >= 2
-        assert tuning.gemm_smem_bytes(config, rank, 2, 2, ride) <= H200.smem_bytes
+        assert configs.gemm_smem_bytes(config, rank, 2, 2, ride) <= device.SMEM_BYTES[90]
 
 
-def test_a_measured_row_may_be_persistent(driver, monkeypatch, tmp_path):
+def test_a_measured_row_may_be_persistent(gpu, monkeypatch, tmp_path):
     import json
 
     row = [128, 256, 64, 8, 8, 3, 1, 1]
-    key = tuning.gemm_key(2304, 768, 16, "half", True)
+    key = configs.gemm_key(2304, 768, 16, "half", True)
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"device": H200.name, "rows": {key: {"14": row}}}))
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
-    for cached in (tuning._gemm_config, tuning._tables):
-        cached.cache_clear()
+    path.write_text(json.dumps({"device": gpu.properties.name, "rows": {key: {"14": row}}}))
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
+    tuning.forget()
     shape = {"wide": False, "aligned": True, "ride": True, "slice_c": 2304, "index": 0}
     found = tuning.gemm_config(12608, 2304, 768, 16, torch.bfloat16, **shape)
     assert list(found) == row and found.persistent == 1
-    for cached in (tuning._gemm_config, tuning._tables):
-        cached.cache_clear()
+    tuning.forget()
 
 
 def test_only_so_many_calls_are_remembered(monkeypatch):
