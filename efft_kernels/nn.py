@@ -45,7 +45,6 @@ class FactorBank(nn.Module):
     def __init__(self, groups: Mapping[str, FactorGroup], sites: Mapping[str, str]) -> None:
         super().__init__()
         self.group_of = dict(sites)
-        self.attachment: Any = None
         self.tasks: TaskBatch | None = None
         for name, group in groups.items():
             if hasattr(self, name):

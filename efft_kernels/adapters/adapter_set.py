@@ -1,10 +1,8 @@
-"""Many tasks on one backbone: named adapters of one shape, swapped by name or mixed within a
-batch."""
+"""Many tasks on one backbone: named adapters of one shape, swapped or mixed within a batch."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,29 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import method_from_config
 from ..nn import TaskBatch
-from .adapter import Adapter, read_adapter_file
-
-_FACTORS = "factors."
-_MODULES = "modules."
-
-# Fields of a method that may differ within a set: the tensors' shapes tell, or training alone does.
-_FREE_FIELDS = ("rank", "ffn_rank", "layer_rank", "products", "init", "dropout")
+from .adapter import Adapter
+from .adapter_file import Header, factors_of, module_key, read_adapter_file, read_header
 
 
 class AdapterSet:
-    """Several adapters of one method and shape on one frozen model; only their factors and heads
-    differ.
+    """Several adapters of one method and shape on one frozen model.
 
-    The base weights are held once. An adapter costs its factors and its head alone: at EFFT2, r =
-    16 on ViT-B, 104,448 numbers and the head.
+    The base weights are held once. An adapter costs its factors and its head alone: with EFFT2 of
+    r = 16 on ViT-B, 104,448 numbers and the head.
 
     Args:
         adapter: the attached adapter that gives the shape. Its present factors are not in the set
             until they are added: `tasks.add("first")`.
 
     Raises:
+        TypeError: not an Adapter.
         ValueError: the adapter is merged, or a module trained whole is no nn.Linear (its rows could
             not be chosen per sample).
     """
@@ -49,14 +41,12 @@ class AdapterSet:
         self.model = adapter.model
         self._states: dict[str, dict[str, Tensor]] = {}
         self._current: str | None = None
-        for name in adapter.modules_to_train:
-            for path, module in self.model.get_submodule(name).named_modules():
-                own = any(True for _ in module.parameters(recurse=False))
-                if own and type(module) is not nn.Linear:
-                    raise ValueError(
-                        f"modules_to_train must hold nn.Linear alone for an AdapterSet, got"
-                        f" {type(module).__name__} at {'.'.join(filter(None, (name, path)))!r}"
-                    )
+        for name, module in self._trained_modules():
+            if type(module) is not nn.Linear and any(True for _ in module.parameters(False)):
+                raise ValueError(
+                    f"modules_to_train must hold nn.Linear alone for an AdapterSet, got"
+                    f" {type(module).__name__} at {name!r}"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,7 +90,7 @@ class AdapterSet:
             state = source
         else:
             metadata, state = read_adapter_file(source)
-            self._check_header(metadata, source)
+            self._check_header(read_header(metadata, source, "source"), source)
         if set(state) != set(own):
             differing = sorted(set(state) ^ set(own))
             raise ValueError(
@@ -116,22 +106,15 @@ class AdapterSet:
             for key, like in own.items()
         }
 
-    def _check_header(self, metadata: Mapping[str, str], source: object) -> None:
-        own = self.adapter.method
-        try:
-            targets = json.loads(metadata["targets"])
-            method = method_from_config(json.loads(metadata["method"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"source must be an adapter file with a readable header, got {source}: {error}"
-            ) from None
-        if targets != [site.name for site in self.adapter.sites]:
+    def _check_header(self, header: Header, source: object) -> None:
+        own, method = self.adapter.method, header.method
+        if header.targets != [site.name for site in self.adapter.sites]:
             raise ValueError(f"source must adapt the set's linears, got others in {source}")
         if type(method) is not type(own):
             raise ValueError(f"source must be an adapter of {own.name!r}, got {method.name!r}")
         for name in (field.name for field in dataclasses.fields(own)):
             ours, theirs = getattr(own, name), getattr(method, name)
-            if name not in _FREE_FIELDS and ours != theirs:
+            if name not in own.free_fields and ours != theirs:
                 raise ValueError(f"source must have the set's {name} {ours}, got {theirs}")
 
     def remove(self, name: str) -> None:
@@ -145,8 +128,7 @@ class AdapterSet:
             self._current = None
 
     def use(self, name: str) -> None:
-        """Make the model compute with this adapter: its numbers are copied into the factors and
-        heads.
+        """Copy an adapter's numbers into the model's factors and heads.
 
         Raises:
             KeyError: no such name.
@@ -156,7 +138,7 @@ class AdapterSet:
         self._current = name
 
     def update(self, name: str) -> None:
-        """Store the model's present factors and heads under a name of the set (after training it).
+        """Store the model's present factors and heads, after training say, under a name of the set.
 
         Raises:
             KeyError: no such name.
@@ -198,17 +180,13 @@ class AdapterSet:
         stacked = {
             key: torch.stack([state[key] for state in states]) for key in self.adapter.state_dict()
         }
-        hooks = [
-            module.register_forward_hook(_TaskHead(stacked, f"{_MODULES}{name}", index))
-            for name, module in self._heads()
-        ]
-        hooks.append(
-            self.model.register_forward_pre_hook(_RowCheck(len(task_ids)), with_kwargs=True)
-        )
-        bank.tasks = TaskBatch(
-            {k.removeprefix(_FACTORS): v for k, v in stacked.items() if k.startswith(_FACTORS)},
-            index,
-        )
+        hooks = [self.model.register_forward_pre_hook(_RowCheck(len(task_ids)), with_kwargs=True)]
+        for name, module in self._trained_modules():
+            if isinstance(module, nn.Linear):
+                weight = stacked[module_key(name, "weight")]
+                bias = stacked.get(module_key(name, "bias"))
+                hooks.append(module.register_forward_hook(_TaskHead(weight, bias, index)))
+        bank.tasks = TaskBatch(factors_of(stacked), index)
         try:
             yield
         finally:
@@ -216,11 +194,10 @@ class AdapterSet:
             for hook in hooks:
                 hook.remove()
 
-    def _heads(self) -> Iterator[tuple[str, nn.Linear]]:
+    def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Each module that is trained whole and all modules in it, by dotted names."""
         for outer in self.adapter.modules_to_train:
-            for path, module in self.model.get_submodule(outer).named_modules():
-                if isinstance(module, nn.Linear):
-                    yield ".".join(filter(None, (outer, path))), module
+            yield from self.model.get_submodule(outer).named_modules(prefix=outer)
 
     def _known(self, name: str) -> str:
         if name not in self._states:
@@ -246,12 +223,18 @@ class _RowCheck:
 
 
 class _TaskHead:
-    """A forward hook that gives each row of the batch its own task's linear head."""
+    """A forward hook that gives each row of the batch its own task's linear head.
 
-    def __init__(self, stacked: Mapping[str, Tensor], name: str, index: Tensor) -> None:
-        self.weight = stacked[f"{name}.weight"]  # [tasks, N, K]
-        self.bias = stacked.get(f"{name}.bias")  # [tasks, N]
-        self.index = index  # [B]
+    Args:
+        weight: [tasks, N, K].
+        bias: [tasks, N] or None.
+        index: [B], the task of each row.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.index = index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]

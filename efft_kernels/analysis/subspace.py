@@ -14,7 +14,6 @@ and V, so two blocks of one group agree wholly once i and j reach the rank. Look
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,13 +24,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, read_adapter_file
+from ..adapters.adapter import Adapter
+from ..adapters.adapter_file import read_adapter_file, read_header
 from ..adapters.attach import load
-from ..methods.base import FFN_ROLES, MHSA_ROLES, Factors, Site
+from ..methods.base import FFN_ROLES, MHSA_ROLES, FactorGroup, Factors, Site
 
 SIDES = ("in", "out")
 PARTS = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES}
-FACTOR_NAMES = ("U", "V")
 
 Matrix = NDArray[np.float64]
 
@@ -246,9 +245,10 @@ def _triangle(matrix: Tensor) -> Tensor:
 def factor_matrices(adapter: Adapter) -> dict[str, Tensor]:
     """The factors U and V by their names in the bank, [D, r]; none for LoRA and KAdaptation."""
     return {
-        name: parameter.detach()
-        for name, parameter in adapter.named_parameters()
-        if parameter.ndim == 2 and name.rpartition(".")[2] in FACTOR_NAMES
+        f"{name}.{factor}": group.get_parameter(factor).detach()
+        for name, group in adapter.bank.named_children()
+        if isinstance(group, FactorGroup)
+        for factor in group.factor_matrices
     }
 
 
@@ -425,17 +425,8 @@ def load_alone(path: str | os.PathLike[str]) -> Adapter:
         ValueError: not a whole adapter file, or one whose header lists no shapes.
     """
     metadata, _ = read_adapter_file(path)
-    try:
-        shapes = {
-            name: tuple(int(size) for size in shape)
-            for name, shape in json.loads(metadata["base_shapes"]).items()
-        }
-        trained = [str(name) for name in json.loads(metadata["modules_to_train"])]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"path must be an adapter file with a readable header, got {path}: {error}"
-        ) from None
-    return load(_stand_in(shapes, trained), path)
+    header = read_header(metadata, path)
+    return load(_stand_in(header.base_shapes, header.modules_to_train), path)
 
 
 def _stand_in(shapes: dict[str, tuple[int, ...]], trained: Sequence[str]) -> nn.Module:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, shorten
+from ..adapters.adapter import Adapter
+from ..adapters.adapter_file import shorten
 from ..adapters.attach import attach
+from ..adapters.attachment import require_plain
 from ..adapters.sites import find_sites
 from ..methods.base import Site, check_choice, check_number
 from ..methods.fact import FacTTT
@@ -22,7 +24,6 @@ from .files import (
     detached_on_error,
     fill,
     read_torch_file,
-    require_plain,
 )
 
 # Per block, in the release's order: q, k, v, proj, four of fc1, four of fc2.

@@ -1,5 +1,4 @@
-"""What the formats share: reading tensors without running code, checking them, writing a folder
-whole."""
+"""What the formats share: tensors read without running code, checks, a folder written whole."""
 
 from __future__ import annotations
 
@@ -17,18 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, is_attached, shorten
-
-
-def require_plain(model: nn.Module) -> None:
-    """Raise TypeError unless `model` is a module, ValueError if it carries an adapter."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if is_attached(model):
-        raise ValueError(
-            f"model must carry no adapter, got a {type(model).__name__} that has one:"
-            " detach it first"
-        )
+from ..adapters.adapter import Adapter
+from ..adapters.adapter_file import factor_key, module_key, shorten
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -118,14 +107,14 @@ def fill(adapter: Adapter, factors: Mapping[str, Tensor], trained: Mapping[str, 
         ValueError: a tensor that has no place or another shape.
     """
     state = adapter.state_dict()
-    state |= {f"factors.{name}": tensor for name, tensor in factors.items()}
+    state |= {factor_key(name): tensor for name, tensor in factors.items()}
     for name, tensor in trained.items():
         owner = next((m for m in adapter.modules_to_train if name.startswith(m + ".")), None)
         if owner is None:
             raise ValueError(
                 f"modules_to_train must hold {name}, got {', '.join(adapter.modules_to_train)}"
             )
-        state[f"modules.{owner}.{name[len(owner) + 1 :]}"] = tensor
+        state[module_key(owner, name.removeprefix(owner + "."))] = tensor
     adapter.load_state_dict(state)
 
 

@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, shorten
+from ..adapters.adapter import Adapter
+from ..adapters.adapter_file import shorten
+from ..adapters.architectures import PEFT_QKV_WARNING
 from ..adapters.attach import attach
+from ..adapters.attachment import require_plain
 from ..adapters.sites import find_sites
 from ..methods.base import Factors
 from ..methods.lora import LoRA
@@ -35,7 +38,6 @@ from .files import (
     new_folder,
     read_safetensors,
     read_torch_file,
-    require_plain,
 )
 
 _CONFIG = "adapter_config.json"
@@ -181,12 +183,8 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
             tensors[f"{_PREFIX}{module}.{name}"] = tensor.detach()
     # Copies of its own for each, since safetensors refuses tensors that share memory.
     tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
-    if adapter.bank.attachment.separated_bias:  # type: ignore[union-attr]
-        warnings.warn(
-            "PEFT passes the qkv of this model by unless qkv_bias_separate is set on each of its"
-            " attention modules: set it before PeftModel.from_pretrained",
-            stacklevel=2,
-        )
+    if adapter.bank.attachment.separated_bias:
+        warnings.warn(PEFT_QKV_WARNING, stacklevel=2)
     with new_folder(Path(path)) as folder:
         config = json.dumps(_config_for(ranks, adapter.modules_to_train), indent=2)
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")

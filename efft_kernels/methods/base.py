@@ -1,5 +1,4 @@
-"""What a factorisation method is: parameters for a group of linears, and the recipe from them to
-factors.
+"""What a factorisation method is: parameters for groups of linears, and how they make factors.
 
 A method sees the linears it adapts as `Site`s, gathers them into groups, and gives each group its
 own parameters (`FactorGroup`). In forward a group answers, for one site, with the three tensors of
@@ -77,15 +76,17 @@ class FactorGroup(nn.Module, ABC):
     """The parameters of one aggregated group of sites.
 
     Attributes:
+        factor_matrices: names of the group's parameters that are factors [D, r] shared by its
+            sites (U and V of a tensor); what analysis compares.
         activation_dropout: probability of dropping an entry of the rank-r activation in training
-            (FacT); the layer applies it, since it sits behind x.
+            (FacT); the layer applies it, since it acts on x·down.
     """
 
+    factor_matrices: ClassVar[tuple[str, ...]] = ()
     activation_dropout: float = 0.0
 
     def forward(self, site: str, dropout: bool) -> Factors:
-        """`factors`; as a module's forward, so that torch.func can call it with other
-        parameters."""
+        """`factors`, as a module's forward: torch.func calls it with other parameters."""
         return self.factors(site, dropout)
 
     @abstractmethod
@@ -95,11 +96,13 @@ class FactorGroup(nn.Module, ABC):
         Args:
             site: the site's name.
             dropout: apply the method's dropout (training).
+
+        Returns:
+            down [K, Ra], core [G, Ra, Rb] or None, up [1 or G, N/G, Rb].
         """
 
     def down_key(self, site: str) -> Hashable | None:
-        """Sites of the group with the same key have the same `down`; None where nothing is
-        shared."""
+        """Sites of the group with the same key have the same `down`; None: with no other."""
         return None
 
     @abstractmethod
@@ -109,9 +112,16 @@ class FactorGroup(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method's configuration; `build` turns sites into groups of parameters."""
+    """A method's configuration; `build` turns sites into groups of parameters.
+
+    Attributes:
+        name: what adapter files and the command line call the method.
+        free_fields: fields that may differ between the adapters of one AdapterSet: the shapes of
+            the tensors tell them, or they matter in training alone.
+    """
 
     name: ClassVar[str]
+    free_fields: ClassVar[frozenset[str]] = frozenset({"rank", "init", "dropout"})
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         """Those of the targeted sites that the method adapts; all unless it says otherwise."""
@@ -134,8 +144,7 @@ class Method(ABC):
         """
 
     def to_config(self) -> dict[str, Any]:
-        """The configuration as JSON-ready data; tuples are marked so that they come back as
-        tuples."""
+        """The configuration as data for JSON, a tuple marked as {"tuple": [...]}."""
         fields = {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"name": self.name, **fields}
 
@@ -190,8 +199,10 @@ def by_stage(sites: Sequence[Site], part: Callable[[Site], str]) -> dict[str, li
 
 
 def undotted_names(sites: Sequence[Site]) -> dict[str, str]:
-    """Site name → a name for a child module or parameter: with _ for dots, and further _ where that
-    is another site's or one of torch's own."""
+    """Site name → a name for a child module or parameter, with _ for dots.
+
+    Further _ are added where that is another site's name or one of torch's own.
+    """
     names: dict[str, str] = {}
     for site in sites:
         name = site.name.replace(".", "_")
@@ -259,21 +270,19 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 def check_number(
     name: str, value: object, *, low: float | None = None, below: float | None = None
 ) -> None:
-    """Raise TypeError unless value is a finite real number, ValueError unless low <= value <
-    below."""
+    """Check that value is a finite real number with low <= value < below.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not finite, or out of bounds.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if value != value or abs(value) == float("inf"):
         raise ValueError(f"{name} must be finite, got {value}")
     if (low is not None and value < low) or (below is not None and value >= below):
-        bounds = " and ".join(
-            text
-            for text in (
-                None if low is None else f"at least {low}",
-                None if below is None else f"below {below}",
-            )
-            if text
-        )
+        limits = (("at least", low), ("below", below))
+        bounds = " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 

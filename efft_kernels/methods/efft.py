@@ -9,24 +9,27 @@ from typing import ClassVar
 from .base import (
     FFN_ROLES,
     MHSA_ROLES,
-    FactorGroup,
     Method,
     Rank,
     Site,
-    by_stage,
     check_choice,
-    check_number,
-    check_rank_fits,
     check_ranks,
     ffn_hidden,
-    require_roles,
     stage_rank,
 )
-from .tensor_train import CoreIndex, Placement, TensorTrainGroup
+from .registry import register_method
+from .tensor_train import (
+    CoreIndex,
+    Layout,
+    Placement,
+    TensorTrainGroup,
+    TensorTrainMethod,
+    check_square,
+)
 
 
 @dataclass(frozen=True)
-class _EFFT(Method):
+class _EFFT(TensorTrainMethod):
     """What EFFT1 and EFFT2 share.
 
     Attributes:
@@ -47,46 +50,24 @@ class _EFFT(Method):
     learn_scale: bool = False
 
     def __post_init__(self) -> None:
-        check_ranks("rank", self.rank)
-        check_number("scale", self.scale)
+        super().__post_init__()
         check_choice("init", self.init, ("u", "v"))
-        check_number("dropout", self.dropout, low=0.0, below=1.0)
         check_choice("cores", self.cores, ("per_layer", "shared"))
-        if not isinstance(self.learn_scale, bool):
-            raise TypeError(f"learn_scale must be a bool, got {type(self.learn_scale).__name__}")
 
-    def _part(self, site: Site) -> str:
-        """The name of the group, within its stage, that a site belongs to."""
-        raise NotImplementedError
-
-    def _build_group(
-        self, members: Sequence[Site], sites: Sequence[Site]
-    ) -> tuple[dict[str, Placement], tuple[int, int], tuple[int, int], int]:
-        """(placements, (rows of U, rows of V), rank, number of cores) of one group."""
-        raise NotImplementedError
-
-    def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
-        require_roles(self, sites, MHSA_ROLES + FFN_ROLES)
-        return by_stage(sites, self._part)
-
-    def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
-        groups: dict[str, FactorGroup] = {}
-        for name, members in self.members(sites).items():
-            placements, dims, rank, cores = self._build_group(members, sites)
-            check_rank_fits("rank", rank, members)
-            groups[name] = TensorTrainGroup(
-                placements,
-                dims=dims,
-                rank=rank,
-                cores=cores,
-                scale=self.scale,
-                learn_scale=self.learn_scale,
-                init=self.init,
-                dropout=self.dropout,
-            )
-        return groups
+    def new_group(self, layout: Layout) -> TensorTrainGroup:
+        return TensorTrainGroup(
+            layout.placements,
+            dims=layout.dims,
+            rank=layout.rank,
+            cores=layout.cores,
+            scale=self.scale,
+            learn_scale=self.learn_scale,
+            init=self.init,
+            dropout=self.dropout,
+        )
 
 
+@register_method
 @dataclass(frozen=True)
 class EFFT1(_EFFT):
     """One group of three 4d×d slices per layer: [q;k;v;o] stacked along out, fc1, fc2^T.
@@ -98,12 +79,7 @@ class EFFT1(_EFFT):
 
     name: ClassVar[str] = "efft1"
 
-    def _part(self, site: Site) -> str:
-        return "all"
-
-    def _build_group(
-        self, members: Sequence[Site], sites: Sequence[Site]
-    ) -> tuple[dict[str, Placement], tuple[int, int], tuple[int, int], int]:
+    def layout(self, members: Sequence[Site], sites: Sequence[Site]) -> Layout:
         d = members[0].width
         ffn = [site for site in members if site.role in FFN_ROLES]
         if ffn and ffn_hidden(ffn) != 4 * d:
@@ -126,9 +102,10 @@ class EFFT1(_EFFT):
                 side = "in" if site.role == "fc2" else "out"
                 placements[site.name] = Placement(first, site.slices, side, (0, 4 * d))
         rank = stage_rank("rank", self.rank, sites, members[0].stage)
-        return placements, (len(stacked) * d, d), rank, index.total
+        return Layout(placements, (len(stacked) * d, d), rank, index.total)
 
 
+@register_method
 @dataclass(frozen=True)
 class EFFT2(_EFFT):
     """Two groups: q, k, v, o (d×d) and fc1^T, fc2 (hidden×d), each with its own U, Σ and V.
@@ -141,6 +118,7 @@ class EFFT2(_EFFT):
     """
 
     name: ClassVar[str] = "efft2"
+    free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"ffn_rank"}
     ffn_rank: Rank | list[Rank] | None = None
 
     def __post_init__(self) -> None:
@@ -148,12 +126,10 @@ class EFFT2(_EFFT):
         if self.ffn_rank is not None:
             check_ranks("ffn_rank", self.ffn_rank)
 
-    def _part(self, site: Site) -> str:
+    def part(self, site: Site) -> str:
         return "mhsa" if site.role in MHSA_ROLES else "ffn"
 
-    def _build_group(
-        self, members: Sequence[Site], sites: Sequence[Site]
-    ) -> tuple[dict[str, Placement], tuple[int, int], tuple[int, int], int]:
+    def layout(self, members: Sequence[Site], sites: Sequence[Site]) -> Layout:
         d, stage = members[0].width, members[0].stage
         index = CoreIndex(shared=self.cores == "shared")
         placements = {}
@@ -163,7 +139,7 @@ class EFFT2(_EFFT):
                 check_square(site, d, "EFFT2's attention group")
                 first = index.take(site.block, site.role, site.slices)
                 placements[site.name] = Placement(first, site.slices, "in", (0, d))
-            return placements, (d, d), rank, index.total
+            return Layout(placements, (d, d), rank, index.total)
         own = self.ffn_rank is not None
         rank = stage_rank("ffn_rank" if own else "rank", self.ffn_rank or self.rank, sites, stage)
         hidden = ffn_hidden(members)
@@ -171,13 +147,4 @@ class EFFT2(_EFFT):
             first = index.take(site.block, site.role, site.slices)
             side = "in" if site.role == "fc2" else "out"
             placements[site.name] = Placement(first, site.slices, side, (0, hidden))
-        return placements, (hidden, d), rank, index.total
-
-
-def check_square(site: Site, d: int, what: str) -> None:
-    """Raise ValueError unless each of the site's matrices is d×d."""
-    if (site.in_features, site.out_features) != (d, site.slices * d):
-        raise ValueError(
-            f"{what} holds d×d matrices (d={d}), got {site.name!r} with K={site.in_features},"
-            f" N={site.out_features}"
-        )
+        return Layout(placements, (hidden, d), rank, index.total)

@@ -13,35 +13,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    FFN_ROLES,
-    MHSA_ROLES,
-    FactorGroup,
-    Method,
-    Rank,
-    Site,
-    by_stage,
-    check_number,
-    check_rank_fits,
-    check_ranks,
-    require_roles,
-    stage_rank,
+from .base import MHSA_ROLES, Method, Rank, Site, check_ranks, stage_rank
+from .registry import register_method
+from .tensor_train import (
+    CoreIndex,
+    Layout,
+    Placement,
+    TensorTrainGroup,
+    TensorTrainMethod,
+    check_square,
 )
-from .efft import check_square
-from .tensor_train import CoreIndex, Placement, TensorTrainGroup
 
 
 @dataclass(frozen=True)
-class _FacT(Method):
-    """What FacT-TT and FacT-TK share.
+class _FacT(TensorTrainMethod):
+    """What FacT-TT and FacT-TK share. V starts at zero, the others with xavier_uniform_.
 
     Attributes:
         rank: r, or (r1, r2) for U and V, or a list with one of these per stage (Swin).
         scale: s in ΔW = s·Σ ×2 U^T ×3 V^T.
         dropout: probability of dropping an entry of the rank-r activation x·U·Σ in training.
         learn_scale: make s a learnable scalar, one per stage.
-
-    V starts at zero, the others with xavier_uniform_.
     """
 
     rank: Rank | list[Rank] = 16
@@ -49,38 +41,24 @@ class _FacT(Method):
     dropout: float = 0.1
     learn_scale: bool = False
 
-    def __post_init__(self) -> None:
-        check_ranks("rank", self.rank)
-        check_number("scale", self.scale)
-        check_number("dropout", self.dropout, low=0.0, below=1.0)
-        if not isinstance(self.learn_scale, bool):
-            raise TypeError(f"learn_scale must be a bool, got {type(self.learn_scale).__name__}")
+    def layout(self, members: Sequence[Site], sites: Sequence[Site]) -> Layout:
+        d, index = members[0].width, CoreIndex(shared=False)
+        placements = {site.name: _place(site, d, index) for site in members}
+        rank = stage_rank("rank", self.rank, sites, members[0].stage)
+        return Layout(placements, (d, d), rank, index.total)
 
-    def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
-        require_roles(self, sites, MHSA_ROLES + FFN_ROLES)
-        return by_stage(sites, lambda site: "all")
+    def new_group(self, layout: Layout) -> TensorTrainGroup:
+        return TensorTrainGroup(layout.placements, **self._options(layout))
 
-    def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
-        groups: dict[str, FactorGroup] = {}
-        for name, members in self.members(sites).items():
-            rank = stage_rank("rank", self.rank, sites, members[0].stage)
-            check_rank_fits("rank", rank, members)
-            index = CoreIndex(shared=False)
-            d = members[0].width
-            placements = {site.name: _place(site, d, index) for site in members}
-            groups[name] = self._group(
-                placements,
-                dims=(d, d),
-                rank=rank,
-                cores=index.total,
-                scale=self.scale,
-                learn_scale=self.learn_scale,
-                activation_dropout=self.dropout,
-            )
-        return groups
-
-    def _group(self, placements: dict[str, Placement], **kwargs: Any) -> TensorTrainGroup:
-        raise NotImplementedError
+    def _options(self, layout: Layout) -> dict[str, Any]:
+        return {
+            "dims": layout.dims,
+            "rank": layout.rank,
+            "cores": layout.cores,
+            "scale": self.scale,
+            "learn_scale": self.learn_scale,
+            "activation_dropout": self.dropout,
+        }
 
 
 def _place(site: Site, d: int, index: CoreIndex) -> Placement:
@@ -99,6 +77,7 @@ def _place(site: Site, d: int, index: CoreIndex) -> Placement:
     return Placement(index.take(site.block, site.role, slices), slices, "in", (0, d), stacked)
 
 
+@register_method
 @dataclass(frozen=True)
 class FacTTT(_FacT):
     """FacT in Tensor-Train format: ΔW = s·Σ ×2 U^T ×3 V^T (Eq. 8, 9).
@@ -108,10 +87,8 @@ class FacTTT(_FacT):
 
     name: ClassVar[str] = "fact_tt"
 
-    def _group(self, placements: dict[str, Placement], **kwargs: Any) -> TensorTrainGroup:
-        return TensorTrainGroup(placements, **kwargs)
 
-
+@register_method
 @dataclass(frozen=True)
 class FacTTK(_FacT):
     """FacT in Tucker format: ΔW = s·C ×1 P^T ×2 U^T ×3 V^T (Eq. 10, 11), so Σ_i = Σ_t P[i, t]·C[t].
@@ -124,6 +101,7 @@ class FacTTK(_FacT):
     """
 
     name: ClassVar[str] = "fact_tk"
+    free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"layer_rank"}
     layer_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -131,13 +109,18 @@ class FacTTK(_FacT):
         if self.layer_rank is not None:
             check_ranks("layer_rank", self.layer_rank)
 
-    def _group(self, placements: dict[str, Placement], **kwargs: Any) -> TensorTrainGroup:
-        return TuckerGroup(placements, self.layer_rank, **kwargs)
+    def new_group(self, layout: Layout) -> TensorTrainGroup:
+        return TuckerGroup(layout.placements, self.layer_rank, **self._options(layout))
 
 
 class TuckerGroup(TensorTrainGroup):
-    """A Tensor-Train group whose Σ_i = Σ_t P[i, t]·C[t]; `core` is C, [r, r1, r2], and P is [n,
-    r]."""
+    """A Tensor-Train group whose Σ_i = Σ_t P[i, t]·C[t], P [n, r] and C [r, r1, r2] in `core`.
+
+    Args:
+        placements: as in TensorTrainGroup.
+        layer_rank: r; None for the larger of (r1, r2).
+        kwargs: as in TensorTrainGroup.
+    """
 
     P: nn.Parameter
 

@@ -1,5 +1,4 @@
-"""KAdaptation: ΔW = Σ_i A_i ⊗ (u_i·v_i^T) with A shared by all layers (arXiv:2203.16329, Eq. 3,
-4)."""
+"""KAdaptation: ΔW = Σ_i A_i ⊗ (u_i·v_i^T), A shared by all layers (arXiv:2203.16329, Eq. 3, 4)."""
 
 from __future__ import annotations
 
@@ -21,8 +20,10 @@ from .base import (
     undotted_names,
 )
 from .lora import check_matrices, chosen_slices, stack_matrices
+from .registry import register_method
 
 
+@register_method
 @dataclass(frozen=True)
 class KAdaptation(Method):
     """A sum of n Kronecker products for each matrix, seen as x·ΔW with ΔW [K, N].
@@ -47,6 +48,7 @@ class KAdaptation(Method):
     matrices: tuple[str, ...] | None = ("q", "k", "v", "o")
 
     name: ClassVar[str] = "kadaptation"
+    free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"products"}
 
     def __post_init__(self) -> None:
         for field in ("products", "rank"):
@@ -58,32 +60,28 @@ class KAdaptation(Method):
         check_matrices(self.matrices)
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
-        return [site for site in sites if chosen_slices(site, self.matrices)]
+        return [site for site in sites if chosen_slices(site, self.matrices)[0]]
 
     def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
         return {self.name: KroneckerGroup(self, sites)}
 
 
 class KroneckerGroup(FactorGroup):
-    """A [n, n, n], and for each site u [m, n, K/n, r] and v [m, n, N/(G·n), r] of its m
-    matrices."""
+    """A [n, n, n], and for each site u [m, n, K/n, r], v [m, n, N/(G·n), r] of its m matrices."""
 
     def __init__(self, method: KAdaptation, sites: Sequence[Site]) -> None:
         super().__init__()
         n = method.products
         self.init = method.init
         self.scale = float(method.scale)
-        self.chosen = {
-            site.name: (0,) if method.matrices is None else chosen_slices(site, method.matrices)
-            for site in sites
-        }
-        self.slices = {site.name: 1 if method.matrices is None else site.slices for site in sites}
+        self.chosen = {site.name: chosen_slices(site, method.matrices) for site in sites}
         self.A = nn.Parameter(torch.empty(n, n, n))
         self.u = nn.ParameterDict()
         self.v = nn.ParameterDict()
         self.names = undotted_names(sites)
         for site in sites:
-            m, out = len(self.chosen[site.name]), site.out_features // self.slices[site.name]
+            chosen, slices = self.chosen[site.name]
+            m, out = len(chosen), site.out_features // slices
             if site.in_features % n or out % n:
                 raise ValueError(
                     f"products must divide K={site.in_features} and N={out} of each matrix in"
@@ -121,6 +119,5 @@ class KroneckerGroup(FactorGroup):
         return stack_matrices(
             down.flatten(3, 5).flatten(1, 2),
             up.flatten(3, 5).flatten(1, 2),
-            self.chosen[site],
-            self.slices[site],
+            *self.chosen[site],
         )

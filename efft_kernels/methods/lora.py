@@ -1,5 +1,4 @@
-"""LoRA: independent low-rank factors per layer and matrix (the Matrix-Batch case of FacT, Eq.
-7)."""
+"""LoRA: independent low-rank factors per layer and matrix (FacT's Matrix-Batch, its Eq. 7)."""
 
 from __future__ import annotations
 
@@ -24,18 +23,19 @@ from .base import (
     rank_pair,
     undotted_names,
 )
+from .registry import register_method
 
 KINDS = ("q", "k", "v", "o", "gate", "fc1", "fc2")
 
 
-def chosen_slices(site: Site, matrices: tuple[str, ...] | None) -> tuple[int, ...]:
-    """Which of the site's stacked matrices are adapted; () means none.
+def chosen_slices(site: Site, matrices: tuple[str, ...] | None) -> tuple[tuple[int, ...], int]:
+    """(which of the site's stacked matrices are adapted, how many are stacked); () means none.
 
-    A site whose role is unknown counts as one matrix that is always adapted.
+    With matrices None, or where the site's role is unknown, the weight is one adapted matrix.
     """
     if matrices is None or site.role == "linear":
-        return tuple(range(site.slices))
-    return tuple(i for i, matrix in enumerate(site.matrices) if matrix in matrices)
+        return (0,), 1
+    return tuple(i for i, kind in enumerate(site.matrices) if kind in matrices), site.slices
 
 
 def check_matrices(matrices: object) -> None:
@@ -56,8 +56,9 @@ def stack_matrices(
 ) -> Factors:
     """The operands for m independent pairs, pair i acting on output slice chosen[i] alone.
 
-    down becomes [K, m·r]; up [G, N/G, m·r] is zero but for its slice's own columns, so an unchosen
-    slice gets an exact zero.
+    Returns:
+        down [K, m·r]; no core; up [G, N/G, m·r], zero but for its slice's own columns, so that an
+        unchosen slice gets an exact zero.
     """
     m, k, r = down.shape
     if slices == 1:
@@ -72,6 +73,7 @@ def stack_matrices(
     return Factors(down.transpose(0, 1).reshape(k, m * r), None, torch.stack(stacked))
 
 
+@register_method
 @dataclass(frozen=True)
 class LoRA(Method):
     """ΔW = s·(A·B)^T for each matrix by itself, A [K, r] and B [r, N] (arXiv:2106.09685).
@@ -101,7 +103,7 @@ class LoRA(Method):
         check_matrices(self.matrices)
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
-        return [site for site in sites if chosen_slices(site, self.matrices)]
+        return [site for site in sites if chosen_slices(site, self.matrices)[0]]
 
     def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
         names = undotted_names(sites)
@@ -110,13 +112,7 @@ class LoRA(Method):
     def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
         check_rank_fits("rank", rank_pair("rank", self.rank), sites)
         return {
-            name: LoRAGroup(
-                site,
-                (0,) if self.matrices is None else chosen_slices(site, self.matrices),
-                1 if self.matrices is None else site.slices,
-                self.rank,
-                self.scale,
-            )
+            name: LoRAGroup(site, *chosen_slices(site, self.matrices), self.rank, self.scale)
             for name, (site,) in self.members(sites).items()
         }
 

@@ -6,14 +6,29 @@ core.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FactorGroup, Factors
+from .base import (
+    FFN_ROLES,
+    MHSA_ROLES,
+    FactorGroup,
+    Factors,
+    Method,
+    Rank,
+    Site,
+    by_stage,
+    check_number,
+    check_rank_fits,
+    check_ranks,
+    require_roles,
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,7 @@ class Placement:
 
 
 class CoreIndex:
-    """Hands out Σ indices: the same (block, kind) always gets the same cores, the next one new
-    ones.
+    """Hands out Σ indices: each (block, kind) has cores of its own, numbered as they are taken.
 
     Args:
         shared: cores belong to the kind alone, whatever the block.
@@ -62,10 +76,23 @@ class CoreIndex:
 class TensorTrainGroup(FactorGroup):
     """U [D1, r1], V [D2, r2], core Σ [n, r1, r2] and a scale s, a float or a learnable scalar.
 
-    Init: xavier_uniform_ for U or V and for each Σ_i as an r1×r2 matrix; the factor named by `init`
-    is zero, so that ΔW starts at exactly zero. `dropout` acts on U, V and Σ, with masks drawn anew
-    for each site; `activation_dropout` on x·U·Σ.
+    The factor that `init` names starts at zero, so that ΔW does; the other and each Σ_i, as an
+    r1×r2 matrix, with xavier_uniform_.
+
+    Args:
+        placements: site → where it sits.
+        dims: (D1, D2), the rows of U and of V.
+        rank: (r1, r2).
+        cores: n, the number of Σ_i.
+        scale: s.
+        learn_scale: make s a learnable scalar.
+        init: the factor that starts at zero, "v" or "u".
+        dropout: probability of dropping an entry of U, V and Σ in training; masks are drawn anew
+            for each site.
+        activation_dropout: probability of dropping an entry of x·U·Σ in training.
     """
+
+    factor_matrices: ClassVar[tuple[str, ...]] = ("U", "V")
 
     U: nn.Parameter
     V: nn.Parameter
@@ -143,4 +170,65 @@ class TensorTrainGroup(FactorGroup):
         shapes = ", ".join(f"{name}={list(p.shape)}" for name, p in self.named_parameters())
         return (
             f"{shapes}, scale={self.initial_scale:g}, init={self.init!r}, dropout={self.dropout:g}"
+        )
+
+
+class Layout(NamedTuple):
+    """One group's tensor: where each site sits in it, and its sizes."""
+
+    placements: dict[str, Placement]
+    dims: tuple[int, int]  # the rows of U and of V
+    rank: tuple[int, int]
+    cores: int
+
+
+class TensorTrainMethod(Method):
+    """What EFFT and FacT share: checks, groups by stage, one tensor for each.
+
+    Not a dataclass: a subclass lists its fields in its own order, these among them.
+    """
+
+    rank: Rank | list[Rank]
+    scale: float
+    dropout: float
+    learn_scale: bool
+
+    def __post_init__(self) -> None:
+        check_ranks("rank", self.rank)
+        check_number("scale", self.scale)
+        check_number("dropout", self.dropout, low=0.0, below=1.0)
+        if not isinstance(self.learn_scale, bool):
+            raise TypeError(f"learn_scale must be a bool, got {type(self.learn_scale).__name__}")
+
+    def part(self, site: Site) -> str:
+        """The name of the group, within its stage, that a site belongs to."""
+        return "all"
+
+    @abstractmethod
+    def layout(self, members: Sequence[Site], sites: Sequence[Site]) -> Layout:
+        """The tensor of one group, whose sites are `members` of all `sites`."""
+
+    @abstractmethod
+    def new_group(self, layout: Layout) -> TensorTrainGroup:
+        """The parameters for a layout."""
+
+    def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
+        require_roles(self, sites, MHSA_ROLES + FFN_ROLES)
+        return by_stage(sites, self.part)
+
+    def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
+        groups: dict[str, FactorGroup] = {}
+        for name, members in self.members(sites).items():
+            layout = self.layout(members, sites)
+            check_rank_fits("rank", layout.rank, members)
+            groups[name] = self.new_group(layout)
+        return groups
+
+
+def check_square(site: Site, d: int, what: str) -> None:
+    """Raise ValueError unless each of the site's matrices is d×d."""
+    if (site.in_features, site.out_features) != (d, site.slices * d):
+        raise ValueError(
+            f"{what} holds d×d matrices (d={d}), got {site.name!r} with K={site.in_features},"
+            f" N={site.out_features}"
         )

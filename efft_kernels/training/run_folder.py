@@ -19,7 +19,7 @@ import timm
 import torch
 
 from .. import __version__
-from ..adapters.adapter import read_adapter_file
+from ..adapters.adapter_file import read_adapter_file
 from ..atomic_files import replacing
 from .settings import TrainSettings
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import efft_kernels.adapters.adapter
 from efft_kernels import EFFT1, EFFT2, Adapter, FusedEFFTLinear, attach, load
+from efft_kernels.adapters import adapter_file
 
 METHODS = [EFFT1(rank=3, scale=0.5), EFFT2(rank=(3, 2), init="u", cores="shared", learn_scale=True)]
 IMAGES = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
@@ -330,9 +330,9 @@ class TestFile:
             raise OSError(1, "Operation not permitted")
 
         if stage == "partial write":
-            monkeypatch.setattr(efft_kernels.adapter, "save_file", failing_save)
+            monkeypatch.setattr(adapter_file, "save_file", failing_save)
         else:
-            monkeypatch.setattr(efft_kernels.adapter.os, "replace", failing_replace)
+            monkeypatch.setattr(os, "replace", failing_replace)
         with pytest.raises(OSError):
             adapter.save(path)
         assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
@@ -343,7 +343,7 @@ class TestFile:
         def interrupted(tensors, filename, metadata=None):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(efft_kernels.adapter, "save_file", interrupted)
+        monkeypatch.setattr(adapter_file, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             adapter.save(tmp_path / "adapter.safetensors")
         assert os.listdir(tmp_path) == []

@@ -1,0 +1,172 @@
+"""The adapter file: one safetensors file of factors, trained modules and a header of strings.
+
+docs/adapter_format.md describes the format. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..atomic_files import replacing
+from ..methods import method_from_config
+from ..methods.base import Method
+
+FORMAT = "efft-kernels.adapter"
+FORMAT_VERSION = 1
+
+_FACTORS = "factors."
+_MODULES = "modules."
+
+
+def factor_key(name: str) -> str:
+    """The key of a factor, from its name in the bank."""
+    return _FACTORS + name
+
+
+def module_key(module: str, name: str) -> str:
+    """The key of a trained module's tensor, from the tensor's name in the module."""
+    return f"{_MODULES}{module}.{name}"
+
+
+def factors_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors in a state, by their names in the bank."""
+    return {k.removeprefix(_FACTORS): v for k, v in state.items() if k.startswith(_FACTORS)}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an adapter file says beside its tensors.
+
+    Attributes:
+        method: the method's configuration.
+        targets: names of the adapted linears, in the model's order.
+        modules_to_train: names of the modules saved whole.
+        base_shapes: parameter name → shape of the plain model.
+    """
+
+    method: Method
+    targets: list[str]
+    modules_to_train: list[str]
+    base_shapes: dict[str, tuple[int, ...]]
+
+    def to_metadata(self) -> dict[str, str]:
+        """The header as safetensors' metadata, JSON in strings."""
+        return {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "method": json.dumps(self.method.to_config()),
+            "targets": json.dumps(self.targets),
+            "modules_to_train": json.dumps(self.modules_to_train),
+            "base_shapes": json.dumps(self.base_shapes),
+        }
+
+
+def read_header(
+    metadata: Mapping[str, str], path: str | os.PathLike[str], argument: str = "path"
+) -> Header:
+    """The header in a file's metadata, as `read_adapter_file` returns it.
+
+    Args:
+        metadata: safetensors' strings.
+        path: the file, for the error's text.
+        argument: the name of the caller's argument, for the error's text.
+
+    Raises:
+        ValueError: a key is missing or its JSON is not what the format says.
+    """
+    try:
+        shapes = json.loads(metadata["base_shapes"])
+        return Header(
+            method=method_from_config(json.loads(metadata["method"])),
+            targets=_names(metadata["targets"]),
+            modules_to_train=_names(metadata["modules_to_train"]),
+            base_shapes={name: tuple(map(int, shape)) for name, shape in shapes.items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{argument} must be an adapter file with a readable header, got {path}: {error}"
+        ) from None
+
+
+def _names(text: str) -> list[str]:
+    names = json.loads(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"expected a list of module names, got {text}")
+    return names
+
+
+def read_adapter_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of an adapter file of a version that this release knows.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, no safetensors file, no adapter, or an unknown version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be an adapter file, found none at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"path must be a file written by Adapter.save (format {FORMAT!r}), got {path} with"
+            f" format {metadata.get('format')!r}"
+        )
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path} must have format_version {FORMAT_VERSION}, got"
+            f" {metadata.get('format_version')!r}: it needs another release of efft-kernels"
+        )
+    return metadata, tensors
+
+
+def write_adapter_file(
+    path: str | os.PathLike[str],
+    header: Header,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write an adapter file; `path` holds either the old or the new content, never a part.
+
+    Args:
+        path: where to write.
+        header: the format's own strings.
+        state: tensors as `Adapter.state_dict` names them.
+        metadata: the user's further strings.
+
+    Raises:
+        TypeError: metadata that is not text.
+        ValueError: a metadata key that the format uses.
+        OSError: the folder does not exist or cannot be written.
+    """
+    own = header.to_metadata()
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")
+    if clash := sorted(set(own) & set(metadata)):
+        raise ValueError(f"metadata keys must not be the format's own, got {clash}")
+    # A copy of its own for each tensor: safetensors refuses those that share memory.
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+    with replacing(Path(path)) as beside:
+        save_file(tensors, beside, metadata={**metadata, **own})
+
+
+def shorten(items: list[str]) -> str:
+    """The first three of `items` and how many more there are, for an error's text."""
+    return "; ".join(items[:3]) + ("" if len(items) <= 3 else f"; and {len(items) - 3} more")

@@ -1,0 +1,67 @@
+"""What is peculiar to a model family, beside the names of its linears (sites.py).
+
+A new family gets its row of names in sites.py. Where its classifier has another name, or its
+attention uses a linear's weight without calling the linear, that is dealt with here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..methods.base import Site
+
+_CLASSIFIERS = ("head", "heads", "classifier", "fc")
+_SECOND_CLASSIFIER = "head_dist"  # distilled DeiT's
+_QKV_SWITCH = "qkv_bias_separate"
+
+PEFT_QKV_WARNING = (
+    f"PEFT passes the qkv of this model by unless {_QKV_SWITCH} is set on each of its"
+    " attention modules: set it before PeftModel.from_pretrained"
+)
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """The modules that are the model's classifier: those timm declares, else by the usual names."""
+    modules = dict(model.named_modules())
+    config = getattr(model, "pretrained_cfg", None)
+    classifier = config.get("classifier") if isinstance(config, dict) else None
+    declared: list[str] = [classifier] if isinstance(classifier, str) else list(classifier or ())
+    if found := [name for name in declared if name in modules]:
+        return found
+    first = [name for name in _CLASSIFIERS if name in modules][:1]
+    return first + [name for name in (_SECOND_CLASSIFIER,) if name in modules]
+
+
+def check_is_called(model: nn.Module, name: str) -> None:
+    """Check that the linear's parent calls it.
+
+    Raises:
+        TypeError: torch's own encoder layer would read the weight directly in eval.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TypeError(
+            f"target {name!r} must be called by its parent, but nn.TransformerEncoderLayer's fast"
+            " path reads its weight in eval: torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+
+
+def find_joined_qkv_bias(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
+    """Attention modules that hand their qkv's weight to F.linear with a bias made in forward.
+
+    timm's BEiT, EVA and Swin V2 do so unless `qkv_bias_separate` is set, and would then not call
+    the adapted layer; both ways compute the same.
+    """
+    parents = (site.name.rpartition(".")[0] for site in sites if site.role == "qkv")
+    return tuple(
+        name for name in parents if getattr(model.get_submodule(name), _QKV_SWITCH, None) is False
+    )
+
+
+def set_qkv_bias_separate(model: nn.Module, names: Sequence[str], separate: bool) -> None:
+    """Make the named attention modules call their qkv and add its bias afterwards, or not."""
+    for name in names:
+        setattr(model.get_submodule(name), _QKV_SWITCH, separate)

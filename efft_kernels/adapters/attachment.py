@@ -1,0 +1,76 @@
+"""What `attach` leaves on a model: a bank of factors that carries the record of the change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..methods.base import FactorGroup, Method, Site
+from ..nn import FactorBank
+
+BANK_NAME = "factor_bank"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` did to a model.
+
+    Attributes:
+        method: the method's configuration.
+        sites: the adapted linears, in the model's order.
+        modules_to_train: names of the modules trained whole.
+        base_shapes: parameter name → shape before attaching; an adapter file carries it to
+            recognise the architecture.
+        required_grad: parameter name → requires_grad before attaching.
+        separated_bias: attention modules whose `qkv_bias_separate` was switched on.
+    """
+
+    method: Method
+    sites: tuple[Site, ...]
+    modules_to_train: tuple[str, ...]
+    base_shapes: dict[str, tuple[int, ...]]
+    required_grad: dict[str, bool]
+    separated_bias: tuple[str, ...] = ()
+
+
+class AttachedBank(FactorBank):
+    """The bank at an attached model's root; the record on it follows deepcopy and pickle.
+
+    Args:
+        groups: as in FactorBank.
+        sites: as in FactorBank.
+        attachment: what `attach` did.
+
+    Raises:
+        ValueError: a group named like one of the bank's own attributes.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, FactorGroup], sites: Mapping[str, str], attachment: Attachment
+    ) -> None:
+        self.attachment = attachment  # set first, so that no group can take its name
+        super().__init__(groups, sites)
+
+
+def find_bank(model: nn.Module) -> AttachedBank | None:
+    """The bank of the adapter that `model` carries, if it carries one."""
+    bank = getattr(model, BANK_NAME, None)
+    return bank if isinstance(bank, AttachedBank) else None
+
+
+def require_plain(model: nn.Module) -> None:
+    """Check that `model` is a module without an adapter.
+
+    Raises:
+        TypeError: it is no nn.Module.
+        ValueError: it carries an adapter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if find_bank(model) is not None:
+        raise ValueError(
+            f"model must carry no adapter, got a {type(model).__name__} that has one:"
+            " detach it first"
+        )
