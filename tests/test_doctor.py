@@ -43,9 +43,9 @@ def test_the_native_libraries_are_listed_with_what_they_were_built_with(
         "cuda_archs": ["8.0", "9.0a"],
         "cutlass_version": "4.2.0",
     }
-    monkeypatch.setattr(doctor.native, "build_info", lambda: built)
-    monkeypatch.setattr(doctor.native, "load_cpu", lambda: None)
-    monkeypatch.setattr(doctor.native, "load_cuda", lambda: "no nvcc was found")
+    monkeypatch.setattr(doctor.native_library, "build_info", lambda: built)
+    monkeypatch.setattr(doctor.native_library, "load_cpu", lambda: None)
+    monkeypatch.setattr(doctor.native_library, "load_cuda", lambda: "no nvcc was found")
     diagnosis = doctor.diagnose()
     assert diagnosis.versions["_native"] == "loads"
     assert diagnosis.versions["_native_cuda"] == "no nvcc was found"
@@ -59,9 +59,9 @@ def test_the_native_libraries_are_listed_with_what_they_were_built_with(
 
 
 def test_without_native_libraries_it_is_still_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.native, "build_info", lambda: None)
+    monkeypatch.setattr(doctor.native_library, "build_info", lambda: None)
     diagnosis = doctor.diagnose()
     assert diagnosis.healthy
     assert "built with" not in diagnosis.versions
     assert diagnosis.to_json()["build"] is None
-    assert set(diagnosis.libraries) == set(doctor.native.LIBRARIES)
+    assert set(diagnosis.libraries) == set(doctor.native_library.LIBRARIES)

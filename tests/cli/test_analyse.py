@@ -168,7 +168,7 @@ def test_nothing_heavy_is_loaded_for_help() -> None:
     import sys
 
     code = (
-        "import sys; from efft_kernels.analysis.cli import app;"
+        "import sys; from efft_kernels.cli.analyse import app;"
         "heavy = {'timm', 'matplotlib', 'torchvision'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

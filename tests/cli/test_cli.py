@@ -199,7 +199,7 @@ def test_interrupted_it_resumes_to_the_same_result(
 KILLED_IN_THE_SECOND_EPOCH = """
 import os, signal
 from efft_kernels import cli
-from efft_kernels.train import run
+from efft_kernels.training import run
 
 evaluate = run.evaluate
 

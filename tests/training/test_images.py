@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from efft_kernels.training import images as training_images
+from efft_kernels.training import images
 
 
 def make_images(root: Path, **counts: int) -> Path:
@@ -24,36 +24,36 @@ def make_images(root: Path, **counts: int) -> Path:
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     return make_images(tmp_path / "images", cat=20, dog=10, emu=5)
 
 
-def test_hold_out_is_stratified_and_complete(images: Path) -> None:
-    splits = training_images.open_splits(images, val_split=0.2, seed=3)
+def test_hold_out_is_stratified_and_complete(folder: Path) -> None:
+    splits = images.open_splits(folder, val_split=0.2, seed=3)
     assert splits.classes == ("cat", "dog", "emu")
     assert Counter(label for _, label in splits.val) == {0: 4, 1: 2, 2: 1}
     assert not set(splits.train) & set(splits.val)
     assert len(splits.train) + len(splits.val) == 35
 
 
-def test_hold_out_depends_on_the_seed_alone(images: Path) -> None:
-    first = training_images.open_splits(images, val_split=0.2, seed=3)
-    assert first == training_images.open_splits(images, val_split=0.2, seed=3)
-    assert first.val != training_images.open_splits(images, val_split=0.2, seed=4).val
+def test_hold_out_depends_on_the_seed_alone(folder: Path) -> None:
+    first = images.open_splits(folder, val_split=0.2, seed=3)
+    assert first == images.open_splits(folder, val_split=0.2, seed=3)
+    assert first.val != images.open_splits(folder, val_split=0.2, seed=4).val
 
 
-def test_fingerprint_survives_a_move_and_notices_a_new_image(images: Path) -> None:
-    before = training_images.open_splits(images, val_split=0.2, seed=0).fingerprint()
-    moved = images.rename(training_images.with_name("moved"))
-    assert training_images.open_splits(moved, val_split=0.2, seed=0).fingerprint() == before
+def test_fingerprint_survives_a_move_and_notices_a_new_image(folder: Path) -> None:
+    before = images.open_splits(folder, val_split=0.2, seed=0).fingerprint()
+    moved = folder.rename(folder.with_name("moved"))
+    assert images.open_splits(moved, val_split=0.2, seed=0).fingerprint() == before
     (moved / "cat" / "000.png").rename(moved / "cat" / "new.png")
-    assert training_images.open_splits(moved, val_split=0.2, seed=0).fingerprint() != before
+    assert images.open_splits(moved, val_split=0.2, seed=0).fingerprint() != before
 
 
 def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     make_images(tmp_path / "train", cat=3, dog=2)
     make_images(tmp_path / "val", cat=1, dog=1)
-    splits = training_images.open_splits(tmp_path, val_split=0.5, seed=0)
+    splits = images.open_splits(tmp_path, val_split=0.5, seed=0)
     assert (len(splits.train), len(splits.val)) == (5, 2)
 
 
@@ -74,77 +74,77 @@ def test_unusable_folders_are_named(tmp_path: Path, counts: dict[str, int], mess
     if "train" in counts:
         make_images(root / "train", cat=2, dog=2)
     with pytest.raises(ValueError, match=message):
-        training_images.open_splits(root, val_split=0.1, seed=0)
+        images.open_splits(root, val_split=0.1, seed=0)
 
 
 def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing there"):
-        training_images.read_folder(tmp_path / "absent")
+        images.read_folder(tmp_path / "absent")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="a file"):
-        training_images.read_folder(tmp_path / "file")
+        images.read_folder(tmp_path / "file")
 
 
 def test_train_and_val_must_have_the_same_classes(tmp_path: Path) -> None:
     make_images(tmp_path / "train", cat=2, dog=2)
     make_images(tmp_path / "val", cat=1, emu=1)
     with pytest.raises(ValueError, match="difference in dog, emu"):
-        training_images.open_splits(tmp_path, val_split=0.5, seed=0)
+        images.open_splits(tmp_path, val_split=0.5, seed=0)
 
 
-def test_given_classes_number_the_images(images: Path) -> None:
-    (images / "cat").rename(images.parent / "cat")
-    _, samples = training_images.read_folder(images, classes=["ant", "cat", "dog", "emu"])
+def test_given_classes_number_the_images(folder: Path) -> None:
+    (folder / "cat").rename(folder.parent / "cat")
+    _, samples = images.read_folder(folder, classes=["ant", "cat", "dog", "emu"])
     assert Counter(label for _, label in samples) == {2: 10, 3: 5}
     with pytest.raises(ValueError, match=r"only the classes ant, dog, got .* with emu"):
-        training_images.read_folder(images, classes=["ant", "dog"])
+        images.read_folder(folder, classes=["ant", "dog"])
 
 
-def damage(images: Path) -> list[str]:
-    text = images / "cat" / "003.png"
+def damage(folder: Path) -> list[str]:
+    text = folder / "cat" / "003.png"
     text.write_text("not an image")
-    truncated = images / "dog" / "004.png"
+    truncated = folder / "dog" / "004.png"
     truncated.write_bytes(truncated.read_bytes()[:45])
     return sorted([str(text), str(truncated)])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_images_are_found_and_named(images: Path, workers: int) -> None:
-    bad = damage(images)
-    _, samples = training_images.read_folder(images)
+def test_unreadable_images_are_found_and_named(folder: Path, workers: int) -> None:
+    bad = damage(folder)
+    _, samples = images.read_folder(folder)
     counted = []
-    unreadable = training_images.find_unreadable(
+    unreadable = images.find_unreadable(
         samples, workers=workers, on_check=lambda done, total: counted.append((done, total))
     )
     assert sorted(unreadable) == bad
     assert counted[-1] == (35, 35)
     with pytest.raises(images.UnreadableImageError, match=r"2 unreadable: .*003\.png.*--skip-bad"):
-        training_images.refuse_or_report(unreadable, skip=False, notify=pytest.fail)
+        images.refuse_or_report(unreadable, skip=False, notify=pytest.fail)
     notes: list[str] = []
-    training_images.refuse_or_report(unreadable, skip=True, notify=notes.append)
+    images.refuse_or_report(unreadable, skip=True, notify=notes.append)
     assert notes[0].startswith("skipped 2 unreadable images: cannot read image")
-    assert len(training_images.without(samples, unreadable, ("cat", "dog", "emu"))) == 33
+    assert len(images.without(samples, unreadable, ("cat", "dog", "emu"))) == 33
 
 
 def test_a_class_may_not_lose_all_its_images() -> None:
     samples = [("a.png", 0), ("b.png", 1)]
     with pytest.raises(ValueError, match="readable image, got none in dog"):
-        training_images.without(samples, {"b.png": "damaged"}, ("cat", "dog"))
+        images.without(samples, {"b.png": "damaged"}, ("cat", "dog"))
 
 
-def test_a_loader_names_an_image_that_breaks_later(images: Path) -> None:
-    _, samples = training_images.read_folder(images)
+def test_a_loader_names_an_image_that_breaks_later(folder: Path) -> None:
+    _, samples = images.read_folder(folder)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
-    _, transform = training_images.make_transforms(model, img_size=32)
-    damage(images)
-    loader = training_images.make_loader(samples, transform, batch_size=8, workers=0, shuffle=False)
+    _, transform = images.make_transforms(model, img_size=32)
+    damage(folder)
+    loader = images.make_loader(samples, transform, batch_size=8, workers=0, shuffle=False)
     with pytest.raises(images.UnreadableImageError, match=r"003\.png"):
         list(loader)
 
 
 def test_transforms_follow_the_model_and_keep_the_whole_image() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
-    train, evaluation = training_images.make_transforms(model, img_size=32)
+    train, evaluation = images.make_transforms(model, img_size=32)
     picture = Image.new("RGB", (64, 16), (255, 255, 255))
     picture.paste((0, 0, 0), (0, 0, 8, 16))  # a black left edge, which a crop would lose
     pixels = evaluation(picture)
@@ -154,14 +154,14 @@ def test_transforms_follow_the_model_and_keep_the_whole_image() -> None:
     assert torch.equal(train(picture), pixels)
 
 
-def test_augmentation_is_random_and_seeded(images: Path) -> None:
-    _, samples = training_images.read_folder(images)
+def test_augmentation_is_random_and_seeded(folder: Path) -> None:
+    _, samples = images.read_folder(folder)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
-    train, _ = training_images.make_transforms(model, img_size=32, augment=True)
-    loader = training_images.make_loader(samples, train, batch_size=35, workers=1, shuffle=True)
+    train, _ = images.make_transforms(model, img_size=32, augment=True)
+    loader = images.make_loader(samples, train, batch_size=35, workers=1, shuffle=True)
 
     def batch(epoch: int) -> torch.Tensor:
-        loader.generator.manual_seed(training_images.epoch_seed(7, epoch))
+        loader.generator.manual_seed(images.epoch_seed(7, epoch))
         return next(iter(loader))[0]
 
     assert torch.equal(batch(1), batch(1))
@@ -169,5 +169,5 @@ def test_augmentation_is_random_and_seeded(images: Path) -> None:
 
 
 def test_epoch_seeds_differ() -> None:
-    seeds = {training_images.epoch_seed(seed, epoch) for seed in range(20) for epoch in range(50)}
+    seeds = {images.epoch_seed(seed, epoch) for seed in range(20) for epoch in range(50)}
     assert len(seeds) == 1000
