@@ -50,11 +50,13 @@ def find_sites(
 ) -> list[Site]:
     """The sites that `targets` and `layers` choose, in the model's order.
 
+    A linear's whole name in `targets` stands for that linear alone.
+
     Args:
         model: the model to look through.
         targets: None for every attention and FFN linear whose role is known by name; else names,
             dotted endings ("attn.qkv"), globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or
-            several. A linear's whole name stands for that linear alone.
+            several.
         layers: block indices from 0 over the whole model; None for all.
         exclude: module names whose linears are left alone (those that are trained whole).
 
@@ -87,8 +89,7 @@ def find_sites(
 
 
 def _mark_packed_gates(sites: dict[str, Site], block_of: dict[str, str]) -> None:
-    """Give an fc1 that is twice as wide as its block's fc2 takes in (gate and fc1 in one) its
-    role."""
+    """Give each fc1 that holds the gate as well, so twice as wide as fc2 takes in, its own role."""
     hidden = {block_of[s.name]: s.in_features for s in sites.values() if s.role == "fc2"}
     for name, site in sites.items():
         if site.role == "fc1" and site.out_features == 2 * hidden.get(block_of[name], 0):
@@ -96,10 +97,12 @@ def _mark_packed_gates(sites: dict[str, Site], block_of: dict[str, str]) -> None
 
 
 def _inside(name: str, outer: str) -> bool:
+    """Whether a module is `outer` or lies in it."""
     return name == outer or name.startswith(outer + ".")
 
 
 def _numbered(keys: Iterable[Key]) -> dict[Key, int]:
+    """Distinct keys → 0, 1, 2, ... in their order."""
     numbers: dict[Key, int] = {}
     for key in keys:
         numbers.setdefault(key, len(numbers))

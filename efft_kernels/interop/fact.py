@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from ..adapters.attachment import require_plain
 from ..adapters.sites import find_sites
 from ..methods.base import Site, check_choice, check_number
 from ..methods.fact import FacTTT
+from ..methods.tensor_train import TensorTrainGroup
 from .files import (
     check_floating,
     check_shape,
@@ -82,7 +82,8 @@ def import_fact(
     adapter = attach(model, config, targets=list(cores), modules_to_train=trained)
     with detached_on_error(adapter):
         name = adapter.bank.group_of[sites[0].name]
-        group: Any = adapter.bank.group(sites[0].name)
+        group = adapter.bank.group(sites[0].name)
+        assert isinstance(group, TensorTrainGroup)
         core = torch.empty(group.core.shape, dtype=torch.float64)
         for site, place in group.placements.items():
             core[place.first_core : place.first_core + place.slices] = cores[site]

@@ -326,8 +326,10 @@ def _check_pairs_fit(model: nn.Module, pairs: Mapping[str, _Pair]) -> None:
 def _saved_modules(
     model: nn.Module, endings: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> list[str]:
-    """The outermost modules that `modules_to_save` choose, by the end of a name as PEFT does, and
-    that the checkpoint has tensors of."""
+    """The outermost modules that `modules_to_save` name and the checkpoint has tensors of.
+
+    As in PEFT, an ending of the dotted name is enough.
+    """
     chosen: list[str] = []
     for module, _ in model.named_modules():
         fits = module.endswith(tuple(endings))
@@ -338,8 +340,10 @@ def _saved_modules(
 
 
 def _exact_pair(factors: Factors) -> tuple[Tensor, Tensor]:
-    """(A [R, K], B [N, R]) in float64 with B·A = ΔW [N, K], R the smallest that needs no
-    decomposition."""
+    """(A [R, K], B [N, R]) in float64 with B·A = ΔW [N, K].
+
+    R is the smallest that needs no decomposition: min(Ra, G·Rb, K, N), unused indices left out.
+    """
     # On the CPU: not every device has float64.
     down = factors.down.to("cpu", torch.float64)  # [K, Ra]
     up = factors.up.to("cpu", torch.float64)  # [1 or G, N/G, Rb]

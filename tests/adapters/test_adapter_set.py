@@ -1,5 +1,4 @@
-"""Many tasks on one backbone: mixed batches against each row alone, swapping, and what a set
-costs."""
+"""Many tasks on one backbone: mixed batches against each row alone, swapping, memory."""
 
 from __future__ import annotations
 
@@ -30,9 +29,14 @@ def make_swin():
     def make(dtype=torch.float64):
         torch.manual_seed(5)
         model = timm.create_model(
-            "swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=8,
-            depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 4), num_classes=5,
-        ).to(dtype)  # fmt: skip
+            "swin_tiny_patch4_window7_224",
+            img_size=64,
+            window_size=2,
+            embed_dim=8,
+            depths=(2, 1, 1, 1),
+            num_heads=(2, 2, 4, 4),
+            num_classes=5,
+        ).to(dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -259,11 +263,14 @@ DIFFERENT = [
     (EFFT2(rank=3), {}, EFFT2(rank=3, learn_scale=True), {}, "set's learn_scale False, got True"),
     (LoRA(rank=2), {}, LoRA(rank=2, matrices=("q", "k")), {}, r"matrices.*'q', 'v'.*'q', 'k'"),
     (
-        KAdaptation(products=2, matrices=("q",)), {},
-        KAdaptation(products=2, matrices=("v",)), {}, "matrices.*'q'.*'v'",
+        KAdaptation(products=2, matrices=("q",)),
+        {},
+        KAdaptation(products=2, matrices=("v",)),
+        {},
+        "matrices.*'q'.*'v'",
     ),
     (EFFT2(rank=3), {}, EFFT2(rank=3), {"modules_to_train": ()}, "missing or unknown.*head"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", range(len(DIFFERENT)))
@@ -278,10 +285,14 @@ def test_adapters_of_another_kind_are_refused(make_vit, tmp_path, case):
 
 @pytest.mark.parametrize(
     "other",
-    [EFFT2(rank=(3, 3)), EFFT2(rank=3, dropout=0.5), EFFT2(rank=3, init="u"),
-     EFFT2(rank=[3], ffn_rank=3)],
+    [
+        EFFT2(rank=(3, 3)),
+        EFFT2(rank=3, dropout=0.5),
+        EFFT2(rank=3, init="u"),
+        EFFT2(rank=[3], ffn_rank=3),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_matters_in_training_alone_may_differ(make_vit, tmp_path, other):
     attach(make_vit(), other).save(tmp_path / "other")
     tasks = AdapterSet(attach(make_vit(), EFFT2(rank=3)))
@@ -298,9 +309,11 @@ def test_a_file_with_a_broken_header_is_refused(make_vit, tmp_path):
     tensors = load_file(tmp_path / "a")
     header = {"format": "efft-kernels.adapter", "format_version": "1"}
     for broken in (
-        {}, {"targets": "[]"}, {"targets": "nope", "method": "{}"},
+        {},
+        {"targets": "[]"},
+        {"targets": "nope", "method": "{}"},
         {"targets": json.dumps([s.name for s in adapter.sites]), "method": "[]"},
-    ):  # fmt: skip
+    ):
         save_file(tensors, tmp_path / "b", metadata=header | broken)
         with pytest.raises(ValueError, match="source must"):
             tasks.add("b", tmp_path / "b")

@@ -1,5 +1,4 @@
-"""Putting a method on a model: what is swapped and frozen, what is refused, and that a refusal
-leaves no trace."""
+"""Putting a method on a model: what is swapped, frozen and refused; a refusal leaves no trace."""
 
 from __future__ import annotations
 

@@ -29,8 +29,14 @@ def test_rows_of_a_vit(make_vit):
     block = "blocks.1."
     assert description.rows[4:] == [
         {
-            "name": block + name, "role": role, "block": 1, "stage": 0, "in_features": k,
-            "out_features": n, "group": group, "rank": rank,
+            "name": block + name,
+            "role": role,
+            "block": 1,
+            "stage": 0,
+            "in_features": k,
+            "out_features": n,
+            "group": group,
+            "rank": rank,
         }
         for name, role, k, n, group, rank in (
             ("attn.qkv", "qkv", 12, 36, "mhsa", 3),
@@ -38,7 +44,7 @@ def test_rows_of_a_vit(make_vit):
             ("mlp.fc1", "fc1", 12, 48, "ffn", 5),  # fc1's input side is V
             ("mlp.fc2", "fc2", 48, 12, "ffn", 4),
         )
-    ]  # fmt: skip
+    ]
     assert description.groups == {
         "mhsa": {"U": [12, 3], "V": [12, 2], "core": [8, 3, 2]},
         "ffn": {"U": [48, 4], "V": [12, 5], "core": [4, 4, 5]},
@@ -84,8 +90,12 @@ def test_text_names_every_group_and_count(make_vit, method):
     table = description.__rich__()
     columns = [list(column.cells) for column in table.columns]
     assert [column.header for column in table.columns] == [
-        "group", "parameters", "shapes", "linears", "rank",
-    ]  # fmt: skip
+        "group",
+        "parameters",
+        "shapes",
+        "linears",
+        "rank",
+    ]
     assert columns[0] == list(description.groups)
     counts = [sum(prod(s) for s in shapes.values()) for shapes in description.groups.values()]
     assert columns[1] == [f"{count:,}" for count in counts]

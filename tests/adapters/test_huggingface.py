@@ -1,5 +1,4 @@
-"""Hugging Face's ViT, DINOv2 and CLIP vision models: separate q, k, v as one group, and x·down
-computed once for them."""
+"""Hugging Face's ViT, DINOv2 and CLIP: separate q, k, v are one group and share one x·down."""
 
 from __future__ import annotations
 

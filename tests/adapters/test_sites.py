@@ -1,5 +1,4 @@
-"""Names to roles, blocks and stages, on the families of models that name their linears
-differently."""
+"""Names to roles, blocks and stages, on model families that name their linears differently."""
 
 from __future__ import annotations
 
@@ -88,10 +87,17 @@ def test_stages_are_those_of_the_whole_model():
 @pytest.mark.parametrize(
     ("targets", "count"),
     [
-        (None, 48), ("mhsa", 24), ("ffn", 24), ("qkv", 12), (("attn.qkv", "mlp.fc2"), 24),
-        ("layers.3.*", 9), ("reduction", 3), ("*.downsample.reduction", 3), ("head.fc", 1),
+        (None, 48),
+        ("mhsa", 24),
+        ("ffn", 24),
+        ("qkv", 12),
+        (("attn.qkv", "mlp.fc2"), 24),
+        ("layers.3.*", 9),
+        ("reduction", 3),
+        ("*.downsample.reduction", 3),
+        ("head.fc", 1),
     ],
-)  # fmt: skip
+)
 def test_targets_of_swin(targets, count):
     assert len(find_sites(meta("swin_tiny_patch4_window7_224"), targets)) == count
 

@@ -56,9 +56,14 @@ def small(name, dtype=torch.float64, **options):
 def small_swin(name="swin_tiny_patch4_window7_224", dtype=torch.float64):
     torch.manual_seed(5)
     model = timm.create_model(
-        name, img_size=64, window_size=2, embed_dim=8, depths=DEPTHS, num_heads=(2, 2, 4, 4),
+        name,
+        img_size=64,
+        window_size=2,
+        embed_dim=8,
+        depths=DEPTHS,
+        num_heads=(2, 2, 4, 4),
         num_classes=5,
-    )  # fmt: skip
+    )
     return unsettled(model.to(dtype))
 
 
@@ -123,11 +128,15 @@ def test_rank_per_stage(randomize):
         for name, group in adapter.bank.named_children()
     }
     assert shapes == {
-        "stage0_mhsa": ((8, 2), (8, 2)), "stage0_ffn": ((32, 1), (8, 1)),
-        "stage1_mhsa": ((16, 3), (16, 1)), "stage1_ffn": ((64, 2), (16, 2)),
-        "stage2_mhsa": ((32, 4), (32, 4)), "stage2_ffn": ((128, 3), (32, 4)),
-        "stage3_mhsa": ((64, 5), (64, 5)), "stage3_ffn": ((256, 6), (64, 6)),
-    }  # fmt: skip
+        "stage0_mhsa": ((8, 2), (8, 2)),
+        "stage0_ffn": ((32, 1), (8, 1)),
+        "stage1_mhsa": ((16, 3), (16, 1)),
+        "stage1_ffn": ((64, 2), (16, 2)),
+        "stage2_mhsa": ((32, 4), (32, 4)),
+        "stage2_ffn": ((128, 3), (32, 4)),
+        "stage3_mhsa": ((64, 5), (64, 5)),
+        "stage3_ffn": ((256, 6), (64, 6)),
+    }
     with pytest.raises(ValueError, match=r"rank must have one entry per stage \(4\), got 2"):
         attach(small_swin(), FacTTT(rank=[2, 3]))
     two_stages = attach(small_swin(), FacTTT(rank=[2, 3]), layers=[0, 4])
@@ -212,9 +221,12 @@ def giant():
     from timm.layers import SwiGLUPacked
 
     return small(
-        "vit_small_patch14_dinov2", embed_dim=24, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU,
+        "vit_small_patch14_dinov2",
+        embed_dim=24,
+        mlp_layer=SwiGLUPacked,
+        act_layer=nn.SiLU,
         mlp_ratio=4,
-    )  # fmt: skip
+    )
 
 
 HAS_GATES = ("eva02 fused", "eva02", "dinov2 giant")

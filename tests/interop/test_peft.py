@@ -200,7 +200,12 @@ def renamed(old, new):
     return change
 
 
+def holding(name, tensor):
+    return lambda tensors: tensors.update({f"base_model.model.{name}": tensor})
+
+
 QKV = "base_model.model.blocks.0.attn.qkv"
+LORA_A = "blocks.0.attn.qkv.lora_A.weight"
 
 
 class TestRefusedPeft:
@@ -251,32 +256,34 @@ class TestRefusedPeft:
             (renamed("head.bias", "norm.bias"), ValueError, "with norm.bias"),
             (lambda t: t.pop("base_model.model.head.bias"), ValueError, "must hold head.bias"),
             (
-                lambda t: t.update({"base_model.model.head.bias": torch.zeros(6)}),
-                ValueError, r"head.bias must be \[5\], got \[6\]",
+                holding("head.bias", torch.zeros(6)),
+                ValueError,
+                r"head.bias must be \[5\], got \[6\]",
             ),
             (lambda t: t.pop(f"{QKV}.lora_B.weight"), ValueError, "lora_B.weight, got .* without"),
             (
-                lambda t: t.update({f"{QKV}.lora_magnitude_vector": torch.ones(36)}),
-                ValueError, "got .*lora_magnitude_vector",
+                holding("blocks.0.attn.qkv.lora_magnitude_vector", torch.ones(36)),
+                ValueError,
+                "got .*lora_magnitude_vector",
             ),
             (
-                lambda t: t.update({f"{QKV}.lora_A.weight": torch.zeros(2, 13)}),
-                ValueError, r"lora_A.weight must be \[r, K\]=\[2, 12\], got \[2, 13\]",
+                holding(LORA_A, torch.zeros(2, 13)),
+                ValueError,
+                r"lora_A.weight must be \[r, K\]=\[2, 12\], got \[2, 13\]",
             ),
+            (holding(LORA_A, torch.zeros(2, 12, 1, 1)), ValueError, r"got \[2, 12, 1, 1\]"),
             (
-                lambda t: t.update({f"{QKV}.lora_A.weight": torch.zeros(2, 12, 1, 1)}),
-                ValueError, r"got \[2, 12, 1, 1\]",
-            ),
-            (
-                lambda t: t.update({f"{QKV}.lora_A.weight": torch.zeros(2, 12).long()}),
-                ValueError, "must be floating, got torch.int64",
+                holding(LORA_A, torch.zeros(2, 12).long()),
+                ValueError,
+                "must be floating, got torch.int64",
             ),
             (
                 lambda t: [t.pop(key) for key in list(t) if "lora" in key],
-                ValueError, "at least one lora_A.weight",
+                ValueError,
+                "at least one lora_A.weight",
             ),
         ],
-    )  # fmt: skip
+    )
     def test_tensors(self, make_vit, unchanged, checkpoint, change, error, message):
         model = make_vit()
         with unchanged(model), pytest.raises(error, match=message):

@@ -1,5 +1,4 @@
-"""What every method is built from: sites, ranks per stage, configurations, and a method of one's
-own."""
+"""What methods are built from: sites, ranks per stage, configurations; a method of one's own."""
 
 from __future__ import annotations
 

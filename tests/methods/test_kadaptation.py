@@ -11,8 +11,7 @@ from torch.func import functional_call
 from efft_kernels import KAdaptation, attach
 
 D = 12  # of the small model
-KINDS = {"attn.qkv": ("q", "k", "v"), "attn.proj": ("o",), "mlp.fc1": ("fc1",),
-         "mlp.fc2": ("fc2",)}  # fmt: skip
+KINDS = {"attn.qkv": ("q", "k", "v"), "attn.proj": ("o",), "mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)}
 
 
 def meta(name):

@@ -15,8 +15,12 @@ from torch.func import functional_call
 from efft_kernels import KAdaptation, LoRA, attach, load
 
 D = 12  # of the small model
-PER_SITE = {"attn.qkv": ("q", "k", "v"), "attn.proj": ("o",), "mlp.fc1": ("fc1",),
-            "mlp.fc2": ("fc2",)}  # fmt: skip
+PER_SITE = {
+    "attn.qkv": ("q", "k", "v"),
+    "attn.proj": ("o",),
+    "mlp.fc1": ("fc1",),
+    "mlp.fc2": ("fc2",),
+}
 
 
 def meta(name):
@@ -69,9 +73,15 @@ def dense(site, tensors, matrices, s):
 
 
 CASES = [
-    ("q", "v"), ("v", "q"), ("k",), ("q", "k", "v", "o"), ("o", "fc1"), ("fc2",),
-    ("q", "k", "v", "o", "fc1", "fc2"), None,
-]  # fmt: skip
+    ("q", "v"),
+    ("v", "q"),
+    ("k",),
+    ("q", "k", "v", "o"),
+    ("o", "fc1"),
+    ("fc2",),
+    ("q", "k", "v", "o", "fc1", "fc2"),
+    None,
+]
 
 
 @pytest.mark.parametrize("matrices", CASES, ids=str)
@@ -215,8 +225,9 @@ def test_a_file_names_its_linears_whole(randomize, tmp_path):
 
     def make():
         torch.manual_seed(4)
-        return nn.Sequential(OrderedDict({"0": nn.Linear(4, 4), "inner": nn.Sequential(
-            nn.Linear(4, 4))}))  # fmt: skip
+        return nn.Sequential(
+            OrderedDict({"0": nn.Linear(4, 4), "inner": nn.Sequential(nn.Linear(4, 4))})
+        )
 
     model, twin, x = make(), make(), torch.randn(3, 4)
     adapter = attach(model, LoRA(rank=2), targets="[0]", modules_to_train=())
