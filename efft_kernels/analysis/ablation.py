@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..adapters.attach import attach
 from ..adapters.sites import find_sites
 from ..methods.base import Method
-from ..training.loop import seed_everything
+from ..training.reproducible import seed_everything
 from .task import Budget, Task, top1_after_training, without_nan
 
 LayerRange = tuple[int, int]  # first and last block, both included

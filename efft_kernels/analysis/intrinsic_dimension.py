@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.attach import resolve_modules_to_train
-from ..training.loop import seed_everything
+from ..training.reproducible import seed_everything
 from .fastfood import random_subspace
 from .task import Budget, Task, top1_after_training, without_nan
 

@@ -1,4 +1,7 @@
-"""What an analysis trains on, and how: a backbone, images of a data set, and one budget for all."""
+"""What an analysis trains on, and how: a backbone, images of a data set, and one budget for all.
+
+A task is a data set here; in `adapter_set` it is an adapter among those of a mixed batch.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
+from ..training import digits
 from ..training.backbone import Notify, build_backbone
 from ..training.images import (
-    epoch_seed,
     find_unreadable,
     make_loader,
     make_transforms,
     open_splits,
     refuse_or_report,
 )
-from ..training.loop import NonFiniteLossError, evaluate, seed_everything, train_one_epoch
-from ..training.settings import resolve_device
+from ..training.loop import (
+    NonFiniteLossError,
+    Schedule,
+    evaluate,
+    train_epochs,
+    trained_parameters,
+)
+from ..training.reproducible import seed_everything
+from ..training.settings import require, resolve_device
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
@@ -37,7 +46,8 @@ class Task:
     Attributes:
         name: of the data set.
         model: the backbone with a head for the classes; only copies of it are trained.
-        train, val: loaders of (images [B, C, H, W], targets [B] int64).
+        train: loader of (images [B, C, H, W], targets [B] int64).
+        val: loader of the same.
         num_classes: of the data set.
         device: where to train.
     """
@@ -61,6 +71,11 @@ class Budget:
     AdamW; the learning rate rises over the first tenth of the epochs to `lr` and falls to zero as a
     cosine. The defaults are EFFT's for VTAB-1k.
 
+    Attributes:
+        epochs: how many.
+        lr: peak learning rate.
+        weight_decay: of AdamW.
+
     Raises:
         ValueError: a number out of range.
     """
@@ -70,12 +85,10 @@ class Budget:
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        require("epochs", self.epochs >= 1, "at least 1", self.epochs)
+        require("lr", 0 < self.lr < math.inf, "above 0", self.lr)
+        decays = 0 <= self.weight_decay < math.inf
+        require("weight_decay", decays, "at least 0", self.weight_decay)
 
 
 def top1_after_training(
@@ -100,7 +113,7 @@ def top1_after_training(
         NaN or infinite on the way.
     """
     if parameter_groups is None:
-        parameter_groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        parameter_groups = [{"params": trained_parameters(model)}]
     groups = [group for group in parameter_groups if group["params"]]
     if groups and not _train(model, task, budget, seed, groups):
         return math.nan
@@ -112,28 +125,27 @@ def _train(
     model: nn.Module, task: Task, budget: Budget, seed: int, groups: list[dict[str, Any]]
 ) -> bool:
     """Whether the loss stayed finite."""
-    optimizer = torch.optim.AdamW(groups, lr=budget.lr, weight_decay=budget.weight_decay)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=budget.epochs,
+    schedule = Schedule(
+        epochs=budget.epochs,
+        lr=budget.lr,
+        weight_decay=budget.weight_decay,
         warmup_epochs=budget.epochs // 10,
         warmup_lr=budget.lr / 10,
-        min_lr=0.0,
-        step_on_epochs=False,
-        updates_per_epoch=len(task.train),
     )
-    for epoch in range(budget.epochs):
-        epochs_own = epoch_seed(seed, epoch + 1)
-        seed_everything(epochs_own)
-        if task.train.generator is not None:
-            task.train.generator.manual_seed(epochs_own)
-        try:
-            train_one_epoch(
-                model, task.train, optimizer, device=task.device, scheduler=scheduler, epoch=epoch
-            )
-        except NonFiniteLossError:
-            return False
+    optimizer, scheduler = schedule.start(groups, len(task.train))
+    try:
+        for _ in train_epochs(
+            model,
+            task.train,
+            optimizer,
+            range(budget.epochs),
+            device=task.device,
+            scheduler=scheduler,
+            seed=seed,
+        ):
+            pass
+    except NonFiniteLossError:
+        return False
     return True
 
 
@@ -161,7 +173,7 @@ def folder_task(
     Raises:
         ValueError: the images, the model or the checkpoint do not fit, or no such device.
     """
-    _check_batch_size(batch_size)
+    require("batch_size", batch_size >= 1, "at least 1", batch_size)
     torch_device = resolve_device(device)
     splits = open_splits(data, val_split=val_split, seed=seed)
     unreadable = find_unreadable(splits.train + splits.val, workers=workers)
@@ -205,11 +217,11 @@ def digits_task(
     seed: int = 0,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> Task:
-    """The demo's: a small ViT trained on the handwritten digits 0 to 4, to be adapted to 5 to 9.
+    """A small ViT trained on the handwritten digits 0 to 4, to be adapted to 5 to 9.
 
     Args:
         batch_size: images per step.
-        source_epochs: of the training on 0 to 4; None for the demo's own number.
+        source_epochs: of the training on 0 to 4; None for the demo's number.
         device: where to adapt; the training on 0 to 4 is on the CPU.
         seed: of the 20 training images a digit and of the head's weights.
         on_epoch: called after each epoch of the training on 0 to 4.
@@ -217,18 +229,14 @@ def digits_task(
     Raises:
         ValueError: no such device, or a number below 1.
     """
-    from ..demo import run as demo
-
-    _check_batch_size(batch_size)
-    settings = demo.Settings()
-    if source_epochs is not None:
-        Budget(epochs=source_epochs)
-        settings = demo.Settings(source_epochs=source_epochs)
+    source_epochs = digits.SOURCE_EPOCHS if source_epochs is None else source_epochs
+    require("batch_size", batch_size >= 1, "at least 1", batch_size)
+    require("epochs", source_epochs >= 1, "at least 1", source_epochs)
     torch_device = resolve_device(device)
-    backbone, _ = demo.pretrain(demo.SOURCE_CLASSES, settings, on_epoch)
-    train, test = demo.split_digits(demo.TARGET_CLASSES, demo.TRAIN_PER_CLASS, seed)
+    backbone, _ = digits.pretrain(epochs=source_epochs, on_epoch=on_epoch)
+    train, test = digits.split_digits(digits.TARGET_CLASSES, digits.TRAIN_PER_CLASS, seed)
     seed_everything(seed)
-    backbone.reset_classifier(len(demo.TARGET_CLASSES))
+    backbone.reset_classifier(len(digits.TARGET_CLASSES))
     shuffled: Any = DataLoader(
         train, batch_size, shuffle=True, drop_last=True, generator=torch.Generator()
     )
@@ -238,14 +246,9 @@ def digits_task(
         model=backbone,
         train=shuffled,
         val=in_order,
-        num_classes=len(demo.TARGET_CLASSES),
+        num_classes=len(digits.TARGET_CLASSES),
         device=torch_device,
     )
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def without_nan(value: Any) -> Any:

@@ -15,7 +15,15 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 @dataclass(frozen=True)
 class Point:
-    """One method: trained_params counts the head too; top1 is percent, one number per seed."""
+    """One method.
+
+    Attributes:
+        label: its name.
+        trained_params: how many, the head's too.
+        top1_mean: percent, over the seeds.
+        top1_std: standard deviation over the seeds.
+        top1: percent, one number per seed.
+    """
 
     label: str
     trained_params: int
@@ -25,7 +33,13 @@ class Point:
 
 
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
-    """Write a PNG: a point with its standard deviation per method, a faint dot per seed."""
+    """Write a PNG: a point with its standard deviation per method, a faint dot per seed.
+
+    Args:
+        points: one per method.
+        title: of the picture.
+        path: file to write.
+    """
     figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")

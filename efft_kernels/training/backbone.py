@@ -31,12 +31,21 @@ def build_backbone(
 ) -> nn.Module:
     """A timm model with a head for `num_classes`.
 
-    Its weights come from `checkpoint` (.safetensors, .pth, or the original .npz of ViT), else from
-    timm's pretrained ones (`pretrained`), else they are random. A head with another number of
-    classes is dropped. `notify` gets a line on anything the user should know.
+    Its weights come from the checkpoint, else from timm, else they are random. A head with another
+    number of classes is dropped.
 
-    Raises ValueError: an unknown model, an option it does not take, a checkpoint that is missing,
-    unreadable or of another architecture, pretrained weights that cannot be had.
+    Args:
+        name: of a timm model.
+        num_classes: outputs of the head.
+        checkpoint: .safetensors, .pth, or the original .npz of ViT.
+        pretrained: whether timm's weights are fetched where there is no checkpoint.
+        img_size: pixels; None for the model's own.
+        drop_path: probability, stochastic depth.
+        notify: called with a line on anything the user should know.
+
+    Raises:
+        ValueError: an unknown model, an option it does not take, a checkpoint that is missing,
+            unreadable or of another architecture, pretrained weights that cannot be had.
     """
     _check_name(name)
     options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path or None}

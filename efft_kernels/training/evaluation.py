@@ -13,13 +13,20 @@ from torch.utils.data import DataLoader
 from ..adapters.attach import load, resolve_modules_to_train
 from . import images, run_folder
 from .backbone import Notify, build_backbone, fingerprint
-from .loop import evaluate, seed_everything
+from .loop import evaluate
+from .reproducible import epoch_seed, seed_everything
 from .settings import AMP_DTYPES, require, resolve_device
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Top-1 in percent of `images` images; `images_from` says which they are."""
+    """How good an adapter is.
+
+    Attributes:
+        top1_percent: of the images.
+        images: how many they are.
+        images_from: which they are, in words.
+    """
 
     top1_percent: float
     images: int
@@ -44,13 +51,25 @@ def evaluate_adapter(
 ) -> EvalResult:
     """Rebuild the model an adapter was trained on, load the adapter, and measure its top-1.
 
-    split     "val": data_root/val, or the images that training held out of data_root;
-              "all": every image of data_root, one folder per class
-    merge     fold the adapter into the weights and evaluate the plain model
-    on_batch  called with (batches done, all batches)
-    checkpoint, pretrained, batch_size, amp: None is what training used
+    Args:
+        data_root: folder of images.
+        adapter_path: the adapter that training wrote.
+        split: "val" for data_root/val, or the images that training held out of data_root; "all"
+            for every image of data_root, one folder per class.
+        checkpoint: file of the backbone's weights; None for what training used, as for pretrained,
+            batch_size and amp.
+        pretrained: fetch timm's weights where no checkpoint is given.
+        merge: fold the adapter into the weights and evaluate the plain model.
+        batch_size: images per batch.
+        workers: processes that load images.
+        device: "auto" is CUDA where there is one.
+        amp: autocast dtype, "none", "float16" or "bfloat16".
+        skip_bad_images: leave out images that cannot be decoded.
+        notify: called with lines for the user.
+        on_batch: called with (batches done, all batches).
 
-    Raises ValueError naming what does not fit: the adapter, the images, the backbone.
+    Raises:
+        ValueError: the adapter, the images or the backbone do not fit; it names what.
     """
     require("split", split in ("val", "all"), "val or all", split)
     require("amp", amp is None or amp in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}", amp)
@@ -70,7 +89,7 @@ def evaluate_adapter(
         checkpoint = Path(settings["checkpoint"])
         there = checkpoint.is_file()
         require("checkpoint", there, f"given, as {checkpoint} is no longer there", "none")
-    seed_everything(images.epoch_seed(settings["seed"], 0))
+    seed_everything(epoch_seed(settings["seed"], 0))
     model = build_backbone(
         settings["model"],
         num_classes=len(classes),

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
@@ -28,9 +27,14 @@ class UnreadableImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """The images of one data folder: classes by name, (path, class) for training and validation.
+    """The images of one data folder.
 
-    held_out is true where `val` was split off here, false where the folder brought its own.
+    Attributes:
+        root: the folder.
+        classes: by name.
+        train: (path, class) of the images to train on.
+        val: (path, class) of the images to validate on.
+        held_out: whether `val` was split off here, and is no folder of its own.
     """
 
     root: Path
@@ -51,10 +55,13 @@ class ImageSplits:
 def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Sample]]:
     """The classes and images of a folder with one folder per class, sorted by name.
 
-    classes  number the images by these names instead of the folder's own; every folder must be one
-             of them, and none needs to exist.
+    Args:
+        root: the folder.
+        classes: number the images by these names instead of the folder's own; every folder must be
+            one of them, and none needs to exist.
 
-    Raises ValueError for a missing folder, no class folder, or a class folder without images.
+    Raises:
+        ValueError: a missing folder, no class folder, or a class folder without images.
     """
     if not root.is_dir():
         what = "a file" if root.exists() else "nothing there"
@@ -88,11 +95,16 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[list[
 def open_splits(data: Path, *, val_split: float, seed: int) -> ImageSplits:
     """Training and validation images of `data`.
 
-    Where data/train and data/val exist they are taken as they are. Else `val_split`, a fraction of
-    the images (stratified by class, drawn with `seed`), is held out.
+    Where data/train and data/val exist they are taken as they are; else some are held out.
 
-    Raises ValueError for what `read_folder` refuses, fewer than two classes, different classes in
-    train and val, or too few images to hold some out.
+    Args:
+        data: the folder.
+        val_split: fraction of the images to hold out, stratified by class.
+        seed: of what is held out.
+
+    Raises:
+        ValueError: what `read_folder` refuses, fewer than two classes, different classes in train
+            and val, or too few images to hold some out.
     """
     train_root, val_root = data / "train", data / "val"
     if train_root.is_dir() and val_root.is_dir():
@@ -147,7 +159,11 @@ def _hold_out(
 
 
 class ImageList(Dataset[tuple[Tensor, int]]):
-    """Images by path, with their class. Raises UnreadableImageError, naming the file."""
+    """Images by path, with their class.
+
+    Raises:
+        UnreadableImageError: on reading an image that cannot be decoded; it names the file.
+    """
 
     def __init__(self, samples: Sequence[Sample], transform: Callable[[Image.Image], Tensor]):
         self.samples = list(samples)
@@ -194,9 +210,15 @@ def find_unreadable(
     workers: int = 0,
     on_check: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
-    """Decode every image once; path -> reason of those that cannot be.
+    """Decode every image once.
 
-    on_check is called with (images checked, all images).
+    Args:
+        samples: the images.
+        workers: processes that decode; 0 for this one.
+        on_check: called with (images checked, all images).
+
+    Returns:
+        Path → reason, of those that cannot be decoded.
     """
     loader = DataLoader(_DecodeCheck(samples), batch_size=16, num_workers=workers, collate_fn=list)
     reasons: list[str] = []
@@ -210,9 +232,16 @@ def find_unreadable(
 def refuse_or_report(
     unreadable: dict[str, str], *, skip: bool, notify: Callable[[str], None], limit: int = 5
 ) -> None:
-    """Name the unreadable images: to `notify` if they are to be skipped, else in an error.
+    """Name the unreadable images.
 
-    Raises UnreadableImageError.
+    Args:
+        unreadable: path → reason.
+        skip: whether they are left out; then `notify` gets a line.
+        notify: called with that line.
+        limit: how many are named.
+
+    Raises:
+        UnreadableImageError: there are some, and they are not to be skipped.
     """
     if not unreadable:
         return
@@ -233,7 +262,8 @@ def without(
 ) -> tuple[Sample, ...]:
     """The samples that are not in `unreadable`.
 
-    Raises ValueError where a class that had images has none left.
+    Raises:
+        ValueError: a class that had images has none left.
     """
     kept = tuple(sample for sample in samples if sample[0] not in unreadable)
     lost = {label for _, label in samples} - {label for _, label in kept}
@@ -248,10 +278,16 @@ def without(
 def make_transforms(
     model: nn.Module, *, img_size: int | None = None, augment: bool = False
 ) -> tuple[Callable[[Image.Image], Tensor], Callable[[Image.Image], Tensor]]:
-    """timm's transforms for the model's own data config: (training, evaluation).
+    """timm's transforms for the model's own data config.
 
-    Evaluation resizes the whole image to the input size with no crop, as the VTAB-1k recipe does;
-    so does training unless `augment` asks for timm's random crops, flips and colour jitter.
+    Args:
+        model: a timm model.
+        img_size: pixels; None for the model's own.
+        augment: train with timm's random crops, flips and colour jitter.
+
+    Returns:
+        (training, evaluation). Evaluation, and training without `augment`, resize the whole image
+        to the input size with no crop, as the VTAB-1k recipe does.
     """
     config: dict[str, Any] = resolve_model_data_config(
         model, args=None if img_size is None else {"img_size": img_size}
@@ -276,6 +312,14 @@ def make_loader(
 
     The order and the workers' random numbers come from `loader.generator`: seed it before an epoch
     and that epoch's batches are fixed.
+
+    Args:
+        samples: the images.
+        transform: of one image.
+        batch_size: images per batch.
+        workers: processes that load; 0 for this one.
+        shuffle: whether the order is random.
+        pin_memory: for a CUDA device.
     """
     images: Dataset[Any] = ImageList(samples, transform)
     return DataLoader(
@@ -286,11 +330,6 @@ def make_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """A 32-bit seed of its own for every (seed, epoch)."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 def _few(names: Sequence[str], limit: int = 5) -> str:

@@ -1,18 +1,21 @@
-"""The plain training loop that the demo and `efft-kernels train` share."""
+"""The training loop of the demo, the analyses and `efft-kernels train`."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from timm.utils import random_seed
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
+
+from .reproducible import epoch_seed, seed_everything
 
 MIB = 2**20
 
@@ -33,8 +36,11 @@ class UpdateScheduler(Protocol):
 class EpochResult:
     """What one training epoch did.
 
-    loss: mean over the images. images: how many were seen. step_ms: milliseconds of each update,
-    from the batch lying on the device to the finished optimizer step, without data loading.
+    Attributes:
+        loss: mean over the images.
+        images: how many were seen.
+        step_ms: milliseconds of each update, from the batch lying on the device to the finished
+            optimizer step, without data loading.
     """
 
     loss: float
@@ -42,9 +48,99 @@ class EpochResult:
     step_ms: list[float] = field(default_factory=list)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators (all devices)."""
-    random_seed(seed)
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with a learning rate that rises linearly, then falls as a cosine.
+
+    Attributes:
+        epochs: how many.
+        lr: the peak learning rate.
+        weight_decay: of AdamW.
+        warmup_epochs: epochs of the rise.
+        warmup_lr: where the rise begins.
+        min_lr: where the cosine ends.
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    warmup_epochs: int
+    warmup_lr: float
+    min_lr: float = 0.0
+
+    def start(
+        self, parameters: Iterable[Any], updates_per_epoch: int
+    ) -> tuple[torch.optim.Optimizer, UpdateScheduler]:
+        """The optimizer, and the scheduler that `train_one_epoch` steps.
+
+        Args:
+            parameters: tensors, or groups of them as torch's optimizers take them.
+            updates_per_epoch: batches of the loader.
+        """
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        scheduler: Any = create_scheduler_v2(
+            optimizer,
+            sched="cosine",
+            num_epochs=self.epochs,
+            warmup_epochs=self.warmup_epochs,
+            warmup_lr=self.warmup_lr,
+            min_lr=self.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )[0]
+        return optimizer, scheduler
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require grad."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train_epochs(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    optimizer: torch.optim.Optimizer,
+    epochs: range,
+    *,
+    device: torch.device | str,
+    scheduler: UpdateScheduler,
+    seed: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Iterator[tuple[int, EpochResult]]:
+    """Train epoch by epoch; the caller measures and saves between two.
+
+    Args:
+        epochs: the epochs' numbers, counted from 0.
+        seed: seeds every epoch anew, the loader's own generator too, so that an epoch does not
+            depend on those before it; None leaves the generators alone.
+        (others): as for `train_one_epoch`.
+
+    Yields:
+        (epoch, its result) after each.
+
+    Raises:
+        NonFiniteLossError: a batch's loss is NaN or infinite.
+    """
+    for epoch in epochs:
+        if seed is not None:
+            of_epoch = epoch_seed(seed, epoch + 1)  # 0 is the initialisation's
+            seed_everything(of_epoch)
+            if loader.generator is not None:
+                loader.generator.manual_seed(of_epoch)
+        result = train_one_epoch(
+            model,
+            loader,
+            optimizer,
+            device=device,
+            scheduler=scheduler,
+            autocast_dtype=autocast_dtype,
+            on_step=on_step,
+            scaler=scaler,
+            epoch=epoch,
+        )
+        yield epoch, result
 
 
 def train_one_epoch(
@@ -53,34 +149,36 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     *,
     device: torch.device | str,
-    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     scheduler: UpdateScheduler | None = None,
     autocast_dtype: torch.dtype | None = None,
-    clip_grad: float | None = None,
     on_step: Callable[[int, float], None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     epoch: int = 0,
 ) -> EpochResult:
-    """Train `model` on every batch of `loader` once.
+    """Train `model` on every batch of `loader` once, by cross entropy.
 
-    loader        yields (images [B, C, H, W], targets [B] int64); needs a length with `scheduler`
-    criterion     (logits, targets) -> mean loss over the batch; default cross entropy
-    scheduler     a timm scheduler counted in updates; stepped with epoch·len(loader) + steps done
-    clip_grad     largest norm of all gradients together
-    on_step       called after each update with (step, loss), steps counted from 0
-    scaler        gradient scaler, for `autocast_dtype=torch.float16`
-    epoch         counted from 0 (in errors, epochs and steps count from 1); offsets the scheduler
+    Args:
+        model: trained in place, on `device`.
+        loader: yields (images [B, C, H, W], targets [B] int64); needs a length with `scheduler`.
+        optimizer: of the parameters to train.
+        device: where the batches go.
+        scheduler: counted in updates; stepped with epoch·len(loader) + steps done.
+        autocast_dtype: of the forward pass; None for no autocast.
+        on_step: called after each update with (step, loss), steps counted from 0.
+        scaler: gradient scaler, for `autocast_dtype=torch.float16`.
+        epoch: counted from 0 (in errors, epochs and steps count from 1); offsets the scheduler.
 
-    Raises NonFiniteLossError before the optimizer step when a batch's loss is NaN or infinite.
+    Raises:
+        NonFiniteLossError: before the optimizer step, when a batch's loss is NaN or infinite.
+        TypeError: a scheduler, and a loader without a length.
+        ValueError: a loader without a batch.
     """
     device = torch.device(device)
-    criterion = criterion or cross_entropy
     updates_before = 0
     if scheduler is not None:
         if not isinstance(loader, Sized):
             raise TypeError("loader must have a length when a scheduler is given")
         updates_before = epoch * len(loader)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     model.train()
     loss_sum, images_seen = 0.0, 0
@@ -92,7 +190,7 @@ def train_one_epoch(
         start = time.perf_counter()
 
         with _autocast(device, autocast_dtype):
-            loss = criterion(model(images), targets)
+            loss = cross_entropy(model(images), targets)
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             raise NonFiniteLossError(f"loss is {loss_value} in epoch {epoch + 1}, step {step + 1}")
@@ -100,14 +198,9 @@ def train_one_epoch(
         optimizer.zero_grad(set_to_none=True)
         if scaler is None:
             loss.backward()
-        else:
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-        if clip_grad is not None:
-            nn.utils.clip_grad_norm_(parameters, clip_grad)
-        if scaler is None:
             optimizer.step()
         else:
+            scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
         if scheduler is not None:
@@ -133,11 +226,19 @@ def evaluate(
     num_classes: int,
     autocast_dtype: torch.dtype | None = None,
 ) -> float:
-    """Top-1 accuracy of `model` on `loader`, in percent of the images.
-
-    loader  yields (images [B, C, H, W], targets [B] int64)
+    """Top-1 accuracy of `model` on `loader`.
 
     Puts the model back into the mode (training or not) it was in.
+
+    Args:
+        model: on `device`.
+        loader: yields (images [B, C, H, W], targets [B] int64).
+        device: where the batches go.
+        num_classes: how many logits an image has.
+        autocast_dtype: of the forward pass; None for no autocast.
+
+    Returns:
+        Percent of the images.
     """
     device = torch.device(device)
     accuracy = MulticlassAccuracy(num_classes, average="micro").to(device)
@@ -162,9 +263,14 @@ def saved_for_backward_mib(
 ) -> float:
     """Mebibytes that one training forward keeps for its backward.
 
-    images [B, C, H, W], targets [B] int64, on the model's device. Counts the storages that autograd
-    saves, each once, without those of parameters and buffers. Leaves the random generators, the
-    gradients and the mode of the model as they were.
+    Counts the storages that autograd saves, each once, without those of parameters and buffers.
+    Leaves the random generators, the gradients and the mode of the model as they were.
+
+    Args:
+        model: any.
+        images: [B, C, H, W], on the model's device.
+        targets: [B] int64, on the model's device.
+        autocast_dtype: of the forward pass; None for no autocast.
     """
     device = images.device
     owned = {_storage_key(t) for t in (*model.parameters(), *model.buffers())}

@@ -10,16 +10,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,7 +26,15 @@ from ..adapters.attach import attach, resolve_modules_to_train
 from ..atomic_files import replacing
 from . import images, run_folder
 from .backbone import Notify, build_backbone, fingerprint
-from .loop import NonFiniteLossError, evaluate, seed_everything, train_one_epoch
+from .loop import (
+    NonFiniteLossError,
+    Schedule,
+    UpdateScheduler,
+    evaluate,
+    train_epochs,
+    trained_parameters,
+)
+from .reproducible import deterministic, epoch_seed, seed_everything
 from .settings import AMP_DTYPES, TrainSettings, resolve_device
 
 WARMUP_LR = 1e-6
@@ -36,7 +42,15 @@ WARMUP_LR = 1e-6
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One line of metrics.csv: epoch counts from 1, lr is after the last update."""
+    """One line of metrics.csv.
+
+    Attributes:
+        epoch: counted from 1.
+        train_loss: mean over the images.
+        val_top1_percent: of the validation images.
+        lr: learning rate after the last update.
+        seconds: of training and validating.
+    """
 
     epoch: int
     train_loss: float
@@ -59,17 +73,21 @@ class Run:
     train_loader: DataLoader[tuple[Tensor, Tensor]]
     val_loader: DataLoader[tuple[Tensor, Tensor]]
     optimizer: torch.optim.Optimizer
-    scheduler: Any
+    scheduler: UpdateScheduler
     scaler: torch.amp.GradScaler | None
     history: list[EpochRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Top-1 in percent of the validation images, after the last epoch and at its best.
+    """What a finished run reached, in percent of the validation images.
 
-    The best is chosen on the very images it is measured on, so it is optimistic. adapter_path holds
-    the last epoch's adapter.
+    Attributes:
+        last_top1_percent: after the last epoch.
+        best_top1_percent: of the best epoch; chosen on the very images it is measured on, so it is
+            optimistic.
+        best_epoch: counted from 1.
+        adapter_path: file of the last epoch's adapter.
     """
 
     last_top1_percent: float
@@ -88,11 +106,18 @@ def prepare(
 ) -> Run:
     """Check everything, build the model, and make or reopen the output folder.
 
-    Nothing is written before all of the input has been found good. `notify` gets lines for the
-    user; `on_check` is called with (images checked, all images).
+    Nothing is written before all of the input has been found good.
 
-    Raises ValueError or TypeError naming what is wrong with the settings, the images, the
-    checkpoint or the folder.
+    Args:
+        settings: what to train, and how.
+        output: the run's folder.
+        resume: continue the run that is there.
+        notify: called with lines for the user.
+        on_check: called with (images checked, all images).
+
+    Raises:
+        ValueError: the settings, the images, the checkpoint or the folder are wrong; it names what.
+        TypeError: a setting of the wrong type.
     """
     run_folder.check_output(output, resume=resume)
     device = resolve_device(settings.device)
@@ -105,7 +130,7 @@ def prepare(
     data_fingerprint = splits.fingerprint()
     splits, skipped = _drop_unreadable(splits, settings, notify, on_check)
 
-    seed_everything(images.epoch_seed(settings.seed, 0))
+    seed_everything(epoch_seed(settings.seed, 0))
     model = build_backbone(
         settings.model,
         num_classes=len(splits.classes),
@@ -181,18 +206,15 @@ def _assemble(
         "pin_memory": device.type == "cuda",
     }
     train_loader = images.make_loader(splits.train, train_transform, shuffle=True, **loading)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=settings.epochs,
+    schedule = Schedule(
+        epochs=settings.epochs,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
         warmup_epochs=settings.resolved_warmup_epochs,
         warmup_lr=min(WARMUP_LR, settings.lr),
         min_lr=settings.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=len(train_loader),
     )
+    optimizer, scheduler = schedule.start(trained_parameters(model), len(train_loader))
     return Run(
         settings=settings,
         output=output,
@@ -217,14 +239,20 @@ def fit(
 ) -> TrainResult:
     """Train the epochs that are left, saving after each.
 
-    on_step is called with (updates done, updates of the epoch), on_epoch after an epoch is saved.
+    Args:
+        run: from `prepare`.
+        on_step: called with (updates done, updates of the epoch).
+        on_epoch: called after an epoch is saved.
 
-    Raises NonFiniteLossError when the loss or a trained parameter is NaN or infinite; the folder
-    then holds the epoch before.
+    Raises:
+        NonFiniteLossError: the loss or a trained parameter is NaN or infinite; the folder then
+            holds the epoch before.
     """
-    with _deterministic(run.device):
-        for epoch in range(len(run.history), run.settings.epochs):
-            row = _train_epoch(run, epoch, on_step)
+    # On CUDA, prefer deterministic kernels, so that a resumed run can repeat the bits; those of
+    # the CPU do so anyway.
+    on_cuda = run.device.type == "cuda"
+    with deterministic(run.device, warn_only=True) if on_cuda else nullcontext():
+        for row in _rows(run, on_step):
             run.history.append(row)
             _save(run)
             if on_epoch is not None:
@@ -238,36 +266,37 @@ def fit(
     )
 
 
-def _train_epoch(run: Run, epoch: int, on_step: Callable[[int, int], None] | None) -> EpochRow:
-    start = time.perf_counter()
+def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[EpochRow]:
+    """Train and validate the epochs that are left, one by one."""
     autocast_dtype = AMP_DTYPES[run.settings.amp]
     steps = len(run.train_loader)
-    seed = images.epoch_seed(run.settings.seed, epoch + 1)  # 0 is the initialisation's
-    seed_everything(seed)
-    run.train_loader.generator.manual_seed(seed)
-    result = train_one_epoch(
+    trained = train_epochs(
         run.model,
         run.train_loader,
         run.optimizer,
+        range(len(run.history), run.settings.epochs),
         device=run.device,
         scheduler=run.scheduler,
+        seed=run.settings.seed,
         autocast_dtype=autocast_dtype,
         scaler=run.scaler,
-        epoch=epoch,
         on_step=None if on_step is None else lambda step, loss: on_step(step + 1, steps),
     )
-    for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
-    top1_percent = evaluate(
-        run.model,
-        run.val_loader,
-        device=run.device,
-        num_classes=len(run.classes),
-        autocast_dtype=autocast_dtype,
-    )
-    lr = run.optimizer.param_groups[0]["lr"]
-    return EpochRow(epoch + 1, result.loss, top1_percent, lr, time.perf_counter() - start)
+    start = time.perf_counter()
+    for epoch, result in trained:
+        for name, parameter in run.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
+        top1_percent = evaluate(
+            run.model,
+            run.val_loader,
+            device=run.device,
+            num_classes=len(run.classes),
+            autocast_dtype=autocast_dtype,
+        )
+        lr = run.optimizer.param_groups[0]["lr"]
+        yield EpochRow(epoch + 1, result.loss, top1_percent, lr, time.perf_counter() - start)
+        start = time.perf_counter()
 
 
 def _save(run: Run) -> None:
@@ -307,23 +336,3 @@ def _write_products(run: Run) -> None:
         writer = csv.DictWriter(file, [item.name for item in dataclasses.fields(EpochRow)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in run.history)
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """On CUDA, prefer deterministic kernels, so that a resumed run can repeat the bits."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    switches: Any = torch.utils.deterministic
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = switches.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    switches.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        switches.fill_uninitialized_memory = fill

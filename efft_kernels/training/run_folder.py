@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, what may be resumed, and how files come to be there whole.
+"""A run's folder: what lies in it, what may be resumed, and how its files are read and written.
 
 config.json          settings, what they led to (classes, images, backbone), library versions
 state.pt             all that an epoch changes, replaced in one step; tensors and plain values only
@@ -20,7 +20,7 @@ import torch
 
 from .. import __version__
 from ..adapters.adapter_file import read_adapter_file
-from ..atomic_files import replacing
+from ..atomic_files import replacing, write_text
 from .settings import TrainSettings
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
@@ -34,7 +34,11 @@ Config = dict[str, Any]
 
 
 def check_output(output: Path, *, resume: bool) -> None:
-    """Raise ValueError unless a run may begin, or be resumed, in `output`."""
+    """Check that a run may begin, or be resumed, in `output`.
+
+    Raises:
+        ValueError: it may not.
+    """
     if not output.exists():
         return
     if not output.is_dir():
@@ -75,12 +79,15 @@ def library_versions() -> dict[str, str]:
 def write_config(output: Path, config: Config) -> None:
     """Make the folder and write its config.json."""
     output.mkdir(parents=True, exist_ok=True)
-    with replacing(output / CONFIG) as path:
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    write_text(output / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(output: Path) -> Config | None:
-    """The configuration of the run in `output`, or None. Raises ValueError if it is damaged."""
+    """The configuration of the run in `output`, or None.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = output / CONFIG
     if not path.is_file():
         return None
@@ -93,7 +100,8 @@ def read_config(output: Path) -> Config | None:
 def read_adapter_header(path: Path) -> Config:
     """The configuration that training wrote into an adapter file.
 
-    Raises ValueError for a file that is missing, damaged, or was not written by training.
+    Raises:
+        ValueError: the file is missing, damaged, or was not written by training.
     """
     if not path.is_file():
         raise ValueError(f"adapter must be a file, got {path} (nothing there)")
@@ -124,7 +132,11 @@ def _checked(config: Any) -> Config:
 
 
 def compare_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the first setting that differs and decides the result."""
+    """Check that a run is resumed with the settings it began with.
+
+    Raises:
+        ValueError: a setting that decides the result differs; it names the first.
+    """
     for name, value in settings.items():
         before = recorded[name]
         if name not in FREE_ON_RESUME and before != value:
@@ -136,7 +148,11 @@ def compare_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -
 
 
 def compare_identity(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise ValueError if the images or the backbone are not those the run began with."""
+    """Check that a run is resumed with the images and the backbone it began with.
+
+    Raises:
+        ValueError: they changed; it names what.
+    """
     meaning = {
         "classes": ("data", "the classes"),
         "data": ("data", "the image files"),
@@ -162,7 +178,11 @@ def save_state(output: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(output: Path, device: torch.device) -> dict[str, Any] | None:
-    """The folder's state, or None before an epoch ended. Raises ValueError if it is damaged."""
+    """The folder's state, or None before an epoch ended.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = output / STATE
     if not path.is_file():
         return None

@@ -21,13 +21,39 @@ AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16
 class TrainSettings:
     """Everything that decides a run; the defaults are the papers' VTAB-1k recipe.
 
-    scale, init, dropout, cores, img_size: None is the method's or the model's own value
-    layers         block indices from 0; None for all
-    warmup_epochs  None is a tenth of the epochs
-    val_split      fraction of the images held out, for a folder without train/ and val/
-    device         "auto" is CUDA where there is one
+    Attributes:
+        data: folder with one folder of images per class, or with train/ and val/ of such.
+        model: name of a timm model.
+        method: name of a method, a key of `METHODS`.
+        rank: of the factors; (R1, R2) for different ones of U and V.
+        scale: factor s on ΔW; None for the method's own, as for the next three.
+        init: the factor that starts at zero, "u" or "v".
+        dropout: probability, on the factors.
+        cores: "per_layer" or "shared".
+        learn_scale: train s too.
+        layers: block indices from 0; None for all.
+        targets: roles or patterns of the linears to adapt; None for the method's own.
+        epochs: how many.
+        batch_size: images per update.
+        lr: peak learning rate.
+        weight_decay: of AdamW.
+        warmup_epochs: epochs in which the learning rate rises; None for a tenth of them.
+        min_lr: where the cosine ends.
+        drop_path: probability, stochastic depth.
+        seed: of everything random.
+        val_split: fraction of the images held out, for a folder without train/ and val/.
+        augment: train with random crops, flips and colours.
+        workers: processes that load images.
+        device: "auto" is CUDA where there is one.
+        amp: autocast dtype, "none", "float16" or "bfloat16".
+        checkpoint: file of the backbone's weights; None for timm's.
+        pretrained: fetch timm's weights where no checkpoint is given.
+        skip_bad_images: leave out images that cannot be decoded.
+        backend: of the kernels.
+        img_size: pixels; None for the model's own.
 
-    Raises ValueError, naming the setting, for a value that makes no sense.
+    Raises:
+        ValueError: a value that makes no sense; it names the setting.
     """
 
     data: Path
@@ -87,7 +113,9 @@ class TrainSettings:
     def method_config(self) -> Method:
         """The method's configuration, with the method's own defaults where nothing is set.
 
-        Raises ValueError or TypeError for a value the method refuses.
+        Raises:
+            ValueError: a setting that the method does not have, or a value that it refuses.
+            TypeError: a value of another type than the method takes.
         """
         method = METHODS[self.method]
         chosen: dict[str, Any] = {
@@ -114,13 +142,21 @@ class TrainSettings:
 
 
 def require(name: str, condition: bool, expected: str, got: object) -> None:
-    """Raise ValueError("NAME must be EXPECTED, got GOT") unless `condition`."""
+    """Check a setting.
+
+    Raises:
+        ValueError: "NAME must be EXPECTED, got GOT", unless `condition`.
+    """
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {got}")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device `name` stands for. Raises ValueError where torch has no such device."""
+    """The device that `name` stands for.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

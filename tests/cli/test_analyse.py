@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from efft_kernels import EFFT2, LoRA, attach
 from efft_kernels.cli.analyse import app
-from efft_kernels.demo import run as demo
+from efft_kernels.training import digits
 
 SMALL = ["--epochs", "1", "--batch-size", "8"]
 
@@ -133,8 +133,8 @@ def test_scales_of_two_folders(folder_options: list[str], images: Path, tmp_path
 
 
 def test_the_digits(monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "SOURCE_TRAIN_SHARE", 0.05)
-    monkeypatch.setattr(demo, "TRAIN_PER_CLASS", 4)
+    monkeypatch.setattr(digits, "SOURCE_TRAIN_SHARE", 0.05)
+    monkeypatch.setattr(digits, "TRAIN_PER_CLASS", 4)
     options = ["--digits", "--source-epochs", "1", "--epochs", "1", "--device", "cpu"]
     chosen = ["--method", "efft2", "--rank", "2", "--scale", "1"]
     result = run("scales", *options, *chosen, "--output", tmp_path)

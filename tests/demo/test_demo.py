@@ -1,7 +1,6 @@
 """The demo in its quick form: what it writes, what it promises, and what it refuses."""
 
 import json
-from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +8,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from efft_kernels import load
-from efft_kernels.demo import run as demo
+from efft_kernels.demo.recipes import RECIPES, prepare
+from efft_kernels.demo.report import COLUMNS
+from efft_kernels.demo.run import run
+from efft_kernels.training import digits
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
     (output / "adapters").mkdir()
     (output / "adapters" / "efft1-seed7.safetensors").touch()
-    return demo.run(output, quick=True), output
+    return run(output, quick=True), output
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +33,13 @@ def test_report_has_the_four_methods_and_their_numbers(finished, report):
     assert [row["method"] for row in rows] == ["linear", "full", "efft1", "efft2"]
     for row, returned in zip(rows, finished[0], strict=True):
         assert row == vars(returned)
-        assert set(row) == {"method", *demo.COLUMNS}
+        assert set(row) == {"method", *COLUMNS}
         assert 0 <= row["top1_mean"] <= 100
         assert row["top1_std"] == 0
         assert row["step_ms_p50"] > 0
         assert row["saved_mib"] > 0
     d, layers, r1, r2 = 96, 6, 8, 16
-    backbone = sum(p.numel() for p in demo.build_backbone(0).parameters())
+    backbone = sum(p.numel() for p in digits.build_backbone(0).parameters())
     assert [row["trainable_params"] for row in rows] == [
         0,
         backbone,
@@ -72,47 +74,26 @@ def test_merged_plain_model_predicts_the_same(report):
 
 @pytest.mark.parametrize("name", ["efft1", "efft2"])
 def test_saved_adapter_fits_the_saved_backbone(finished, name):
-    model = demo.build_backbone(len(demo.SOURCE_CLASSES))
+    model = digits.build_backbone(len(digits.SOURCE_CLASSES))
     model.load_state_dict(load_file(finished[1] / "backbone.safetensors"))
     adapter = load(model, finished[1] / "adapters" / f"{name}-seed0.safetensors")
-    assert adapter.method == demo.RECIPES[name].method
+    assert adapter.method == RECIPES[name].method
     assert all(delta.abs().max() > 0 for delta in adapter.delta_weights().values())
 
 
 def test_same_seeds_give_the_same_accuracies(report, tmp_path):
     torch.rand(3)  # where the caller's random numbers stand does not matter
-    demo.run(tmp_path, quick=True)
+    run(tmp_path, quick=True)
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["top1_per_seed"] == report["top1_per_seed"]
     assert again["source_top1"] == report["source_top1"]
 
 
-def test_split_draws_training_images_by_the_seed():
-    train, test = demo.split_digits(demo.TARGET_CLASSES, 20, seed=0)
-    assert Counter(train.labels.tolist()) == dict.fromkeys(range(5), 20)
-    assert len(train) + len(test) == 896
-    assert train.images.aminmax() == (-1, 1)
-    drawn = [{image.numpy().tobytes() for image in split.images} for split in (train, test)]
-    assert drawn[0].isdisjoint(drawn[1])
-    same, _ = demo.split_digits(demo.TARGET_CLASSES, 20, seed=0)
-    other, _ = demo.split_digits(demo.TARGET_CLASSES, 20, seed=1)
-    assert torch.equal(train.images, same.images)
-    assert not torch.equal(train.images, other.images)
-
-
-def test_only_training_images_are_augmented():
-    train, test = demo.split_digits(demo.TARGET_CLASSES, 20, seed=0)
-    torch.manual_seed(0)
-    views = {train[0][0].numpy().tobytes() for _ in range(30)}
-    assert 1 < len(views) <= 9
-    assert torch.equal(test[0][0], test.images[0])
-
-
-@pytest.mark.parametrize("name", list(demo.RECIPES))
+@pytest.mark.parametrize("name", list(RECIPES))
 def test_recipe_trains_what_it_says(name):
-    backbone = demo.build_backbone(3)
+    backbone = digits.build_backbone(3)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    model, adapter = demo.prepare(backbone, demo.RECIPES[name], num_classes=5)
+    model, adapter = prepare(backbone, RECIPES[name], num_classes=5)
     trained = {key.split(".")[0] for key, p in model.named_parameters() if p.requires_grad}
     if adapter is not None:
         assert trained == {"head", "factor_bank"}
@@ -127,10 +108,10 @@ def test_recipe_trains_what_it_says(name):
 
 
 def test_backbone_that_learnt_nothing_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "pretrain", lambda *_: (nn.Linear(1, 1), 80.0))
+    monkeypatch.setattr(digits, "pretrain", lambda **_: (nn.Linear(1, 1), 80.0))
     threads = torch.get_num_threads()
     with pytest.raises(RuntimeError, match=r"must reach 95\.0% .* got 80\.0%"):
-        demo.run(tmp_path)
+        run(tmp_path)
     assert not list(tmp_path.rglob("*.*"))
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
@@ -138,4 +119,4 @@ def test_backbone_that_learnt_nothing_is_refused(monkeypatch, tmp_path):
 
 def test_seeds_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
-        demo.run(tmp_path, seeds=0)
+        run(tmp_path, seeds=0)

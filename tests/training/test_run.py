@@ -21,12 +21,7 @@ import efft_kernels
 from efft_kernels.adapters.adapter import Adapter
 from efft_kernels.training.backbone import build_backbone
 from efft_kernels.training.evaluation import evaluate_adapter
-from efft_kernels.training.loop import (
-    NonFiniteLossError,
-    evaluate,
-    saved_for_backward_mib,
-    train_one_epoch,
-)
+from efft_kernels.training.loop import NonFiniteLossError
 from efft_kernels.training.run import fit, prepare
 from efft_kernels.training.settings import TrainSettings, resolve_device
 
@@ -412,45 +407,3 @@ def test_the_adapter_loads_in_plain_code(uninterrupted: Path) -> None:
 
 def test_auto_device_is_there() -> None:
     assert resolve_device("auto").type in ("cpu", "cuda")
-
-
-def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
-    model = torch.nn.Linear(5, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    batches = [
-        (torch.randn(7, 5), torch.randint(3, (7,))),
-        (torch.randn(2, 5), torch.tensor([0, 2])),
-    ]
-    steps: list[tuple[int, float]] = []
-    result = train_one_epoch(
-        model, batches, optimizer, device="cpu", on_step=lambda *step: steps.append(step)
-    )
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item())
-    assert (result.images, len(result.step_ms), len(steps)) == (9, 2, 2)
-    right = (model(x).argmax(1) == y).float().mean().item()
-    assert evaluate(model, batches, device="cpu", num_classes=3) == pytest.approx(100 * right)
-    with pytest.raises(ValueError, match="at least one batch"):
-        train_one_epoch(model, [], optimizer, device="cpu")
-
-
-def test_a_nan_loss_stops_before_the_update() -> None:
-    model = torch.nn.Linear(5, 3)
-    before = model.weight.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    batch = (torch.full((2, 5), float("nan")), torch.tensor([0, 1]))
-    with pytest.raises(NonFiniteLossError, match="loss is nan in epoch 5, step 1"):
-        train_one_epoch(model, [batch], optimizer, device="cpu", epoch=4)
-    assert torch.equal(model.weight, before)
-
-
-def test_saved_bytes_count_each_storage_once_without_parameters() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.ReLU())
-    x, y = torch.randn(16, 64), torch.zeros(16, dtype=torch.long)
-    generator = torch.get_rng_state()
-    mib = saved_for_backward_mib(model.eval(), x, y)
-    # the input, the ReLU's output, the log-probabilities, the targets and the loss's total weight
-    assert mib * 2**20 == 4 * (16 * 64 + 16 * 32 + 16 * 32 + 1) + 8 * 16
-    assert not model.training
-    assert model[0].weight.grad is None
-    assert torch.equal(torch.get_rng_state(), generator)

@@ -1,0 +1,99 @@
+"""The training loop: what an epoch reports, the schedule, what a step keeps for its backward."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from efft_kernels.training.loop import (
+    NonFiniteLossError,
+    Schedule,
+    evaluate,
+    saved_for_backward_mib,
+    train_epochs,
+    train_one_epoch,
+    trained_parameters,
+)
+
+
+def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batches = [
+        (torch.randn(7, 5), torch.randint(3, (7,))),
+        (torch.randn(2, 5), torch.tensor([0, 2])),
+    ]
+    steps: list[tuple[int, float]] = []
+    result = train_one_epoch(
+        model, batches, optimizer, device="cpu", on_step=lambda *step: steps.append(step)
+    )
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item())
+    assert (result.images, len(result.step_ms), len(steps)) == (9, 2, 2)
+    right = (model(x).argmax(1) == y).float().mean().item()
+    assert evaluate(model, batches, device="cpu", num_classes=3) == pytest.approx(100 * right)
+    with pytest.raises(ValueError, match="at least one batch"):
+        train_one_epoch(model, [], optimizer, device="cpu")
+
+
+def test_a_nan_loss_stops_before_the_update() -> None:
+    model = torch.nn.Linear(5, 3)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    batch = (torch.full((2, 5), float("nan")), torch.tensor([0, 1]))
+    with pytest.raises(NonFiniteLossError, match="loss is nan in epoch 5, step 1"):
+        train_one_epoch(model, [batch], optimizer, device="cpu", epoch=4)
+    assert torch.equal(model.weight, before)
+
+
+def test_saved_bytes_count_each_storage_once_without_parameters() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.ReLU())
+    x, y = torch.randn(16, 64), torch.zeros(16, dtype=torch.long)
+    generator = torch.get_rng_state()
+    mib = saved_for_backward_mib(model.eval(), x, y)
+    # the input, the ReLU's output, the log-probabilities, the targets and the loss's total weight
+    assert mib * 2**20 == 4 * (16 * 64 + 16 * 32 + 16 * 32 + 1) + 8 * 16
+    assert not model.training
+    assert model[0].weight.grad is None
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    schedule = Schedule(
+        epochs=10, lr=0.5, weight_decay=0.1, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01
+    )
+    optimizer, scheduler = schedule.start([weight], updates_per_epoch=4)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    rates = [optimizer.param_groups[0]["lr"]]
+    for update in range(1, 41):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:8] == pytest.approx([0.1 + 0.05 * update for update in range(8)])
+    assert rates[8:] == sorted(rates[8:], reverse=True)
+    assert rates[20] == pytest.approx((0.5 + 0.01) / 2 + (0.5 - 0.01) / 2 * math.cos(math.pi / 2))
+    assert rates[40] == 0.01
+
+
+def test_a_seeded_epoch_does_not_depend_on_what_was_drawn_before() -> None:
+    data = TensorDataset(torch.randn(12, 5), torch.randint(3, (12,)))
+
+    def weights_after(epochs: range, drawn: int = 0) -> torch.Tensor:
+        loader = DataLoader(data, 4, shuffle=True, generator=torch.Generator())
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(5, 3))
+        schedule = Schedule(epochs=2, lr=0.1, weight_decay=0.0, warmup_epochs=0, warmup_lr=0.1)
+        optimizer, scheduler = schedule.start(trained_parameters(model), len(loader))
+        torch.rand(drawn)
+        for epoch, result in train_epochs(
+            model, loader, optimizer, epochs, device="cpu", scheduler=scheduler, seed=3
+        ):
+            assert epoch in epochs
+            assert result.images == 12
+        return model[1].weight.detach()
+
+    assert torch.equal(weights_after(range(1)), weights_after(range(1), drawn=7))
+    assert not torch.equal(weights_after(range(1)), weights_after(range(1, 2)))
