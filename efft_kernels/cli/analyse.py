@@ -1,11 +1,11 @@
-"""The command line: efft-kernels analyse subspace | intrinsic-dimension | ablation | scales."""
+"""`efft-kernels analyse`: subspace, intrinsic-dimension, ablation, scales."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +14,15 @@ from rich.console import Console
 
 from ..methods import METHODS
 from ..methods.base import Method
+from . import parse
+from .errors import input_errors, interruptible
+from .options import BudgetOptions, DataOptions, TaskOptions, with_options
+from .terminal import note
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..analysis.task import Budget, Task
-
-# The commands import what they need: timm and matplotlib take seconds to load, and --help needs
-# neither.
+    from ..analysis.task import Task
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,26 +31,6 @@ app = typer.Typer(
     help="The analyses the papers ran: subspaces, intrinsic dimension, layers, scales.",
 )
 
-USER_ERROR, INTERRUPTED = 2, 130
-
-Data = Annotated[
-    list[Path] | None, typer.Option(help="One folder of images per class, or train/ and val/.")
-]
-Digits = Annotated[bool, typer.Option("--digits", help="The demo's handwritten digits instead.")]
-SourceEpochs = Annotated[
-    int | None, typer.Option(help="With --digits: epochs of training on the digits 0 to 4.")
-]
-ModelName = Annotated[str, typer.Option("--model", help="timm model, with --data.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Local weights of the model.")]
-Pretrained = Annotated[bool, typer.Option(help="Fetch timm's weights where no --checkpoint is.")]
-ImgSize = Annotated[int | None, typer.Option(help="Pixels; default: the model's.")]
-ValSplit = Annotated[float, typer.Option(help="Fraction held out where there is no val/.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-BatchSize = Annotated[int | None, typer.Option(help="Default: 64, or 20 with --digits.")]
-Epochs = Annotated[int, typer.Option(help="Of every run.")]
-LearningRate = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
-WeightDecay = Annotated[float, typer.Option()]
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds to average, counted from 0.")]
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help=f"Of {', '.join(METHODS)}; repeatable.")
@@ -57,77 +38,56 @@ Methods = Annotated[
 RankOption = Annotated[int, typer.Option(help="r.")]
 Output = Annotated[Path, typer.Option(help="Folder for the files.")]
 
-_MODEL = "vit_tiny_patch16_224"
-
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """What a user's input causes becomes one line on stderr and exit code 2."""
-    try:
+    with interruptible("interrupted; nothing was written"), input_errors():
         yield
-    except (ValueError, TypeError, OSError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(USER_ERROR) from error
-    except KeyboardInterrupt:
-        typer.echo("error: interrupted; nothing was written", err=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
-@dataclass(frozen=True)
-class _TaskOptions:
-    """The options of the commands that train."""
+def _open_tasks(
+    data: DataOptions, options: TaskOptions, console: Console, most: int | None = 1
+) -> list[Task]:
+    """The data sets, at least one and at most `most`. Raises ValueError."""
+    from ..analysis.task import digits_task, folder_task
 
-    data: Sequence[Path]
-    digits: bool
-    source_epochs: int | None
-    model: str
-    checkpoint: Path | None
-    pretrained: bool
-    img_size: int | None
-    val_split: float
-    workers: int
-    device: str
-    batch_size: int | None
-
-    def open(self, console: Console, most: int | None = 1) -> list[Task]:
-        """The data sets, at least one and at most `most`. Raises ValueError."""
-        from ..analysis.task import digits_task, folder_task
-
-        if self.digits == bool(self.data):
-            raise ValueError("give either --data FOLDER or --digits")
-        if most is not None and len(self.data) > most:
-            raise ValueError(f"--data must be given once, got {len(self.data)}")
-        if self.digits:
-            console.print("training the demo's backbone on the digits 0 to 4", highlight=False)
-            return [
-                digits_task(
-                    batch_size=20 if self.batch_size is None else self.batch_size,
-                    source_epochs=self.source_epochs,
-                    device=self.device,
-                )
-            ]
+    folders = data.data or []
+    if data.digits == bool(folders):
+        raise ValueError("give either --data FOLDER or --digits")
+    if most is not None and len(folders) > most:
+        raise ValueError(f"--data must be given once, got {len(folders)}")
+    if data.digits:
+        console.print("training the demo's backbone on the digits 0 to 4", highlight=False)
         return [
-            folder_task(
-                folder,
-                model=self.model,
-                checkpoint=self.checkpoint,
-                pretrained=self.pretrained,
-                img_size=self.img_size,
-                val_split=self.val_split,
-                batch_size=64 if self.batch_size is None else self.batch_size,
-                workers=self.workers,
-                device=self.device,
-                notify=lambda message: typer.echo(f"note: {message}", err=True),
+            digits_task(
+                batch_size=20 if options.batch_size is None else options.batch_size,
+                source_epochs=options.source_epochs,
+                device=options.device,
             )
-            for folder in self.data
         ]
+    return [
+        folder_task(
+            folder,
+            model=options.model,
+            checkpoint=options.checkpoint,
+            pretrained=options.pretrained,
+            img_size=options.img_size,
+            val_split=options.val_split,
+            batch_size=64 if options.batch_size is None else options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            notify=note,
+        )
+        for folder in folders
+    ]
 
 
-def _settings(options: _TaskOptions, budget: Budget, **more: Any) -> dict[str, Any]:
+def _settings(
+    data: DataOptions, options: TaskOptions, training: BudgetOptions, **more: Any
+) -> dict[str, Any]:
     """What the results came from, in JSON's own types."""
-    settings = {**asdict(options), **asdict(budget), **more}
-    settings["data"] = [str(folder) for folder in options.data]
+    settings = {**asdict(data), **asdict(options), **asdict(training), **more}
+    settings["data"] = [str(folder) for folder in data.data or ()]
     settings["checkpoint"] = None if options.checkpoint is None else str(options.checkpoint)
     return settings
 
@@ -144,34 +104,6 @@ def _methods(names: Sequence[str] | None, rank: int, scale: float | None) -> lis
     return methods
 
 
-def _integers(text: str, name: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name} must be whole numbers such as 0,10,100, got {text!r}") from None
-
-
-def _floats(text: str, name: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name} must be numbers such as 0.1,1,10, got {text!r}") from None
-
-
-def _ranges(text: str) -> list[tuple[int, int] | None]:
-    """ "all,0-2,5" -> [None, (0, 2), (5, 5)]."""
-    ranges: list[tuple[int, int] | None] = []
-    for part in (part.strip() for part in text.split(",")):
-        first, dash, last = part.partition("-")
-        if part == "all":
-            ranges.append(None)
-        elif first.isdecimal() and (last.isdecimal() or not dash):
-            ranges.append((int(first), int(last if dash else first)))
-        else:
-            raise ValueError(f"layers must be ranges such as all,0-2,5-8, got {text!r}")
-    return ranges
-
-
 def _make_folder(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output must be a folder, got the file {output}")
@@ -181,13 +113,12 @@ def _make_folder(output: Path) -> None:
 def _write(
     output: Path, name: str, content: dict[str, Any], figures: dict[str, Figure], console: Console
 ) -> None:
-    """OUTPUT/NAME.json and the pictures, each written beside and renamed."""
+    """Write OUTPUT/NAME.json and the pictures, each replaced in one step."""
     from ..analysis.plots import save
-    from ..atomic_files import replacing
+    from ..atomic_files import write_text
 
     paths = [output / f"{name}.json"]
-    with replacing(paths[0]) as beside:
-        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(paths[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
     for figure_name, figure in figures.items():
         paths += save(figure, output, figure_name)
     console.print(f"wrote {', '.join(path.name for path in paths)} to {output}", highlight=False)
@@ -242,9 +173,10 @@ def subspace(
 
 
 @app.command("intrinsic-dimension")
+@with_options
 def intrinsic_dimension(
-    data: Data = None,
-    digits: Digits = False,
+    *,
+    data: DataOptions,
     modules: Annotated[
         str, typer.Option(help="Modules to measure.")
     ] = "blocks.0.attn,blocks.0.mlp",
@@ -266,18 +198,8 @@ def intrinsic_dimension(
         bool, typer.Option("--exhaustive", help="Try every d, for the whole curve.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    source_epochs: SourceEpochs = None,
-    model: ModelName = _MODEL,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = True,
-    img_size: ImgSize = None,
-    val_split: ValSplit = 0.2,
-    workers: Workers = 0,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    epochs: Epochs = 40,
-    lr: LearningRate = 1e-3,
-    weight_decay: WeightDecay = 1e-4,
+    options: TaskOptions,
+    training: BudgetOptions,
     output: Output = Path("runs/analyse/intrinsic-dimension"),
 ) -> None:
     """The smallest random subspace of a module's parameters that learns the task."""
@@ -288,20 +210,15 @@ def intrinsic_dimension(
         from ..analysis.tables import dimension_table, percent
         from ..analysis.task import Budget
 
-        budget = Budget(epochs, lr, weight_decay)
-        tried = analysis.DEFAULT_DIMS if dims is None else _integers(dims, "dims")
-        theta_lrs = None if theta_lr is None else _floats(theta_lr, "theta-lr")
+        budget = Budget(**asdict(training))
+        tried = analysis.DEFAULT_DIMS if dims is None else parse.integers(dims, "dims")
+        theta_lrs = None if theta_lr is None else parse.floats(theta_lr, "theta-lr")
         names = modules.split(",")
         _make_folder(output)
-        options = _TaskOptions(
-            data or (), digits, source_epochs, model, checkpoint, pretrained, img_size, val_split,
-            workers, device, batch_size,
-        )  # fmt: skip
-        (task,) = options.open(console)
+        (task,) = _open_tasks(data, options, console)
         settings = analysis.Settings(
-            tuple(tried), fraction, reference, None if theta_lrs is None else tuple(theta_lrs),
-            head_lr, exhaustive=exhaustive, seed=seed,
-        )  # fmt: skip
+            tried, fraction, reference, theta_lrs, head_lr, exhaustive=exhaustive, seed=seed
+        )
 
         def show(module: str, dim: int | None, top1: float) -> None:
             what = "full training" if dim is None else f"{module}, d = {dim}"
@@ -310,7 +227,7 @@ def intrinsic_dimension(
         results = analysis.intrinsic_dimensions(task, names, budget, settings, on_result=show)
         console.print(dimension_table(results))
         content = {
-            "settings": _settings(options, budget, **asdict(settings)),
+            "settings": _settings(data, options, training, **asdict(settings)),
             "task": task.name,
             "results": [item.to_json() for item in results],
         }
@@ -319,9 +236,10 @@ def intrinsic_dimension(
 
 
 @app.command()
+@with_options
 def ablation(
-    data: Data = None,
-    digits: Digits = False,
+    *,
+    data: DataOptions,
     layers: Annotated[
         str | None,
         typer.Option(help="Rows, e.g. all,0-2,5-8; default: the paper's for 12 blocks."),
@@ -331,18 +249,8 @@ def ablation(
     rank: RankOption = 16,
     scale: Annotated[float | None, typer.Option(help="s; default: the method's.")] = None,
     seeds: Seeds = 1,
-    source_epochs: SourceEpochs = None,
-    model: ModelName = _MODEL,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = True,
-    img_size: ImgSize = None,
-    val_split: ValSplit = 0.2,
-    workers: Workers = 0,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    epochs: Epochs = 40,
-    lr: LearningRate = 1e-3,
-    weight_decay: WeightDecay = 1e-4,
+    options: TaskOptions,
+    training: BudgetOptions,
     output: Output = Path("runs/analyse/ablation"),
 ) -> None:
     """Adapt MHSA or FFN of some layers alone, against the full adaptation (EFFT, Table 4)."""
@@ -353,15 +261,11 @@ def ablation(
         from ..analysis.tables import ablation_table, layers_word, percent
         from ..analysis.task import Budget
 
-        budget = Budget(epochs, lr, weight_decay)
+        budget = Budget(**asdict(training))
         configured = _methods(method, rank, scale)
-        ranges = None if layers is None else _ranges(layers)
+        ranges = None if layers is None else parse.block_ranges(layers)
         _make_folder(output)
-        options = _TaskOptions(
-            data or (), digits, source_epochs, model, checkpoint, pretrained, img_size, val_split,
-            workers, device, batch_size,
-        )  # fmt: skip
-        (task,) = options.open(console)
+        (task,) = _open_tasks(data, options, console)
 
         def show(cell: analysis.Cell) -> None:
             console.print(
@@ -371,35 +275,31 @@ def ablation(
             )
 
         result = analysis.ablate(
-            task, configured, budget, parts=parts.split(","), ranges=ranges, seeds=range(seeds),
+            task,
+            configured,
+            budget,
+            parts=parts.split(","),
+            ranges=ranges,
+            seeds=range(seeds),
             on_result=show,
-        )  # fmt: skip
+        )
         console.print(ablation_table(result))
         more = {"methods": [item.to_config() for item in configured], "seeds": seeds}
-        content = {"settings": _settings(options, budget, **more), **result.to_json()}
+        content = {"settings": _settings(data, options, training, **more), **result.to_json()}
         _write(output, "ablation", content, {"ablation": draw_ablation(result)}, console)
 
 
 @app.command()
+@with_options
 def scales(
-    data: Data = None,
-    digits: Digits = False,
+    *,
+    data: DataOptions,
     scale: Annotated[str, typer.Option(help="Scales s to try.")] = "0.1,1,10,100",
     method: Methods = None,
     rank: RankOption = 16,
     seeds: Seeds = 1,
-    source_epochs: SourceEpochs = None,
-    model: ModelName = _MODEL,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = True,
-    img_size: ImgSize = None,
-    val_split: ValSplit = 0.2,
-    workers: Workers = 0,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    epochs: Epochs = 40,
-    lr: LearningRate = 1e-3,
-    weight_decay: WeightDecay = 1e-4,
+    options: TaskOptions,
+    training: BudgetOptions,
     output: Output = Path("runs/analyse/scales"),
 ) -> None:
     """Sweep the scale of ΔW over methods and data sets; --data is repeatable (Figs. 7 and 8)."""
@@ -410,15 +310,11 @@ def scales(
         from ..analysis.tables import percent, scale_table
         from ..analysis.task import Budget
 
-        budget = Budget(epochs, lr, weight_decay)
+        budget = Budget(**asdict(training))
         configured = _methods(method, rank, None)
-        swept = _floats(scale, "scale")
+        swept = parse.floats(scale, "scale")
         _make_folder(output)
-        options = _TaskOptions(
-            data or (), digits, source_epochs, model, checkpoint, pretrained, img_size, val_split,
-            workers, device, batch_size,
-        )  # fmt: skip
-        tasks = options.open(console, most=None)
+        tasks = _open_tasks(data, options, console, most=None)
 
         def show(task: str, name: str, s: float, top1: float) -> None:
             console.print(f"{task}, {name}, s = {s:g}: top-1 {percent(top1)} %", highlight=False)
@@ -428,5 +324,5 @@ def scales(
         )
         console.print(scale_table(result))
         more = {"methods": [item.to_config() for item in configured], "seeds": seeds}
-        content = {"settings": _settings(options, budget, **more), **result.to_json()}
+        content = {"settings": _settings(data, options, training, **more), **result.to_json()}
         _write(output, "scales", content, {"scales": draw_scales(result)}, console)

@@ -12,6 +12,8 @@ import torch
 import typer
 from rich.console import Console
 
+from .errors import input_errors
+
 _CLONE = Path(__file__).resolve().parents[2]
 
 
@@ -41,16 +43,12 @@ def bench(
     save: Annotated[bool, typer.Option(help="Append the rows to benchmarks/results.")] = False,
 ) -> None:
     """Time the operator against the frozen nn.Linear, layer by layer, on this machine."""
-    try:
+    with input_errors():
         operators, tables = _load("operators"), _load("tables")
-    except FileNotFoundError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    known = list(operators.models(1))
-    models = model or ["ViT-S/16"]
-    if unknown := [name for name in models if name not in known]:
-        typer.echo(f"error: model must be one of {', '.join(known)}, got {unknown[0]!r}", err=True)
-        raise typer.Exit(2)
+        known = list(operators.models(1))
+        models = model or ["ViT-S/16"]
+        if unknown := [name for name in models if name not in known]:
+            raise ValueError(f"model must be one of {', '.join(known)}, got {unknown[0]!r}")
     cuda = torch.cuda.is_available()
     console = Console()
     with console.status("measuring the peaks") as status:
