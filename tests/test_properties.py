@@ -262,11 +262,9 @@ def test_targets_and_layers_choose_what_is_adapted(case, data):
     )
     parts = data.draw(st.sampled_from([None, "mhsa", "ffn", ["attn.qkv", "mlp.fc2"]]), "targets")
     matrices = getattr(method, "matrices", None)
-    allowed = {
-        None: {"qkv", "o", "fc1", "fc2"}, "mhsa": {"qkv", "o"}, "ffn": {"fc1", "fc2"},
-    }.get(parts if isinstance(parts, str) else None, set())  # fmt: skip
-    if isinstance(parts, list):
-        allowed = {"qkv", "fc2"}
+    mhsa, ffn = {"qkv", "o"}, {"fc1", "fc2"}
+    groups = {None: mhsa | ffn, "mhsa": mhsa, "ffn": ffn}
+    allowed = {"qkv", "fc2"} if isinstance(parts, list) else groups[parts]
     stacked = {"qkv": {"q", "k", "v"}}
     chosen = {r for r in allowed if matrices is None or stacked.get(r, {r}) & set(matrices)}
     if not chosen:
@@ -296,10 +294,10 @@ def test_swins_of_any_depth(depths, width, data):
     ranks = [data.draw(st.integers(1, min(4, width << i)), f"rank {i}") for i in range(len(depths))]
     kind = data.draw(st.sampled_from([EFFT1, EFFT2, FacTTT, FacTTK]), "kind")
     torch.manual_seed(width)
-    model = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=4 * 2 ** len(depths), window_size=2,
-        embed_dim=width, depths=tuple(depths), num_heads=(2,) * len(depths), num_classes=3,
-    ).double().eval()  # fmt: skip
+    size = 4 * 2 ** len(depths)
+    sizes = {"img_size": size, "window_size": 2, "embed_dim": width, "num_classes": 3}
+    sizes |= {"depths": tuple(depths), "num_heads": (2,) * len(depths)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **sizes).double().eval()
     plain = copy.deepcopy(model)
     adapter = attach(model, kind(rank=list(ranks), scale=0.5))
     per_stage = {
@@ -316,7 +314,6 @@ def test_swins_of_any_depth(depths, width, data):
         for name, delta in adapter.delta_weights().items():
             assert delta.norm() > 0
             plain.get_submodule(name).weight += delta
-    size = 4 * 2 ** len(depths)
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     expected = model(x)
     close(expected, plain(x))

@@ -72,6 +72,14 @@ class Shape:
         }
 
 
+# One of each form, none with an axis that blocks divide.
+SHARED = Shape()
+EACH = Shape(M=53, K=83, n=37, Ra=5, Rb=11, shared=False)
+NO_CORE = Shape(M=41, K=97, n=23, Ra=3, Rb=3, core=False, shared=False, bias=False)
+ONE_SLICE = Shape(M=103, K=37, n=131, G=1, Ra=13, Rb=7)
+SHAPES = (SHARED, EACH, NO_CORE, ONE_SLICE)
+
+
 def forms(shape: Shape) -> dict[str, Shape]:
     """`shape` with every form that the factors and the bias may take, by a name for test ids."""
     return {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efft_kernels.ops import reference
+from efft_kernels.testing.error_budget import assert_within_budget
 from efft_kernels.testing.operands import ALL, NAMES, leaves
 
 
@@ -74,14 +75,18 @@ def backend_results(
         needs: which of the six gradients to ask for.
 
     Raises:
-        AssertionError: a gradient that nobody needs was made, a needed one was not, or one has
-            another shape or dtype than its operand.
+        AssertionError: a gradient that nobody needs was made, a needed one was not, or a result has
+            another shape or dtype than it must have.
     """
     *tensors, dy = operands
     x, weight, _, down, core, up = tensors
+    assert x is not None and dy is not None
     y, p = backend.forward(*tensors, save_p=True, strategy=strategy)
-    assert p.is_contiguous(), "p must be contiguous"
-    grads = backend.backward(dy, x, weight, p, down, core, up, needs=needs, strategy=strategy)
+    assert (y.shape, y.dtype) == (dy.shape, x.dtype), "y"
+    assert p.is_contiguous() and p.dtype == x.dtype, "p"
+    grads = backend.backward(
+        dy, x, weight, p, down, core, up, needs=tuple(needs), strategy=strategy
+    )
     results = {"y": y, "p": p}
     for name, tensor, grad, need in zip(NAMES, tensors, grads, needs, strict=True):
         if name == "bias" and tensor is None:
@@ -90,4 +95,16 @@ def backend_results(
         if grad is not None and tensor is not None:
             assert (grad.shape, grad.dtype) == (tensor.shape, tensor.dtype), name
             results[name] = grad
+    return results
+
+
+def results_within_budget(
+    backend: ModuleType,
+    operands: Sequence[Tensor | None],
+    strategy: str,
+    needs: Sequence[bool] = ALL,
+) -> dict[str, Tensor]:
+    """`backend_results`, each of them within the error budget of x's dtype."""
+    results = backend_results(backend, operands, strategy, needs)
+    assert_within_budget(results, *plain_and_exact(operands))
     return results

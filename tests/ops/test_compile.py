@@ -12,10 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from efft_kernels import EFFT2, FusedEFFTLinear, attach, low_rank_linear
 from efft_kernels.ops.backends import cpp_backend, torch_backend
+from efft_kernels.testing.operands import Shape, leaves, operands
 
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default
 BWD = torch.ops.efft_kernels.low_rank_linear_bwd.default
-NAMES = ("x", "weight", "bias", "down", "core", "up")
+SHAPE = Shape(K=7, n=5, Ra=3, Rb=2)
 
 
 @pytest.fixture(autouse=True)
@@ -63,20 +64,8 @@ def backward_rows(monkeypatch, no_entry_point):
     return rows
 
 
-def operands(m, lead=None):
-    torch.manual_seed(m)
-    shapes = {
-        "x": (*(lead or (m,)), 7),
-        "weight": (15, 7),
-        "bias": (15,),
-        "down": (7, 3),
-        "core": (3, 3, 2),
-        "up": (1, 5, 2),
-    }
-    return {
-        name: torch.randn(shape, dtype=torch.float64).requires_grad_()
-        for name, shape in shapes.items()
-    }
+def leaves_of(m, lead=None):
+    return leaves(operands(SHAPE, lead=lead or (m,), seed=m))
 
 
 def gradients(function, tensors):
@@ -100,7 +89,7 @@ def test_training_step_runs_our_operators(strategy, backward_rows):
 
     graphs = Graphs()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=graphs.backend)
-    assert_same_gradients(compiled, loss, operands(11))
+    assert_same_gradients(compiled, loss, leaves_of(11))
     assert Graphs.count(graphs.forward, FWD) == 1
     assert Graphs.count(graphs.backward, BWD) == 1
     assert backward_rows == [11, 11]  # compiled, eager
@@ -114,7 +103,7 @@ def test_one_compilation_for_every_number_of_rows(lead):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     for m in (11, 2, 5, 64, 4097):
-        tensors = operands(m, None if lead is None else (m, *lead))
+        tensors = leaves_of(m, None if lead is None else (m, *lead))
         assert_same_gradients(compiled, loss, tensors)
     assert counter.frame_count == 1
 
@@ -128,7 +117,7 @@ def test_marked_dynamic_rows():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for m in (11, 7, 130):
-        tensors = operands(m)
+        tensors = leaves_of(m)
         torch._dynamo.mark_dynamic(tensors["x"], 0)
         assert_same_gradients(compiled, loss, tensors)
     assert counter.frame_count == 1
@@ -143,7 +132,7 @@ def test_default_mode_compiles_twice_at_most():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for m in (11, 7, 5, 130, 64):
-        assert_same_gradients(compiled, loss, operands(m))
+        assert_same_gradients(compiled, loss, leaves_of(m))
     assert counter.frame_count == 2
 
 
@@ -153,7 +142,7 @@ def test_compiled_with_no_row_or_one(m):
         return low_rank_linear(**tensors).tanh().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    tensors = operands(m)
+    tensors = leaves_of(m)
     found, expected = gradients(compiled, tensors), gradients(loss, tensors)
     for a, b in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(a, b)
@@ -161,7 +150,7 @@ def test_compiled_with_no_row_or_one(m):
 
 def test_frozen_weight_asks_for_no_weight_gradient():
     """The compiled backward is given the same `needs` as the eager one."""
-    tensors = operands(11)
+    tensors = leaves_of(11)
     for name in ("weight", "bias"):
         tensors[name].requires_grad_(False)
     graphs = Graphs()
@@ -183,7 +172,7 @@ def test_autocast_inside_a_compiled_step():
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for m in (11, 5):
-        assert_same_gradients(compiled, loss, operands(m), rtol=1e-5, atol=1e-5)
+        assert_same_gradients(compiled, loss, leaves_of(m), rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_inference():
@@ -209,7 +198,7 @@ def test_checkpointed_and_compiled(backward_rows):
         return y.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert_same_gradients(compiled, loss, operands(11))
+    assert_same_gradients(compiled, loss, leaves_of(11))
     assert backward_rows == [11, 11]
 
 
@@ -265,7 +254,7 @@ def test_inductor_runs_a_training_step():
     """The default compiler, with nothing but our operators in the graph, so no C++ is compiled."""
     compiled = torch.compile(low_rank_linear, fullgraph=True, dynamic=True)
     for m in (11, 64):
-        tensors = operands(m)
+        tensors = leaves_of(m)
         dy = torch.randn(m, 15, dtype=torch.float64)
         results = [
             torch.autograd.grad(function(**tensors), list(tensors.values()), dy)

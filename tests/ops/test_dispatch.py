@@ -10,21 +10,15 @@ import torch
 from efft_kernels import available_backends, low_rank_linear, reference, use_backend
 from efft_kernels.ops import dispatch
 from efft_kernels.ops.backends import cpp_backend, torch_backend
+from efft_kernels.testing.operands import NAMES, Shape, cast, forms, operands
 
-NAMES = {"reference", "torch", "cpp", "triton", "cuda"}
+SHAPE = Shape(M=5, K=7, n=5, Ra=3, Rb=2)
+BACKENDS = {"reference", "torch", "cpp", "triton", "cuda"}
 
 
 @pytest.fixture
 def tensors():
-    shapes = {
-        "x": (5, 7),
-        "weight": (15, 7),
-        "bias": (15,),
-        "down": (7, 3),
-        "core": (3, 3, 2),
-        "up": (1, 5, 2),
-    }
-    return {name: torch.randn(shape) for name, shape in shapes.items()}
+    return operands(SHAPE, torch.float32)
 
 
 @pytest.fixture
@@ -56,7 +50,7 @@ def missing_backends():
 
 def test_available_backends():
     found = available_backends()
-    assert set(found) == NAMES
+    assert set(found) == BACKENDS
     assert found["reference"] is None and found["torch"] is None
     for name in ("cpp", "cuda"):
         assert found[name] is None or len(found[name]) > 20
@@ -64,7 +58,7 @@ def test_available_backends():
 
 def test_returned_table_is_the_callers():
     available_backends().clear()
-    assert set(available_backends()) == NAMES
+    assert set(available_backends()) == BACKENDS
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -174,7 +168,7 @@ def test_strategy_that_the_backend_lacks(tensors):
 @pytest.mark.parametrize("m", [1, 5, 5000])
 def test_torch_never_merges_into_half_precision_weights(tensors, dtype, m, calls):
     """An increment below half an ulp of W0 would vanish."""
-    given = {name: t.to(dtype) for name, t in tensors.items()} | {"x": torch.randn(m, 7).to(dtype)}
+    given = cast(tensors, dtype) | {"x": torch.randn(m, 7).to(dtype)}
     given["down"].requires_grad_()
     low_rank_linear(**given, backend="torch")
     assert calls == [("torch", "split")]
@@ -216,26 +210,18 @@ def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default
 BWD = torch.ops.efft_kernels.low_rank_linear_bwd.default
 
-# (x dtype, factor dtype, slices, core given, up shared, bias given)
+# (form, x dtype, factor dtype)
 OPCHECKS = [
-    (torch.float32, torch.float32, 3, True, True, True),
-    (torch.float64, torch.float64, 1, True, True, False),
-    (torch.bfloat16, torch.float32, 3, False, False, True),
-    (torch.float32, torch.float32, 3, True, False, False),
+    ("shared up", torch.float32, torch.float32),
+    ("one slice", torch.float64, torch.float64),
+    ("no core", torch.bfloat16, torch.float32),
+    ("own up", torch.float32, torch.float32),
 ]
 
 
-def opcheck_operands(x_dtype, factor_dtype, slices, with_core, shared, with_bias, m):
-    k, per_slice, ra, rb = 7, 5, 3, 2 if with_core else 3
-    n = slices * per_slice
-    return (
-        torch.randn(m, k).to(x_dtype),
-        torch.randn(n, k).to(x_dtype),
-        torch.randn(n).to(x_dtype) if with_bias else None,
-        torch.randn(k, ra).to(factor_dtype),
-        torch.randn(slices, ra, rb).to(factor_dtype) if with_core else None,
-        torch.randn(1 if shared else slices, per_slice, rb).to(factor_dtype),
-    )
+def opcheck_operands(form, x_dtype, factor_dtype, m):
+    shape = forms(SHAPE)[form]
+    return tuple(operands(shape, x_dtype, factor_dtype=factor_dtype, lead=(m,)).values())
 
 
 @pytest.mark.parametrize("m", [11, 0])
@@ -248,20 +234,16 @@ def test_opcheck_forward(case, strategy, save_p, m):
 @pytest.mark.parametrize("m", [11, 0])
 @pytest.mark.parametrize(
     ("strategy", "needs"),
-    [("split", "dx d_weight d_bias d_down d_core d_up"), ("merged", "dx d_core"), ("auto", "d_up")],
+    [("split", "x weight bias down core up"), ("merged", "x core"), ("auto", "up")],
 )
 @pytest.mark.parametrize("case", OPCHECKS, ids=str)
 def test_opcheck_backward(case, strategy, needs, m):
-    x, weight, bias, down, core, up = opcheck_operands(*case, m=m)
-    given = {
-        "dx": x,
-        "d_weight": weight,
-        "d_bias": bias,
-        "d_down": down,
-        "d_core": core,
-        "d_up": up,
-    }
-    wanted = [name in needs.split() and tensor is not None for name, tensor in given.items()]
+    given = opcheck_operands(*case, m=m)
+    x, weight, _, down, core, up = given
+    wanted = [
+        name in needs.split() and tensor is not None
+        for name, tensor in zip(NAMES, given, strict=True)
+    ]
     dy = torch.randn(m, weight.shape[0]).to(x.dtype)
     p = (x.to(down.dtype) @ down).to(x.dtype)
     torch.library.opcheck(BWD, (dy, x, weight, p, down, core, up, wanted, "auto", strategy))
@@ -270,18 +252,11 @@ def test_opcheck_backward(case, strategy, needs, m):
 def test_operators_do_not_alias_their_inputs():
     tensors = opcheck_operands(*OPCHECKS[0], m=1)
     storages = {t.untyped_storage().data_ptr() for t in tensors}
+    x, weight, _, *factors = tensors
+    dy, p = torch.ones(1, 15), torch.ones(1, 3)
     outputs = [
         *FWD(*tensors, True, "auto", "split"),
-        *BWD(
-            torch.ones(1, 15),
-            tensors[0],
-            tensors[1],
-            torch.ones(1, 3),
-            *tensors[3:],
-            [True] * 6,
-            "auto",
-            "split",
-        ),
+        *BWD(dy, x, weight, p, *factors, [True] * 6, "auto", "split"),
     ]
     found = [t.untyped_storage().data_ptr() for t in outputs]
     assert len(set(found)) == len(found) and not storages & set(found)

@@ -10,27 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import low_rank_linear
 from efft_kernels.ops.functional import low_rank_linear_with_dropout
+from efft_kernels.testing.operands import Shape, cast, forms, leaves, operands
 
-M, K, G, RA, RB, WIDTH = 7, 11, 3, 5, 2, 13  # N = G·WIDTH
-FORMS = ["shared up", "own up", "no core", "no core, one slice"]
-
-
-def operands(form, dtype=torch.float64, m=(M,), requires_grad=False):
-    slices, rb = (1 if "one slice" in form else G), (RA if "no core" in form else RB)
-    shapes = {
-        "x": (*m, K),
-        "weight": (slices * WIDTH, K),
-        "bias": (slices * WIDTH,),
-        "down": (K, RA),
-        "core": None if "no core" in form else (slices, RA, rb),
-        "up": (1 if form == "shared up" else slices, WIDTH, rb),
-    }
-    return {
-        name: None
-        if shape is None
-        else torch.randn(shape, dtype=dtype).requires_grad_(requires_grad)
-        for name, shape in shapes.items()
-    }
+SHAPE = Shape(M=7, K=11, n=13, Ra=5, Rb=2)
+M, K, G, RA, RB, WIDTH = SHAPE.M, SHAPE.K, SHAPE.G, SHAPE.Ra, SHAPE.Rb, SHAPE.n
+FORMS = {name: shape for name, shape in forms(SHAPE).items() if name != "one slice"}
 
 
 def with_mask(x, weight, bias, down, core, up, mask):
@@ -40,7 +24,7 @@ def with_mask(x, weight, bias, down, core, up, mask):
     for g in range(slices):
         t = x @ down if core is None else x @ down @ core[g]
         parts.append((t * mask[:, g if mask.shape[1] > 1 else 0]) @ up[g % up.shape[0]].T)
-    return x @ weight.T + bias + torch.cat(parts, dim=-1)
+    return F.linear(x, weight, bias) + torch.cat(parts, dim=-1)
 
 
 def drawn_mask(form, p, m=M):
@@ -51,7 +35,7 @@ def drawn_mask(form, p, m=M):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_dropout_is_the_operator(form):
-    t = operands(form)
+    t = operands(FORMS[form])
     torch.testing.assert_close(
         low_rank_linear_with_dropout(**t, p=0.0), low_rank_linear(**t), rtol=1e-12, atol=1e-12
     )
@@ -59,9 +43,7 @@ def test_no_dropout_is_the_operator(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_output_and_gradients_for_a_known_mask(form):
-    found, right = operands(form, requires_grad=True), {}
-    for name, tensor in found.items():
-        right[name] = None if tensor is None else tensor.detach().clone().requires_grad_()
+    found, right = (leaves(operands(FORMS[form])) for _ in range(2))
     torch.manual_seed(3)
     y = low_rank_linear_with_dropout(**found, p=0.4)
     torch.manual_seed(3)
@@ -81,7 +63,7 @@ def test_output_and_gradients_for_a_known_mask(form):
 def test_an_entry_is_dropped_with_probability_p_by_slice_and_row():
     """y shows the masked activation itself where W and bias are zero and up is the identity."""
     p, rows = 0.3, 4000
-    t = operands("shared up", m=(rows,)) | {
+    t = operands(SHAPE, lead=(rows,)) | {
         "weight": torch.zeros(G * RB, K, dtype=torch.float64),
         "bias": None,
         "up": torch.eye(RB, dtype=torch.float64)[None],
@@ -98,7 +80,7 @@ def test_an_entry_is_dropped_with_probability_p_by_slice_and_row():
 
 
 def test_without_a_core_the_slices_share_the_mask():
-    t = operands("no core", m=(500,)) | {
+    t = operands(FORMS["no core"], lead=(500,)) | {
         "weight": torch.zeros(G * RA, K, dtype=torch.float64),
         "bias": None,
         "up": torch.eye(RA, dtype=torch.float64).expand(G, -1, -1),
@@ -110,7 +92,7 @@ def test_without_a_core_the_slices_share_the_mask():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_unbiased(form):
-    t = operands(form, m=(1,))
+    t = operands(FORMS[form], lead=(1,))
     expected = low_rank_linear(**t)[0]
     t["x"] = t["x"].expand(30_000, -1)
     y = low_rank_linear_with_dropout(**t, p=0.6)
@@ -121,7 +103,7 @@ def test_unbiased(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_seed_repeats_the_masks(form):
-    t = operands(form)
+    t = operands(FORMS[form])
     torch.manual_seed(1)
     first, second = (low_rank_linear_with_dropout(**t, p=0.5) for _ in range(2))
     torch.manual_seed(1)
@@ -132,16 +114,16 @@ def test_seed_repeats_the_masks(form):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_checkpointing_replays_the_masks(form, use_reentrant):
-    t = operands(form, requires_grad=True)
-    leaves = [tensor for tensor in t.values() if tensor is not None]
+    t = leaves(operands(FORMS[form]))
+    present = [tensor for tensor in t.values() if tensor is not None]
 
     def gradients(run):
         torch.manual_seed(9)
         y = run(lambda x: low_rank_linear_with_dropout(**(t | {"x": x}), p=0.5).tanh(), t["x"])
         torch.randn(5)
         y.sum().backward()
-        grads = [leaf.grad for leaf in leaves]
-        for leaf in leaves:
+        grads = [leaf.grad for leaf in present]
+        for leaf in present:
             leaf.grad = None
         return grads
 
@@ -153,14 +135,14 @@ def test_checkpointing_replays_the_masks(form, use_reentrant):
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (2, 3, 4)])
 def test_leading_dimensions(lead):
-    t = operands("shared up", m=lead)
+    t = operands(SHAPE, lead=lead)
     y = low_rank_linear_with_dropout(**t, p=0.0)
     assert y.shape == (*lead, G * WIDTH)
     torch.testing.assert_close(y, low_rank_linear(**t), rtol=1e-12, atol=1e-12)
 
 
 def test_non_contiguous_x():
-    t = operands("own up", m=(3, 4))
+    t = operands(FORMS["own up"], lead=(3, 4))
     x = t["x"].transpose(0, 1)
     torch.manual_seed(2)
     found = low_rank_linear_with_dropout(**(t | {"x": x}), p=0.5)
@@ -172,7 +154,7 @@ def test_non_contiguous_x():
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast(form):
     """y in the ambient dtype, gradients in each tensor's own."""
-    t = operands(form, dtype=torch.float32, requires_grad=True)
+    t = leaves(operands(FORMS[form], torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
         y = low_rank_linear_with_dropout(**t, p=0.0)
         expected = low_rank_linear(**t)
@@ -185,13 +167,9 @@ def test_autocast(form):
 
 
 def test_half_precision_with_float32_factors():
-    t = operands("shared up")
-    halves = {
-        name: tensor.to(torch.bfloat16 if name in ("x", "weight", "bias") else torch.float32)
-        for name, tensor in t.items()
-    }
+    halves = operands(SHAPE, torch.bfloat16, factor_dtype=torch.float32)
     y = low_rank_linear_with_dropout(**halves, p=0.0)
-    exact = low_rank_linear(**{name: tensor.double() for name, tensor in halves.items()})
+    exact = low_rank_linear(**cast(halves, torch.float64))
     assert y.dtype == torch.bfloat16
     assert (y.double() - exact).abs().max() < 0.02 * exact.abs().max()
 
@@ -206,11 +184,11 @@ def test_half_precision_with_float32_factors():
     ],
 )
 def test_shapes_are_checked(name, shape, text):
-    t = operands("shared up") | {name: torch.randn(shape, dtype=torch.float64)}
+    t = operands(SHAPE) | {name: torch.randn(shape, dtype=torch.float64)}
     with pytest.raises(ValueError, match=text):
         low_rank_linear_with_dropout(**t, p=0.5)
 
 
 def test_a_compiled_backend_by_name_is_refused():
     with pytest.raises(RuntimeError, match=r"'triton' was asked for .* dropout=0\.0"):
-        low_rank_linear_with_dropout(**operands("shared up"), p=0.5, backend="triton")
+        low_rank_linear_with_dropout(**operands(SHAPE), p=0.5, backend="triton")

@@ -4,6 +4,8 @@ what it saves, and what it refuses."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import hypothesis
 import pytest
@@ -13,75 +15,24 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from efft_kernels import low_rank_linear, reference
 from efft_kernels.ops.backends import cpp_backend, torch_backend
+from efft_kernels.testing.error_budget import assert_exact, assert_within_budget
+from efft_kernels.testing.operands import (
+    FACTORS,
+    LAYOUTS,
+    NAMES,
+    Shape,
+    cast,
+    forms,
+    operands,
+    operands_and_dy,
+)
+from efft_kernels.testing.results import differentiate, plain_and_exact
 
 pytestmark = pytest.mark.usefixtures("route")
 
-NAMES = ("x", "weight", "bias", "down", "core", "up")
-FACTORS = ("down", "core", "up")
-STRATEGIES = ("split", "merged")
-
-# (slices, core given, up shared, bias given)
-CASES = [
-    (1, True, True, True),
-    (1, False, False, False),
-    (3, True, True, True),
-    (3, True, False, False),
-    (3, False, False, True),
-]
-
-
-def operands(
-    slices=3,
-    with_core=True,
-    shared=True,
-    with_bias=True,
-    *,
-    lead=(11,),
-    k=7,
-    per_slice=5,
-    ra=3,
-    rb=2,
-    dtype=torch.float64,
-    factor_dtype=None,
-):
-    """Random operands by name, scaled so that both terms of y are of order one."""
-    rb = rb if with_core else ra
-    n = slices * per_slice
-    shapes = {
-        "x": (*lead, k),
-        "weight": (n, k),
-        "bias": (n,) if with_bias else None,
-        "down": (k, ra),
-        "core": (slices, ra, rb) if with_core else None,
-        "up": (1 if shared and with_core else slices, per_slice, rb),
-    }
-    tensors = {
-        name: None if shape is None else torch.randn(shape, dtype=torch.float64)
-        for name, shape in shapes.items()
-    }
-    tensors["weight"] *= k**-0.5
-    tensors["down"] *= k**-0.5
-    factor_dtype = factor_dtype or dtype
-    return {
-        name: None if t is None else t.to(factor_dtype if name in FACTORS else dtype)
-        for name, t in tensors.items()
-    }
-
-
-def differentiate(function, tensors, dy=None, wanted=NAMES):
-    """(y, gradients by name) of `function` at copies of `tensors` with their layout kept."""
-    leaves = {
-        name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(name in wanted)
-        if t is not None
-        else None
-        for name, t in tensors.items()
-    }
-    y = function(**leaves)
-    if dy is None:
-        y.sum().backward()
-    else:
-        y.backward(dy.to(y.dtype))
-    return y.detach(), {name: t.grad for name, t in leaves.items() if t is not None}
+STRATEGIES = torch_backend.STRATEGIES
+SHAPE = Shape(M=11, K=7, n=5, Ra=3, Rb=2)
+FORMS = forms(SHAPE)
 
 
 def assert_same(found, expected, tolerance=1e-12):
@@ -98,31 +49,21 @@ def assert_same(found, expected, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lead", [(11,), (0,), (1,), (), (2, 3), (2, 1, 3), (2, 0, 3)])
-def test_matches_the_reference(case, lead, strategy, poisoned_memory):
-    tensors = operands(*case, lead=lead)
-    n = tensors["weight"].shape[0]
-    dy = torch.randn(*lead, n, dtype=torch.float64)
-    found = differentiate(lambda **t: low_rank_linear(**t, strategy=strategy), tensors, dy)
-    assert found[0].shape == (*lead, n)
+def test_matches_the_reference(form, lead, strategy, poisoned_memory):
+    *_, dy = operands_and_dy(FORMS[form], lead=lead)
+    tensors = operands(FORMS[form], lead=lead)
+    found = differentiate(partial(low_rank_linear, strategy=strategy), tensors, dy)
+    assert found[0].shape == dy.shape
     assert_same(found, differentiate(reference.low_rank_linear, tensors, dy))
 
 
 def test_factors_change_the_output():
-    tensors = operands()
+    tensors = operands(SHAPE)
     y = low_rank_linear(**tensors)
     plain = torch.nn.functional.linear(tensors["x"], tensors["weight"], tensors["bias"])
     assert (y - plain).norm() > 0.1 * plain.norm()
-
-
-LAYOUTS = {
-    "transposed": lambda t: t.mT.contiguous().mT,
-    "sliced": lambda t: torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]],
-    "strided": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
-    "offset": lambda t: torch.cat([torch.full_like(t[:1], torch.nan), t])[1:],
-    "expanded": lambda t: t[:1].expand_as(t),
-}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -130,29 +71,18 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", ["x", "weight", "down", "core", "up", "dy"])
 def test_any_layout(name, layout, strategy):
     """Strides are the caller's: the other elements of the storage are NaN."""
-    tensors = operands(3, True, False, lead=(4, 3)) | {"dy": torch.randn(4, 3, 15).double()}
-    tensors[name] = LAYOUTS[layout](tensors[name])
-    assert layout in ("offset", "expanded") or not tensors[name].is_contiguous()
-    expected = {key: t.contiguous() for key, t in tensors.items()}
+    shape = replace(SHAPE, shared=False)
+    given = dict(zip((*NAMES, "dy"), operands_and_dy(shape, lead=(4, 3)), strict=True))
+    given[name] = LAYOUTS[layout](given[name])
     results = []
-    for function, given in (
-        (lambda **t: low_rank_linear(**t, strategy=strategy), tensors),
-        (reference.low_rank_linear, expected),
+    for function, tensors in (
+        (partial(low_rank_linear, strategy=strategy), given),
+        (reference.low_rank_linear, {key: t.contiguous() for key, t in given.items()}),
     ):
-        leaves = {key: given[key].detach().requires_grad_() for key in NAMES}
+        leaves = {key: tensors[key].detach().requires_grad_() for key in NAMES}
         y = function(**leaves)
-        results.append(
-            (
-                y,
-                dict(
-                    zip(
-                        NAMES,
-                        torch.autograd.grad(y, list(leaves.values()), given["dy"]),
-                        strict=True,
-                    )
-                ),
-            )
-        )
+        grads = torch.autograd.grad(y, list(leaves.values()), tensors["dy"])
+        results.append((y, dict(zip(NAMES, grads, strict=True))))
     assert_same(*results)
 
 
@@ -160,81 +90,53 @@ def test_any_layout(name, layout, strategy):
 @pytest.mark.parametrize("lead", [(11,), (2, 3)])
 def test_expanded_dy(lead, strategy):
     """sum().backward() hands the operator a gradient with all strides zero."""
-    tensors = operands(lead=lead)
-    found = differentiate(lambda **t: low_rank_linear(**t, strategy=strategy), tensors)
+    tensors = operands(SHAPE, lead=lead)
+    found = differentiate(partial(low_rank_linear, strategy=strategy), tensors)
     assert_same(found, differentiate(reference.low_rank_linear, tensors))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_integers_are_exact(case, dtype, strategy, poisoned_memory):
+def test_small_integers_are_exact(form, dtype, strategy, poisoned_memory):
     """Sums of small integers are exact in every order, so equality is bitwise."""
     bound, limit = (3, 2**24) if dtype == torch.float32 else (1, 2**8)
-    tensors = {
-        name: None if t is None else torch.randint(-bound, bound + 1, t.shape).double()
-        for name, t in operands(*case, lead=(13,), k=17).items()
-    }
-    dy = torch.randint(-bound, bound + 1, (13, tensors["weight"].shape[0])).double()
+    shape = replace(FORMS[form], M=13, K=17)
+    *_, dy = operands_and_dy(shape, density=0.75, bound=bound)
+    tensors = operands(shape, density=0.75, bound=bound)
     y, grads = differentiate(reference.low_rank_linear, tensors, dy)
     assert all(t.abs().max() <= limit and t.any() for t in (y, *grads.values()))
-    y_found, found = differentiate(
-        lambda **t: low_rank_linear(**t, strategy=strategy),
-        {name: None if t is None else t.to(dtype) for name, t in tensors.items()},
-        dy,
-    )
-    assert y_found.dtype == dtype and torch.equal(y_found.double(), y)
-    for name, grad in grads.items():
-        assert found[name].dtype == dtype
-        assert torch.equal(found[name].double(), grad), name
+    function = partial(low_rank_linear, strategy=strategy)
+    y_found, found = differentiate(function, cast(tensors, dtype), dy)
+    assert all(t.dtype == dtype for t in (y_found, *found.values()))
+    assert_exact({"y": y_found, **found}, {"y": y, **grads})
 
 
-def relative_error(found, exact):
-    return ((found.double() - exact).norm() / exact.norm()).item()
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("dtype", "factor_dtype"),
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-    ids=str,
-)
-def test_error_budget(dtype, factor_dtype, case, strategy):
-    """At most twice the error of plain torch in the same dtype, both against float64."""
-    tensors = operands(
-        *case, lead=(127,), k=131, per_slice=43, ra=7, rb=5, dtype=dtype, factor_dtype=factor_dtype
-    )
-    dy = torch.randn(127, tensors["weight"].shape[0]).to(dtype)
-
-    def plain(**t):
-        return reference.low_rank_linear(
-            **{name: None if tensor is None else tensor.to(dtype) for name, tensor in t.items()}
-        )
-
-    exact_y, exact = differentiate(
-        reference.low_rank_linear,
-        {name: None if t is None else t.double() for name, t in tensors.items()},
-        dy,
-    )
-    ours_y, ours = differentiate(lambda **t: low_rank_linear(**t, strategy=strategy), tensors, dy)
-    torch_y, torchs = differentiate(plain, tensors, dy)
-    assert relative_error(ours_y, exact_y) <= 2 * relative_error(torch_y, exact_y)
-    for name in exact:
-        assert ours[name].dtype == tensors[name].dtype, name
-        budget = 2 * relative_error(torchs[name], exact[name])
-        assert relative_error(ours[name], exact[name]) <= budget, name
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), DTYPES, ids=str)
+def test_error_budget(dtype, factor_dtype, form, strategy):
+    shape = replace(FORMS[form], M=127, K=131, n=43, Ra=7, Rb=5)
+    *inputs, dy = operands_and_dy(shape, dtype, factor_dtype=factor_dtype)
+    tensors = dict(zip(NAMES, inputs, strict=True))
+    y, grads = differentiate(partial(low_rank_linear, strategy=strategy), tensors, dy)
+    assert all(grad.dtype == tensors[name].dtype for name, grad in grads.items())
+    assert_within_budget({"y": y, **grads}, *plain_and_exact([*inputs, dy]), rounding=False)
 
 
 def test_bias_gradient_of_many_rows_in_half_precision():
     """The sum over rows is accumulated in float32: in bfloat16 it would stop at 256."""
-    tensors = operands(lead=(4096,), dtype=torch.bfloat16, factor_dtype=torch.float32)
+    shape = replace(SHAPE, M=4096)
+    tensors = operands(shape, torch.bfloat16, factor_dtype=torch.float32)
     _, grads = differentiate(low_rank_linear, tensors)
     assert grads["bias"].dtype == torch.bfloat16
     assert grads["bias"].tolist() == [4096.0] * 15
@@ -246,9 +148,8 @@ PRESENT = [wanted for count in range(1, 7) for wanted in itertools.combinations(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_only_where_asked(strategy, route, monkeypatch):
     """Every subset of arguments: the right gradients, None elsewhere, and none computed in vain
-    (test_cpp.py looks at what the operator behind the entry point computes)."""
-    tensors = operands()
-    dy = torch.randn(11, 15, dtype=torch.float64)
+    (test_cpp_backend.py looks at what the operator behind the entry point computes)."""
+    tensors, dy = operands(SHAPE), torch.randn(11, 15, dtype=torch.float64)
     _, everything = differentiate(reference.low_rank_linear, tensors, dy)
     computed = []
     backend = torch_backend if route == "torch" else cpp_backend
@@ -262,9 +163,7 @@ def test_gradients_only_where_asked(strategy, route, monkeypatch):
     monkeypatch.setattr(backend, "backward", recording)
     for wanted in PRESENT:
         computed.clear()
-        _, grads = differentiate(
-            lambda **t: low_rank_linear(**t, strategy=strategy), tensors, dy, wanted
-        )
+        _, grads = differentiate(partial(low_rank_linear, strategy=strategy), tensors, dy, wanted)
         assert {name for name, grad in grads.items() if grad is not None} == set(wanted)
         assert computed == ([] if route == "entry-point" else [set(wanted)])
         for name in wanted:
@@ -291,10 +190,10 @@ def saved_beside_the_operands(tensors, **options):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lead", [(11,), (4, 3)])
-def test_saves_p_and_nothing_else(case, lead, strategy):
-    tensors = operands(*case, lead=lead)
+def test_saves_p_and_nothing_else(form, lead, strategy):
+    tensors = operands(FORMS[form], lead=lead)
     for name in ("x", *FACTORS):
         if tensors[name] is not None:
             tensors[name].requires_grad_()
@@ -318,7 +217,7 @@ def test_saves_p_and_nothing_else(case, lead, strategy):
     ],
 )
 def test_saves_only_what_the_gradients_need(wanted, x_kept, p_kept, strategy):
-    tensors = operands()
+    tensors = operands(SHAPE)
     for name in wanted:
         tensors[name].requires_grad_()
     _, extra, kept = saved_beside_the_operands(tensors, strategy=strategy)
@@ -327,7 +226,7 @@ def test_saves_only_what_the_gradients_need(wanted, x_kept, p_kept, strategy):
 
 
 def test_nothing_is_saved_without_gradients():
-    tensors = operands()
+    tensors = operands(SHAPE)
     y, extra, kept = saved_beside_the_operands(tensors)
     assert not extra and not kept and not y.requires_grad
     for t in tensors.values():
@@ -341,7 +240,7 @@ def test_nothing_is_saved_without_gradients():
 
 def test_operands_are_left_alone():
     """Neither pass writes to a tensor of the caller's, the incoming gradient included."""
-    tensors = operands()
+    tensors = operands(SHAPE)
     before = {name: t.clone() for name, t in tensors.items()}
     dy = torch.randn(11, 15, dtype=torch.float64)
     dy_before = dy.clone()
@@ -360,7 +259,7 @@ def test_operands_are_left_alone():
 
 def test_output_can_be_changed_in_place():
     """y is a fresh tensor that the backward does not read."""
-    tensors = operands()
+    tensors = operands(SHAPE)
     _, expected = differentiate(lambda **t: reference.low_rank_linear(**t) * 2, tensors)
     _, found = differentiate(lambda **t: low_rank_linear(**t).mul_(2), tensors)
     for name, grad in expected.items():
@@ -368,74 +267,52 @@ def test_output_can_be_changed_in_place():
 
 
 def test_meta_tensors():
-    tensors = {name: t.to("meta").requires_grad_() for name, t in operands(lead=(2, 3)).items()}
+    tensors = {
+        name: t.to("meta").requires_grad_() for name, t in operands(SHAPE, lead=(2, 3)).items()
+    }
     y = low_rank_linear(**tensors)
     assert y.device.type == "meta" and y.shape == (2, 3, 15)
     y.sum().backward()
     assert all(t.grad.shape == t.shape and t.grad.is_meta for t in tensors.values())
 
 
+SIZES = {"K": 20, "n": 9, "G": 4, "Ra": 6, "Rb": 6}
+DTYPE_PAIRS = st.sampled_from([(torch.float64, torch.float64), *DTYPES])
+
+
 @st.composite
 def problems(draw):
-    slices = draw(st.integers(1, 4))
-    with_core = draw(st.booleans())
-    dtype, factor_dtype = draw(
-        st.sampled_from(
-            [
-                (torch.float64, torch.float64),
-                (torch.float32, torch.float32),
-                (torch.bfloat16, torch.float32),
-                (torch.float16, torch.float32),
-                (torch.bfloat16, torch.bfloat16),
-            ]
-        )
-    )
-    tensors = operands(
-        slices,
-        with_core,
-        draw(st.booleans()),
-        draw(st.booleans()),
-        lead=tuple(draw(st.lists(st.integers(0, 5), max_size=3))),
-        k=draw(st.integers(1, 20)),
-        per_slice=draw(st.integers(1, 9)),
-        ra=draw(st.integers(1, 6)),
-        rb=draw(st.integers(1, 6)),
-        dtype=dtype,
+    sizes = {name: draw(st.integers(1, most)) for name, most in SIZES.items()}
+    choices = {name: draw(st.booleans()) for name in ("core", "shared", "bias")}
+    lead = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
+    dtype, factor_dtype = draw(DTYPE_PAIRS)
+    *tensors, dy = operands_and_dy(
+        Shape(**sizes, **choices),
+        dtype,
+        lead=lead,
         factor_dtype=factor_dtype,
+        seed=draw(st.integers(0, 2**31)),
     )
-    for name in tensors:
-        t = tensors[name]
-        if t is not None and t.dim() > 1 and draw(st.booleans()):
-            tensors[name] = t.mT.contiguous().mT
-    return tensors, draw(st.sampled_from(["auto", *STRATEGIES]))
+    tensors = [
+        t.mT.contiguous().mT if t is not None and t.dim() > 1 and draw(st.booleans()) else t
+        for t in tensors
+    ]
+    return dict(zip(NAMES, tensors, strict=True)), dy, draw(st.sampled_from(["auto", *STRATEGIES]))
 
 
-EPSILON = {
-    torch.float64: 2.0**-52,
-    torch.float32: 2.0**-23,
-    torch.float16: 2.0**-10,
-    torch.bfloat16: 2.0**-7,
-}
-
-
-@hypothesis.given(problems(), st.integers(0, 2**31))
-def test_property_matches_float64(problem, seed):
+@hypothesis.given(problems())
+def test_property_matches_float64(problem):
     """Any shape, stride, dtype and slice count: close to float64 by the rounding of the dtype."""
-    tensors, strategy = problem
+    tensors, dy, strategy = problem
     dtype = tensors["x"].dtype
-    lead, n = tensors["x"].shape[:-1], tensors["weight"].shape[0]
-    dy = torch.randn(*lead, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    wide = {name: None if t is None else t.double() for name, t in tensors.items()}
+    wide = cast(tensors, torch.float64)
     y_exact, exact = differentiate(reference.low_rank_linear, wide, dy)
-    y, grads = differentiate(lambda **t: low_rank_linear(**t, strategy=strategy), tensors, dy)
-    assert y.shape == (*lead, n) and y.dtype == dtype
+    y, grads = differentiate(partial(low_rank_linear, strategy=strategy), tensors, dy)
+    assert y.shape == dy.shape and y.dtype == dtype
     # The same formula on absolute values bounds every partial sum; a dozen roundings meet each.
-    bound_y, bound = differentiate(
-        reference.low_rank_linear,
-        {name: None if t is None else t.abs() for name, t in wide.items()},
-        dy.abs(),
-    )
-    tolerance = 12 * EPSILON[dtype]
+    magnitudes = {name: None if t is None else t.abs() for name, t in wide.items()}
+    bound_y, bound = differentiate(reference.low_rank_linear, magnitudes, dy.abs())
+    tolerance = 12 * torch.finfo(dtype).eps
     assert ((y.double() - y_exact).abs() <= tolerance * bound_y).all()
     for name, grad in exact.items():
         assert grads[name].dtype == tensors[name].dtype

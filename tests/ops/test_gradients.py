@@ -3,43 +3,22 @@ every route on the CPU."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import low_rank_linear, reference
+from efft_kernels.ops.backends import torch_backend
+from efft_kernels.testing.operands import NAMES, Shape, forms, leaves, operands
 
 pytestmark = pytest.mark.usefixtures("route")
 
-NAMES = ("x", "weight", "bias", "down", "core", "up")
-STRATEGIES = ("split", "merged")
-
-# (slices, core given, up shared, bias given)
-CASES = [
-    (1, True, True, True),
-    (1, False, False, False),
-    (3, True, True, False),
-    (3, True, False, True),
-    (3, False, False, True),
-]
-
-
-def operands(slices, with_core, shared, with_bias, m=3, k=5, per_slice=2, ra=3, rb=2):
-    rb = rb if with_core else ra
-    n = slices * per_slice
-    shapes = {
-        "x": (m, k),
-        "weight": (n, k),
-        "bias": (n,) if with_bias else None,
-        "down": (k, ra),
-        "core": (slices, ra, rb) if with_core else None,
-        "up": (1 if shared and with_core else slices, per_slice, rb),
-    }
-    return {
-        name: None if shape is None else torch.randn(shape, dtype=torch.float64)
-        for name, shape in shapes.items()
-    }
+STRATEGIES = torch_backend.STRATEGIES
+SHAPE = Shape(M=3, K=5, n=2, Ra=3, Rb=2)
+FORMS = forms(SHAPE)
 
 
 def function_of(tensors, names, function=low_rank_linear, **options):
@@ -56,22 +35,22 @@ def present(tensors):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
-def test_gradcheck_all_arguments(case, strategy):
-    tensors = operands(*case)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_all_arguments(form, strategy):
+    tensors = operands(FORMS[form])
     assert gradcheck(*function_of(tensors, present(tensors), strategy=strategy))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck_one_argument(name, strategy):
-    assert gradcheck(*function_of(operands(3, True, True, True), [name], strategy=strategy))
+    assert gradcheck(*function_of(operands(SHAPE), [name], strategy=strategy))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
-def test_gradgradcheck_all_arguments(case, strategy):
-    tensors = operands(*case, m=2, k=3)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradgradcheck_all_arguments(form, strategy):
+    tensors = operands(replace(FORMS[form], M=2, K=3))
     function, inputs = function_of(tensors, present(tensors), strategy=strategy)
     assert gradgradcheck(function, inputs)
 
@@ -80,13 +59,13 @@ def test_gradgradcheck_all_arguments(case, strategy):
     "names", [("x", "weight"), ("x", "down"), ("weight", "up"), ("x", "down", "up")]
 )
 def test_gradgradcheck_some_arguments(names):
-    assert gradgradcheck(*function_of(operands(3, True, True, True, m=2, k=3), names))
+    assert gradgradcheck(*function_of(operands(replace(SHAPE, M=2, K=3)), names))
 
 
 @pytest.mark.parametrize("names", [("x", "core"), ("x", "up"), ("core", "up")])
 def test_second_derivative_without_x_is_refused(names):
     """x is not saved where no first derivative needs it; the message says how to have it saved."""
-    function, inputs = function_of(operands(3, True, True, True), names)
+    function, inputs = function_of(operands(SHAPE), names)
     y = function(*inputs)
     first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
     assert all(grad is not None for grad in first)
@@ -95,7 +74,7 @@ def test_second_derivative_without_x_is_refused(names):
 
 
 def test_create_graph_gives_the_same_first_gradients():
-    tensors = operands(3, True, True, True)
+    tensors = operands(SHAPE)
     function, inputs = function_of(tensors, NAMES)
     y = function(*inputs)
     plain = torch.autograd.grad(y.pow(2).sum(), inputs, retain_graph=True)
@@ -106,7 +85,7 @@ def test_create_graph_gives_the_same_first_gradients():
 
 
 def test_gradient_penalty_matches_the_reference():
-    tensors = operands(3, True, True, True)
+    tensors = operands(SHAPE)
     results = []
     for used in (low_rank_linear, reference.low_rank_linear):
         function, inputs = function_of(tensors, NAMES, used)
@@ -122,28 +101,28 @@ def test_gradient_penalty_matches_the_reference():
 class TestFunc:
     """torch.func, against torch.autograd on the specification."""
 
-    @pytest.mark.parametrize("case", CASES)
-    def test_grad(self, case):
-        tensors = operands(*case)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_grad(self, form):
+        tensors = operands(FORMS[form])
         names = present(tensors)
         function, inputs = function_of(tensors, names)
         argnums = tuple(range(len(names)))
         found = torch.func.grad(lambda *t: function(*t).sin().sum(), argnums)(*inputs)
-        judge, leaves = function_of(tensors, names, reference.low_rank_linear)
-        expected = torch.autograd.grad(judge(*leaves).sin().sum(), leaves)
+        judge, judged = function_of(tensors, names, reference.low_rank_linear)
+        expected = torch.autograd.grad(judge(*judged).sin().sum(), judged)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_vmap(self, name):
-        tensors = operands(3, True, True, True)
+        tensors = operands(SHAPE)
         many = torch.randn(4, *tensors[name].shape, dtype=torch.float64)
         found = torch.func.vmap(lambda t: low_rank_linear(**(tensors | {name: t})))(many)
         expected = torch.stack([low_rank_linear(**(tensors | {name: t})) for t in many])
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
     def test_per_sample_gradients(self):
-        tensors = operands(3, True, True, True, m=4)
+        tensors = operands(replace(SHAPE, M=4))
 
         def loss(factors, row):
             return low_rank_linear(**(tensors | factors | {"x": row})).pow(2).sum()
@@ -151,13 +130,13 @@ class TestFunc:
         factors = {name: tensors[name] for name in ("down", "core", "up")}
         found = torch.func.vmap(torch.func.grad(loss), (None, 0))(factors, tensors["x"])
         for i, row in enumerate(tensors["x"]):
-            leaves = {name: t.clone().requires_grad_() for name, t in factors.items()}
-            loss(leaves, row).backward()
-            for name, leaf in leaves.items():
+            copies = leaves(factors)
+            loss(copies, row).backward()
+            for name, leaf in copies.items():
                 torch.testing.assert_close(found[name][i], leaf.grad, rtol=1e-12, atol=1e-12)
 
     def test_jvp(self):
-        tensors = operands(3, True, True, True)
+        tensors = operands(SHAPE)
         function, inputs = function_of(tensors, NAMES)
         tangents = tuple(torch.randn_like(t) for t in inputs)
         _, found = torch.func.jvp(function, inputs, tangents)
@@ -169,7 +148,7 @@ class TestFunc:
         torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
     def test_hessian(self):
-        tensors = operands(3, True, True, True, m=2, k=3)
+        tensors = operands(replace(SHAPE, M=2, K=3))
 
         def loss(down):
             return low_rank_linear(**(tensors | {"down": down})).sin().sum()
@@ -186,7 +165,7 @@ class TestFunc:
 @pytest.mark.parametrize("grad_elsewhere", [False, True])
 def test_forward_mode_is_right_or_refused(grad_elsewhere):
     """A dual tensor outside torch.func: its tangent is never dropped in silence."""
-    tensors = operands(3, True, True, True)
+    tensors = operands(SHAPE)
     tangent = torch.randn_like(tensors["x"])
     tensors["down"].requires_grad_(grad_elsewhere)
     with forward_ad.dual_level():
@@ -210,7 +189,7 @@ def test_forward_mode_is_right_or_refused(grad_elsewhere):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpointing_changes_nothing(strategy, use_reentrant, dropout):
     """Recomputation draws the same factor masks, so the gradients are the same."""
-    tensors = operands(3, True, True, True, m=11)
+    tensors = operands(replace(SHAPE, M=11))
 
     def block(x, weight, bias, down, core, up):
         down, core, up = (torch.nn.functional.dropout(t, dropout) for t in (down, core, up))
@@ -219,14 +198,14 @@ def test_checkpointing_changes_nothing(strategy, use_reentrant, dropout):
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(5)
-        leaves = [t.clone().requires_grad_() for t in tensors.values()]
+        copies = leaves(tensors).values()
         if checkpointed:
-            y = checkpoint(block, *leaves, use_reentrant=use_reentrant)
+            y = checkpoint(block, *copies, use_reentrant=use_reentrant)
         else:
-            y = block(*leaves)
+            y = block(*copies)
         torch.randn(17)  # the generator moves on between the passes
         y.pow(2).sum().backward()
-        results.append([y.detach(), *(t.grad for t in leaves)])
+        results.append([y.detach(), *(t.grad for t in copies)])
     assert all(t.norm() > 0 for t in results[0])
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-13, atol=1e-13)
@@ -235,13 +214,13 @@ def test_checkpointing_changes_nothing(strategy, use_reentrant, dropout):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_accumulate_over_uses(strategy):
     """One set of factors used by two layers: autograd adds their gradients."""
-    tensors = operands(3, True, True, True, m=11, k=6)
+    tensors = operands(replace(SHAPE, M=11, K=6))
     results = []
     for function in (low_rank_linear, reference.low_rank_linear):
         options = {"strategy": strategy} if function is low_rank_linear else {}
-        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
-        y = function(**leaves, **options)
-        function(**(leaves | {"x": y}), **options).sum().backward()
-        results.append([t.grad for t in leaves.values()])
+        copies = leaves(tensors)
+        y = function(**copies, **options)
+        function(**(copies | {"x": y}), **options).sum().backward()
+        results.append([t.grad for t in copies.values()])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -37,10 +37,14 @@ def one_by_one(x, weight, bias, down, b, index):
 
 
 # Beyond a block of rows (200), a packed step (384) and a panel (48), and below all of them.
+# (items, rows, K, N, tasks, Ra)
 SHAPES = [
-    (7, 11, 13, 17, 3, 5), (1, 1, 1, 1, 1, 1), (3, 211, 401, 53, 2, 17), (5, 197, 48, 96, 5, 16),
+    (7, 11, 13, 17, 3, 5),
+    (1, 1, 1, 1, 1, 1),
+    (3, 211, 401, 53, 2, 17),
+    (5, 197, 48, 96, 5, 16),
     (2, 431, 30, 101, 4, 130),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

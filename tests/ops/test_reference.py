@@ -6,34 +6,11 @@ import pytest
 import torch
 
 from efft_kernels.ops import reference
+from efft_kernels.testing.operands import Shape, forms, leaves, operands
 
-M, K, RA, RB, PER_SLICE = 2, 5, 3, 2, 7
-
-# (slices, core given, up shared, bias given)
-CASES = [
-    (1, True, True, True),
-    (3, True, True, True),
-    (3, True, False, False),
-    (1, False, False, True),
-    (3, False, False, True),
-]
-
-
-def operands(slices, with_core, shared, with_bias, m=M):
-    rb = RB if with_core else RA
-    n = slices * PER_SLICE
-    shapes = {
-        "x": (m, K),
-        "weight": (n, K),
-        "bias": (n,) if with_bias else None,
-        "down": (K, RA),
-        "core": (slices, RA, RB) if with_core else None,
-        "up": (1 if shared else slices, PER_SLICE, rb),
-    }
-    return {
-        name: None if shape is None else torch.randn(shape, dtype=torch.float64)
-        for name, shape in shapes.items()
-    }
+SHAPE = Shape(M=2, K=5, n=7, Ra=3, Rb=2)
+M, K, PER_SLICE = SHAPE.M, SHAPE.K, SHAPE.n
+FORMS = forms(SHAPE)
 
 
 def delta_by_loops(down, core, up, slices):
@@ -52,11 +29,11 @@ def delta_by_loops(down, core, up, slices):
     return delta
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_output_matches_loops(case):
-    t = operands(*case)
-    delta = delta_by_loops(t["down"], t["core"], t["up"], case[0])
-    expected = torch.zeros(M, case[0] * PER_SLICE, dtype=torch.float64)
+@pytest.mark.parametrize("form", FORMS)
+def test_output_matches_loops(form):
+    t = operands(FORMS[form])
+    delta = delta_by_loops(t["down"], t["core"], t["up"], FORMS[form].G)
+    expected = torch.zeros(M, FORMS[form].G * PER_SLICE, dtype=torch.float64)
     for m in range(M):
         for n in range(expected.shape[1]):
             total = 0.0 if t["bias"] is None else t["bias"][n].item()
@@ -66,18 +43,17 @@ def test_output_matches_loops(case):
     torch.testing.assert_close(reference.low_rank_linear(**t), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_delta_weight_matches_loops(case):
-    t = operands(*case)
-    expected = delta_by_loops(t["down"], t["core"], t["up"], case[0])
-    found = reference.delta_weight(t["down"], t["core"], t["up"], case[0])
+@pytest.mark.parametrize("form", FORMS)
+def test_delta_weight_matches_loops(form):
+    t = operands(FORMS[form])
+    expected = delta_by_loops(t["down"], t["core"], t["up"], FORMS[form].G)
+    found = reference.delta_weight(t["down"], t["core"], t["up"], FORMS[form].G)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3), (2, 1, 3)])
 def test_leading_dimensions(lead):
-    t = operands(3, True, True, True)
-    t["x"] = torch.randn(*lead, K, dtype=torch.float64)
+    t = operands(SHAPE, lead=lead)
     found = reference.low_rank_linear(**t)
     assert found.shape == (*lead, 3 * PER_SLICE)
     rows = [reference.low_rank_linear(**(t | {"x": row})) for row in t["x"].reshape(-1, K)]
@@ -85,19 +61,18 @@ def test_leading_dimensions(lead):
         torch.testing.assert_close(row, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_gradients(case):
-    t = operands(*case)
-    names = [name for name, tensor in t.items() if tensor is not None]
-    inputs = tuple(t[name].requires_grad_() for name in names)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients(form):
+    t = operands(FORMS[form])
+    inputs = {name: leaf for name, leaf in leaves(t).items() if leaf is not None}
 
     def function(*tensors):
-        return reference.low_rank_linear(**(t | dict(zip(names, tensors, strict=True))))
+        return reference.low_rank_linear(**(t | dict(zip(inputs, tensors, strict=True))))
 
-    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()), check_forward_ad=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_keeps_the_dtype(dtype):
-    t = {k: None if v is None else v.to(dtype) for k, v in operands(3, True, False, True).items()}
+    t = operands(FORMS["own up"], dtype)
     assert reference.low_rank_linear(**t).dtype == dtype

@@ -9,26 +9,11 @@ import torch
 
 from efft_kernels import reference
 from efft_kernels.ops.shared_projection import linear_plus_projected, project
+from efft_kernels.testing.operands import Shape, cast, forms, leaves, operands
 
-M, K, G, RA, RB, WIDTH = 7, 11, 3, 5, 2, 13  # N = G·WIDTH
-FORMS = ["shared up", "own up", "no core", "one slice", "no bias"]
-
-
-def operands(form, dtype=torch.float64, lead=(M,)):
-    slices, rb = (1 if form == "one slice" else G), (RA if form == "no core" else RB)
-    n = slices * WIDTH
-    shapes = {
-        "x": (*lead, K),
-        "weight": (n, K),
-        "bias": None if form == "no bias" else (n,),
-        "down": (K, RA),
-        "core": None if form == "no core" else (slices, RA, rb),
-        "up": (1 if form == "shared up" else slices, WIDTH, rb),
-    }
-    return {
-        name: None if shape is None else torch.randn(shape, dtype=dtype)
-        for name, shape in shapes.items()
-    }
+SHAPE = Shape(M=7, K=11, n=13, Ra=5, Rb=2)
+M, K = SHAPE.M, SHAPE.K
+FORMS = forms(SHAPE)
 
 
 def composed(x, weight, bias, down, core, up):
@@ -42,7 +27,7 @@ def close(a, b):
 @pytest.mark.parametrize("lead", [(M,), (), (0,), (2, 0, 3), (2, 3, 4)])
 @pytest.mark.parametrize("form", FORMS)
 def test_is_the_reference(form, lead):
-    t = operands(form, lead=lead)
+    t = operands(FORMS[form], lead=lead)
     expected = reference.low_rank_linear(**t)
     plain = torch.nn.functional.linear(t["x"], t["weight"], t["bias"])
     assert expected.numel() == 0 or (expected - plain).abs().max() > 0.1
@@ -52,7 +37,7 @@ def test_is_the_reference(form, lead):
 @pytest.mark.parametrize("form", FORMS)
 def test_p_is_taken_as_given(form):
     """Linear in P by itself: P of another x gives that x's increment."""
-    t = operands(form)
+    t = operands(FORMS[form])
     other = torch.randn(M, K, dtype=torch.float64)
     y = linear_plus_projected(
         t["x"], t["weight"], t["bias"], project(other, t["down"]), t["core"], t["up"]
@@ -64,19 +49,16 @@ def test_p_is_taken_as_given(form):
 
 
 def gradients(function, t, needed, dy=None):
-    leaves = {
-        name: tensor if tensor is None else tensor.clone().requires_grad_(name in needed)
-        for name, tensor in t.items()
-    }
-    y = function(**leaves)
+    copies = leaves(t, needed)
+    y = function(**copies)
     y.backward(torch.ones((), dtype=y.dtype).expand_as(y) if dy is None else dy)
-    return {name: leaves[name].grad for name in needed}
+    return {name: copies[name].grad for name in needed}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_the_references_whatever_is_asked_for(form):
     """Every subset of the tensors asked for; a dY of stride 0 as well."""
-    t = operands(form)
+    t = operands(FORMS[form])
     names = [name for name, tensor in t.items() if tensor is not None]
     dy = torch.randn(reference.low_rank_linear(**t).shape, dtype=torch.float64)
     expected = gradients(reference.low_rank_linear, t, names, dy)
@@ -91,7 +73,7 @@ def test_gradients_are_the_references_whatever_is_asked_for(form):
 
 
 def test_gradcheck():
-    t = operands("shared up", lead=(2, 3))
+    t = operands(SHAPE, lead=(2, 3))
     names = list(t)
 
     def function(*tensors):
@@ -109,21 +91,21 @@ def three(x, down, linears, share):
 
 
 def test_three_linears_of_one_p_are_three_linears():
-    t = operands("one slice", lead=(2, 5))
+    t = operands(FORMS["one slice"], lead=(2, 5))
     linears = [[torch.randn_like(t[name]) for name in ("weight", "bias", "core")] for _ in range(3)]
 
     def run(share):
-        leaves = [t[name].clone().requires_grad_() for name in ("x", "down", "up")]
+        shared = [t[name].clone().requires_grad_() for name in ("x", "down", "up")]
         cores = [core.clone().requires_grad_() for _, _, core in linears]
-        up = leaves[2]
+        up = shared[2]
         outputs = three(
-            *leaves[:2],
+            *shared[:2],
             [(w, b, core, up) for (w, b, _), core in zip(linears, cores, strict=True)],
             share,
         )
         q, k, v = outputs
         ((q * k).tanh().sum() + v.square().sum()).backward()
-        return [o.detach() for o in outputs], [leaf.grad for leaf in (*leaves, *cores)]
+        return [o.detach() for o in outputs], [leaf.grad for leaf in (*shared, *cores)]
 
     for found, expected in zip(run(True), run(False), strict=True):
         for a, b in zip(found, expected, strict=True):
@@ -133,11 +115,10 @@ def test_three_linears_of_one_p_are_three_linears():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_beside_float32_factors(dtype):
-    t = operands("shared up", torch.float32)
-    t = {n: x.to(dtype) if n in ("x", "weight", "bias") else x for n, x in t.items()}
+    t = operands(SHAPE, dtype, factor_dtype=torch.float32)
     y = composed(**t)
-    exact = reference.low_rank_linear(**{n: x.double() for n, x in t.items()})
-    naive = reference.low_rank_linear(**{n: x.to(dtype) for n, x in t.items()})
+    exact = reference.low_rank_linear(**cast(t, torch.float64))
+    naive = reference.low_rank_linear(**cast(t, dtype))
     assert y.dtype == dtype
     budget = 2 * (naive.double() - exact).abs().max()
     assert (y.double() - exact).abs().max() <= budget
@@ -147,24 +128,23 @@ def test_half_precision_beside_float32_factors(dtype):
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(x_dtype):
-    t = operands("shared up", torch.float32)
+    t = operands(SHAPE, torch.float32)
     t["x"] = t["x"].to(x_dtype)
-    leaves = {n: x.requires_grad_() for n, x in t.items()}
+    copies = leaves(t)
     with torch.autocast("cpu", torch.bfloat16):
-        p = project(leaves["x"], leaves["down"])
-        y = linear_plus_projected(
-            leaves["x"], leaves["weight"], leaves["bias"], p, leaves["core"], leaves["up"]
-        )
+        x, weight, bias, down, core, up = copies.values()
+        p = project(x, down)
+        y = linear_plus_projected(x, weight, bias, p, core, up)
     assert p.dtype == y.dtype == torch.bfloat16
-    exact = reference.low_rank_linear(**{n: x.detach().double() for n, x in t.items()})
+    exact = reference.low_rank_linear(**cast(t, torch.float64))
     assert (y.double() - exact).abs().max() < 0.03 * exact.abs().max()
     y.float().square().sum().backward()
-    for name, leaf in leaves.items():
+    for name, leaf in copies.items():
         assert leaf.grad.dtype == t[name].dtype and leaf.grad.norm() > 0
 
 
 def test_autocast_leaves_float64_alone():
-    t = operands("shared up")
+    t = operands(SHAPE)
     with torch.autocast("cpu", torch.bfloat16):
         y = composed(**t)
     assert y.dtype == torch.float64
@@ -172,13 +152,13 @@ def test_autocast_leaves_float64_alone():
 
 
 def test_non_contiguous_operands():
-    t = operands("shared up", lead=(3, 4))
+    t = operands(SHAPE, lead=(3, 4))
     turned = {
         "x": t["x"].transpose(0, 1),
         "weight": t["weight"].T.contiguous().T,
         "down": t["down"].T.contiguous().T,
     }
-    dy = torch.randn(4, 3, G * WIDTH, dtype=torch.float64).transpose(0, 1).contiguous()
+    dy = torch.randn(4, 3, SHAPE.N, dtype=torch.float64).transpose(0, 1).contiguous()
     dy = dy.transpose(0, 1)
     expected = gradients(reference.low_rank_linear, t | turned, list(t), dy)
     for name, grad in gradients(composed, t | turned, list(t), dy).items():
@@ -186,20 +166,20 @@ def test_non_contiguous_operands():
 
 
 def test_a_nan_in_x_stays_in_its_row():
-    t = operands("shared up")
+    t = operands(SHAPE)
     t["x"][2, 3] = float("nan")
     bad = composed(**t).isnan()
     assert bad[2].all() and not bad[[0, 1, 3, 4, 5, 6]].any()
 
 
 def test_second_derivatives():
-    t = operands("shared up", lead=(2,))
+    t = operands(SHAPE, lead=(2,))
     names = list(t)
 
     def function(*tensors):
         return composed(**dict(zip(names, tensors, strict=True)))
 
-    leaves = [x.requires_grad_() for x in t.values()]
-    assert torch.autograd.gradgradcheck(function, leaves)
-    (grad,) = torch.autograd.grad(function(*leaves).square().sum(), t["up"], create_graph=True)
+    inputs = [x.requires_grad_() for x in t.values()]
+    assert torch.autograd.gradgradcheck(function, inputs)
+    (grad,) = torch.autograd.grad(function(*inputs).square().sum(), t["up"], create_graph=True)
     assert torch.autograd.grad(grad.sum(), t["x"])[0].norm() > 1e-3

@@ -1,5 +1,4 @@
-"""Runs test_kernels.py in Triton's interpreter: the long tests in processes of their own,
-the rest in one.
+"""Runs kernels/ in Triton's interpreter: the long files in processes of their own, the rest in one.
 
 TRITON_INTERPRET has to be set before the kernels are defined, and the rest of the suite runs
 without it.
@@ -7,7 +6,6 @@ without it.
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
@@ -17,51 +15,23 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("test_kernels.py")
+KERNELS = Path(__file__).with_name("kernels")
+LONG = ("test_budget", "test_exact", "test_operands", "test_ranks")
+REST = sorted(path.stem for path in KERNELS.glob("test_*.py") if path.stem not in LONG)
 
 
-def functions() -> list[str]:
-    """The test functions of the case file that need no GPU."""
-    return [
-        node.name
-        for node in ast.parse(CASES.read_text()).body
-        if isinstance(node, ast.FunctionDef)
-        and node.name.startswith("test_")
-        and not any(isinstance(d, ast.Name) and d.id == "needs_cuda" for d in node.decorator_list)
-    ]
-
-
-LONG = (
-    "test_every_rank",
-    "test_exact_operands_give_exact_results",
-    "test_all_results_within_the_error_budget",
-)
-GROUPS = {name: [name] for name in LONG} | {
-    "the_rest": [name for name in functions() if name not in LONG]
-}
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_in_the_interpreter(group):
+@pytest.mark.parametrize("files", [*([name] for name in LONG), REST], ids="+".join)
+def test_in_the_interpreter(files):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--no-header",
-        "--tb=short",
-        "-W",
-        "ignore",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        *(f"{CASES}::{name}" for name in GROUPS[group]),
-    ]
+    options = ["-q", "--no-header", "--tb=short", "-W", "ignore"]
+    options += ["-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(
-        command, env=environment, cwd=CASES.parents[4], capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *options, *(KERNELS / f"{name}.py" for name in files)],
+        env=environment,
+        cwd=KERNELS.parents[4],
+        capture_output=True,
+        text=True,
     )
     if run.returncode:
         pytest.fail(f"{run.stdout}\n{run.stderr}", pytrace=False)

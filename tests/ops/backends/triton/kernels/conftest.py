@@ -1,0 +1,84 @@
+"""The Triton kernels against float64: the same cases in the interpreter and on a GPU.
+
+On a CUDA device they run there, bfloat16 included. With TRITON_INTERPRET=1 they run on the CPU in
+float32 and float16, as ../test_interpreter.py runs every file here. Elsewhere there is nothing to
+collect. Every buffer that the launchers allocate starts as NaN, so a tile that nothing writes
+cannot pass.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from efft_kernels.ops import dispatch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = (
+    [] if find_spec("triton") and (INTERPRETED or torch.cuda.is_available()) else ["test_*.py"]
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents and not INTERPRETED:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(poisoned_memory: None) -> None:
+    """Every uninitialised floating buffer is NaN."""
+
+
+@pytest.fixture(params=dispatch.STRATEGIES)
+def strategy(request) -> str:
+    return request.param
+
+
+@pytest.fixture(
+    params=[torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str
+)
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One launch: its kernel, the bytes of its tensor operands, each once, and its grid."""
+
+    name: str
+    bytes_moved: int
+    grid: tuple[int, int, int]
+
+
+@pytest.fixture
+def recorded(monkeypatch, request) -> list[Recorded]:
+    """The launches made; with the parameter False they are only noted."""
+    from efft_kernels.ops.backends.triton import launch_cache
+    from tools import compile_triton
+
+    names = {id(kernel): name for name, kernel in compile_triton.KERNELS.items()}
+    launches: list[Recorded] = []
+    start = launch_cache.Plan.__call__
+
+    def record(plan, tensors, *rest, **options):
+        found = {t.data_ptr(): t for t in tensors if t is not None}
+        bytes_moved = sum(t.numel() * t.element_size() for t in found.values())
+        name = names[id(plan.kernel)]
+        grad = name == "thin" and tensors[4] is not None
+        launches.append(Recorded(f"{name}_grad" if grad else name, bytes_moved, plan.grid))
+        if getattr(request, "param", True):
+            start(plan, tensors, *rest, **options)
+
+    monkeypatch.setattr(launch_cache.Plan, "__call__", record)
+    return launches

@@ -1,0 +1,109 @@
+"""Which kernels a call launches, what they read and write, and what is remembered of a call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from efft_kernels.ops import cost_model
+from efft_kernels.ops.backends import triton as backend
+from efft_kernels.ops.backends.triton import launch_cache
+from efft_kernels.ops.backends.triton.tuning import cdiv, pass_config
+from efft_kernels.testing.operands import Shape, operands_and_dy
+from efft_kernels.testing.results import backend_results, results_within_budget
+
+FACTORS_AND_X = (True, False, False, True, True, True)
+
+
+def test_launches_and_bytes_are_the_plans(strategy, device, recorded):
+    """What runs is what cost_model.plan says: no launch more, no pass over x or dY more, no byte
+    more.
+    """
+    s = Shape(M=160, K=64, n=48, G=2, Ra=16, Rb=16, shared=False)
+    *tensors, dy = operands_and_dy(s, torch.float32, device=device)
+    x, weight, _, down, core, up = tensors
+    problem = cost_model.Problem.of(x, weight, down, core, up, training=True)
+    h200 = cost_model.DEVICES["H200"]
+    aligned = {"aligned": True, "index": None}
+    thin_grad = pass_config("thin_grad", s.M, s.N, s.Ra, x.dtype, **aligned)
+    by_x = pass_config("tall_grad", s.M, s.K, s.Ra, x.dtype, **aligned)
+    rows = cdiv(cdiv(s.M, by_x.programs), by_x.block_m) * by_x.block_m
+    tiling = cost_model.Tiling(
+        min(cdiv(s.M, thin_grad.block_m), thin_grad.programs), cdiv(s.M, rows)
+    )
+
+    def planned(backward):
+        launches = cost_model.plan(problem._replace(backward=backward), strategy, h200, tiling)
+        return [(name, moved) for name, _, moved, _ in launches if name != "library gemm"]
+
+    def made():
+        return [(launch.name, launch.bytes_moved) for launch in recorded]
+
+    _, p = backend.forward(*tensors, save_p=True, strategy=strategy)
+    assert made() == planned(backward=False)
+    recorded.clear()
+    backend.backward(dy, x, weight, p, down, core, up, needs=FACTORS_AND_X, strategy=strategy)
+    assert made() == planned(backward=True)
+
+
+@pytest.mark.parametrize("recorded", [False], indirect=True)
+@pytest.mark.parametrize("factors", ["folded", "core", "float32"])
+@pytest.mark.parametrize("ranks", [(16, 16), (7, 5), (32, 16), (33, 5)], ids=str)
+def test_how_many_launches_a_call_takes(ranks, factors, device, recorded):
+    """One to two forward and four backward, whatever the form of the factors; copies and folds only
+    where factors.py says.
+    """
+    s = Shape(M=37, K=48, n=32, Ra=ranks[0], Rb=ranks[1], core=factors != "folded")
+    factor_dtype = torch.float32 if factors == "float32" else None
+    *tensors, dy = operands_and_dy(s, torch.float16, factor_dtype=factor_dtype, device=device)
+    x, weight, _, down, core, up = tensors
+
+    def forward(strategy):
+        recorded.clear()
+        backend.forward(*tensors, save_p=True, strategy=strategy)
+        return [launch.name for launch in recorded]
+
+    def backward(strategy, needs=FACTORS_AND_X):
+        recorded.clear()
+        p = torch.zeros(s.M, s.Ra, device=device, dtype=dy.dtype)
+        backend.backward(dy, x, weight, p, down, core, up, needs=needs, strategy=strategy)
+        return [launch.name for launch in recorded]
+
+    high = max(ranks) > 32
+    copied = ["fold"] if high or s.Ra not in (16, 32) or factors == "float32" else []
+    folds = ["fold", "fold"] if high else []
+    assert forward("fused") == [*(folds or copied), "gemm"]
+    assert forward("split") == [*folds[:1], "thin", *folds[1:], "gemm"]
+    for strategy in ("fused", "split"):
+        assert backward(strategy) == [
+            *folds[:1],
+            "thin_grad",
+            *folds[1:],
+            "gemm",
+            "tall_grad",
+            "reduce",
+        ]
+    assert backward("merged") == [*folds[:1], "thin_grad", "merge", "tall_grad", "reduce"]
+    # Without a pass over dY for d_up, S rides in the GEMM.
+    assert backward("fused", (True, False, False, False, False, False))[-1] == "gemm"
+    assert "thin" not in backward("fused", (True, False, False, True, False, False))
+
+
+def test_what_a_call_remembers_is_its_own(device):
+    """The same sizes with other strides, dtypes, factors and needs, in turn, twice."""
+    launch_cache.forget()
+    shape = Shape(M=37, K=41, n=23, Ra=16, Rb=16)
+    plain = operands_and_dy(shape, torch.float32, device=device)
+    strided = [t if t.dim() != 2 else t.t().contiguous().t() for t in plain]
+    half = operands_and_dy(shape, torch.float16, device=device)
+    no_bias = operands_and_dy(replace(shape, bias=False), torch.float32, device=device)
+    for _ in range(2):
+        for tensors in (plain, strided, half, no_bias):
+            for strategy in backend.STRATEGIES:
+                results_within_budget(backend, tensors, strategy)
+    found = len(launch_cache._plans)
+    backend_results(backend, plain, "fused")
+    # Forward and backward of each, but the backward does not see the bias.
+    assert len(launch_cache._plans) == found == (2 * 4 - 1) * len(backend.STRATEGIES)
