@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,17 @@ def kind(request):
 def model(make_vit):
     """Wide enough for every method's own defaults."""
     return make_vit(embed_dim=16, num_heads=2, dtype=torch.float64).eval()
+
+
+def test_methods_import_nothing_but_torch():
+    for path in Path(efft_kernels.methods.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, f"{path.name}: from {'.' * node.level}{node.module}"
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None) or alias.name for alias in node.names]
+                roots = {name.partition(".")[0] for name in names}
+                assert roots <= {"torch"} | sys.stdlib_module_names, f"{path.name}: {roots}"
 
 
 def test_is_a_public_name(kind):
