@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from dataclasses import replace
 from functools import cache
@@ -16,13 +17,13 @@ from efft_kernels.ops.backends import triton as backend  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device  # noqa: E402
 from efft_kernels.ops.backends.triton.configs import GemmConfig  # noqa: E402
 from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
+from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
 from tools import compile_triton  # noqa: E402
-from tools.compile_triton import Layer, Row, compile_row, rows  # noqa: E402
+from tools.compilations import Layer, Row, layers, rows, sample  # noqa: E402
+from tools.compile_triton import compile_row  # noqa: E402
 
 if device.INTERPRETED:
     pytest.skip("the kernels are interpreted", allow_module_level=True)
-
-from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
 
 PLAIN = Layer("bf16", False, 16, "even", "", False, False, False)
 
@@ -33,14 +34,15 @@ REPRESENTATIVE = [
     row
     for row in rows(
         of=(
-            Layer(dtype, False, 16, "even", slices, False, float32, False)
-            for dtype in ("bf16", "fp16")
-            for slices in ("", "core")
-            for float32 in (False, True)
+            Layer(dtype, False, 16, "even", slices, wide, float32, False)
+            for dtype, slices, wide, float32 in itertools.product(
+                ("bf16", "fp16"), ("", "core"), (False, True), (False, True)
+            )
         )
     )
     if (row.dtype == "bf16" or row.kernel.startswith("thin"))
     and (row.kernel != "gemm" or "128x" in row.label)
+    and (row.kernel == "merge" or "wide" not in row.label)
     # Taken only where it was measured: one form of each shape.
     and not (row.tma and ("core" in row.label or "float32" in row.label))
 ]
@@ -56,9 +58,7 @@ def test_machine_code_has_no_problem(row):
 @cache
 def listed(rank: int) -> frozenset[str]:
     """What is compiled for sm_90 in bf16 at ranks padded to this one."""
-    of = (
-        at for at in compile_triton.layers() if at.dtype == "bf16" and padded_rank(at.rank) == rank
-    )
+    of = (at for at in layers() if at.dtype == "bf16" and padded_rank(at.rank) == rank)
     return frozenset(row.specialisation for row in rows((90,), of))
 
 
@@ -112,7 +112,7 @@ def test_every_shipped_config_is_compiled(monkeypatch):
     monkeypatch.setattr(configs, "_default", note)
     of = [
         layer
-        for layer in compile_triton.layers()
+        for layer in layers()
         if layer.dtype != "fp16"
         and layer.slices == "core"
         and not (layer.float32 or layer.transposed)
@@ -175,11 +175,11 @@ def test_a_loop_within_a_loop_is_found():
 
 def test_a_sample_is_the_same_each_time_and_has_something_of_everything():
     every = rows((80, 90), [PLAIN, PLAIN._replace(dtype="fp32"), PLAIN._replace(wide=True)])
-    some = compile_triton.sample(every, 20)
-    assert some == compile_triton.sample(every[::-1], 20)[::-1] and len(some) == 20
+    some = sample(every, 20)
+    assert some == sample(every[::-1], 20)[::-1] and len(some) == 20
     assert {(r.kernel, r.arch) for r in some} == {(r.kernel, r.arch) for r in every}
     assert {row.dtype for row in some} == {"bf16", "fp32"}
-    assert compile_triton.sample(every, 10_000) == every
+    assert sample(every, 10_000) == every
 
 
 def test_rows_have_names_of_their_own():
