@@ -64,6 +64,7 @@ class FakeGpu:
         )
         self._number = next(_numbers)
         self._record = record
+        self._kernels: set[JITFunction] = set()
 
     def get_current_device(self) -> int:
         return self._number
@@ -76,6 +77,7 @@ class FakeGpu:
 
     def launcher_cls(self, source: Any, _: Any) -> Any:
         """The launcher of one compiled kernel, which Triton calls at every launch."""
+        self._kernels.add(source.fn)
 
         def launch(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
             kernels = source.fn.device_caches[self._number][0].values()
@@ -83,6 +85,11 @@ class FakeGpu:
             self.launches.append(Launch(compiled, (x, y, z), stream, metadata, arguments))
 
         return launch if self._record else lambda *_: None
+
+    def close(self) -> None:
+        """Drop the compiled kernels that Triton keeps; those in `launches` stay."""
+        for kernel in self._kernels:
+            kernel.device_caches.pop(self._number, None)
 
 
 @contextmanager
@@ -123,6 +130,7 @@ def fake_gpu(
             stack.enter_context(mock.patch.object(owner, name, value))
         _forget()
         stack.callback(_forget)
+        stack.callback(gpu.close)
         yield gpu
 
 

@@ -9,11 +9,10 @@ pytest.importorskip("triton")
 
 from efft_kernels.ops.backends import triton as backend
 from efft_kernels.ops.backends.triton import device
+from efft_kernels.testing.fake_gpu import fake_gpu
 
 if device.INTERPRETED:
     pytest.skip("the kernels are interpreted", allow_module_level=True)
-
-from efft_kernels.testing.fake_gpu import fake_gpu
 
 
 def forward() -> None:

@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: availability, choice of block shapes, ahead-of-time builds."""
+"""The Triton backend without a GPU: availability, and the choice of block shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from efft_kernels.ops import dispatch  # noqa: E402
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device, tuning  # noqa: E402
 from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
-from tools import compile_triton  # noqa: E402
 
 H200 = device.Device("NVIDIA_H200", 90, 132, 227 * 1024)
 A100 = device.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
@@ -168,26 +167,3 @@ def test_tf32_only_where_torch_allows_it():
         assert device.dot_precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-
-
-# `make aot` builds every shipped configuration; here, those a ViT in bf16 at rank 16 runs with
-# EFFT's factors, on each architecture.
-LEFT_OUT = ("ragged", "unaligned", "wide", "padded", "cross", "transposed")
-REPRESENTATIVE = [
-    case
-    for case in compile_triton.cases()
-    # float16 has code of its own where a core is read in a pass over rows
-    if (case.dtype == "bf16" or (case.dtype == "fp16" and case.kernel == "thin"))
-    and case.rank == 16
-    and not any(word in case.label for word in LEFT_OUT)
-    and (case.kernel != "gemm" or "128x" in case.label)
-    # taken only where `tune` measured them: one form of each shape
-    and not (case.constants.get("TMA") and ("core" in case.label or "float32" in case.label))
-]
-
-
-@pytest.mark.skipif(device.INTERPRETED, reason="the kernels are interpreted")
-@pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
-def test_compiles_ahead_of_time_without_spills(case):
-    report = compile_triton.compile_case(case)
-    assert not report.problems, report

@@ -5,8 +5,6 @@ No GPU: kernels are compiled for sm_90 and given to a driver that notes their ar
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,10 +14,8 @@ triton = pytest.importorskip("triton")
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device, launch_cache, tuning  # noqa: E402
 from efft_kernels.ops.backends.triton.gemm import launch_gemm  # noqa: E402
-from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
 from efft_kernels.ops.functional import low_rank_linear  # noqa: E402
 from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
-from tools import compile_triton  # noqa: E402
 
 pytestmark = pytest.mark.skipif(device.INTERPRETED, reason="the kernels are interpreted")
 NEEDS = (True, False, False, True, True, True)
@@ -77,63 +73,6 @@ def test_the_short_way_launches_what_the_long_way_does(gpu, monkeypatch, strateg
     assert call() == long_way
     gpu.stream = 7  # of the moment, not of the first call
     assert {stream for _, _, stream, _, _ in call()} == {7}
-
-
-def compilation(source, num_warps: int, num_stages: int) -> set[str]:
-    """All that tells one compilation of a kernel from another: types, hints, constants."""
-    arguments = source.fn.arg_names
-    return {
-        f"{source.name} num_warps={num_warps} num_stages={num_stages}",
-        *(f"{name}: {kind}" for name, kind in source.signature.items()),
-        *(f"{arguments[place]} {hints}" for (place,), hints in source.attrs.items() if hints),
-        *(f"{arguments[place]}={value}" for (place,), value in source.constants.items()),
-    }
-
-
-@cache
-def compiled_ahead(rank: int) -> list[set[str]]:
-    """What aot.py compiles for sm_90 in bf16 at ranks padded to this one."""
-    return [
-        compilation(compile_triton.source(case), case.num_warps, case.num_stages)
-        for case in compile_triton.cases((90,))
-        if case.rank == rank and case.dtype == "bf16"
-    ]
-
-
-SIZES_AND_RANKS = [(768, 16), (768, 8), (720, 16), (720, 8), (769, 16), (768, 64), (720, 40)]
-
-
-@pytest.mark.parametrize("size,width", SIZES_AND_RANKS)
-@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("folded", [True, False])
-@pytest.mark.parametrize("strategy", ["fused", "split", "merged"])
-def test_a_step_launches_only_what_is_compiled_ahead_of_time(
-    gpu, strategy, folded, transposed, factors, size, width
-):
-    """A qkv at 64 images: specialised on the very integers that aot.py assumes."""
-    slices = 3
-    x = torch.empty(64 * 197, size, dtype=torch.bfloat16)
-    dy = torch.empty(64 * 197, slices * size, dtype=x.dtype)
-    stored = torch.float32 if strategy == "merged" else x.dtype
-    weight = torch.empty(slices * size, size, dtype=stored)
-    bias = torch.empty(slices * size, dtype=x.dtype)
-    down = torch.empty(size, width, dtype=factors)
-    core = None if folded else torch.empty(slices, width, width, dtype=factors)
-    up = torch.empty(1, slices * size if folded else size, width, dtype=factors)
-    if transposed and folded:  # as methods/lora.py gives it
-        down = torch.empty(width, size, dtype=factors).mT
-    elif transposed:  # as methods/tensor_train.py does
-        core = core.mT
-    _, p = backend.forward(x, weight, bias, down, core, up, save_p=True, strategy=strategy)
-    backend.backward(dy, x, weight, p, down, core, up, needs=NEEDS, strategy=strategy)
-    launched = [
-        compilation(compiled.src, compiled.metadata.num_warps, compiled.metadata.num_stages)
-        for compiled in {launch.compiled for launch in gpu.launches}
-    ]
-    assert launched
-    for one in launched:
-        assert one == min(compiled_ahead(padded_rank(width)), key=lambda case: len(case ^ one))
 
 
 def test_a_compiled_step_is_one_graph_and_takes_the_short_way(gpu, monkeypatch):

@@ -65,16 +65,14 @@ class Recorded:
 def recorded(monkeypatch, request) -> list[Recorded]:
     """The launches made; with the parameter False they are only noted."""
     from efft_kernels.ops.backends.triton import launch_cache
-    from tools import compile_triton
 
-    names = {id(kernel): name for name, kernel in compile_triton.KERNELS.items()}
     launches: list[Recorded] = []
     start = launch_cache.Plan.__call__
 
     def record(plan, tensors, *rest, **options):
         found = {t.data_ptr(): t for t in tensors if t is not None}
         bytes_moved = sum(t.numel() * t.element_size() for t in found.values())
-        name = names[id(plan.kernel)]
+        name = plan.kernel.__name__.removeprefix("_low_rank").strip("_").removesuffix("_kernel")
         grad = name == "thin" and tensors[4] is not None
         launches.append(Recorded(f"{name}_grad" if grad else name, bytes_moved, plan.grid))
         if getattr(request, "param", True):
