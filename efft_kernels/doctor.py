@@ -13,16 +13,25 @@ import torch
 
 from . import __version__, available_backends, low_rank_linear, reference
 from .ops.backends import native_library
+from .testing.operands import FACTORS, Shape, leaves
+from .testing.operands import operands as draw_operands
 
 LIBRARIES = ("torch", "torchvision", "triton", "timm", "torchmetrics", "safetensors", "numpy")
+TRIAL = Shape(M=7, K=48, n=32, G=2, Ra=16, Rb=16)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """versions: name -> version, None where absent. devices: one line of text each.
-    backends: name -> None where it runs here, else the reason why not.
-    libraries: native library -> None where it loads here, else the reason why not.
-    build: what the native libraries were built with (`native.build_info`), None without them."""
+    """What was found.
+
+    Attributes:
+        versions: name → version, None where absent.
+        devices: a line of text each.
+        backends: name → None where it runs here, else the reason why not.
+        libraries: native library → None where it loads here, else the reason why not.
+        build: what the native libraries were built with (`native_library.build_info`), None
+            without them.
+    """
 
     versions: dict[str, str | None]
     devices: list[str]
@@ -133,18 +142,10 @@ def _devices() -> list[str]:
 def _trial(backend: str) -> str | None:
     """None if the backend computes a small forward and backward as the reference does."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    # M=7, K=48, N=64, G=2, Ra=Rb=16
-    x, weight, bias = draw(7, 48), draw(64, 48), draw(64)
-    factors = [draw(48, 16), draw(2, 16, 16), draw(1, 32, 16)]
-    expected = reference.low_rank_linear(x, weight, bias, *factors)
-    trained = [factor.requires_grad_() for factor in factors]
+    operands: Any = leaves(draw_operands(TRIAL, torch.float32, device=device), FACTORS)
+    expected = reference.low_rank_linear(**operands).detach()
     try:
-        y = low_rank_linear(x, weight, bias, *trained, backend=backend)
+        y = low_rank_linear(*operands.values(), backend=backend)
         y.sum().backward()
     except Exception as error:  # whatever a compiler, a driver or a loader raises is the finding
         lines = str(error).strip().splitlines()

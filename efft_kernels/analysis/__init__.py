@@ -6,5 +6,4 @@ intrinsic_dimension.py  the smallest such subspace that learns a task (KAdaptati
 ablation.py             layers, blocks and scales (EFFT, Table 4, Figs. 7 to 9)
 task.py                 what the last two train on, and how
 tables.py plots.py      what they found, to look at
-cli.py                  efft-kernels analyse ...
 """

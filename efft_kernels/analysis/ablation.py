@@ -84,7 +84,9 @@ class ScaleSweep:
     """Accuracy by data set, method and scale.
 
     Attributes:
-        tasks, methods, scales: the axes.
+        tasks: names of the data sets.
+        methods: names of the methods.
+        scales: s.
         top1_percent: [tasks, methods, scales], means over the seeds; NaN where one diverged.
     """
 
@@ -110,13 +112,8 @@ class ScaleSweep:
 
     def to_json(self) -> dict[str, Any]:
         """The axes, the accuracies and the normalised ones in JSON's own types; null for NaN."""
-        return without_nan({
-            "tasks": self.tasks,
-            "methods": self.methods,
-            "scales": self.scales,
-            "top1_percent": self.top1_percent.tolist(),
-            "normalised": self.normalised.tolist(),
-        })  # fmt: skip
+        arrays = ("top1_percent", "normalised")
+        return without_nan(vars(self) | {name: getattr(self, name).tolist() for name in arrays})
 
 
 def depth_of(task: Task) -> int:

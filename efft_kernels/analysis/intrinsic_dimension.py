@@ -40,7 +40,7 @@ class Settings:
         theta_lrs: learning rates of θ, of which each d keeps the best by its accuracy; None for
             `DEFAULT_LR_FACTORS` times `equal_step_lr`.
         head_lr: of `modules_to_train`, in all runs; None for the budget's.
-        modules_to_train: trained whole in every run beside θ; () for none.
+        modules_to_train: trained whole in every run, together with θ; () for none.
         exhaustive: try every d, for the whole curve; else stop at d_t.
         seed: of P, the order of the images and dropout.
 

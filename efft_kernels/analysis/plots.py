@@ -32,12 +32,16 @@ MOST_NUMBERS = 8  # a grid of more cells a side is too fine to write in
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write folder/name.png and .svg, each beside and then renamed; the paths."""
+    """Write folder/name.png and .svg, each replaced in one step.
+
+    Returns:
+        Their paths.
+    """
     paths = []
     for suffix in ("png", "svg"):
         path = folder / f"{name}.{suffix}"
-        with replacing(path) as beside, matplotlib.rc_context({"svg.fonttype": "none"}):
-            figure.savefig(beside, format=suffix)
+        with replacing(path) as temporary, matplotlib.rc_context({"svg.fonttype": "none"}):
+            figure.savefig(temporary, format=suffix)
         paths.append(path)
     return paths
 

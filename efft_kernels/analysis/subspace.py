@@ -41,7 +41,8 @@ class Comparison:
 
     Attributes:
         kind: "groups" or "seeds".
-        first, second: what was compared.
+        first: what was compared.
+        second: with what.
         side: "in", "out", or "factor" for a factor itself.
         dim: of the space both live in.
         similarity: [I, J], entry (i-1, j-1) for the top-i of first and the top-j of second.

@@ -48,7 +48,17 @@ def _user_errors() -> Iterator[None]:
 def _open_tasks(
     data: DataOptions, options: TaskOptions, console: Console, most: int | None = 1
 ) -> list[Task]:
-    """The data sets, at least one and at most `most`. Raises ValueError."""
+    """The data sets.
+
+    Args:
+        data: which.
+        options: how they are read, and the backbone.
+        console: where to say what takes long.
+        most: how many there may be; None for any number.
+
+    Raises:
+        ValueError: none or too many, or one that cannot be opened.
+    """
     from ..analysis.task import digits_task, folder_task
 
     folders = data.data or []

@@ -45,8 +45,8 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     axes.set_xscale("log")
     for point, colour in zip(points, _COLOURS, strict=True):
         x = point.trained_params
-        beside = [x / 1.12] * len(point.top1)
-        axes.scatter(beside, point.top1, s=14, color=colour, alpha=0.4, linewidths=0)
+        left_of_it = [x / 1.12] * len(point.top1)
+        axes.scatter(left_of_it, point.top1, s=14, color=colour, alpha=0.4, linewidths=0)
         axes.errorbar(
             x, point.top1_mean, yerr=point.top1_std, fmt="o", markersize=7, capsize=4, color=colour
         )

@@ -49,9 +49,13 @@ def test_each_cell_adapts_its_part_of_its_layers(make_vit: Any, monkeypatch: Any
     monkeypatch.setattr(analysis, "top1_after_training", fake)
     cells: list[Cell] = []
     result = ablate(
-        task, [EFFT2(rank=2)], BUDGET, parts=("mhsa", "both"), ranges=[None, (1, 1)],
+        task,
+        [EFFT2(rank=2)],
+        BUDGET,
+        parts=("mhsa", "both"),
+        ranges=[None, (1, 1)],
         on_result=cells.append,
-    )  # fmt: skip
+    )
     attention = {f"blocks.{block}.attn.{name}" for block in (0, 1) for name in ("qkv", "proj")}
     second = {f"blocks.1.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
     assert adapted[1] == attention
@@ -142,8 +146,14 @@ def test_a_sweep_on_tiny_data(make_vit: Any) -> None:
 
 
 def test_normalisation_is_within_a_data_set_over_methods_and_scales() -> None:
-    top1 = np.array([[[60.0, 80.0], [70.0, 65.0]], [[10.0, math.nan], [20.0, 30.0]],
-                     [[5.0, 5.0], [5.0, 5.0]], [[math.nan] * 2] * 2])  # fmt: skip
+    nan = math.nan
+    tasks = (
+        [[60.0, 80.0], [70.0, 65.0]],
+        [[10.0, nan], [20.0, 30.0]],
+        [[5.0, 5.0], [5.0, 5.0]],
+        [[nan, nan], [nan, nan]],
+    )
+    top1 = np.array(tasks)
     sweep = ScaleSweep(("a", "b", "c", "d"), ("x", "y"), (1.0, 10.0), top1)
     assert sweep.normalised[0] == pytest.approx(np.array([[0, 1], [0.5, 0.25]]))
     assert sweep.normalised[1] == pytest.approx(np.array([[0, 0], [0.5, 1]]))

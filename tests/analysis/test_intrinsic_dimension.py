@@ -135,9 +135,13 @@ def test_equal_steps() -> None:
 
 @pytest.mark.parametrize(
     ("module", "message"),
-    [("blocks.0.nothing", r"such as blocks\.0\.attn"), ("", "must name"), ("head", "apart from"),
-     ("blocks.0.ls1", "without")],
-)  # fmt: skip
+    [
+        ("blocks.0.nothing", r"such as blocks\.0\.attn"),
+        ("", "must name"),
+        ("head", "apart from"),
+        ("blocks.0.ls1", "without"),
+    ],
+)
 def test_modules_that_cannot_be_measured(make_vit: Any, module: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         intrinsic_dimensions(colour_task(make_vit()), [module], Budget())
@@ -145,9 +149,18 @@ def test_modules_that_cannot_be_measured(make_vit: Any, module: str, message: st
 
 @pytest.mark.parametrize(
     "options",
-    [{"dims": ()}, {"dims": (2, 2)}, {"dims": (-1, 2)}, {"fraction": 0.0}, {"fraction": 1.1},
-     {"reference": "head"}, {"theta_lrs": ()}, {"theta_lrs": (0.0,)}, {"head_lr": -1.0}],
-)  # fmt: skip
+    [
+        {"dims": ()},
+        {"dims": (2, 2)},
+        {"dims": (-1, 2)},
+        {"fraction": 0.0},
+        {"fraction": 1.1},
+        {"reference": "head"},
+        {"theta_lrs": ()},
+        {"theta_lrs": (0.0,)},
+        {"head_lr": -1.0},
+    ],
+)
 def test_settings_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Settings(**options)

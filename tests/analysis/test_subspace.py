@@ -102,9 +102,13 @@ def test_the_baseline_is_what_gaussian_matrices_give(i: int, j: int) -> None:
 
 
 METHODS = [
-    EFFT1(rank=4, dropout=0.0), EFFT2(rank=4, dropout=0.0), FacTTT(rank=4), FacTTK(rank=4),
-    LoRA(rank=3), KAdaptation(products=2, rank=1),
-]  # fmt: skip
+    EFFT1(rank=4, dropout=0.0),
+    EFFT2(rank=4, dropout=0.0),
+    FacTTT(rank=4),
+    FacTTK(rank=4),
+    LoRA(rank=3),
+    KAdaptation(products=2, rank=1),
+]
 
 
 def adapted(
@@ -138,9 +142,11 @@ def test_groups_of_one_adapter(make_vit: Any, randomize: Any) -> None:
     adapter = adapted(make_vit, randomize, EFFT2(rank=4, dropout=0.0))
     found = {(item.first, item.second, item.side): item for item in between_groups(adapter)}
     assert set(found) == {
-        ("MHSA ΔW", "FFN ΔW", "in"), ("MHSA ΔW", "FFN ΔW", "out"),
-        ("mhsa.U", "ffn.V", "factor"), ("mhsa.V", "ffn.V", "factor"),
-    }  # fmt: skip
+        ("MHSA ΔW", "FFN ΔW", "in"),
+        ("MHSA ΔW", "FFN ΔW", "out"),
+        ("mhsa.U", "ffn.V", "factor"),
+        ("mhsa.V", "ffn.V", "factor"),
+    }
     deltas = adapter.delta_weights()
     reads = [
         torch.cat([delta.T for name, delta in deltas.items() if part in name], dim=1)
@@ -236,9 +242,14 @@ def test_a_swin_is_compared_stage_by_stage(randomize: Any, tmp_path: Path) -> No
     from timm.models.swin_transformer import SwinTransformer
 
     model = SwinTransformer(
-        img_size=16, patch_size=2, window_size=2, embed_dim=8, depths=(2, 2), num_heads=(2, 2),
+        img_size=16,
+        patch_size=2,
+        window_size=2,
+        embed_dim=8,
+        depths=(2, 2),
+        num_heads=(2, 2),
         num_classes=3,
-    )  # fmt: skip
+    )
     adapter = attach(model, EFFT2(rank=[2, 3]))
     randomize(adapter.bank)
     adapter.save(tmp_path / "swin.safetensors")

@@ -20,9 +20,14 @@ from typer.testing import CliRunner, Result
 from efft_kernels.cli import app
 
 SMALL = [
-    "--no-pretrained", "--img-size=32", "--rank=4", "--batch-size=8", "--workers=0", "--device=cpu",
+    "--no-pretrained",
+    "--img-size=32",
+    "--rank=4",
+    "--batch-size=8",
+    "--workers=0",
+    "--device=cpu",
     "--val-split=0.3",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
