@@ -29,9 +29,10 @@ from torch import Tensor
 
 from ...cost_model import padded_rank
 from .. import torch_backend
+from ..fallback import rows, torch_strategy
 from ..torch_backend import Grads
 from .factors import launch_fold, launch_merge, read_in_place
-from .forward import out_of_reach, rows, torch_strategy
+from .forward import out_of_reach
 from .gemm import launch_gemm
 from .launch_cache import plans_of
 from .thin import launch_reduce, launch_tall_grad, launch_thin

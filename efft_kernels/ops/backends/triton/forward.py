@@ -10,26 +10,17 @@ x's dtype and 16, 32, 64 or 128 columns wide, and of all factors at ranks above 
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...cost_model import TRITON_MAX_RANK, padded_rank
 from .. import torch_backend
+from ..fallback import note_rank, rows, torch_strategy
 from .factors import launch_fold, launch_merge, read_in_place
 from .gemm import launch_gemm
 from .launch_cache import plans_of
 from .thin import launch_thin
 from .tuning import can_ride, dot_precision
-
-logger = logging.getLogger(__name__)
-
-
-def rows(t: Tensor) -> Tensor:
-    """t [M, C] itself where its last stride is one, else a contiguous copy."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def thin_buffer(like: Tensor, width: int) -> Tensor:
@@ -44,23 +35,9 @@ def out_of_reach(m: int, n: int, k: int, rank: int) -> bool:
     registers hold (Rb is folded away first).
     """
     if rank > TRITON_MAX_RANK:
-        _note_rank(rank)
+        note_rank(rank, TRITON_MAX_RANK, "Triton")
         return True
     return m == 0 or n == 0 or k == 0
-
-
-@cache
-def _note_rank(rank: int) -> None:
-    logger.warning(
-        "rank %d is above %d, the most the Triton kernels take; plain torch runs these layers",
-        rank,
-        TRITON_MAX_RANK,
-    )
-
-
-def torch_strategy(strategy: str) -> str:
-    """The plain-torch strategy that stands in for `strategy`."""
-    return strategy if strategy in torch_backend.STRATEGIES else "split"
 
 
 def forward(
