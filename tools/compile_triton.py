@@ -37,9 +37,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from efft_kernels.ops.backends.triton import configs, device, tuning
-from efft_kernels.ops.backends.triton.factors import _fold_kernel, _merge_kernel
+from efft_kernels.ops.backends.triton.fold import _fold_kernel
 from efft_kernels.ops.backends.triton.gemm import _low_rank_gemm_kernel
-from efft_kernels.ops.backends.triton.thin import _reduce_kernel, _tall_grad_kernel, _thin_kernel
+from efft_kernels.ops.backends.triton.merge import _merge_kernel
+from efft_kernels.ops.backends.triton.reduce import _reduce_kernel
+from efft_kernels.ops.backends.triton.thin import _tall_grad_kernel, _thin_kernel
 from efft_kernels.ops.cost_model import TRITON_IN_PLACE_RANK
 
 ARCHS = (80, 90, 100)
@@ -55,7 +57,7 @@ KERNELS = {
 # The matrix instruction of each architecture; mma.sync is the right one for what wgmma cannot take.
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.*MMA"}
 # Integers that are multiples of 16 only where the ranks are.
-_OF_A_RANK = re.compile(r"width|width_out|width_c|ra|rb|C_b|stride_(oc|un|ca|cb|cp|ct|dk)")
+_OF_A_RANK = re.compile(r"ra|rb|rows_core|stride_(thin_out_n|up_n|core_a|core_b|down_k)")
 _POINTER = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -251,7 +253,7 @@ def _gemm_case(
             "w_ptr": "*fp32" if wide else pointer,
             "a_desc": _descriptor(dtype, config, config.block_m, config.block_i),
             "w_desc": _descriptor(dtype, config, *(w_block if forward else w_block[::-1])),
-            "d_desc": _descriptor(dtype, config, config.block_i, rank) if ride else None,
+            "thin_in_desc": _descriptor(dtype, config, config.block_i, rank) if ride else None,
             "bias_ptr": pointer if forward else None,
             "thin_in_ptr": pointer if ride else None,
             "core_ptr": factors if form.core else None,
@@ -263,14 +265,14 @@ def _gemm_case(
             "BLOCK_M": config.block_m,
             "BLOCK_C": config.block_c,
             "BLOCK_I": config.block_i,
-            "RANK": rank,
-            "RANK_OUT": rank,
-            "BLOCK_R": tuning.rank_block(_TORCH[dtype], precision, rank, form.core),
+            "RA": rank,
+            "RB": rank,
+            "STEP": tuning.rank_block(_TORCH[dtype], precision, rank, form.core),
             "CROSS": form.cross,
             "GROUP_M": config.group_m,
             "EVEN_I": True,
             "EVEN_C": True,
-            "RIDE": ride,
+            "COMPUTE_P": ride,
             "STORE_P": ride,
             "PRECISION": precision,
             "TMA": config.tma,
@@ -282,9 +284,9 @@ def _gemm_case(
         config.num_stages,
         None if ieee else TENSOR_CORE[arch],
         unit=(
-            "stride_wi" if forward else "stride_wc",
-            "stride_oc" if form.transposed and not forward else "stride_or",
-            *(("stride_cp" if form.transposed else "stride_ct",) if form.core else ()),
+            "stride_w_i" if forward else "stride_w_c",
+            "stride_thin_out_n" if form.transposed and not forward else "stride_thin_out_b",
+            *(("stride_core_a" if form.transposed else "stride_core_b",) if form.core else ()),
         ),
         aligned=aligned,
     )
@@ -295,8 +297,8 @@ def _units(core: bool, transposed: bool) -> tuple[str, ...]:
     is the one transposed.
     """
     if core:
-        return "stride_ur", "stride_ca" if transposed else "stride_cb"
-    return ("stride_un" if transposed else "stride_ur",)
+        return "stride_up_b", "stride_core_a" if transposed else "stride_core_b"
+    return ("stride_up_n" if transposed else "stride_up_b",)
 
 
 def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Iterator[Case]:
@@ -363,7 +365,7 @@ def _pass_cases(arch: int, dtype: str, rank: int, aligned: bool = True) -> Itera
             {
                 "BLOCK_M": config.block_m,
                 "BLOCK_C": config.block_c,
-                "RANK": rank,
+                "RA": rank,
                 "EVEN_C": True,
                 "PRECISION": precision,
             },
@@ -382,9 +384,9 @@ def _small_cases(
     for out in dict.fromkeys((pointer, "*fp32")):
         for sums in ("abc", "ac", "c"):  # of d_up, d_core, d_down
             pointers: dict[str, str | None] = {}
-            for one in "abc":
-                pointers[f"partial_{one}_ptr"] = "*fp32" if one in sums else None
-                pointers[f"out_{one}_ptr"] = out if one in sums else None
+            for one, name in zip("abc", ("up", "core", "down"), strict=True):
+                pointers[f"partial_{name}_ptr"] = "*fp32" if one in sums else None
+                pointers[f"d_{name}_ptr"] = out if one in sums else None
             yield _case(
                 "reduce",
                 f"{sums} to {out[1:]}",
@@ -392,7 +394,7 @@ def _small_cases(
                 dtype,
                 rank,
                 pointers,
-                {"RANK": rank, "RANK_C": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
+                {"RB": rank, "RA": rank, "BLOCK": block, "BLOCK_PARTS": block_parts},
                 num_warps,
                 3,
                 None,
@@ -412,7 +414,7 @@ def _small_cases(
                 dtype,
                 rank,
                 {"up_ptr": factors, "core_ptr": core, "out_ptr": pointer},
-                {"BLOCK": fold_block, "BLOCK_RB": fold_block_rb, "RANK": rank},
+                {"BLOCK_N": fold_block, "BLOCK_B": fold_block_rb, "RA": rank},
                 fold_warps,
                 3,
                 None,
@@ -431,13 +433,13 @@ def _small_cases(
                     "down_ptr": factors,
                     "out_ptr": pointer,
                 },
-                {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r, "RANK": rank},
+                {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_A": block_r, "RA": rank},
                 merge_warps,
                 3,
                 None,
-                unit=("stride_ur", "stride_dr", *_units(True, transposed)[1:])
+                unit=("stride_up_b", "stride_down_a", *_units(True, transposed)[1:])
                 if core
-                else ("stride_ur", "stride_dk" if transposed else "stride_dr"),
+                else ("stride_up_b", "stride_down_k" if transposed else "stride_down_a"),
             )
 
 
@@ -484,9 +486,9 @@ def _other_sizes(arch: int, dtype: str, rank: int) -> Iterator[Case]:
 def _owners(kernel: str, name: str) -> tuple[str, ...]:
     """The pointers, of those that a launch may leave out, that an integer describes."""
     if kernel == "reduce":
-        sums = {"width": "ab", "width_c": "c", "C_a": "a", "C_b": "b", "C_c": "c"}.get(name, "")
-        return tuple(f"out_{one}_ptr" for one in sums)
-    return ("core_ptr",) if name.startswith("stride_c") else ()
+        sums = {"rb": ("up", "core"), "ra": ("down",)}.get(name, (name.removeprefix("rows_"),))
+        return tuple(f"d_{one}_ptr" for one in sums if f"d_{one}_ptr" in KERNELS[kernel].arg_names)
+    return ("core_ptr",) if name.startswith("stride_core") else ()
 
 
 def _multiple_of_16(case: Case, name: str) -> bool:
@@ -496,15 +498,15 @@ def _multiple_of_16(case: Case, name: str) -> bool:
     if owners and all(case.signature[pointer] == "constexpr" for pointer in owners):
         return True  # the size or stride of what is absent is 0
     folded = case.rank > TRITON_IN_PLACE_RANK and case.kernel in ("gemm", "thin")
-    if folded and name in ("width_out", "rb", "stride_oc", "stride_un"):
+    if folded and name in ("rb", "stride_thin_out_n", "stride_up_n"):
         return True  # what a fold gives has the padded rank
     # S is stored in rows of the padded rank, P in rows of the rank itself.
-    reads_p = name == "stride_p" and (forward or grad)
-    if reads_p or (name == "stride_s" and not grad) or _OF_A_RANK.fullmatch(name):
+    reads_p = name == "stride_p_m" and (forward or grad)
+    if reads_p or (name == "stride_s_m" and not grad) or _OF_A_RANK.fullmatch(name):
         return case.ranks_fill_the_padding
-    if name in ("stride_ug", "stride_og", "stride_cg"):
+    if name in ("stride_up_g", "stride_thin_out_g", "stride_core_g"):
         return case.aligned or case.ranks_fill_the_padding
-    return case.aligned or name in ("stride_p", "stride_s", "stride_thin")
+    return case.aligned or name in ("stride_p_m", "stride_s_m", "stride_thin_m")
 
 
 def source(case: Case) -> ASTSource:

@@ -69,16 +69,16 @@ def recorded(monkeypatch, request) -> list[Recorded]:
 
     names = {id(kernel): name for name, kernel in compile_triton.KERNELS.items()}
     launches: list[Recorded] = []
-    start = launch_cache.Plan.__call__
+    start = launch_cache.CachedLaunch.__call__
 
-    def record(plan, tensors, *rest, **options):
+    def record(launch, tensors, *rest, **options):
         found = {t.data_ptr(): t for t in tensors if t is not None}
         bytes_moved = sum(t.numel() * t.element_size() for t in found.values())
-        name = names[id(plan.kernel)]
+        name = names[id(launch.kernel)]
         grad = name == "thin" and tensors[4] is not None
-        launches.append(Recorded(f"{name}_grad" if grad else name, bytes_moved, plan.grid))
+        launches.append(Recorded(f"{name}_grad" if grad else name, bytes_moved, launch.grid))
         if getattr(request, "param", True):
-            start(plan, tensors, *rest, **options)
+            start(launch, tensors, *rest, **options)
 
-    monkeypatch.setattr(launch_cache.Plan, "__call__", record)
+    monkeypatch.setattr(launch_cache.CachedLaunch, "__call__", record)
     return launches
