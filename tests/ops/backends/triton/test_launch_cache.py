@@ -216,6 +216,15 @@ def test_a_measured_row_may_be_persistent(gpu, monkeypatch, tmp_path):
     tuning.forget()
 
 
+def test_a_launch_names_every_argument():
+    stand_in = SimpleNamespace(arg_names=["x_ptr", "M", "N", "BLOCK"], __name__="kernel")
+    launch = launch_cache.CachedLaunch(stand_in, (1,), {}, BLOCK=16, N=3, M=2)
+    assert launch.arguments == (2, 3, 16) and launch.grid == (1, 1, 1)
+    for wrong in ({"M": 2, "BLOCK": 16}, {"M": 2, "K": 3, "BLOCK": 16}):
+        with pytest.raises(TypeError, match=r"kernel takes \[.*\] after its tensors"):
+            launch_cache.CachedLaunch(stand_in, (1,), {}, **wrong)
+
+
 def test_only_so_many_calls_are_remembered(monkeypatch):
     monkeypatch.setattr(launch_cache, "MAX_CALLS", 3)
     launch_cache.forget()
