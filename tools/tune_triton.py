@@ -30,7 +30,7 @@ from efft_kernels.ops import cost_model
 from efft_kernels.ops.backends.triton import configs, device, tuning
 from efft_kernels.ops.backends.triton.configs import GemmConfig, PassConfig, gemm_smem_bytes
 from efft_kernels.ops.backends.triton.gemm import launch_gemm
-from efft_kernels.ops.backends.triton.launch_cache import Plans
+from efft_kernels.ops.backends.triton.launch_cache import CallCache
 from efft_kernels.ops.backends.triton.thin import launch_tall_grad, launch_thin
 
 # Tried with the shipped candidates. Few, because each is compiled for two directions, with and
@@ -105,7 +105,7 @@ def fastest(
 
 
 # What each config's launches remember, so that timing does not wait for the host.
-_Remembered = dict[Config, Plans]
+_Remembered = dict[Config, CallCache]
 
 
 def _run_gemm(
@@ -118,7 +118,7 @@ def _run_gemm(
     remembered: _Remembered,
     config: GemmConfig,
 ) -> Tensor:
-    plans = remembered.setdefault(config, {})
+    cache = remembered.setdefault(config, {})
     return launch_gemm(
         a,
         w,
@@ -127,9 +127,9 @@ def _run_gemm(
         core,
         thin_out,
         p,
-        width=p.shape[1],
+        ra=p.shape[1],
         config=config,
-        plans=plans,
+        cache=cache,
     )
 
 

@@ -1,14 +1,17 @@
 """The Triton backend: every strategy in fused kernels, on CUDA or in Triton's interpreter.
 
-    gemm.py       out = a·w + (a·thin_in)·core·thin_out^T: the forward, and dX with the roles
-                  swapped; epilogue.py has the low-rank product after its loop
-    thin.py       passes over a tall matrix: tall·thin and tall^T·thin, with their two-stage sums
-    factors.py    the factors as the kernels read them; W + ΔW for `merged`
-    forward.py, backward.py    the order in which they run
-    launch_cache.py    what a call remembers, so that the next one hands over pointers only
-    tuning.py     which config a launch gets, of those in configs.py, on the GPU of device.py
+    forward.py, backward.py    which launches, in which order
+    gemm.py         out = a·w + (a·thin_in)·core·thin_out^T: the forward, and dX with the roles
+                    swapped; epilogue.py adds the low-rank product after its loop
+    thin.py         the tall-and-skinny products tall·thin and tall^T·thin
+    reduce.py       the second stage of their partial sums
+    fold.py         B = stack_g up[g]·core[g]^T, where the kernels do not read core and up in place
+    merge.py        W + ΔW for `merged`
+    factors.py      how the kernels address down, core and up
+    launch_cache.py    what a call leaves to the next one of its sizes, which passes pointers only
+    tuning.py       which config a launch gets, of those in configs.py, on the GPU of device.py
     tools/tune_triton.py measures configs; tools/compile_triton.py compiles all of them for GPUs
-                  that are not here
+                    that are not here
 
 The interpreter takes CPU tensors when TRITON_INTERPRET=1 was set before this package was imported.
 It checks kernels and is thousands of times slower than plain torch, so only an explicit choice

@@ -1,57 +1,70 @@
-"""Launches with everything settled but the pointers.
+"""Cached launches: a call that comes again hands compiled kernels its pointers and nothing else.
 
 `kernel[grid](...)` binds some thirty arguments, works out what each specialises on and looks the
 compiled kernel up: 12 to 15 µs on the core where `benchmarks/host_overhead.py` was first run, more
 than all else this backend does on the host. Sizes, strides and dtypes repeat from step to step, so
-`plans_of` keeps, for each set of them, what the launchers of that call found out the first time:
-the block shapes, the grid, the integers, the constants, and the compiled kernel itself, which from
-then on takes the pointers directly.
+`cache_of` keeps, for each set of them, what the launchers found out the first time: block shapes,
+grid, integers, constants, and the compiled kernel itself, which from then on takes the pointers
+directly.
 
 What a compiled kernel relies on, and where that is checked:
 
-    dtypes, integers, constants    follow from the key of `plans_of`
+    dtypes, integers, constants    follow from the key of `cache_of`
     the device                     likewise; the caller makes it the current one (ops/dispatch.py)
-    pointers aligned to 16 bytes   at every call: one that is not takes the long way round, which
-                                   compiles for it; torch's own allocations always are
+    pointers aligned to 16 bytes   at every call: one that is not goes through `kernel[grid]`,
+                                   which compiles for it; torch's own allocations always are
 
-Nothing else is remembered: no pointer, no stream, no value. So a plan may be made or used while a
-CUDA graph is captured, and a replay runs none of this. Triton's debugging switches count when a
-plan is first used.
+Nothing else is cached: no pointer, no stream, no value. So a launch may be prepared or made while
+a CUDA graph is captured, and a replay runs none of this. Triton's debugging switches count when a
+launch is first made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import triton
 from torch import Tensor
 
-# The versions whose CompiledKernel is known to take what a Plan hands it
-# (tests/ops/test_triton_launch.py compares the two ways); others take the long way.
+# The versions whose CompiledKernel is known to take what a CachedLaunch hands it (the tests of
+# this module compare the two ways); others go through `kernel[grid]` every time.
 DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6),)
 
-# Calls that are remembered; then all are forgotten. A new number of rows is a new call.
-MOST_CALLS = 2048
+# Calls that are cached; then all are forgotten. A new number of rows is a new call.
+MAX_CALLS = 2048
+
+T = TypeVar("T")
 
 
-class Plan:
-    """One kernel with its grid, integers and constants; `plan(tensors)` launches it."""
+class CachedLaunch:
+    """One kernel with its grid and all arguments but the tensors, which every call passes.
 
-    __slots__ = ("_start", "grid", "kernel", "options", "rest")
+    Args:
+        kernel: A `triton.jit` function whose tensors and descriptors come first.
+        grid: Programs along up to three axes.
+        options: num_warps, num_stages.
+        arguments: Every other argument of the kernel, by its name.
+
+    Raises:
+        TypeError: `arguments` are not the names that follow the kernel's tensors.
+    """
+
+    __slots__ = ("_direct", "arguments", "grid", "kernel", "options")
 
     def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        *rest: Any,  # what follows the tensors, constants included, in the kernel's order
-        **options: int,  # num_warps, num_stages
+        self, kernel: Any, grid: tuple[int, ...], options: dict[str, int], **arguments: Any
     ) -> None:
+        names = kernel.arg_names[-len(arguments) :]
+        if set(names) != set(arguments):
+            raise TypeError(
+                f"{kernel.__name__} takes {names} after its tensors, got {list(arguments)}"
+            )
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
-        self.rest = rest
         self.options = options
-        self._start: Callable[..., None] | None = None
+        self.arguments = tuple(arguments[name] for name in names)
+        self._direct: Callable[..., None] | None = None
 
     def __call__(
         self,
@@ -59,30 +72,34 @@ class Plan:
         descriptors: tuple[Any, ...] = (),
         fresh: bool = False,
     ) -> None:
-        """Launch on the current device and stream; `descriptors` are of some of the tensors. With
-        `fresh` all of them were allocated for this call, hence are aligned.
+        """Launch on the current device and stream.
+
+        Args:
+            tensors: The kernel's tensors in its order; None where it has none.
+            descriptors: Tensor descriptors of some of them, where the kernel takes any.
+            fresh: All tensors were allocated for this call, hence are aligned.
         """
         addresses = 0
         for tensor in () if fresh else tensors:
             if tensor is not None:
                 addresses |= tensor.data_ptr()
         aligned = not addresses & 15
-        if aligned and self._start is not None:
-            self._start(*tensors, *descriptors, *self.rest)
+        if aligned and self._direct is not None:
+            self._direct(*tensors, *descriptors, *self.arguments)
             return
-        compiled = self.kernel[self.grid](*tensors, *descriptors, *self.rest, **self.options)
+        compiled = self.kernel[self.grid](*tensors, *descriptors, *self.arguments, **self.options)
         if aligned and DIRECT and isinstance(compiled, triton.compiler.CompiledKernel):
-            self._start = compiled[self.grid]
+            self._direct = compiled[self.grid]
 
 
 # What the launchers of one call keep, by launch: {"gemm": ..., "reduce": ...}.
-Plans = dict[str, Any]
+CallCache = dict[str, Any]
 
-_plans: dict[tuple[Any, ...], Plans] = {}
+_calls: dict[tuple[Any, ...], CallCache] = {}
 
 
-def plans_of(tensors: tuple[Tensor | None, ...], *choices: Hashable) -> Plans:
-    """The plans of a call with tensors of these sizes, strides and dtypes, on the first one's
+def cache_of(tensors: tuple[Tensor | None, ...], *choices: Hashable) -> CallCache:
+    """The cache of a call with tensors of these sizes, strides and dtypes, on the first one's
     device; `choices` is whatever else its launches depend on.
     """
     key = (
@@ -90,14 +107,24 @@ def plans_of(tensors: tuple[Tensor | None, ...], *choices: Hashable) -> Plans:
         tensors[0].device,  # type: ignore[union-attr]
         choices,
     )
-    plans = _plans.get(key)
-    if plans is None:
-        if len(_plans) >= MOST_CALLS:
-            _plans.clear()
-        plans = _plans[key] = {}
-    return plans
+    cache = _calls.get(key)
+    if cache is None:
+        if len(_calls) >= MAX_CALLS:
+            _calls.clear()
+        cache = _calls[key] = {}
+    return cache
+
+
+def once(cache: CallCache | None, name: str, prepare: Callable[..., T], *arguments: Any) -> T:
+    """cache[name], made by `prepare(*arguments)` the first time; without a cache, every time."""
+    prepared = None if cache is None else cache.get(name)
+    if prepared is None:
+        prepared = prepare(*arguments)
+        if cache is not None:
+            cache[name] = prepared
+    return prepared
 
 
 def forget() -> None:
-    """Forget every plan, compiled kernels included."""
-    _plans.clear()
+    """Forget every call, compiled kernels included."""
+    _calls.clear()

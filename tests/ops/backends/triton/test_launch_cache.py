@@ -5,6 +5,8 @@ No GPU: kernels are compiled for sm_90 and given to a driver that notes their ar
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,18 +103,18 @@ def test_this_version_of_triton_is_one_that_was_compared():
     assert triton.__version__.startswith("3.6.") == launch_cache.DIRECT
 
 
-def gemm(a: Tensor, w: Tensor, plans: launch_cache.Plans, config=None) -> None:
+def gemm(a: Tensor, w: Tensor, cache: launch_cache.CallCache, config=None) -> None:
     thin_in, thin_out = (torch.ones(c, 16, dtype=a.dtype) for c in (a.shape[1], w.shape[1]))
-    launch_gemm(a, w, None, thin_in, None, thin_out, None, width=16, config=config, plans=plans)
+    launch_gemm(a, w, None, thin_in, None, thin_out, None, ra=16, config=config, cache=cache)
 
 
 def test_a_pointer_off_16_bytes_gets_a_kernel_of_its_own(gpu):
     storage = torch.ones(197 * 48 + 8, dtype=torch.bfloat16)
     aligned, w = storage[:-8].view(197, 48), torch.ones(48, 96, dtype=torch.bfloat16)
     shifted = storage[1:-7].view(197, 48)
-    plans: launch_cache.Plans = {}
+    cache: launch_cache.CallCache = {}
     for a in (aligned, shifted, aligned, shifted, aligned):
-        gemm(a, w, plans)
+        gemm(a, w, cache)
     compiled = [launch.compiled for launch in gpu.launches]
     assert compiled[0] == compiled[2] == compiled[4] != compiled[1] == compiled[3]
     assert [launch.arguments[0].data_ptr() for launch in gpu.launches] == [
@@ -122,11 +124,11 @@ def test_a_pointer_off_16_bytes_gets_a_kernel_of_its_own(gpu):
 
 def test_a_persistent_config_has_a_program_per_multiprocessor(gpu):
     config = configs.persistent_candidates(90, "half", 16, True)[0]
-    plans: launch_cache.Plans = {}
+    cache: launch_cache.CallCache = {}
     w = torch.ones(64, 512, dtype=torch.bfloat16)
     for rows, programs in ((128, 2), (128 * 200, gpu.properties.multiprocessors)):
-        plans.clear()
-        gemm(torch.ones(rows, 64, dtype=torch.bfloat16), w, plans, config)
+        cache.clear()
+        gemm(torch.ones(rows, 64, dtype=torch.bfloat16), w, cache, config)
         assert gpu.launches[-1].grid == (programs, 1, 1)
 
 
@@ -155,25 +157,34 @@ def test_a_measured_row_may_be_persistent(gpu, monkeypatch, tmp_path):
     tuning.forget()
 
 
+def test_a_launch_names_every_argument():
+    stand_in = SimpleNamespace(arg_names=["x_ptr", "M", "N", "BLOCK"], __name__="kernel")
+    launch = launch_cache.CachedLaunch(stand_in, (1,), {}, BLOCK=16, N=3, M=2)
+    assert launch.arguments == (2, 3, 16) and launch.grid == (1, 1, 1)
+    for wrong in ({"M": 2, "BLOCK": 16}, {"M": 2, "K": 3, "BLOCK": 16}):
+        with pytest.raises(TypeError, match=r"kernel takes \[.*\] after its tensors"):
+            launch_cache.CachedLaunch(stand_in, (1,), {}, **wrong)
+
+
 def test_only_so_many_calls_are_remembered(monkeypatch):
-    monkeypatch.setattr(launch_cache, "MOST_CALLS", 3)
+    monkeypatch.setattr(launch_cache, "MAX_CALLS", 3)
     launch_cache.forget()
     for rows in range(1, 8):
-        launch_cache.plans_of((torch.empty(rows, 2),), "fwd")
-        assert len(launch_cache._plans) <= 3
+        launch_cache.cache_of((torch.empty(rows, 2),), "fwd")
+        assert len(launch_cache._calls) <= 3
     launch_cache.forget()
 
 
 def test_the_key_tells_calls_apart():
     launch_cache.forget()
     t = torch.empty(4, 6)
-    first = launch_cache.plans_of((t, None), "fwd", True)
-    assert launch_cache.plans_of((torch.empty(4, 6), None), "fwd", True) is first
+    first = launch_cache.cache_of((t, None), "fwd", True)
+    assert launch_cache.cache_of((torch.empty(4, 6), None), "fwd", True) is first
     others = (
         ((t, t), "fwd", True), ((t, None), "fwd", False), ((t, None), "bwd", True),
         ((t.half(), None), "fwd", True), ((t.t(), None), "fwd", True),
         ((torch.empty(6, 4).t(), None), "fwd", True), ((t.to("meta"), None), "fwd", True),
     )  # fmt: skip
     for tensors, *choices in others:
-        assert launch_cache.plans_of(tensors, *choices) is not first
+        assert launch_cache.cache_of(tensors, *choices) is not first
     launch_cache.forget()

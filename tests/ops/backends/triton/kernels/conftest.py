@@ -67,16 +67,16 @@ def recorded(monkeypatch, request) -> list[Recorded]:
     from efft_kernels.ops.backends.triton import launch_cache
 
     launches: list[Recorded] = []
-    start = launch_cache.Plan.__call__
+    start = launch_cache.CachedLaunch.__call__
 
-    def record(plan, tensors, *rest, **options):
+    def record(launch, tensors, *rest, **options):
         found = {t.data_ptr(): t for t in tensors if t is not None}
         bytes_moved = sum(t.numel() * t.element_size() for t in found.values())
-        name = plan.kernel.__name__.removeprefix("_low_rank").strip("_").removesuffix("_kernel")
+        name = launch.kernel.__name__.removeprefix("_low_rank").strip("_").removesuffix("_kernel")
         grad = name == "thin" and tensors[4] is not None
-        launches.append(Recorded(f"{name}_grad" if grad else name, bytes_moved, plan.grid))
+        launches.append(Recorded(f"{name}_grad" if grad else name, bytes_moved, launch.grid))
         if getattr(request, "param", True):
-            start(plan, tensors, *rest, **options)
+            start(launch, tensors, *rest, **options)
 
-    monkeypatch.setattr(launch_cache.Plan, "__call__", record)
+    monkeypatch.setattr(launch_cache.CachedLaunch, "__call__", record)
     return launches

@@ -8,7 +8,8 @@ import torch
 from efft_kernels.ops.backends import triton as backend
 from efft_kernels.ops.backends.triton.configs import PassConfig
 from efft_kernels.ops.backends.triton.device import INTERPRETED
-from efft_kernels.ops.backends.triton.thin import launch_reduce, launch_thin
+from efft_kernels.ops.backends.triton.reduce import launch_reduce
+from efft_kernels.ops.backends.triton.thin import launch_thin
 from efft_kernels.testing.error_budget import assert_exact
 from efft_kernels.testing.operands import SHAPES, Shape, operands, operands_and_dy
 from efft_kernels.testing.results import backend_results, reference_results

@@ -44,7 +44,7 @@ def assert_exact_product(
     w = draw(columns, inner).t() if direction == "forward" else draw(inner, columns)
     exact_p = a.double() @ down.double()
     p = torch.empty_like(exact_p, dtype=a.dtype) if ride else exact_p.to(a.dtype)
-    out = launch_gemm(a, w, None, down if ride else None, core, up, p, width=RANK, config=config)
+    out = launch_gemm(a, w, None, down if ride else None, core, up, p, ra=RANK, config=config)
     b = up.double()
     if core is not None:
         b = torch.einsum("gab,nb->gna", core.double(), b[0]).flatten(0, 1)
@@ -101,7 +101,7 @@ def test_no_tma_where_down_starts_off_16_bytes(device):
     )
     config = GemmConfig(*BLOCK, tma=True)
     for down in (storage[:-1].view(32, RANK), storage[1:].view(32, RANK)):
-        out = launch_gemm(x, w, None, down, None, up, None, width=RANK, config=config)
+        out = launch_gemm(x, w, None, down, None, up, None, ra=RANK, config=config)
         assert torch.equal(out, torch.full_like(out, 32 + 32 * RANK))
 
 
@@ -111,6 +111,6 @@ def test_no_tma_where_x_starts_off_16_bytes(device, recorded):
         torch.ones(size, device=device, dtype=torch.float16)
         for size in ((67, 48), (32, 80), (32, RANK), (80, RANK))
     )
-    out = launch_gemm(padded[:, 3:35], w, None, down, None, up, None, width=RANK, config=config)
+    out = launch_gemm(padded[:, 3:35], w, None, down, None, up, None, ra=RANK, config=config)
     assert torch.equal(out, torch.full_like(out, 32 + 32 * RANK))
     assert recorded[-1].grid == (3 * 2, 1, 1) or not INTERPRETED

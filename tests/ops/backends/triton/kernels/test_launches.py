@@ -103,7 +103,7 @@ def test_what_a_call_remembers_is_its_own(device):
         for tensors in (plain, strided, half, no_bias):
             for strategy in backend.STRATEGIES:
                 results_within_budget(backend, tensors, strategy)
-    found = len(launch_cache._plans)
+    found = len(launch_cache._calls)
     backend_results(backend, plain, "fused")
     # Forward and backward of each, but the backward does not see the bias.
-    assert len(launch_cache._plans) == found == (2 * 4 - 1) * len(backend.STRATEGIES)
+    assert len(launch_cache._calls) == found == (2 * 4 - 1) * len(backend.STRATEGIES)

@@ -1,0 +1,39 @@
+"""What the backends with kernels share: the way out to plain torch, and rows of unit stride."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from torch import Tensor
+
+from . import torch_backend
+
+logger = logging.getLogger(__name__)
+
+
+def rows(t: Tensor) -> Tensor:
+    """t [M, C] itself where its last stride is one, else a contiguous copy."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def torch_strategy(strategy: str) -> str:
+    """The plain-torch strategy that stands in for `strategy`."""
+    return strategy if strategy in torch_backend.STRATEGIES else "split"
+
+
+@cache
+def note_rank(rank: int, limit: int, kernels: str) -> None:
+    """Warn, once for each rank, that plain torch runs what the kernels do not take.
+
+    Args:
+        rank: Ra of the call.
+        limit: The largest rank the kernels take.
+        kernels: Whose they are, as the warning names them: "Triton" or "CUDA".
+    """
+    logger.warning(
+        "rank %d is above %d, the most the %s kernels take; plain torch runs these layers",
+        rank,
+        limit,
+        kernels,
+    )
