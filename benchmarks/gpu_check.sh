@@ -95,14 +95,14 @@ PY
 
 # Most of the time goes into compiling some 300 kernels, so in as many processes as there are cores.
 stage "tests, Triton" 120 "$python" -m benchmarks.parallel_tests --jobs "$(nproc)" -m gpu \
-  tests/ops/test_triton_kernels.py
+  tests/ops/backends/triton/kernels
 if ((${#native[@]})); then
-  stage "tests, CUDA C++" 60 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/ops/test_cuda_backend.py
+  stage "tests, CUDA C++" 60 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/ops/backends/test_cuda_backend.py
 fi
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     stage "compute-sanitizer $tool, Triton" 35 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -q -p no:cacheprovider tests/ops/test_triton_kernels.py \
+      "$python" -m pytest -q -p no:cacheprovider tests/ops/backends/triton/kernels/test_exact.py \
       -k "exact_operands and M67 and float16"
     if ((${#native[@]})); then
       stage "compute-sanitizer $tool, CUDA C++" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 \

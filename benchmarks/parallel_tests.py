@@ -1,6 +1,6 @@
 """Runs tests in several processes with nothing but pytest: a bare GPU machine has no pytest-xdist.
 
-    python -m benchmarks.parallel_tests --jobs 12 tests/ops/test_triton_kernels.py -m gpu
+    python -m benchmarks.parallel_tests --jobs 12 tests/ops/backends/triton/kernels -m gpu
 
 What is not `--jobs` goes to pytest. The tests are dealt out in turn, since neighbours tend to
 compile the same kernels. Ends with the sum of the processes' closing lines; 1 if any test failed.

@@ -30,7 +30,7 @@ def assert_exact_results(shape: Shape, dtype: torch.dtype, strategy: str, device
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_form(shape, dtype, strategy, device):
+def test_exact_operands_give_exact_results(shape, dtype, strategy, device):
     assert_exact_results(shape, dtype, strategy, device)
 
 
