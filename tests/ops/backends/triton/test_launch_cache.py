@@ -5,6 +5,7 @@ No GPU: kernels are compiled for sm_90 and given to a driver that notes their ar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from efft_kernels.ops.backends.triton import configs, device, launch_cache, tuni
 from efft_kernels.ops.backends.triton.gemm import launch_gemm  # noqa: E402
 from efft_kernels.ops.functional import low_rank_linear  # noqa: E402
 from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
+from efft_kernels.testing.operands import Shape, operands_and_dy  # noqa: E402
 
 pytestmark = pytest.mark.skipif(device.INTERPRETED, reason="the kernels are interpreted")
 NEEDS = (True, False, False, True, True, True)
@@ -30,13 +32,11 @@ def gpu():
         yield found
 
 
-def operands(folded: bool, dtype=torch.bfloat16) -> list[Tensor | None]:
-    """x, weight, bias, down, core, up, dy: M 197, K 48, N 96, two slices, rank 16."""
-    core = None if folded else torch.ones(2, 16, 16, dtype=dtype)
-    up = torch.ones(1 if folded else 2, 96 if folded else 48, 16, dtype=dtype)
-    sizes = ((197, 48), (96, 48), (96,), (48, 16))
-    x, weight, bias, down = (torch.ones(size, dtype=dtype) for size in sizes)
-    return [x, weight, bias, down, core, up, torch.ones(197, 96, dtype=dtype)]
+def operands(folded: bool) -> list[Tensor | None]:
+    """x, weight, bias, down, core, up and dy in bfloat16; folded factors have no core."""
+    s = Shape(M=197, K=48, n=48, G=2, Ra=16, Rb=16, shared=False)
+    s = replace(s, n=s.N, G=1, core=False) if folded else s
+    return list(operands_and_dy(s, torch.bfloat16))
 
 
 def described(arguments: tuple) -> list:
@@ -99,7 +99,7 @@ def test_a_compiled_step_is_one_graph_and_takes_the_short_way(gpu, monkeypatch):
 
 
 def test_this_version_of_triton_is_one_that_was_compared():
-    """Where it is not, `launch.DIRECT` is False and every launch takes the long way."""
+    """Where it is not, `launch_cache.DIRECT` is False and every launch takes the long way."""
     assert triton.__version__.startswith("3.6.") == launch_cache.DIRECT
 
 
@@ -181,10 +181,14 @@ def test_the_key_tells_calls_apart():
     first = launch_cache.cache_of((t, None), "fwd", True)
     assert launch_cache.cache_of((torch.empty(4, 6), None), "fwd", True) is first
     others = (
-        ((t, t), "fwd", True), ((t, None), "fwd", False), ((t, None), "bwd", True),
-        ((t.half(), None), "fwd", True), ((t.t(), None), "fwd", True),
-        ((torch.empty(6, 4).t(), None), "fwd", True), ((t.to("meta"), None), "fwd", True),
-    )  # fmt: skip
+        ((t, t), "fwd", True),
+        ((t, None), "fwd", False),
+        ((t, None), "bwd", True),
+        ((t.half(), None), "fwd", True),
+        ((t.t(), None), "fwd", True),
+        ((torch.empty(6, 4).t(), None), "fwd", True),
+        ((t.to("meta"), None), "fwd", True),
+    )
     for tensors, *choices in others:
         assert launch_cache.cache_of(tensors, *choices) is not first
     launch_cache.forget()
