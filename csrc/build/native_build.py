@@ -1,7 +1,7 @@
 """Builds the native libraries: one ninja graph for all of them, with flags per file.
 
     _native.so         C++ operators on torch's stable ABI      schemas.cpp, cpu/*.cpp
-    _native_cuda.so    CUDA operators on torch's stable ABI     cuda/**/*.cu, *.cpp
+    _native_cuda.so    CUDA operators on torch's stable ABI     cuda/**/*.cu, *.cpp (see CUDA_FILES)
     _autograd.*.so     the C++ autograd node, a Python module   entry/*.cpp
     _build_info.*.so   what all of this was built with          build/build_info.cpp
 

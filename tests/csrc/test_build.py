@@ -269,6 +269,19 @@ def test_without_hopper_its_files_are_left_out(project: Path) -> None:
     assert not any("-DEFFT_KERNELS_SM90" in line for line in lines.values())
 
 
+def test_a_new_architecture_is_one_row(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archs = ("8.0", "10.0a")
+    needs_cuda(archs)
+    (project / "csrc" / "cuda" / "mma_sm100.cu").write_text("__global__ void mma_kernel() {}\n")
+    monkeypatch.setitem(native_build.CUDA_FILES, "*sm100*.cu", (("10.0a", "10.3a"), "SM100"))
+    graph = native_build.build_graph(Settings("1", archs), project / "build", root=project)
+    lines = commands(graph, "_native_cuda")
+    assert sorted(lines) == ["any.cu", "mma_sm100.cu", "mma_sm80.cu", "ops.cpp"]
+    assert "-gencode=arch=compute_100a,code=sm_100a" in lines["mma_sm100.cu"]
+    assert "-gencode=arch=compute_80,code=sm_80" not in lines["mma_sm100.cu"]
+    assert all("-DSM100" in line and "-DEFFT_KERNELS_SM90" not in line for line in lines.values())
+
+
 def test_the_stable_libraries_see_the_stable_interface_only(project: Path) -> None:
     needs_compiler()
     (project / "csrc" / "entry").mkdir()
@@ -334,7 +347,7 @@ def test_the_sanitized_library_is_another_one(project: Path) -> None:
     )
     (library,) = graph.libraries
     assert "-fsanitize=address,undefined" in library.link
-    assert "-fno-sanitize-recover=all" in commands(graph, "_native")["ops.cpp"]
+    assert "-fno-sanitize-recover=all" in commands(graph, "_native")["schemas.cpp"]
 
 
 # What is installed here

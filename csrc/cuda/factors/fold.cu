@@ -4,8 +4,8 @@
 #include "common/math.h"
 
 // From (down, core, up) to the two thin factors that the other kernels take: B, with core folded
-// into up, and down, cast and padded. Some ten thousandths of a layer's own work, in float32 on the
-// ordinary cores; what counts is that it is one launch.
+// into up, and down, cast and padded. It is some ten thousandths of a layer's own work, in float32
+// without tensor cores; what counts is that it is one launch.
 namespace efft_kernels::cuda {
 namespace {
 

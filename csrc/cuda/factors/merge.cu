@@ -3,7 +3,7 @@
 #include "common/launchers.h"
 #include "common/math.h"
 
-// W + ΔW for `merged`, and W cast to x's dtype, in float32 on the ordinary cores.
+// W + ΔW for `merged`, and W cast to x's dtype, in float32 without tensor cores.
 namespace efft_kernels::cuda {
 namespace {
 

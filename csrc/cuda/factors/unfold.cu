@@ -3,7 +3,7 @@
 #include "common/launchers.h"
 #include "common/math.h"
 
-// From d_B back to d_core and d_up, in float32 on the ordinary cores and one launch.
+// From d_B back to d_core and d_up, in float32 without tensor cores, in one launch.
 namespace efft_kernels::cuda {
 namespace {
 

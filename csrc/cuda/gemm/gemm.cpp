@@ -7,8 +7,8 @@
 namespace efft_kernels::cuda {
 namespace {
 
-[[maybe_unused]] cudaError_t launch_gemm_sm90(const GemmArguments& g, int block_c,
-                                              const Device& device, cudaStream_t stream) {
+cudaError_t launch_gemm_sm90(const GemmArguments& g, int block_c, const Device& device,
+                             cudaStream_t stream) {
   const GemmMapParams params = gemm_map_params(g, block_c);
   GemmMaps maps{};
   const auto encode = [&](const TensorMapParams& from, CUtensorMap* to) {
@@ -21,8 +21,12 @@ namespace {
   if (error == cudaSuccess) error = encode(params.thin_out, &maps.thin_out);
   if (error == cudaSuccess) error = encode(params.out, &maps.out);
   if (error != cudaSuccess) return error;
-  return g.dtype == Dtype::kHalf ? launch_gemm_sm90_f16(g, maps, block_c, device, stream)
-                                 : launch_gemm_sm90_bf16(g, maps, block_c, device, stream);
+  // Nothing may refer to a kernel that is not built.
+  if constexpr (kSm90IsBuilt) {
+    return g.dtype == Dtype::kHalf ? launch_gemm_sm90_f16(g, maps, block_c, device, stream)
+                                   : launch_gemm_sm90_bf16(g, maps, block_c, device, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -31,11 +35,7 @@ cudaError_t launch_gemm(const GemmArguments& g, const GemmChoice& choice, const 
                         cudaStream_t stream) {
   const int block_m = choice.sm90 ? kSm90BlockM : choice.block;
   if (!tiles_fit(g.a.rows, g.out.cols, block_m, choice.block)) return cudaErrorInvalidValue;
-  if (choice.sm90) {
-    // Without the kernels, nothing may refer to them.
-    if constexpr (kSm90IsBuilt) return launch_gemm_sm90(g, choice.block, device, stream);
-    return cudaErrorInvalidValue;
-  }
+  if (choice.sm90) return launch_gemm_sm90(g, choice.block, device, stream);
   if (g.compute_p) return cudaErrorInvalidValue;
   return launch_gemm_sm80(g, choice.block, stream);
 }

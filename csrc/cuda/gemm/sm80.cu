@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     }
   };
 
-  // The product over I and the rank.
+  // Load and product, over I and then the rank.
   prefetch<Config>(smem, tiles, load);
   float acc[kMmaM][kMmaC][4] = {};
   for (int t = 0; t < tiles; ++t) {

@@ -2,7 +2,7 @@
 #include "common/launchers.h"
 #include "passes/pass.cuh"
 
-// S = tall·thin_in, rounded; in the same pass, if P is given, the partial sums of tall^T·P.
+// S = tall·thin_in, rounded; with `p`, in the same pass, the partial sums of tall^T·P.
 namespace efft_kernels::cuda {
 namespace {
 
