@@ -37,11 +37,11 @@ class BuildNative(build_ext):
     def build_extensions(self) -> None:
         build_dir = ROOT / "build" / "native" if self.inplace_asked else Path(self.build_temp)
         try:
-            planned = native_build.build(Settings.from_environment(os.environ), build_dir)
+            graph = native_build.build(Settings.from_environment(os.environ), build_dir)
         except ToolError as error:
             raise ExecError(str(error)) from error
         package = ROOT / PACKAGE if self.inplace_asked else Path(self.build_lib, PACKAGE)
-        native_build.install(planned, build_dir, package)
+        native_build.install(graph, build_dir, package)
 
     def run(self) -> None:
         # setuptools clears `inplace` while it builds, to copy the results afterwards.

@@ -1,7 +1,7 @@
 """Builds the native libraries: one ninja graph for all of them, with flags per file.
 
     _native.so         C++ operators on torch's stable ABI      schemas.cpp, cpu/*.cpp
-    _native_cuda.so    CUDA operators on torch's stable ABI     cuda/**/*.cu, *.cpp
+    _native_cuda.so    CUDA operators on torch's stable ABI     cuda/**/*.cu, *.cpp (see CUDA_FILES)
     _autograd.*.so     the C++ autograd node, a Python module   entry/*.cpp
     _build_info.*.so   what all of this was built with          build/build_info.cpp
 
@@ -67,6 +67,12 @@ NVCC_FLAGS = (
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden",
 )
+# The .cu files that are for some GPUs only, by file name: the architectures that they compile for,
+# of those asked for, and the macro that is defined where there is one, so that no other code calls
+# into a file that was left out. Every other .cu file compiles for all architectures.
+CUDA_FILES = {
+    "*sm90*.cu": (("9.0a",), "EFFT_KERNELS_SM90"),
+}
 LINK_FLAGS = ("-shared", "-Wl,--as-needed")
 # Finds an undefined symbol here instead of when a user loads the library. Not for Python modules,
 # whose symbols of Python come from the interpreter, which is no library to link with.
@@ -83,8 +89,11 @@ class Object:
 
 @dataclass(frozen=True)
 class Library:
-    """filename: of the shared library. link: the command, without objects and output.
-    link_libraries: what comes after the objects."""
+    """A shared library and the command that links it, without its objects and output.
+
+    Attributes:
+        link_libraries: what the command has after the objects.
+    """
 
     name: str
     filename: str
@@ -94,9 +103,14 @@ class Library:
 
 
 @dataclass
-class Plan:
-    """libraries: those that can be built. missing: name -> why the others cannot.
-    facts: what the build is made with, for _build_info."""
+class BuildGraph:
+    """What can be built here, and how.
+
+    Attributes:
+        libraries: those that can be built.
+        missing: name -> why another cannot.
+        facts: what the build is made with, for _build_info.
+    """
 
     libraries: list[Library] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
@@ -131,7 +145,7 @@ def sources(name: str, root: Path = ROOT) -> list[Path]:
     return found
 
 
-def plan(
+def build_graph(
     settings: Settings,
     build_dir: Path,
     *,
@@ -139,37 +153,50 @@ def plan(
     root: Path = ROOT,
     names: Sequence[str] = LIBRARIES,
     sanitize: bool = False,
-) -> Plan:
-    """Which of the libraries can be built here, and how.
+) -> BuildGraph:
+    """Which of the libraries can be built here, and by which commands.
 
     Raises:
         ToolError: EFFT_KERNELS_BUILD_CUDA=1 and the CUDA library cannot be built.
     """
-    planned = Plan()
+    graph = BuildGraph()
     try:
-        planner = _Planner(settings, build_dir, environ, root, sanitize, planned.facts)
+        commands = _Commands(settings, build_dir, environ, root, sanitize, graph.facts)
     except Missing as error:
-        planned.missing = dict.fromkeys(names, str(error))
+        graph.missing = dict.fromkeys(names, str(error))
     else:
         makers: dict[str, Callable[[], Library]] = {
-            "_native": planner.native,
-            "_native_cuda": planner.native_cuda,
-            "_autograd": planner.autograd,
-            "_build_info": planner.build_info,
+            "_native": commands.native,
+            "_native_cuda": commands.native_cuda,
+            "_autograd": commands.autograd,
+            "_build_info": commands.build_info,
         }
         for name in names:
             try:
-                planned.libraries.append(makers[name]())
+                graph.libraries.append(makers[name]())
             except Missing as error:
-                planned.missing[name] = str(error)
-    if settings.cuda == "1" and "_native_cuda" in planned.missing:
-        reason = planned.missing["_native_cuda"]
+                graph.missing[name] = str(error)
+    if settings.cuda == "1" and "_native_cuda" in graph.missing:
+        reason = graph.missing["_native_cuda"]
         raise ToolError(f"{toolchain.BUILD_CUDA}=1, but the CUDA library cannot be built: {reason}")
-    return planned
+    return graph
 
 
-class _Planner:
-    """Raises Missing, at once for what every library needs and later for what one of them does."""
+def cuda_archs(source: Path, archs: Sequence[str]) -> list[str]:
+    """Those of `archs` that a .cu file compiles for, by CUDA_FILES."""
+    for pattern, (own, _) in CUDA_FILES.items():
+        if source.match(pattern):
+            return [arch for arch in archs if arch in own]
+    return list(archs)
+
+
+class _Commands:
+    """The commands that make each library.
+
+    Raises:
+        Missing: from the constructor, a tool that every library needs is not on this machine; from
+            a library's method, one that this library needs.
+    """
 
     def __init__(
         self,
@@ -207,12 +234,12 @@ class _Planner:
     def native_cuda(self) -> Library:
         if self.settings.cuda == "0":
             raise Missing(f"it was left out: {toolchain.BUILD_CUDA}=0")
+        archs = self.settings.archs
         found = sources("_native_cuda", self.root)
-        nvcc = toolchain.find_nvcc(self.environ, self.torch, self.cxx, self.settings.archs)
+        nvcc = toolchain.find_nvcc(self.environ, self.torch, self.cxx, archs)
         cutlass = toolchain.find_cutlass()
-        hopper = "9.0a" in self.settings.archs
-        # Dispatching code must not refer to the kernels of *_sm90.cu where that file is left out.
-        defines = [TARGET_VERSION_MACRO, "-DUSE_CUDA", *(["-DEFFT_KERNELS_SM90"] * hopper)]
+        macros = [macro for own, macro in CUDA_FILES.values() if set(own) & set(archs)]
+        defines = [TARGET_VERSION_MACRO, "-DUSE_CUDA", *(f"-D{macro}" for macro in macros)]
         includes = [
             *self._includes(self.root / "csrc" / "cuda", cutlass.include),
             *self._torch_includes,
@@ -224,36 +251,20 @@ class _Planner:
         nvcc_flags = [*NVCC_FLAGS, f"-ccbin={self.cxx.program}", *defines]
         self.facts.update(
             cuda_version=nvcc.version,
-            cuda_archs=list(self.settings.archs),
+            cuda_archs=list(archs),
             cutlass_version=cutlass.version,
-            nvcc_flags=" ".join([*NVCC_FLAGS, *toolchain.gencode_flags(self.settings.archs)]),
+            nvcc_flags=" ".join([*NVCC_FLAGS, *toolchain.gencode_flags(archs)]),
         )
 
-        def command(source: Path) -> tuple[str, ...] | None:
+        cxx_command = self._cxx([*defines, *includes, *toolkit_includes, *wheel_includes])
+        objects = []
+        for source in found:
             if source.suffix == ".cpp":
-                return (
-                    *self.cxx.command,
-                    *self.flags,
-                    *defines,
-                    *includes,
-                    *toolkit_includes,
-                    *wheel_includes,
-                )
-            if source.stem.endswith("_sm90"):
-                archs: Sequence[str] = ["9.0a"] if hopper else []
-            else:
-                archs = self.settings.archs
-            if not archs:
-                return None
-            return (
-                nvcc.path,
-                *nvcc_flags,
-                *toolchain.gencode_flags(archs),
-                *includes,
-                *wheel_includes,
-            )
-
-        objects = [Object(source, line) for source in found if (line := command(source))]
+                objects.append(Object(source, cxx_command))
+            elif own := cuda_archs(source, archs):
+                gencode = toolchain.gencode_flags(own)
+                command = (nvcc.path, *nvcc_flags, *gencode, *includes, *wheel_includes)
+                objects.append(Object(source, command))
         major = self.torch.cuda_major
         folders = [*self.torch.wheel_folders("lib"), self.torch.root / "lib", *nvcc.libraries]
         # By the names that torch itself has loaded, so that a process has one runtime. libcuda is
@@ -326,29 +337,19 @@ def facts_header(facts: Mapping[str, str | list[str] | None]) -> str:
     return f'#pragma once\nconstexpr char kBuildFacts[] = R"json({json.dumps(facts)})json";\n'
 
 
-def write_if_changed(path: Path, text: str) -> None:
-    """Write the file whole or not at all; leave it and its time alone if it says this already."""
-    if path.exists() and path.read_text() == text:
+def write_if_changed(path: Path, content: str | bytes, mode: int = 0o644) -> None:
+    """Write the file whole or not at all, as running processes may have it mapped; leave it and its
+    time alone if it says this already.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and path.read_bytes() == data:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
-def copy_if_changed(source: Path, destination: Path) -> None:
-    """As `write_if_changed`, for a library that running processes may have mapped."""
-    content = source.read_bytes()
-    if destination.exists() and destination.read_bytes() == content:
-        return
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=destination.parent)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.chmod(temporary, 0o755)
-    os.replace(temporary, destination)
+        file.write(data)
+    os.chmod(temporary, mode)
+    os.replace(temporary, path)
 
 
 def ninja_file(libraries: Sequence[Library], root: Path = ROOT) -> str:
@@ -398,39 +399,39 @@ def build(
     root: Path = ROOT,
     names: Sequence[str] = LIBRARIES,
     sanitize: bool = False,
-) -> Plan:
+) -> BuildGraph:
     """Build what can be built into `build_dir`; a second run compiles only what changed.
 
     Raises:
-        ToolError: a source does not compile, or see `plan`.
+        ToolError: a source does not compile, or see `build_graph`.
     """
     build_dir = build_dir.resolve()
     with _locked(build_dir):
-        planned = plan(
+        graph = build_graph(
             settings, build_dir, environ=environ, root=root, names=names, sanitize=sanitize
         )
-        for reason in dict.fromkeys(planned.missing.values()):
-            names_left_out = [name for name, why in planned.missing.items() if why == reason]
+        for reason in dict.fromkeys(graph.missing.values()):
+            names_left_out = [name for name, why in graph.missing.items() if why == reason]
             print(f"left out: {', '.join(names_left_out)}: {reason}", flush=True)
-        if planned.libraries:
-            write_if_changed(build_dir / "build.ninja", ninja_file(planned.libraries, root))
+        if graph.libraries:
+            write_if_changed(build_dir / "build.ninja", ninja_file(graph.libraries, root))
             jobs = environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
             command = [toolchain.find_ninja(environ), "-C", str(build_dir), "-j", jobs]
             if subprocess.run(command, env=dict(environ), check=False).returncode != 0:
                 raise ToolError("a native source did not compile; the compiler's message is above")
-    return planned
+    return graph
 
 
-def install(planned: Plan, build_dir: Path, package: Path) -> None:
+def install(graph: BuildGraph, build_dir: Path, package: Path) -> None:
     """Put the built libraries and the report into the package's folder, and remove from it what an
     earlier build left there and this one has not made."""
-    built = {library.filename for library in planned.libraries}
-    for name in LIBRARIES:
-        if filename(name) in built:
-            copy_if_changed(build_dir / filename(name), package / filename(name))
+    built = {library.filename for library in graph.libraries}
+    for name in map(filename, LIBRARIES):
+        if name in built:
+            write_if_changed(package / name, (build_dir / name).read_bytes(), mode=0o755)
         else:
-            (package / filename(name)).unlink(missing_ok=True)
-    write_if_changed(package / REPORT, json.dumps(planned.report(), indent=2) + "\n")
+            (package / name).unlink(missing_ok=True)
+    write_if_changed(package / REPORT, json.dumps(graph.report(), indent=2) + "\n")
 
 
 def main() -> None:
@@ -440,7 +441,7 @@ def main() -> None:
     parser.add_argument("--sanitize", action="store_true", help="with ASan and UBSan")
     arguments = parser.parse_args()
     try:
-        planned = build(
+        graph = build(
             Settings.from_environment(os.environ),
             arguments.build_dir,
             names=arguments.only or LIBRARIES,
@@ -448,7 +449,7 @@ def main() -> None:
         )
     except ToolError as error:
         sys.exit(f"error: {error}")
-    sys.exit(1 if arguments.only and planned.missing else 0)
+    sys.exit(1 if arguments.only and graph.missing else 0)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ class ToolError(Exception):
 class Settings:
     """What the environment asks for.
 
-    cuda: "auto" (built if everything is there), "0" (not built) or "1" (an error if not built).
-    archs: compute capabilities, e.g. ("8.0", "9.0a"), ascending.
+    Attributes:
+        cuda: "auto" (built if everything is there), "0" (not built) or "1" (an error if not built).
+        archs: compute capabilities, e.g. ("8.0", "9.0a"), ascending.
     """
 
     cuda: str = "auto"
@@ -100,7 +101,11 @@ def gencode_flags(archs: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Torch:
-    """The torch of the building interpreter. cuda_version: None for a build without CUDA."""
+    """The torch of the building interpreter.
+
+    Attributes:
+        cuda_version: None for a torch without CUDA.
+    """
 
     root: Path
     version: str
@@ -159,7 +164,12 @@ def find_ninja(environ: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Compiler:
-    """command: what to run, with its own flags if CXX has some. version: its own first line."""
+    """A C++ compiler.
+
+    Attributes:
+        command: what to run, with its own flags if CXX has some.
+        version: the first line of its --version.
+    """
 
     command: tuple[str, ...]
     version: str
@@ -204,7 +214,11 @@ def _probe(command: Sequence[str], name: str, text: str, environ: Mapping[str, s
 
 @dataclass(frozen=True)
 class Nvcc:
-    """includes, libraries: the folders of its toolkit."""
+    """A CUDA compiler.
+
+    Attributes:
+        includes, libraries: the folders of its toolkit.
+    """
 
     path: str
     version: str

@@ -145,9 +145,9 @@ def without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "find_nvcc", nowhere)
 
 
-def commands(plan: object, name: str) -> dict[str, tuple[str, ...]]:
+def commands(graph: object, name: str) -> dict[str, tuple[str, ...]]:
     """Source file name -> its compile command."""
-    (library,) = [library for library in plan.libraries if library.name == name]  # type: ignore[attr-defined]
+    (library,) = [library for library in graph.libraries if library.name == name]  # type: ignore[attr-defined]
     return {item.source.name: item.command for item in library.objects}
 
 
@@ -158,9 +158,9 @@ def test_without_a_compiler_the_package_is_plain_python_and_says_so(
     package.mkdir()
     stale = package / native_build.filename("_native")
     stale.write_text("of an earlier build")
-    plan = native_build.build(Settings(), project / "build", environ=environ, root=project)
-    native_build.install(plan, project / "build", package)
-    assert plan.libraries == []
+    graph = native_build.build(Settings(), project / "build", environ=environ, root=project)
+    native_build.install(graph, project / "build", package)
+    assert graph.libraries == []
     assert not stale.exists()
     assert [path.name for path in package.iterdir()] == ["_build_report.json"]
     report = json.loads((package / "_build_report.json").read_text())
@@ -176,8 +176,8 @@ def test_a_compiler_that_does_not_work_is_as_good_as_none(
     broken = project / "bin" / "c++"
     broken.write_text("#!/bin/sh\necho unknown option -std=c++20; exit 1\n")
     broken.chmod(0o755)
-    plan = native_build.plan(Settings(), project / "build", environ=environ, root=project)
-    assert "unknown option -std=c++20" in plan.missing["_native"]
+    graph = native_build.build_graph(Settings(), project / "build", environ=environ, root=project)
+    assert "unknown option -std=c++20" in graph.missing["_native"]
 
 
 def test_a_named_compiler_is_the_only_one_looked_for(environ: dict[str, str]) -> None:
@@ -188,13 +188,13 @@ def test_a_named_compiler_is_the_only_one_looked_for(environ: dict[str, str]) ->
 def test_without_nvcc_the_rest_is_built(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_compiler()
     without_nvcc(monkeypatch)
-    plan = native_build.plan(Settings(), project / "build", root=project)
-    assert [library.name for library in plan.libraries] == ["_native", "_build_info"]
-    assert "no nvcc was found" in plan.report()["libraries"]["_native_cuda"]["missing"]
-    assert plan.report()["libraries"]["_native"]["missing"] is None
-    assert plan.missing["_autograd"] == "there are no sources csrc/entry/*.cpp"
-    assert plan.facts["cuda_version"] is None
-    assert plan.facts["cuda_archs"] == []
+    graph = native_build.build_graph(Settings(), project / "build", root=project)
+    assert [library.name for library in graph.libraries] == ["_native", "_build_info"]
+    assert "no nvcc was found" in graph.report()["libraries"]["_native_cuda"]["missing"]
+    assert graph.report()["libraries"]["_native"]["missing"] is None
+    assert graph.missing["_autograd"] == "there are no sources csrc/entry/*.cpp"
+    assert graph.facts["cuda_version"] is None
+    assert graph.facts["cuda_archs"] == []
 
 
 def test_cuda_that_was_demanded_is_an_error_when_it_is_missing(
@@ -202,11 +202,11 @@ def test_cuda_that_was_demanded_is_an_error_when_it_is_missing(
 ) -> None:
     demanded = Settings("1", ("8.0",))
     with pytest.raises(ToolError, match=r"BUILD_CUDA=1, but .*: no C\+\+ compiler was found"):
-        native_build.plan(demanded, project / "build", environ=environ, root=project)
+        native_build.build_graph(demanded, project / "build", environ=environ, root=project)
     needs_compiler()
     without_nvcc(monkeypatch)
     with pytest.raises(ToolError, match=r"BUILD_CUDA=1, but .*: no nvcc was found"):
-        native_build.plan(demanded, project / "build", root=project)
+        native_build.build_graph(demanded, project / "build", root=project)
 
 
 def test_cuda_that_was_declined_is_not_looked_for(
@@ -214,8 +214,8 @@ def test_cuda_that_was_declined_is_not_looked_for(
 ) -> None:
     needs_compiler()
     monkeypatch.setattr(toolchain, "find_nvcc", lambda *_: pytest.fail("it was looked for"))
-    plan = native_build.plan(Settings("0"), project / "build", root=project)
-    assert plan.missing["_native_cuda"] == "it was left out: EFFT_KERNELS_BUILD_CUDA=0"
+    graph = native_build.build_graph(Settings("0"), project / "build", root=project)
+    assert graph.missing["_native_cuda"] == "it was left out: EFFT_KERNELS_BUILD_CUDA=0"
 
 
 def test_a_cuda_home_without_nvcc_is_named() -> None:
@@ -253,8 +253,8 @@ def test_each_file_is_compiled_for_its_own_architectures(project: Path) -> None:
     def gencodes(command: tuple[str, ...]) -> list[str]:
         return [part for part in command if part.startswith("-gencode")]
 
-    plan = native_build.plan(Settings(), project / "build", root=project)
-    lines = commands(plan, "_native_cuda")
+    graph = native_build.build_graph(Settings(), project / "build", root=project)
+    lines = commands(graph, "_native_cuda")
     assert gencodes(lines["any.cu"]) == gencodes(lines["mma_sm80.cu"]) == every
     assert gencodes(lines["wgmma_sm90.cu"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
     assert gencodes(lines["ops.cpp"]) == []
@@ -263,19 +263,32 @@ def test_each_file_is_compiled_for_its_own_architectures(project: Path) -> None:
 
 def test_without_hopper_its_files_are_left_out(project: Path) -> None:
     needs_cuda(("8.0",))
-    plan = native_build.plan(Settings("1", ("8.0",)), project / "build", root=project)
-    lines = commands(plan, "_native_cuda")
+    graph = native_build.build_graph(Settings("1", ("8.0",)), project / "build", root=project)
+    lines = commands(graph, "_native_cuda")
     assert sorted(lines) == ["any.cu", "mma_sm80.cu", "ops.cpp"]
     assert not any("-DEFFT_KERNELS_SM90" in line for line in lines.values())
+
+
+def test_a_new_architecture_is_one_row(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archs = ("8.0", "10.0a")
+    needs_cuda(archs)
+    (project / "csrc" / "cuda" / "mma_sm100.cu").write_text("__global__ void mma_kernel() {}\n")
+    monkeypatch.setitem(native_build.CUDA_FILES, "*sm100*.cu", (("10.0a", "10.3a"), "SM100"))
+    graph = native_build.build_graph(Settings("1", archs), project / "build", root=project)
+    lines = commands(graph, "_native_cuda")
+    assert sorted(lines) == ["any.cu", "mma_sm100.cu", "mma_sm80.cu", "ops.cpp"]
+    assert "-gencode=arch=compute_100a,code=sm_100a" in lines["mma_sm100.cu"]
+    assert "-gencode=arch=compute_80,code=sm_80" not in lines["mma_sm100.cu"]
+    assert all("-DSM100" in line and "-DEFFT_KERNELS_SM90" not in line for line in lines.values())
 
 
 def test_the_stable_libraries_see_the_stable_interface_only(project: Path) -> None:
     needs_compiler()
     (project / "csrc" / "entry").mkdir()
     (project / "csrc" / "entry" / "autograd.cpp").write_text("int autograd() { return 1; }\n")
-    plan = native_build.plan(Settings("0"), project / "build", root=project)
-    assert native_build.TARGET_VERSION_MACRO in commands(plan, "_native")["two.cpp"]
-    assert native_build.TARGET_VERSION_MACRO not in commands(plan, "_autograd")["autograd.cpp"]
+    graph = native_build.build_graph(Settings("0"), project / "build", root=project)
+    assert native_build.TARGET_VERSION_MACRO in commands(graph, "_native")["two.cpp"]
+    assert native_build.TARGET_VERSION_MACRO not in commands(graph, "_autograd")["autograd.cpp"]
     major, minor = (int(part) for part in native_build.TARGET_VERSION.split("."))
     assert native_build.TARGET_VERSION_MACRO.endswith(f"=0x{major:02x}{minor:02x}{0:012x}")
 
@@ -292,8 +305,8 @@ def test_a_second_build_makes_nothing_and_a_changed_header_what_includes_it(proj
     build_dir, package = project / "build", project / "package"
 
     def build() -> None:
-        plan = native_build.build(Settings("0"), build_dir, root=project)
-        native_build.install(plan, build_dir, package)
+        graph = native_build.build(Settings("0"), build_dir, root=project)
+        native_build.install(graph, build_dir, package)
 
     build()
     first, installed = outputs(build_dir), outputs(package)
@@ -329,12 +342,12 @@ def test_an_undefined_symbol_is_found_by_the_build(project: Path) -> None:
 
 def test_the_sanitized_library_is_another_one(project: Path) -> None:
     needs_compiler()
-    plan = native_build.plan(
+    graph = native_build.build_graph(
         Settings(), project / "build", root=project, names=["_native"], sanitize=True
     )
-    (library,) = plan.libraries
+    (library,) = graph.libraries
     assert "-fsanitize=address,undefined" in library.link
-    assert "-fno-sanitize-recover=all" in commands(plan, "_native")["ops.cpp"]
+    assert "-fno-sanitize-recover=all" in commands(graph, "_native")["schemas.cpp"]
 
 
 # What is installed here
@@ -432,7 +445,7 @@ def test_a_library_that_was_never_built_names_the_command(empty_package: Path) -
 
 
 def test_the_reason_of_the_build_is_repeated(empty_package: Path) -> None:
-    missing = native_build.Plan(missing={"_native": "no C++ compiler was found"})
+    missing = native_build.BuildGraph(missing={"_native": "no C++ compiler was found"})
     native_build.write_if_changed(empty_package / native_build.REPORT, json.dumps(missing.report()))
     assert "_native.so was not built: no C++ compiler was found. To" in str(
         native_library.load_cpu()

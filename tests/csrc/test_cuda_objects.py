@@ -1,7 +1,7 @@
 """What the CUDA compiler made of the kernels, read from the built library: no GPU needed.
 
 Registers, stack and shared memory of every kernel, and the instructions that belong there: wgmma
-(HGMMA) fed by the copy engine (UTMALDG, UTMASTG) with registers moved between warpgroups
+(HGMMA) fed by TMA (UTMALDG, UTMASTG) with registers moved between warpgroups
 (USETMAXREG) on sm_90a, mma (HMMA) fed by asynchronous copies (LDGSTS) elsewhere. Skipped only where
 the library could not be built; one that was built and fails is a failure.
 """
@@ -109,7 +109,7 @@ def test_the_library_has_every_kernel_for_every_architecture():
         assert not missing, f"{arch}: {missing}"
     assert not [k for k in kernels() if "gemm_sm90" in k.name and k.arch != "sm_90a"]
     if "sm_90a" in archs():
-        # Two dtypes, two layouts of w, two widths, with and without a riding P.
+        # Two dtypes, two layouts of w, two widths, P read or computed.
         assert len([k for k in kernels() if "gemm_sm90" in k.name]) == 16
 
 
@@ -155,16 +155,16 @@ def test_the_hopper_gemm_uses_the_instructions_it_was_written_for():
         assert not has(text, r"HMMA(\.\w+)*"), key
 
 
-def test_a_riding_p_widens_the_instruction():
+def test_a_computed_p_widens_the_instruction():
     """128 + 16 and 192 + 16 columns in one wgmma, not a second one that reads `a` again."""
     if "sm_90a" not in archs():
         pytest.skip("built without sm_90a")
     for key, text in selected("gemm_sm90", arch="sm_90a"):
         match = re.search(r"Sm90ConfigILi(\d+)ELi(\d+)E", key[1])
         assert match is not None, key
-        block, ride = int(match[1]), int(match[2])
+        block, p_cols = int(match[1]), int(match[2])
         shapes = {int(width) for width in re.findall(r"HGMMA\.64x(\d+)x16", text)}
-        assert shapes == ({block, block + ride} if ride else {block}), (key, shapes)
+        assert shapes == ({block, block + p_cols} if p_cols else {block}), (key, shapes)
 
 
 def test_wgmma_is_not_serialised():

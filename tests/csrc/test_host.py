@@ -3,10 +3,10 @@
 tests/csrc/test_*.cpp walk the tile schedules, tensor maps, workspaces, argument checks and the
 index maps of shared memory and tensor cores; csrc/cuda keeps all of those in headers without CUDA.
 
-tests/csrc/model is a model of a multiprocessor: a block's threads are fibers, and its *.cuh take
-the place of the headers of csrc/cuda that hold instructions. On it the kernels run as they are
-written, one by one (test_*.cpp) and as the operators call them (operators.py). Slow, as each
-instruction is a function: small problems only.
+tests/csrc/model is a model of a multiprocessor: a block's threads are fibers, and its files take
+the place of those of csrc/cuda, path by path, that hold instructions or ask the driver. On it the
+kernels run as they are written, one by one (test_*.cpp) and as the operators call them
+(operators.py). Slow, as each instruction is a function: small problems only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "csrc"
 MODEL = TESTS / "model"
 COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+INCLUDES = (f"-I{ROOT}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}")
+# As where the build has every architecture.
+STANDARD = ("-std=c++20", "-DEFFT_KERNELS_SM90")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TORCH = Path(torch.__file__).parent
 # CUDA's headers come with torch's wheel; their types are all that the model needs of CUDA.
@@ -57,17 +61,8 @@ def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.mark.parametrize("source", sorted(TESTS.glob("test_*.cpp")), ids=lambda path: path.stem)
 def test_host_logic(source: Path, sanitizers: tuple[str, ...], tmp_path: Path) -> None:
     program = tmp_path / source.stem
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{ROOT}",
-        f"-I{ROOT / 'csrc' / 'cuda'}",
-    ]
-    run(COMPILER, *flags, *sanitizers, source, "-o", program)
+    flags = [*STANDARD, *INCLUDES, *WARNINGS, *sanitizers, "-O1", "-g"]
+    run(COMPILER, *flags, source, "-o", program)
     run(program)
 
 
@@ -76,7 +71,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """csrc/cuda with the model's instructions, device and registration in place of its own."""
     folder = tmp_path_factory.mktemp("model") / "cuda"
     shutil.copytree(ROOT / "csrc" / "cuda", folder)
-    for path in [MODEL / "register.cpp", *MODEL.glob("common/*")]:
+    for path in [MODEL / "register.cpp", *MODEL.glob("common/*"), *MODEL.glob("gemm/*")]:
         replaced = folder / path.relative_to(MODEL)
         assert replaced.exists(), f"{path.name} replaces nothing"
         shutil.copy(path, replaced)
@@ -84,11 +79,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_flags(sources: Path) -> list[str]:
-    # -fno-strict-aliasing: device code reads two halves as one register through a reference.
-    return [
-        "-std=c++20", "-O2", "-fno-strict-aliasing", "-Wno-psabi",
-        f"-I{sources}", f"-I{MODEL}", f"-isystem{CUDA}",
-    ]  # fmt: skip
+    includes = [f"-I{sources}", f"-I{MODEL}", f"-I{ROOT / 'csrc'}", f"-isystem{CUDA}"]
+    # Device code reads two halves as one register through a reference: no strict aliasing.
+    return [*STANDARD, *includes, "-O2", "-fno-strict-aliasing", "-Wno-psabi"]
 
 
 @needs_cuda_headers
@@ -106,12 +99,10 @@ def library(sources: Path) -> Path:
     objects = []
     for source in sorted([*sources.rglob("*.cu"), *sources.rglob("*.cpp")]):
         kernels = ["-include", "prelude.h"] if source.suffix == ".cu" else []
+        torch_flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem{TORCH / 'include'}"]
         objects.append(source.with_suffix(".o"))
-        run(
-            COMPILER, *model_flags(sources), *kernels, "-fPIC", "-DEFFT_KERNELS_SM90",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem{TORCH / 'include'}",
-            "-c", "-x", "c++", source, "-o", objects[-1],
-        )  # fmt: skip
+        flags = [*model_flags(sources), *kernels, *torch_flags, "-fPIC"]
+        run(COMPILER, *flags, "-c", "-x", "c++", source, "-o", objects[-1])
     built = sources / "model.so"
     run(COMPILER, "-shared", *objects, "-o", built, f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu")
     return built

@@ -48,7 +48,7 @@ static void protocol(int tiles, unsigned seed) {
     int stage, tile;
     int64_t bytes;
   };
-  std::vector<Load> in_flight;  // the copy engine delivers in any order
+  std::vector<Load> in_flight;  // TMA delivers in any order
   Ring<kStages> producer;
   int produced = 0;
   // Each warp holds a stage until the next one is issued, as one wgmma group stays in flight.

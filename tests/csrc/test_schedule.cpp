@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "csrc/cuda/gemm/schedule.h"
+#include "csrc/cuda/gemm/select.h"
 #include "expect.h"
 
 using namespace efft_kernels::cuda;

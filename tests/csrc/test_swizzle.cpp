@@ -1,5 +1,5 @@
 // The index maps of the kernels, walked on the host: tiles are written to a model of shared memory
-// as the kernels write them and read back as ldmatrix, mma, the copy engine and wgmma read them, by
+// as the kernels write them and read back as ldmatrix, mma, TMA and wgmma read them, by
 // their documented layouts. The products must come out right, and without bank conflicts.
 
 #include <array>
@@ -8,8 +8,8 @@
 #include <set>
 #include <vector>
 
-#include "csrc/cuda/gemm/config_sm90.h"
 #include "csrc/cuda/common/swizzle.h"
+#include "csrc/cuda/gemm/config_sm90.h"
 #include "expect.h"
 
 using namespace efft_kernels::cuda;
@@ -123,7 +123,7 @@ static void tensor_core_product(const char* what) {
       [&](int l, int j) { return kBFromRows ? b[j][l] : b[l][j]; });
 }
 
-// One box of the copy engine with SWIZZLE_128B: lines of 64 elements one after another from `to`,
+// One box of TMA with SWIZZLE_128B: lines of 64 elements one after another from `to`,
 // each 16-byte chunk at its address XORed; zeros beyond the tensor.
 static void load_box(std::vector<int>& smem, uint32_t to, const Rows& tensor, int row, int col,
                      int box_rows) {
@@ -155,9 +155,9 @@ struct Descriptor {
 };
 
 // A whole stage of the sm_90a GEMM: loads as its producer, 4 wgmma steps as a consumer.
-template <int kBlockC, int kRide, WLayout kLayout>
+template <int kBlockC, int kPCols, WLayout kLayout>
 static void wgmma_stage(const char* what) {
-  using Config = Sm90Config<kBlockC, kRide, kLayout>;
+  using Config = Sm90Config<kBlockC, kPCols, kLayout>;
   constexpr bool kRowsOfI = kLayout == WLayout::kRowsOfI;
   const int m = 101, i_count = 61, c_count = kBlockC - 5;  // ragged in every direction
   const Rows a = random_matrix(m, i_count);
@@ -172,8 +172,8 @@ static void wgmma_stage(const char* what) {
     for (int chunk = 0; chunk < kBlockC / 64; ++chunk)
       load_box(memory, base + Config::kABytes + chunk * Config::kChunkBytes, w, 0, chunk * 64, 64);
   }
-  if (kRide)
-    load_box(memory, base + Config::kABytes + Config::kWBytes, thin, 0, 0, kRowsOfI ? kRide : 64);
+  if (kPCols)
+    load_box(memory, base + Config::kABytes + Config::kWBytes, thin, 0, 0, kRowsOfI ? kPCols : 64);
 
   const auto w_at = [&](int i, int c) {
     if (i >= i_count) return 0;
@@ -219,7 +219,7 @@ static void accumulators_are_operands() {
   }
 }
 
-// The epilogue's piece: stmatrix.x4 per 16 columns, then the copy engine reads lines of 64.
+// The epilogue's piece: stmatrix.x4 per 16 columns, then TMA reads lines of 64.
 static void stored_piece() {
   const uint32_t buffer = 5 * 1024;
   std::vector<int> memory((buffer + 64 * kLineBytes) / 2, -1);

@@ -36,9 +36,9 @@ static void limits() {
   EXPECT(tensor_map_error(small).empty(), "a tensor smaller than its box");
 }
 
-template <int kBlockC, int kRide, WLayout kLayout>
+template <int kBlockC, int kPCols, WLayout kLayout>
 static void boxes_fill_stages() {
-  using Config = Sm90Config<kBlockC, kRide, kLayout>;
+  using Config = Sm90Config<kBlockC, kPCols, kLayout>;
   constexpr bool kRowsOfI = kLayout == WLayout::kRowsOfI;
   GemmArguments g{};
   g.layout = kLayout;
@@ -59,11 +59,11 @@ static void boxes_fill_stages() {
   EXPECT(static_cast<int>(box_bytes(maps.p)) == Config::kABytes, "P takes a's place");
   EXPECT(static_cast<int>(box_bytes(maps.w)) * w_boxes == Config::kWBytes, "w");
   EXPECT(static_cast<int>(box_bytes(maps.thin_out)) * w_boxes == Config::kWBytes, "thin_out");
-  if (kRide) EXPECT(static_cast<int>(box_bytes(maps.thin_in)) == Config::kRideBytes, "thin_in");
+  if (kPCols) EXPECT(static_cast<int>(box_bytes(maps.thin_in)) == Config::kThinInBytes, "thin_in");
   if (!kRowsOfI)
     EXPECT(static_cast<int>(box_bytes(maps.w)) == Config::kChunkBytes, "a chunk of columns");
   EXPECT(static_cast<int>(box_bytes(maps.out)) == Config::kPieceBytes, "a piece of out");
-  EXPECT(Config::kABytes + Config::kWBytes + Config::kRideBytes == Config::kStageBytes, "stage");
+  EXPECT(Config::kABytes + Config::kWBytes + Config::kThinInBytes == Config::kStageBytes, "stage");
   EXPECT(Config::kSmemBytes <= kSm90SmemLimit, "%d bytes", Config::kSmemBytes);
   for (const TensorMapParams& map :
        {maps.a, maps.w, maps.thin_in, maps.p, maps.thin_out, maps.out}) {
@@ -71,14 +71,14 @@ static void boxes_fill_stages() {
     aligned.address = 0x1000;
     EXPECT(tensor_map_error(aligned).empty(), "%s", tensor_map_error(aligned).c_str());
   }
-  std::printf("block_c %d, ride %d, %s: %d stages of %d bytes, %d bytes in all\n", kBlockC, kRide,
-              kRowsOfI ? "rows of I" : "rows of C", Config::kStages, Config::kStageBytes,
+  std::printf("block_c %d, %d columns of P, %s: %d stages of %d bytes, %d bytes in all\n", kBlockC,
+              kPCols, kRowsOfI ? "rows of I" : "rows of C", Config::kStages, Config::kStageBytes,
               Config::kSmemBytes);
 }
 
-static void plans() {
-  const Device h200{132, true};
-  const Device a100{108, false};
+static void choices() {
+  const Device h200{132, 90};
+  const Device a100{108, 80};
   GemmArguments g{};
   const auto at = [](uintptr_t address, int64_t rows, int64_t cols) {
     return Matrix{reinterpret_cast<void*>(address), rows, cols, cols};
@@ -86,19 +86,19 @@ static void plans() {
   g.a = at(0x1000, 12608, 768);
   g.w = at(0x2000, 2304, 768);
   g.out = at(0x3000, 12608, 2304);
-  const GemmPlan plan = plan_gemm(g, h200);
-  EXPECT(plan.sm90 && plan.block == 192, "a layer of ViT-B");
-  EXPECT(can_ride(plan, 16) && !can_ride(plan, 32), "the riding rank");
-  EXPECT(!plan_gemm(g, a100).sm90 && !can_ride(plan_gemm(g, a100), 16), "another GPU");
+  const GemmChoice choice = choose_gemm(g, h200);
+  EXPECT(choice.sm90 && choice.block == 192, "a layer of ViT-B");
+  EXPECT(can_compute_p(choice, 16) && !can_compute_p(choice, 32), "the rank of P");
+  EXPECT(!choose_gemm(g, a100).sm90 && !can_compute_p(choose_gemm(g, a100), 16), "another GPU");
   GemmArguments shifted = g;
   shifted.a = at(0x1002, 12608, 768);
-  EXPECT(!plan_gemm(shifted, h200).sm90, "a misaligned view");
+  EXPECT(!choose_gemm(shifted, h200).sm90, "a misaligned view");
   GemmArguments odd = g;
   odd.out = at(0x3000, 12608, 2303);
-  EXPECT(!plan_gemm(odd, h200).sm90, "rows of 4606 bytes");
+  EXPECT(!choose_gemm(odd, h200).sm90, "rows of 4606 bytes");
   GemmArguments repeated = g;
   repeated.a.stride = 0;
-  EXPECT(!plan_gemm(repeated, h200).sm90, "an expanded x");
+  EXPECT(!choose_gemm(repeated, h200).sm90, "an expanded x");
 }
 
 int main() {
@@ -111,6 +111,6 @@ int main() {
   boxes_fill_stages<128, 16, WLayout::kRowsOfC>();
   boxes_fill_stages<192, 16, WLayout::kRowsOfI>();
   boxes_fill_stages<192, 16, WLayout::kRowsOfC>();
-  plans();
+  choices();
   return failures() != 0;
 }

@@ -2,7 +2,7 @@
 
 #include <initializer_list>
 
-#include "csrc/cuda/gemm/config_sm80.h"
+#include "csrc/cuda/passes/config.h"
 #include "csrc/cuda/passes/sizes.h"
 #include "expect.h"
 

@@ -2,8 +2,6 @@
 
 #include <cstdint>
 
-#include "gemm/config_sm90.h"
-
 // What the launchers take: raw pointers, shapes and strides.
 namespace efft_kernels::cuda {
 
@@ -19,23 +17,35 @@ struct Matrix {
 
 struct Device {
   int multiprocessors = 0;
-  bool sm90 = false;  // it runs sm_90a code, and this build has the kernels
+  int capability = 0;  // 10 · major + minor of the compute capability
 };
 
-// out = a·w + bias + P·thin_out^T, with P = a·thin_in computed on the way if `ride`.
+// How the operand w [I, C] lies in memory: rows of I elements (the forward, W itself) or rows of C
+// elements (dX). wgmma calls them K-major and MN-major.
+enum class WLayout { kRowsOfI, kRowsOfC };
+
+// out = a·w + bias + P·thin_out^T, with P = a·thin_in computed in the same loop if `compute_p`. In
+// the forward I is K and C is N, in dX the other way round.
 struct GemmArguments {
   Dtype dtype;       // of all matrices
   WLayout layout;    // of w, thin_in and thin_out
   Matrix a;          // [M, I]
   Matrix w;          // [C, I] in rows of I, or [I, C] in rows of C
-  Matrix thin_in;    // [R, I] or [I, R]; only to ride
+  Matrix thin_in;    // [R, I] or [I, R]; for `compute_p` only
   Matrix thin_out;   // [C, R] or [R, C]; zero beyond the rank
-  Matrix p;          // [M, rank]: read, or written if `ride` (null: not kept)
+  Matrix p;          // [M, rank]: read, or written if `compute_p` (null: not kept)
   Matrix out;        // [M, C]
   const void* bias;  // [C] or null
   Dtype bias_dtype;
   int rank_padded;  // R
-  bool ride;        // P is computed here
+  bool compute_p;
+};
+
+// The kernel of a GEMM: sm_90a with `block` columns per tile, or the general one with tiles of
+// `block` × `block`.
+struct GemmChoice {
+  bool sm90;
+  int block;
 };
 
 // S = tall·thin_in; with `p`, in the same pass, the partial sums of tall^T·P.

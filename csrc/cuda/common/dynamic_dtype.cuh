@@ -1,7 +1,7 @@
 #pragma once
 
+#include "common/arguments.h"
 #include "common/convert.cuh"
-#include "common/launchers.h"
 
 // Numbers of a type known at run time: for the small kernels, where a branch costs nothing.
 namespace efft_kernels::cuda {

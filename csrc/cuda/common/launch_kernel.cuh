@@ -31,4 +31,14 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
                           static_cast<size_t>(smem_bytes), stream);
 }
 
+// The same for a kernel with more dynamic shared memory than every kernel may have.
+template <auto kKernel, class... Parameters>
+cudaError_t launch_with_smem(dim3 grid, int threads, int smem_bytes, cudaStream_t stream,
+                             const Parameters&... parameters) {
+  static std::atomic<uint64_t> prepared{0};
+  if (const cudaError_t error = allow_smem(kKernel, smem_bytes, prepared); error != cudaSuccess)
+    return error;
+  return launch_kernel(kKernel, grid, threads, smem_bytes, stream, parameters...);
+}
+
 }  // namespace efft_kernels::cuda

@@ -4,14 +4,15 @@
 
 #include <cstdint>
 
-// The instructions of sm_90 that have no C++ spelling: barriers in shared memory, the copy engine.
+// The instructions of sm_90 that have no C++ spelling: barriers in shared memory, TMA,
+// stmatrix and the register counts of warpgroups.
 namespace efft_kernels::cuda {
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// Makes the initialised barriers visible to the copy engine.
+// Makes the initialised barriers visible to TMA.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -71,8 +72,8 @@ __device__ __forceinline__ void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Orders this thread's shared-memory writes before the copy engine's reads.
-__device__ __forceinline__ void fence_to_copy_engine() {
+// Orders this thread's shared-memory writes before TMA's reads.
+__device__ __forceinline__ void fence_to_tma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

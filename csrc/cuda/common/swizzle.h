@@ -50,7 +50,7 @@ EFFT_HOST_DEVICE constexpr int accumulator_col(int lane, int e) { return lane % 
 // that a lane names.
 EFFT_HOST_DEVICE constexpr LaneAddress stored_blocks(int lane) { return {lane % 16, lane / 16}; }
 
-// SWIZZLE_128B of the copy engine and of wgmma: address bits 4 to 6 XORed with bits 7 to 9. In a
+// SWIZZLE_128B of TMA and of wgmma: address bits 4 to 6 XORed with bits 7 to 9. In a
 // tile that starts at a multiple of 1024 bytes with rows of 128 bytes it is swizzled<64>.
 EFFT_HOST_DEVICE constexpr uint32_t swizzle_128b(uint32_t address) {
   return address ^ ((address >> 7 & 7) << 4);

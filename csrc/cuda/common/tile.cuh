@@ -1,6 +1,6 @@
 #pragma once
 
-#include "common/launchers.h"
+#include "common/arguments.h"
 #include "common/ptx_sm80.cuh"
 #include "common/swizzle.h"
 

@@ -1,12 +1,9 @@
 #pragma once
 
-#include "gemm/config_sm90.h"
+#include "common/smem_limits.h"
 
-// Shapes and shared memory of the kernels that run on every GPU from sm_80 on.
+// Shapes and shared memory of the GEMM that runs on every GPU from sm_80 on.
 namespace efft_kernels::cuda {
-
-constexpr int kSm80SmemLimit = 163 * 1024;
-constexpr int kSm86SmemLimit = 99 * 1024;  // also sm_89 and sm_120
 
 template <int kBlock_>
 struct Sm80Config {
@@ -24,24 +21,6 @@ struct Sm80Config {
 
   static_assert(kBlockM * kBlockC * 2 <= kSmemBytes, "the output tile is staged there");
   static_assert(kSmemBytes <= kSm86SmemLimit, "the smallest of the family");
-};
-
-// The passes over a tall matrix: a stage holds a tile of it and the thin matrix's rows beside it.
-template <int kRank_>
-struct PassConfig {
-  static constexpr int kRank = kRank_;
-  static constexpr int kRows = 64;
-  static constexpr int kCols = 64;
-  static constexpr int kThreads = 128;
-  static constexpr int kStages = kRank <= 32 ? 4 : 3;
-  static constexpr int kTallElements = kRows * kCols;
-  static constexpr int kThinElements = 64 * kRank;
-  static constexpr int kStageElements = kTallElements + kThinElements;
-  // thin_grad keeps the row block's P beside the stages.
-  static constexpr int kSmemBytes = kStages * kStageElements * 2;
-  static constexpr int kGradSmemBytes = kSmemBytes + kThinElements * 2;
-
-  static_assert(kGradSmemBytes <= kSm86SmemLimit, "the smallest of the family");
 };
 
 }  // namespace efft_kernels::cuda

@@ -1,71 +1,63 @@
 #pragma once
 
-#include <string>
+#include <cstdint>
 
 #include "common/arguments.h"
-#include "gemm/tma.h"
+#include "common/math.h"
+#include "gemm/config_sm90.h"
 
-// Which kernel a GEMM gets, and what the copy engine has to know of its operands.
+// Which kernel and which tile shape a GEMM gets.
 namespace efft_kernels::cuda {
 
-// sm_90a with `block` columns per tile, or the general kernel with tiles of `block` × `block`.
-struct GemmPlan {
-  bool sm90;
-  int block;
-};
-
-// The sm_90a GEMM's tensor maps; see gemm_sm90.cuh for who reads what.
-struct GemmMapParams {
-  TensorMapParams a, w, thin_in, p, thin_out, out;
-};
-
-constexpr int kRidingRank = 16;
-
-inline TensorMapParams map_params(const Matrix& m, int box_cols, int box_rows) {
-  TensorMapParams p;
-  p.address = reinterpret_cast<uintptr_t>(m.data);
-  p.cols = static_cast<uint64_t>(m.cols);
-  p.rows = static_cast<uint64_t>(m.rows);
-  p.row_bytes = static_cast<uint64_t>(m.stride) * kElementBytes;
-  p.box_cols = static_cast<uint32_t>(box_cols);
-  p.box_rows = static_cast<uint32_t>(box_rows);
-  return p;
+constexpr int64_t waves(int64_t tiles, int multiprocessors) {
+  return ceil_div(tiles, multiprocessors);
 }
 
-inline GemmMapParams gemm_map_params(const GemmArguments& g, int block_c) {
-  const bool rows_of_i = g.layout == WLayout::kRowsOfI;
-  const int w_rows = rows_of_i ? block_c : 64;
-  GemmMapParams maps;
-  maps.a = map_params(g.a, 64, kSm90BlockM);
-  maps.w = map_params(g.w, 64, w_rows);
-  maps.thin_in = map_params(g.thin_in, 64, rows_of_i ? kRidingRank : 64);
-  maps.p = map_params(g.p, 64, kSm90BlockM);
-  maps.thin_out = map_params(g.thin_out, 64, w_rows);
-  maps.out = map_params(g.out, 64, 64);
-  return maps;
+// The column block of the sm_90a GEMM. ViT-B with 64 images and 132 multiprocessors: 192 columns
+// give the layers with 768, 2304 and 3072 outputs 3.0, 9.0 and 12.0 waves; 128 columns fit the
+// widths 256, 512 and 1024. A tile costs its columns, and 32 more for what does not depend on them
+// (its epilogue; an estimate).
+constexpr int sm90_block_c(int64_t m, int64_t c, int multiprocessors) {
+  const int64_t row_tiles = ceil_div(m, kSm90BlockM);
+  const int64_t wide =
+      waves(row_tiles * ceil_div(c, kSm90WideBlockC), multiprocessors) * (kSm90WideBlockC + 32);
+  const int64_t narrow =
+      waves(row_tiles * ceil_div(c, kSm90NarrowBlockC), multiprocessors) * (kSm90NarrowBlockC + 32);
+  return wide <= narrow ? kSm90WideBlockC : kSm90NarrowBlockC;
 }
 
-// The plan for a, w and out; the thin operands are this library's own and always fit. Where the
-// copy engine cannot take a tensor (rows not 16-byte aligned, expanded rows), the general kernel
-// does.
-inline GemmPlan plan_gemm(const GemmArguments& g, const Device& device) {
+// Below a quarter of the GPU's multiprocessors, more and smaller tiles of the general kernel are
+// the better use of it (an estimate).
+constexpr bool enough_tiles_for_sm90(int64_t m, int64_t c, int multiprocessors) {
+  return 4 * ceil_div(m, kSm90BlockM) * ceil_div(c, kSm90NarrowBlockC) >= multiprocessors;
+}
+
+// The edge of the general kernel's square tiles: 128 where they fill the GPU, else 64.
+constexpr int sm80_block(int64_t m, int64_t c, int multiprocessors) {
+  return ceil_div(m, 128) * ceil_div(c, 128) >= multiprocessors ? 128 : 64;
+}
+
+// The kernel for a, w and out; the thin operands are this library's own and always fit. Where TMA
+// cannot load a tensor (rows not 16-byte aligned, expanded rows), the general kernel does.
+inline GemmChoice choose_gemm(const GemmArguments& g, const Device& device) {
   const int64_t m = g.a.rows;
   const int64_t c = g.out.cols;
   const int block_c = sm90_block_c(m, c, device.multiprocessors);
   const GemmMapParams maps = gemm_map_params(g, block_c);
   const bool fits = tensor_map_error(maps.a).empty() && tensor_map_error(maps.w).empty() &&
-                    tensor_map_error(maps.out).empty() && m <= INT32_MAX && c <= INT32_MAX &&
-                    g.a.cols <= INT32_MAX;
-  if (device.sm90 && fits && enough_tiles_for_sm90(m, c, device.multiprocessors))
+                    tensor_map_error(maps.out).empty() && fits_int32(m) && fits_int32(c) &&
+                    fits_int32(g.a.cols);
+  if (kSm90IsBuilt && device.capability == 90 && fits &&
+      enough_tiles_for_sm90(m, c, device.multiprocessors))
     return {true, block_c};
   return {false, sm80_block(m, c, device.multiprocessors)};
 }
 
-// Whether P can be computed inside the GEMM: on sm_90a, for the one rank whose instructions (144
-// and 208 columns) are built. On sm_80 four warps side by side would each compute all of P, half as
-// many matrix instructions again.
-constexpr bool can_ride(const GemmPlan& plan, int rank_padded) {
-  return plan.sm90 && rank_padded == kRidingRank;
+// Whether the GEMM's loop can compute P as well: on sm_90a, for the one rank whose instructions
+// (144 and 208 columns) are built. On sm_80 four warps side by side would each compute all of P,
+// half as many matrix instructions again.
+constexpr bool can_compute_p(const GemmChoice& choice, int rank_padded) {
+  return choice.sm90 && rank_padded == kComputePRank;
 }
 
 }  // namespace efft_kernels::cuda

@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <string>
 
-// The parameters of a two-dimensional tensor map of 16-bit elements, as plain numbers: what the
-// copy engine of sm_90 needs to know of a row-major matrix, and its limits.
+// The parameters of a two-dimensional tensor map of 16-bit elements, as plain numbers: what
+// TMA needs to know of a row-major matrix, and its limits.
 namespace efft_kernels::cuda {
 
 struct TensorMapParams {
@@ -24,7 +24,7 @@ constexpr uint32_t box_bytes(const TensorMapParams& p) {
   return static_cast<uint32_t>(p.box_cols * p.box_rows * kElementBytes);
 }
 
-// Why the copy engine cannot take the map; empty if it can. Limits of cuTensorMapEncodeTiled with
+// Why TMA cannot take the map; empty if it can. Limits of cuTensorMapEncodeTiled with
 // SWIZZLE_128B. Rows that overlap or repeat (expanded tensors) are legal there, but refused here.
 inline std::string tensor_map_error(const TensorMapParams& p) {
   const auto got = [](const char* what, uint64_t value) {

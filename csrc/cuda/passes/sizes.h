@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "gemm/schedule.h"
+#include "common/math.h"
 
 // Sizes of the intermediate buffers: padded ranks and the partial sums of the two-stage reductions.
 namespace efft_kernels::cuda {

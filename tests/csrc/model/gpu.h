@@ -73,12 +73,12 @@ struct Block {
   uint3 index{};
   dim3 grid;
   std::vector<uint8_t> smem;
-  std::vector<uint8_t> unfenced;  // per 16 bytes: written, not yet visible to the copy engine
+  std::vector<uint8_t> unfenced;  // per 16 bytes: written, not yet visible to TMA
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::map<int, Rendezvous> named;
   std::map<uint32_t, Barrier> barriers;
-  std::vector<std::function<void()>> loads;  // copy engine, in flight
+  std::vector<std::function<void()>> loads;  // by TMA, in flight
   bool eager = false;
   int64_t progress = 0;
   std::mt19937 random;
@@ -196,7 +196,7 @@ inline void run_block(Block& b, int threads) {
       b.current = &t;
       swapcontext(&b.scheduler, &t.context);
     }
-    // The copy engine delivers in any order, some time.
+    // TMA delivers in any order, some time.
     while (!b.loads.empty() && (b.random() % 2 || b.progress == before)) {
       const size_t pick = b.random() % b.loads.size();
       const auto load = b.loads[pick];

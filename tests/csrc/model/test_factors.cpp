@@ -1,6 +1,8 @@
 // The fold, the merge and the unfold on the model: shared and per-slice up, with and without core.
 
-#include "factors/factors.cu"
+#include "factors/fold.cu"
+#include "factors/merge.cu"
+#include "factors/unfold.cu"
 #include "matrices.h"
 
 using namespace efft_kernels::cuda;

@@ -1,6 +1,6 @@
 // The general GEMM on the model: both layouts, tile sizes and dtypes, ragged and misaligned.
 
-#include "gemm/gemm_sm80.cu"
+#include "gemm/sm80.cu"
 #include "matrices.h"
 
 using namespace efft_kernels::cuda;

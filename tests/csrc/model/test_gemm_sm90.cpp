@@ -1,7 +1,7 @@
-// The sm_90a GEMM on the model: both layouts and widths, P given and riding, ragged tiles, more
-// tiles than blocks. Only multiples of 8 columns, as the copy engine takes no others.
+// The sm_90a GEMM on the model: both layouts and widths, P read and computed, ragged tiles, more
+// tiles than blocks. Only multiples of 8 columns, as TMA takes no others.
 
-#include "gemm/gemm_sm90.cuh"
+#include "gemm/sm90.cuh"
 #include "matrices.h"
 
 using namespace efft_kernels::cuda;
@@ -14,8 +14,8 @@ static CUtensorMap encoded(const TensorMapParams& params) {
 }
 
 template <class T>
-static void gemm(WLayout layout, int block_c, bool ride, int64_t m, int64_t c, int64_t i, int rank,
-                 int blocks, bool eager) {
+static void gemm(WLayout layout, int block_c, bool compute_p, int64_t m, int64_t c, int64_t i,
+                 int rank, int blocks, bool eager) {
   model::settings() = {eager};
   const bool rows_of_i = layout == WLayout::kRowsOfI;
   const int rank_padded = rank <= 16 ? 16 : rank <= 32 ? 32 : rank <= 64 ? 64 : 128;
@@ -30,7 +30,7 @@ static void gemm(WLayout layout, int block_c, bool ride, int64_t m, int64_t c, i
   auto w = rows_of_i ? Stored<T>::random(c, i, 2) : Stored<T>::random(i, c, 2, c + 16);
   auto thin_in = rows_of_i ? thin(rank_padded, i, false, 3) : thin(i, rank_padded, true, 3);
   auto thin_out = rows_of_i ? thin(c, rank_padded, true, 4) : thin(rank_padded, c, false, 4);
-  auto p = ride ? Stored<T>(m, rank) : Stored<T>::random(m, rank, 5, rank_padded);
+  auto p = compute_p ? Stored<T>(m, rank) : Stored<T>::random(m, rank, 5, rank_padded);
   auto bias = Stored<T>::random(1, c, 6);
   Stored<T> out(m, c);
   GemmArguments g{};
@@ -45,7 +45,7 @@ static void gemm(WLayout layout, int block_c, bool ride, int64_t m, int64_t c, i
   g.bias = bias.matrix().data;
   g.bias_dtype = g.dtype;
   g.rank_padded = rank_padded;
-  g.ride = ride;
+  g.compute_p = compute_p;
   const GemmMapParams params = gemm_map_params(g, block_c);
   GemmMaps maps{};
   maps.a = encoded(params.a);
@@ -54,16 +54,16 @@ static void gemm(WLayout layout, int block_c, bool ride, int64_t m, int64_t c, i
   maps.p = encoded(params.p);
   maps.thin_out = encoded(params.thin_out);
   maps.out = encoded(params.out);
-  EXPECT(launch_sm90<T>(g, maps, block_c, Device{blocks, true}, nullptr) == cudaSuccess, "launch");
+  EXPECT(launch_sm90<T>(g, maps, block_c, Device{blocks, 90}, nullptr) == cudaSuccess, "launch");
 
   const auto p_value = [&](int64_t r, int64_t k) {
-    if (!ride) return p.value(r, k);
+    if (!compute_p) return p.value(r, k);
     double sum = 0;
     for (int64_t l = 0; l < i; ++l)
       sum += a.value(r, l) * (rows_of_i ? thin_in.value(k, l) : thin_in.value(l, k));
     return rounded<T>(sum);
   };
-  if (ride) expect_equal("P", p, p_value);
+  if (compute_p) expect_equal("P", p, p_value);
   std::vector<double> p_all(m * rank);
   for (int64_t r = 0; r < m; ++r)
     for (int64_t k = 0; k < rank; ++k) p_all[r * rank + k] = p_value(r, k);

@@ -1,6 +1,8 @@
 // The passes over a tall matrix and their reductions on the model.
 
 #include "matrices.h"
+#include "passes/reduce.cu"
+#include "passes/tall_grad.cu"
 #include "passes/thin.cu"
 
 using namespace efft_kernels::cuda;

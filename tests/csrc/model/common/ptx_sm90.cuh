@@ -1,10 +1,10 @@
 #pragma once
 
-#include "gpu.h"
 #include "common/swizzle.h"
 #include "gemm/tma.h"
+#include "gpu.h"
 
-// sm_90's barriers and copy engine on the model. A CUtensorMap holds its TensorMapParams.
+// sm_90's barriers and TMA on the model. A CUtensorMap holds its TensorMapParams.
 namespace efft_kernels::cuda {
 
 inline model::Barrier& barrier_at(uint32_t address) {
@@ -109,7 +109,7 @@ void wait_stores_read() {
 }
 
 // Passes what this thread wrote.
-inline void fence_to_copy_engine() {
+inline void fence_to_tma() {
   const int mine = model::current_thread().index + 1;
   for (auto& writer : model::block().unfenced)
     if (writer == mine % 255 + 1) writer = 0;

@@ -1,13 +1,17 @@
 #include "common/convert.cuh"
 #include "common/launch_kernel.cuh"
+#include "common/launchers.h"
+#include "common/pipeline.cuh"
 #include "common/smem.cuh"
 #include "common/tile.cuh"
+#include "gemm/bias.cuh"
 #include "gemm/config_sm80.h"
+#include "gemm/schedule.h"
 
 // out = a·w + bias + P·thin_out^T on every GPU from sm_80 on: asynchronous copies in a ring of
-// stages, ldmatrix, mma. Rows of any alignment; P is always given, and the loop over I goes on over
-// the rank, a's tiles from P and w's from thin_out. Tiles of one column come in the order of
-// TileOrder, one block each.
+// stages, ldmatrix, mma. Rows of any alignment. P is always read: the loop over I goes on over the
+// rank, a's tiles from P and w's from thin_out. Tiles come in the order of TileOrder, one block
+// each.
 namespace efft_kernels::cuda {
 namespace {
 
@@ -19,8 +23,7 @@ struct Sm80Parameters {
   bool out_aligned;
   int64_t m, c;
   int32_t tiles_i, tiles_rank;
-  const void* bias;  // [C] or null
-  bool bias_is_float;
+  Bias bias;
 };
 
 template <class T, class Config, WLayout kLayout>
@@ -45,8 +48,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int warp_c = warp / Config::kWarpsM * Config::kWarpC;
 
   const int tiles = g.tiles_i + g.tiles_rank;
-  const auto load = [&](int t) {
-    const uint32_t to = smem + t % Config::kStages * Config::kStageElements * 2;
+  const auto load = [&](int t, uint32_t to) {
     const bool main = t < g.tiles_i;
     const int64_t i = static_cast<int64_t>(main ? t : t - g.tiles_i) * kBlockI;
     load_tile<T, kBlockM, kBlockI, kThreads>(to, main ? g.a : g.p, row, i);
@@ -59,20 +61,11 @@ __global__ void __launch_bounds__(Config::kThreads)
     }
   };
 
-#pragma unroll
-  for (int t = 0; t < Config::kStages - 1; ++t) {
-    if (t < tiles) load(t);
-    commit_copies();
-  }
+  // Load and product, over I and then the rank.
+  prefetch<Config>(smem, tiles, load);
   float acc[kMmaM][kMmaC][4] = {};
   for (int t = 0; t < tiles; ++t) {
-    wait_copies<Config::kStages - 2>();
-    __syncthreads();
-    // The stage that the previous step read; its readers have passed the barrier.
-    if (t + Config::kStages - 1 < tiles) load(t + Config::kStages - 1);
-    commit_copies();
-
-    const uint32_t a_tile = smem + t % Config::kStages * Config::kStageElements * 2;
+    const uint32_t a_tile = next_stage<Config>(smem, t, tiles, load);
     const uint32_t w_tile = a_tile + kBlockM * kBlockI * 2;
 #pragma unroll
     for (int k = 0; k < kBlockI; k += 16) {
@@ -96,22 +89,15 @@ __global__ void __launch_bounds__(Config::kThreads)
     }
   }
 
-  // Through shared memory, so that the stores are whole rows.
+  // The epilogue: bias, and through shared memory, so that the stores are whole rows.
   wait_copies<0>();
   __syncthreads();
   T* const staged = reinterpret_cast<T*>(dynamic_smem());
 #pragma unroll
   for (int j = 0; j < kMmaC; ++j) {
     const int c = warp_c + j * 8 + accumulator_col(lane, 0);
-    float bias[2] = {0.0f, 0.0f};
-    if (g.bias != nullptr) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (col + c + e < g.c)
-          bias[e] = g.bias_is_float ? static_cast<const float*>(g.bias)[col + c + e]
-                                    : to_float(static_cast<const T*>(g.bias)[col + c + e]);
-      }
-    }
+    float bias[2];
+    load_bias<T>(bias, g.bias, col + c, g.c);
 #pragma unroll
     for (int i = 0; i < kMmaM; ++i) {
 #pragma unroll
@@ -123,6 +109,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     }
   }
   __syncthreads();
+  // The store.
   constexpr int kChunks = kBlockC / 8;
 #pragma unroll
   for (int index = threadIdx.x; index < kBlockM * kChunks; index += kThreads) {
@@ -144,11 +131,6 @@ __global__ void __launch_bounds__(Config::kThreads)
 template <class T, int kBlock, WLayout kLayout>
 cudaError_t launch(const GemmArguments& g, cudaStream_t stream) {
   using Config = Sm80Config<kBlock>;
-  auto* const kernel = low_rank_gemm_sm80_kernel<T, Config, kLayout>;
-  static std::atomic<uint64_t> prepared{0};
-  if (const cudaError_t error = allow_smem(kernel, Config::kSmemBytes, prepared);
-      error != cudaSuccess)
-    return error;
   Sm80Parameters parameters{};
   parameters.order = tile_order(g.a.rows, g.out.cols, kBlock, kBlock);
   parameters.a = operand(g.a);
@@ -162,10 +144,9 @@ cudaError_t launch(const GemmArguments& g, cudaStream_t stream) {
   parameters.c = g.out.cols;
   parameters.tiles_i = static_cast<int32_t>(ceil_div(g.a.cols, Config::kBlockI));
   parameters.tiles_rank = static_cast<int32_t>(ceil_div(g.p.cols, Config::kBlockI));
-  parameters.bias = g.bias;
-  parameters.bias_is_float = g.bias_dtype == Dtype::kFloat;
-  return launch_kernel(kernel, dim3(parameters.order.count()), Config::kThreads, Config::kSmemBytes,
-                       stream, parameters);
+  parameters.bias = bias_of(g);
+  return launch_with_smem<low_rank_gemm_sm80_kernel<T, Config, kLayout>>(
+      dim3(parameters.order.count()), Config::kThreads, Config::kSmemBytes, stream, parameters);
 }
 
 template <class T>

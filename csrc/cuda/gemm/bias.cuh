@@ -1,0 +1,28 @@
+#pragma once
+
+#include "common/arguments.h"
+#include "common/convert.cuh"
+
+namespace efft_kernels::cuda {
+
+struct Bias {
+  const void* data;  // [C] of T or float, or null
+  bool is_float;
+};
+
+inline Bias bias_of(const GemmArguments& g) { return {g.bias, g.bias_dtype == Dtype::kFloat}; }
+
+// The bias of columns `col` and `col` + 1 of `c`; zero beyond them and where there is none.
+template <class T, class Index>
+__device__ __forceinline__ void load_bias(float (&pair)[2], const Bias& bias, Index col, Index c) {
+  pair[0] = pair[1] = 0.0f;
+  if (bias.data == nullptr) return;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    if (col + e < c)
+      pair[e] = bias.is_float ? static_cast<const float*>(bias.data)[col + e]
+                              : to_float(static_cast<const T*>(bias.data)[col + e]);
+  }
+}
+
+}  // namespace efft_kernels::cuda
