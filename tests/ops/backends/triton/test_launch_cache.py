@@ -6,6 +6,7 @@ No GPU: kernels are compiled for sm_90 and given to a driver that notes their ar
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
