@@ -161,14 +161,3 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(run(*arguments), message)
-
-
-def test_nothing_heavy_is_loaded_for_help() -> None:
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; from efft_kernels.cli.analyse import app;"
-        "heavy = {'timm', 'matplotlib', 'torchvision'} & set(sys.modules); assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

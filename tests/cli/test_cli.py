@@ -259,6 +259,15 @@ def test_help_and_version() -> None:
     assert re.match(r"efft-kernels \d+\.\d+", invoke("--version").stdout)
 
 
+def test_nothing_heavy_is_loaded_for_help() -> None:
+    code = (
+        "import sys; from efft_kernels.cli import app;"
+        "slow = {'timm', 'torchvision', 'torchmetrics', 'sklearn', 'matplotlib'};"
+        "loaded = slow & set(sys.modules); assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_demo_gets_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[dict[str, object]] = []
     monkeypatch.setattr("efft_kernels.demo.run.run", lambda **arguments: calls.append(arguments))
