@@ -6,8 +6,9 @@ sm_90 and later the same by TMA and as persistent programs. Each distinct compil
 for is a row. Nothing here knows the name of a kernel's argument.
 
 Not run, hence not known to be free of spills: transposed factors of float32 rows, and by TMA; one
-odd size with an aligned one; two different ranks. Left out as less of the same code: no bias, P not
-saved, a 16-bit weight in `merge`. The GEMM's code in fp16 is that of bf16: one rank and size only.
+odd size with an aligned one; two different ranks; slices of `up` without a core that are not evenly
+spaced. Left out as less of the same code: no bias, P not saved, a 16-bit weight in `merge`. The
+GEMM's code in fp16 is that of bf16: one rank and size only.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Recorder:
         found = configs.gemm_candidates(self.arch, form, rank)
         if self.arch >= 90 and form == "half" and not self._layer.transposed:
             by_tma = tuple(config._replace(tma=True) for config in found)
-            found += by_tma + configs.persistent_candidates(self.arch, form, rank, how["ride"])
+            found += by_tma + configs.persistent_candidates(self.arch, form, rank, how["compute_p"])
         found = tuple(
             config
             for config in found

@@ -49,21 +49,21 @@ Config = GemmConfig | PassConfig
 Rows = dict[str, dict[str, list[int]]]
 
 
-def gemm_space(dev: device.Device, rank: int, ride: bool, form: str) -> Iterator[GemmConfig]:
+def gemm_space(dev: device.Device, rank: int, compute_p: bool, form: str) -> Iterator[GemmConfig]:
     """The shipped configs and those above that fit shared memory, each with and without TMA; on
     sm_90 the shipped ones as persistent programs too.
     """
     grid = (GemmConfig(*block) for block in _GEMM_BLOCKS)
     for config in (*configs.gemm_candidates(dev.arch, form, rank), *grid):
-        accumulators = config.block_m * (config.block_c + (rank if ride else 0))
+        accumulators = config.block_m * (config.block_c + (rank if compute_p else 0))
         registers = accumulators / (32 * config.num_warps)
-        if gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes and registers <= 160:
+        if gemm_smem_bytes(config, rank, 2, 2, compute_p) <= dev.smem_bytes and registers <= 160:
             yield config
             if dev.arch >= 90:
                 yield config._replace(tma=True)
     if form == "half":
-        for config in configs.persistent_candidates(dev.arch, form, rank, ride):
-            if gemm_smem_bytes(config, rank, 2, 2, ride) <= dev.smem_bytes:
+        for config in configs.persistent_candidates(dev.arch, form, rank, compute_p):
+            if gemm_smem_bytes(config, rank, 2, 2, compute_p) <= dev.smem_bytes:
                 yield config
 
 
@@ -196,13 +196,13 @@ def tune_layer(
         (x, weight.t(), down, core, up),
         (dy, weight, b, None, down),
     )
-    for ride in (False, True):
+    for compute_p in (False, True):
         for a, w, thin_in, cores, thin_out in gemms:
-            riding = thin_in if ride else None
+            to_p = thin_in if compute_p else None
             keep(
-                configs.gemm_key(w.shape[1], w.shape[0], rank, form, ride),
-                gemm_space(dev, rank, ride, form),
-                partial(_run_gemm, a, w, riding, cores, thin_out, p.clone(), {}),
+                configs.gemm_key(w.shape[1], w.shape[0], rank, form, compute_p),
+                gemm_space(dev, rank, compute_p, form),
+                partial(_run_gemm, a, w, to_p, cores, thin_out, p.clone(), {}),
             )
     return rows
 

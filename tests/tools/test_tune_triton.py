@@ -19,13 +19,13 @@ A100 = device.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
 RTX5090 = device.Device("NVIDIA_GeForce_RTX_5090", 120, 170, 99 * 1024)
 
 
-@pytest.mark.parametrize("ride", [True, False])
+@pytest.mark.parametrize("compute_p", [True, False])
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
 @pytest.mark.parametrize("device", [H200, B200, A100, RTX5090], ids=lambda d: d.name)
-def test_what_is_tried_fits_the_device(device, rank, ride):
-    tried = list(tune_triton.gemm_space(device, rank, ride, "half"))
+def test_what_is_tried_fits_the_device(device, rank, compute_p):
+    tried = list(tune_triton.gemm_space(device, rank, compute_p, "half"))
     for config in tried:
-        assert configs.gemm_smem_bytes(config, rank, 2, 2, ride) <= device.smem_bytes
+        assert configs.gemm_smem_bytes(config, rank, 2, 2, compute_p) <= device.smem_bytes
     assert any(config.tma for config in tried) == (device.arch >= 90 and bool(tried))
     assert any(config.persistent for config in tried) == (device == H200)
 

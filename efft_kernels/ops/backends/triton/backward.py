@@ -39,7 +39,7 @@ from .launch_cache import cache_of, once
 from .merge import launch_merge
 from .reduce import launch_reduce
 from .thin import launch_tall_grad, launch_thin
-from .tuning import can_ride, dot_precision
+from .tuning import can_compute_p, dot_precision
 
 _Shape = tuple[int, ...] | None  # None: not wanted
 
@@ -82,7 +82,7 @@ def _steps(
     rank_a = padded_rank(ra)
     need_core = need_core and core is not None
     grad = need_core or need_up
-    compute_s = need_x and not grad and strategy == "fused" and can_ride(dy.dtype, rank_a)
+    compute_s = need_x and not grad and strategy == "fused" and can_compute_p(dy.dtype, rank_a)
     merged = strategy == "merged"
     needs_s = need_down or grad or (need_x and not (compute_s or merged))
     padded = not read_in_place(down, up)

@@ -68,7 +68,9 @@ def _default(kernel: str, arch: int, form: str, rank: int) -> Any:
     raise AssertionError(f"defaults.json has no {kernel} entry for {form} at rank {rank}")
 
 
-def gemm_smem_bytes(config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, ride: bool) -> int:
+def gemm_smem_bytes(
+    config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, compute_p: bool
+) -> int:
     """Bytes of shared memory for the pipelined operands; tools/compile_triton.py shows the total.
 
     A persistent program holds the next tile's operands while it stores this one, so the output's
@@ -80,19 +82,21 @@ def gemm_smem_bytes(config: GemmConfig, rank: int, a_bytes: int, w_bytes: int, r
         rank: padded.
         a_bytes: of one element of a, thin_in and thin_out.
         w_bytes: of one element of w as stored.
-        ride: P is accumulated in the same loop.
+        compute_p: P is accumulated in the same loop.
     """
     a = config.block_m * config.block_i * a_bytes
     w = config.block_i * config.block_c * w_bytes
-    d = config.block_i * rank * a_bytes if ride else 0
+    d = config.block_i * rank * a_bytes if compute_p else 0
     pipelined = config.num_stages * (a + w + d)
     if not config.persistent:
         return pipelined
-    last = (config.block_c + (0 if ride else config.block_m)) * rank * a_bytes
+    last = (config.block_c + (0 if compute_p else config.block_m)) * rank * a_bytes
     return pipelined + max(32 * 1024, last)
 
 
-def persistent_candidates(arch: int, form: str, rank: int, ride: bool) -> tuple[GemmConfig, ...]:
+def persistent_candidates(
+    arch: int, form: str, rank: int, compute_p: bool
+) -> tuple[GemmConfig, ...]:
     """The shipped configs as persistent programs: to be measured, never taken unmeasured.
 
     Only on sm_90, where the loop over tiles becomes one with the loop inside, and only those that
@@ -108,7 +112,7 @@ def persistent_candidates(arch: int, form: str, rank: int, ride: bool) -> tuple[
             continue
         if rank > 16 and config.block_c > 128:  # spills at ranks of 17 to 31
             continue
-        while gemm_smem_bytes(persistent, rank, 2, 2, ride) > SMEM_BYTES[arch]:
+        while gemm_smem_bytes(persistent, rank, 2, 2, compute_p) > SMEM_BYTES[arch]:
             persistent = persistent._replace(num_stages=persistent.num_stages - 1)
         if persistent.num_stages >= 2:
             found.append(persistent)
@@ -121,9 +125,9 @@ def defaults() -> dict[str, Any]:
     return json.loads((FOLDER / "defaults.json").read_text())
 
 
-def gemm_key(c: int, i: int, rank: int, form: str, ride: bool) -> str:
+def gemm_key(c: int, i: int, rank: int, form: str, compute_p: bool) -> str:
     """The row of a measured table that serves a GEMM."""
-    return f"gemm|{form}|{'ride' if ride else 'given'}|c{c}|i{i}|r{rank}"
+    return f"gemm|{form}|{'ride' if compute_p else 'given'}|c{c}|i{i}|r{rank}"
 
 
 def pass_key(kernel: str, c: int, rank: int, form: str) -> str:

@@ -23,7 +23,7 @@ from .gemm import launch_gemm
 from .launch_cache import cache_of
 from .merge import launch_merge
 from .thin import launch_thin
-from .tuning import can_ride, dot_precision
+from .tuning import can_compute_p, dot_precision
 
 
 def thin_buffer(like: Tensor, ra: int) -> Tensor:
@@ -68,7 +68,7 @@ def forward(
     x = rows(x)
     p = x.new_empty(m, ra) if save_p else None
     merged = strategy == "merged"
-    compute_p = strategy == "fused" and can_ride(x.dtype, padded_rank(ra))
+    compute_p = strategy == "fused" and can_compute_p(x.dtype, padded_rank(ra))
     padded = not read_in_place(down, up)
     down_in = down
     if compute_p or (padded and (save_p or not merged)):

@@ -355,7 +355,7 @@ def _prepare_gemm(
             a.dtype,
             wide=w.dtype != a.dtype,
             aligned=tuning.is_aligned(stride_a | stride_wi * stride_wc | i | c, ra),
-            ride=compute_p,
+            compute_p=compute_p,
             slice_c=slice_c,
             index=a.device.index,
         )

@@ -44,7 +44,7 @@ def cdiv(a: int, b: int) -> int:
 # for the whole inner length, so there the rank is taken in steps, and a rank beyond the limit
 # does not fit into the loop.
 _IEEE_RANK_BLOCK = 32
-IEEE_RIDE_LIMIT = 32
+MAX_IEEE_RANK = 32
 
 
 def rank_block(dtype: torch.dtype, precision: str, rank: int, core: bool) -> int:
@@ -59,11 +59,11 @@ def rank_block(dtype: torch.dtype, precision: str, rank: int, core: bool) -> int
     return min(rank, _IEEE_RANK_BLOCK) if plain else rank
 
 
-def can_ride(dtype: torch.dtype, rank: int) -> bool:
+def can_compute_p(dtype: torch.dtype, rank: int) -> bool:
     """Whether P fits in registers together with the main product's accumulator; where not,
     `fused` runs as `split`.
     """
-    return dtype != torch.float32 or rank <= IEEE_RIDE_LIMIT or dot_precision(dtype) == "tf32"
+    return dtype != torch.float32 or rank <= MAX_IEEE_RANK or dot_precision(dtype) == "tf32"
 
 
 def is_aligned(sizes: int, rank: int) -> bool:
@@ -115,7 +115,7 @@ def gemm_config(
     *,
     wide: bool,
     aligned: bool,
-    ride: bool,
+    compute_p: bool,
     slice_c: int,
     index: int | None,
 ) -> GemmConfig:
@@ -127,14 +127,14 @@ def gemm_config(
         dtype: of a.
         wide: w is stored wider than it is multiplied.
         aligned: as `is_aligned` says.
-        ride: P is accumulated in the same loop.
+        compute_p: P is accumulated in the same loop.
         slice_c: columns of a slice.
         index: the CUDA device's; None is the current device.
     """
     if INTERPRETED:
         return _INTERPRETER_GEMM
     form = operand_form(dtype, wide, aligned)
-    return _gemm_config(m, c, i, rank, form, wide, ride, slice_c, index)
+    return _gemm_config(m, c, i, rank, form, wide, compute_p, slice_c, index)
 
 
 @lru_cache(maxsize=4096)
@@ -145,13 +145,13 @@ def _gemm_config(
     rank: int,
     form: str,
     wide: bool,
-    ride: bool,
+    compute_p: bool,
     slice_c: int,
     index: int | None,
 ) -> GemmConfig:
     dev = device.properties(index)
     if not form.endswith("unaligned"):
-        row = configs.measured(dev.name, configs.gemm_key(c, i, rank, form, ride), m)
+        row = configs.measured(dev.name, configs.gemm_key(c, i, rank, form, compute_p), m)
         if row is not None:
             found = GemmConfig(*row)  # type: ignore[arg-type]
             if not (crosses(found, c, slice_c) and found.block_c > MOST_CROSSED):
@@ -167,11 +167,11 @@ def _gemm_config(
     fitting = [
         config
         for config in candidates
-        if gemm_smem_bytes(config, rank, a_bytes, w_bytes, ride) <= dev.smem_bytes
+        if gemm_smem_bytes(config, rank, a_bytes, w_bytes, compute_p) <= dev.smem_bytes
     ]
     if not fitting:
         return candidates[-1]._replace(num_stages=2)
-    return min(fitting, key=lambda config: _gemm_cost(config, m, c, rank, ride, dev))
+    return min(fitting, key=lambda config: _gemm_cost(config, m, c, rank, compute_p, dev))
 
 
 # Share of the matrix units' rate a tile of this many outputs reaches: the larger, the fewer operand
@@ -180,14 +180,14 @@ _TILE_EFFICIENCY = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 256: 0.88, 64 * 128: 0
 
 
 def _gemm_cost(
-    config: GemmConfig, m: int, c: int, rank: int, ride: bool, dev: device.Device
+    config: GemmConfig, m: int, c: int, rank: int, compute_p: bool, dev: device.Device
 ) -> float:
     """Time of the whole grid, waves rounded up, in one multiprocessor's multiply-adds per i."""
     tiles = cdiv(m, config.block_m) * cdiv(c, config.block_c)
-    smem_bytes = gemm_smem_bytes(config, rank, 2, 2, ride)
+    smem_bytes = gemm_smem_bytes(config, rank, 2, 2, compute_p)
     resident = max(1, min(dev.smem_bytes // smem_bytes, 16 // config.num_warps, 2))
     outputs = config.block_m * config.block_c
-    work = config.block_m * (config.block_c + (rank if ride else 0))
+    work = config.block_m * (config.block_c + (rank if compute_p else 0))
     tile = work / _TILE_EFFICIENCY.get(outputs, 0.5)
     full, rest = divmod(tiles, dev.multiprocessors * resident)
     waves = full * resident + min(resident, cdiv(rest, dev.multiprocessors))

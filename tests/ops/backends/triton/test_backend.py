@@ -52,7 +52,7 @@ def test_auto_never_takes_the_interpreter():
     code = """
 import torch
 from efft_kernels.ops import cost_model, dispatch
-from efft_kernels.ops import triton as backend
+from efft_kernels.ops.backends import triton as backend
 x = torch.zeros(2, 3)
 assert backend.unavailable() is None and backend.rejects(x) is None
 assert "bfloat16" in backend.rejects(x.bfloat16())
@@ -79,14 +79,19 @@ def test_padded_rank(rank, padded):
 def test_every_shape_has_a_config_that_fits(on, device, dtype):
     on(device)
     for rank in (16, 32, 64, 128):
-        for ride in (True, False):
+        for compute_p in (True, False):
             for wide in (True, False) if dtype == torch.bfloat16 else (False,):
                 for aligned in (True, False):
                     for m, c, i in ((1, 16, 16), (12608, 2304, 768), (12608, 768, 3072)):
-                        shape = {"wide": wide, "aligned": aligned, "ride": ride, "slice_c": c}
+                        shape = {
+                            "wide": wide,
+                            "aligned": aligned,
+                            "compute_p": compute_p,
+                            "slice_c": c,
+                        }
                         config = tuning.gemm_config(m, c, i, rank, dtype, **shape, index=0)
                         wb = 4 if wide else dtype.itemsize
-                        smem = configs.gemm_smem_bytes(config, rank, dtype.itemsize, wb, ride)
+                        smem = configs.gemm_smem_bytes(config, rank, dtype.itemsize, wb, compute_p)
                         assert smem <= device.smem_bytes
 
 
@@ -100,7 +105,7 @@ def test_each_architecture_takes_the_shapes_of_its_like(arch, family):
 
 def test_small_problems_get_small_tiles(on):
     on(H200)
-    shape = {"wide": False, "aligned": True, "ride": True, "slice_c": 3072, "index": 0}
+    shape = {"wide": False, "aligned": True, "compute_p": True, "slice_c": 3072, "index": 0}
     many = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **shape)
     few = tuning.gemm_config(197, 768, 768, 16, torch.bfloat16, **shape)
     assert many.block_m * many.block_c > few.block_m * few.block_c
@@ -116,7 +121,13 @@ def test_tiles_of_several_slices_are_narrow(on, monkeypatch, tmp_path):
         monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(file))
         on(H200)
         for slice_c, expected in ((1024, 256), (3072, 256), (384, 128), (96, 128)):
-            shape = {"wide": False, "aligned": True, "ride": True, "slice_c": slice_c, "index": 0}
+            shape = {
+                "wide": False,
+                "aligned": True,
+                "compute_p": True,
+                "slice_c": slice_c,
+                "index": 0,
+            }
             found = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **shape)
             assert found.block_c == expected
             assert tuning.crosses(found, 3072, slice_c) == (slice_c == 96)
@@ -132,7 +143,7 @@ def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_p
     on(H200)
 
     def config(m, c, aligned=True):
-        shape = {"wide": False, "aligned": aligned, "ride": True, "slice_c": c, "index": 0}
+        shape = {"wide": False, "aligned": aligned, "compute_p": True, "slice_c": c, "index": 0}
         return list(tuning.gemm_config(m, c, 768, 16, torch.bfloat16, **shape))
 
     assert config(12608, 2304) == read

@@ -133,13 +133,13 @@ def test_a_persistent_config_has_a_program_per_multiprocessor(gpu):
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
-@pytest.mark.parametrize("ride", [True, False])
-def test_persistent_candidates_fit(rank, ride):
-    found = configs.persistent_candidates(90, "half", rank, ride)
+@pytest.mark.parametrize("compute_p", [True, False])
+def test_persistent_candidates_fit(rank, compute_p):
+    found = configs.persistent_candidates(90, "half", rank, compute_p)
     assert found
     for config in found:
         assert config.persistent and config.tma and config.num_stages >= 2
-        assert configs.gemm_smem_bytes(config, rank, 2, 2, ride) <= device.SMEM_BYTES[90]
+        assert configs.gemm_smem_bytes(config, rank, 2, 2, compute_p) <= device.SMEM_BYTES[90]
 
 
 def test_a_measured_row_may_be_persistent(gpu, monkeypatch, tmp_path):
@@ -151,7 +151,7 @@ def test_a_measured_row_may_be_persistent(gpu, monkeypatch, tmp_path):
     path.write_text(json.dumps({"device": gpu.properties.name, "rows": {key: {"14": row}}}))
     monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
     tuning.forget()
-    shape = {"wide": False, "aligned": True, "ride": True, "slice_c": 2304, "index": 0}
+    shape = {"wide": False, "aligned": True, "compute_p": True, "slice_c": 2304, "index": 0}
     found = tuning.gemm_config(12608, 2304, 768, 16, torch.bfloat16, **shape)
     assert list(found) == row and found.persistent == 1
     tuning.forget()
