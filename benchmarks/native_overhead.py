@@ -71,7 +71,7 @@ def ways() -> dict[str, Way]:
         return F.linear(x, weight, bias) + (x @ down) @ core[0] @ up[0].t()
 
     found = {FLOOR: Way(lambda: F.linear(x, weight, bias), [x])}
-    if native_library.cpu_unavailable() is None and native_library.autograd_unavailable() is None:
+    if native_library.load_cpu() is None and native_library.autograd_unavailable() is None:
         cpp = with_backend("cpp")
         found["C++ entry"] = Way(cpp, wanted)
         found["Python entry"] = Way(cpp, wanted, _no_cpp_entry)

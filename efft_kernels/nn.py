@@ -14,7 +14,8 @@ from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number
 from .methods.tensor_train import Placement, TensorTrainGroup
 from .ops.backends.torch_backend import fold
 from .ops.dispatch import requested_backend
-from .ops.functional import low_rank_linear, low_rank_linear_with_dropout
+from .ops.dropout import low_rank_linear_with_dropout
+from .ops.functional import low_rank_linear
 from .ops.mixed_batch import tasks_linear
 from .ops.reference import delta_weight
 from .ops.shared_projection import linear_plus_projected

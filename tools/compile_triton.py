@@ -39,8 +39,8 @@ from triton.compiler import ASTSource
 from efft_kernels.ops.backends.triton import configs, device, tuning
 from efft_kernels.ops.backends.triton.factors import _fold_kernel, _merge_kernel
 from efft_kernels.ops.backends.triton.gemm import _low_rank_gemm_kernel
+from efft_kernels.ops.backends.triton.limits import TRITON_IN_PLACE_RANK
 from efft_kernels.ops.backends.triton.thin import _reduce_kernel, _tall_grad_kernel, _thin_kernel
-from efft_kernels.ops.cost_model import TRITON_IN_PLACE_RANK
 
 ARCHS = (80, 90, 100)
 RANKS = (16, 32, 64, 128)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..methods.base import Method, Site
 from ..nn import FusedEFFTLinear
-from ..ops.functional import FLOAT_DTYPES
+from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
 from .adapter_file import read_adapter_file, read_header, shorten
 from .architectures import (

@@ -14,21 +14,22 @@ above 128, and problems without rows or columns, run in plain torch.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from ..cost_model import Problem
-from . import native_library, native_operators, torch_backend
+from ..cost_model import Device, Launch, Problem, library_gemm, loses_increments
+from ..schemas import STRATEGY_CODES
+from . import native_library, torch_backend
+from .fallback import note_rank, padded_rank, rows, too_old, torch_strategy
 from .torch_backend import Grads
 
-logger = logging.getLogger(__name__)
-
+NAME = "cuda"
+NATIVE = True
 STRATEGIES = ("fused", "split", "merged")
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_RANK = 128
+# The padded rank whose instructions (144 and 208 columns) the sm_90a GEMM has for P in its loop.
+RANK_IN_GEMM = 16
 
 
 def unavailable() -> str | None:
@@ -42,15 +43,7 @@ def rejects(x: Tensor) -> str | None:
         return f"dtype must be float16 or bfloat16, got {x.dtype}; use backend='triton' or 'torch'"
     if not x.is_cuda:
         return f"x is on {x.device}; move it to a CUDA device or use backend='torch'"
-    return _device_rejects(x.device.index)
-
-
-@cache
-def _device_rejects(index: int) -> str | None:
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        name = torch.cuda.get_device_name(index)
-        return f"{name} is older than compute capability 8.0; use backend='torch'"
-    return None
+    return too_old(x.device.index)
 
 
 def out_of_reach(problem: Problem) -> bool:
@@ -58,6 +51,96 @@ def out_of_reach(problem: Problem) -> bool:
     registers hold.
     """
     return _beyond(problem.rank) or problem.N == 0 or problem.K == 0
+
+
+def preferred(problem: Problem) -> bool:
+    """Whether `auto` may take this backend: always."""
+    return True
+
+
+def excluded(problem: Problem, strategy: str) -> str | None:
+    """Why `auto` must not take the strategy; None where it may."""
+    if strategy == "fused" and problem.rank > MAX_RANK:
+        return f"rank {problem.rank} is above {MAX_RANK}; plain torch runs it"
+    return loses_increments(problem, strategy)
+
+
+def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
+    """The launches of one call, as csrc/cuda/ops.cpp orders them. The factors are always folded,
+    and a weight wider than x is cast first. The GEMM is taken to reach the rate of the Triton one,
+    until it has been measured.
+    """
+    if problem.rank > MAX_RANK:
+        return torch_backend.launches(problem, strategy, device)
+    M, K, N, G, rank, *_ = problem
+    b, wb = problem.compute_bytes, problem.weight_bytes
+    f = problem.factor_bytes or b
+    R = padded_rank(rank)
+    inner, columns = (N, K) if problem.backward else (K, N)
+    block = _sm90_columns(M, columns, device.multiprocessors)
+    p_in_gemm = strategy == "fused" and R == RANK_IN_GEMM and device.sm90 and block is not None
+    saved = M * rank * b if problem.training or not p_in_gemm else 0
+    stored = (K + N + G * rank) * rank * f
+
+    fold = Launch("fold", 0, stored + (K + N) * R * b)
+    cast = [] if wb == b else [Launch("cast", 0, N * K * (wb + b))]
+    # wgmma takes the R columns of P along with a tile's own.
+    share = R / block if p_in_gemm and block else 0
+    moved = (M * (inner + columns) + N * K + (columns + (inner if p_in_gemm else 0)) * R) * b
+    gemm = Launch(
+        "gemm",
+        2 * M * N * K * (1 + share) + 2 * M * columns * R,
+        moved + saved + (0 if problem.backward else N * b),
+        device.gemm_efficiency,
+    )
+    fold_float = Launch("fold", 0, stored + (K + N) * R * 4)
+    merge = Launch("merge", 0, N * K * (wb + b) + (K + N) * R * 4)
+    merged = [fold_float, merge, library_gemm(problem)]
+    thin = Launch("thin", 2 * M * inner * R, (M * (inner + R) + inner * R) * b)
+    if not problem.backward:
+        if strategy == "merged":
+            fold_down = Launch("fold", 0, K * (rank * f + R * b))
+            return [fold_down, thin, *merged] if problem.training else merged
+        return [*cast, fold, gemm] if p_in_gemm else [*cast, fold, thin, gemm]
+
+    # d_B's partial sums come from the pass that makes S where that is one pass (passes/sizes.h).
+    one_pass = R <= 32 and not p_in_gemm
+    programs = min(-(-M // 64), 2 * device.multiprocessors)
+    dy_parts = programs if one_pass else _splits(M, N, device.multiprocessors)
+    x_parts = _splits(M, K, device.multiprocessors)
+    grad_x = Launch("tall_grad", 2 * M * K * R, M * (K + rank) * b + x_parts * K * R * 4)
+    grad_dy = Launch("tall_grad", 2 * M * N * R, M * (N + rank) * b + dy_parts * N * R * 4)
+    if one_pass:
+        thin = Launch(
+            "thin_grad", 4 * M * N * R, thin.bytes_moved + M * rank * b + dy_parts * N * R * 4
+        )
+    reduce = Launch("reduce", 0, (dy_parts * N + x_parts * K) * R * 4 + N * rank * 4 + K * rank * f)
+    unfold = Launch("unfold", 0, N * rank * 4 + 2 * (N + G * rank) * rank * f)
+    after = [grad_x, *([] if one_pass else [grad_dy]), reduce, unfold]
+    if strategy == "merged":
+        return [fold, thin, *merged, *after]
+    return [*cast, fold, *([] if p_in_gemm else [thin]), gemm, *after]
+
+
+def _sm90_columns(m: int, columns: int, multiprocessors: int) -> int | None:
+    """Columns per tile of the sm_90a GEMM; None where too few tiles leave it to the general one
+    (csrc/cuda/gemm/schedule.h)."""
+    row_tiles = -(-m // 128)
+    if 4 * row_tiles * -(-columns // 128) < multiprocessors:
+        return None
+
+    def cost(block: int) -> int:
+        tiles = row_tiles * -(-columns // block)
+        return -(-tiles // multiprocessors) * (block + 32)
+
+    return 192 if cost(192) <= cost(128) else 128
+
+
+def _splits(m: int, columns: int, multiprocessors: int) -> int:
+    """Parts that the rows are summed in (csrc/cuda/passes/sizes.h)."""
+    wanted = max(1, min(4 * multiprocessors // -(-columns // 64), -(-m // 256)))
+    rows_of_part = -(-m // (64 * wanted)) * 64
+    return -(-m // rows_of_part)
 
 
 def forward(
@@ -74,10 +157,10 @@ def forward(
     """(y [M, N], P [M, Ra] if save_p else None), both in x's dtype."""
     if _in_torch(x.shape[0], weight, bias, down, up):
         return torch_backend.forward(
-            x, weight, bias, down, core, up, save_p=save_p, strategy=_torch_strategy(strategy)
+            x, weight, bias, down, core, up, save_p=save_p, strategy=torch_strategy(strategy)
         )
     y, p = torch.ops.efft_kernels.native_fwd(
-        _rows(x), _rows(weight), bias, down, core, up, save_p, STRATEGIES.index(strategy)
+        rows(x), rows(weight), bias, down, core, up, save_p, STRATEGY_CODES[strategy]
     )
     return y, p if save_p else None
 
@@ -97,24 +180,19 @@ def backward(
     """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
     if _in_torch(dy.shape[0], weight, None, down, up):
         return torch_backend.backward(
-            dy, x, weight, p, down, core, up, needs=needs, strategy=_torch_strategy(strategy)
+            dy, x, weight, p, down, core, up, needs=needs, strategy=torch_strategy(strategy)
         )
-    return native_operators.backward(
-        _rows(dy),
-        None if x is None else _rows(x),
-        _rows(weight),
-        None if p is None else _rows(p),
+    return native_library.backward(
+        rows(dy),
+        None if x is None else rows(x),
+        rows(weight),
+        None if p is None else rows(p),
         down,
         core,
         up,
         needs,
-        STRATEGIES.index(strategy),
+        strategy,
     )
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t [M, C] itself where its last stride is one, else a contiguous copy."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def _in_torch(m: int, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> bool:
@@ -128,19 +206,5 @@ def _in_torch(m: int, weight: Tensor, bias: Tensor | None, down: Tensor, up: Ten
 
 def _beyond(rank: int) -> bool:
     if rank > MAX_RANK:
-        _note_rank(rank)
+        note_rank(rank, MAX_RANK, "CUDA")
     return rank > MAX_RANK
-
-
-@cache
-def _note_rank(rank: int) -> None:
-    logger.warning(
-        "rank %d is above %d, the most the CUDA kernels take; plain torch runs these layers",
-        rank,
-        MAX_RANK,
-    )
-
-
-def _torch_strategy(strategy: str) -> str:
-    """The plain-torch strategy that stands in for `strategy`."""
-    return strategy if strategy in torch_backend.STRATEGIES else "split"

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...cost_model import padded_rank
 from .. import torch_backend
+from ..fallback import padded_rank
 from ..torch_backend import Grads
 from .factors import launch_fold, launch_merge, read_in_place
 from .forward import out_of_reach, rows, torch_strategy

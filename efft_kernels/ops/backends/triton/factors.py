@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cost_model import TRITON_IN_PLACE_RANK, padded_rank
+from ..fallback import padded_rank
 from . import tuning
 from .launch_cache import Plan, Plans
+from .limits import TRITON_IN_PLACE_RANK
 
 
 def slices_of(thin: Tensor, core: Tensor | None) -> tuple[int, int, tuple[int, ...]]:

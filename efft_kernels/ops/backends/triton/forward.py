@@ -16,11 +16,12 @@ from functools import cache
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...cost_model import TRITON_MAX_RANK, padded_rank
 from .. import torch_backend
+from ..fallback import padded_rank
 from .factors import launch_fold, launch_merge, read_in_place
 from .gemm import launch_gemm
 from .launch_cache import plans_of
+from .limits import TRITON_MAX_RANK
 from .thin import launch_thin
 from .tuning import can_ride, dot_precision
 

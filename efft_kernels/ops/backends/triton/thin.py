@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cost_model import padded_rank
+from ..fallback import padded_rank
 from . import tuning
 from .factors import core_strides, slices_of
 from .launch_cache import Plan, Plans

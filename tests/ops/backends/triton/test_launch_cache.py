@@ -14,9 +14,9 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
+from efft_kernels.ops.backends.fallback import padded_rank  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device, launch_cache, tuning  # noqa: E402
 from efft_kernels.ops.backends.triton.gemm import launch_gemm  # noqa: E402
-from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
 from efft_kernels.ops.functional import low_rank_linear  # noqa: E402
 from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
 from tools import compile_triton  # noqa: E402
