@@ -22,9 +22,9 @@ from .architectures import (
     classifier_names,
     find_joined_qkv_bias,
     set_qkv_bias_separate,
+    share_inputs,
 )
 from .attachment import BANK_NAME, AttachedBank, Attachment, require_plain
-from .shared_input import share_inputs
 from .sites import find_sites
 
 
