@@ -1,5 +1,4 @@
-"""FusedEFFTLinear, the drop-in nn.Linear, and FactorBank, which owns the factors that layers
-share."""
+"""FusedEFFTLinear, the drop-in nn.Linear, and FactorBank, which owns factors that layers share."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from efft_kernels.ops.backends.triton.cost import launches
 from efft_kernels.ops.cost_model import DEVICES, Problem, seconds
 from efft_kernels.ops.explain import explain
 
+BACKENDS = (torch_backend, cpp_backend, triton, cuda_backend)
 QKV = Problem(12608, 768, 2304, 3, 16, True, 2, 2, "cuda")
 
 
@@ -130,6 +131,14 @@ def test_a_rank_beyond_the_kernels_costs_what_plain_torch_does(backend):
         problem = QKV._replace(rank=256)
         found = backend.launches(problem, strategy, DEVICES["H200"])
         assert found == torch_backend.launches(problem, strategy, DEVICES["H200"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
+@pytest.mark.parametrize("size", ["M", "K", "N"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_problem_without_elements_has_a_choice(backend, size, backward):
+    problem = QKV._replace(backward=backward, **{size: 0})
+    assert cost_model.choose(problem, backend) in backend.STRATEGIES
 
 
 @pytest.mark.parametrize("strategy", ["fused", "split"])

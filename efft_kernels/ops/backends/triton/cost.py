@@ -49,7 +49,7 @@ def launches(
         device: on which.
         tiling: the number of partial sums; that of the default block shapes if None.
     """
-    if problem.rank > TRITON_MAX_RANK:
+    if problem.rank > TRITON_MAX_RANK or 0 in (problem.K, problem.N):
         return torch_backend.launches(problem, strategy, device)
     M, K, N, G, rank, *_ = problem
     b, wb = problem.compute_bytes, problem.weight_bytes

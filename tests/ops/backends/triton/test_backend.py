@@ -53,7 +53,7 @@ def test_auto_never_takes_the_interpreter():
     code = """
 import torch
 from efft_kernels.ops import cost_model, dispatch
-from efft_kernels.ops import triton as backend
+from efft_kernels.ops.backends import triton as backend
 x = torch.zeros(2, 3)
 assert backend.unavailable() is None and backend.rejects(x) is None
 assert "bfloat16" in backend.rejects(x.bfloat16())
