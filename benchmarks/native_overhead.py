@@ -8,6 +8,8 @@ autograd and allocations. On a fast GPU these decide whether an eager step waits
     F.linear          the frozen layer with the gradient of its input: the floor
     C++ entry         `low_rank_linear` as it is called by default, the C++ kernels
     Python entry      the same kernels through the autograd.Function in Python
+    Python, direct    that, calling the backend without torch.library in between: what a bypass of
+                      it in eager mode could save at most
     torch backend     plain torch, its Python called from the C++ entry
     eager torch       the formula as it is usually written, with torch's own autograd
 
@@ -19,8 +21,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -31,6 +35,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from efft_kernels import low_rank_linear
+from efft_kernels.ops import dispatch
 from efft_kernels.ops.backends import native_library
 
 from .lib.rows import PROVENANCE, RESULTS, append_rows, columns, provenance
@@ -42,8 +47,16 @@ CALLS = 100
 FLOOR = "F.linear"
 
 
-def ways() -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
-    """impl → (its forward, the tensors that get gradients)."""
+class Way(NamedTuple):
+    """A way through the package."""
+
+    forward: Callable[[], Tensor]
+    wanted: list[Tensor]  # they get gradients
+    setting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around a loop
+
+
+def ways() -> dict[str, Way]:
+    """impl → its way."""
     torch.manual_seed(0)
     x, down = torch.randn(M, K, requires_grad=True), torch.randn(K, RANK, requires_grad=True)
     core = torch.randn(1, RANK, RANK, requires_grad=True)
@@ -54,55 +67,64 @@ def ways() -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
     def with_backend(name: str) -> Callable[[], Tensor]:
         return lambda: low_rank_linear(x, weight, bias, down, core, up, backend=name)
 
-    def python_entry() -> Tensor:
-        with mock.patch.object(native_library, "autograd_module", _no_module):
-            return low_rank_linear(x, weight, bias, down, core, up, backend="cpp")
-
     def eager() -> Tensor:
         return F.linear(x, weight, bias) + (x @ down) @ core[0] @ up[0].t()
 
-    found = {FLOOR: (lambda: F.linear(x, weight, bias), [x])}
-    if native_library.cpu_unavailable() is None and native_library.autograd_unavailable() is None:
-        found["C++ entry"] = with_backend("cpp"), wanted
-        found["Python entry"] = python_entry, wanted
-    found["torch backend"] = with_backend("torch"), wanted
-    found["eager torch"] = eager, wanted
+    found = {FLOOR: Way(lambda: F.linear(x, weight, bias), [x])}
+    if native_library.load_cpu() is None and native_library.autograd_unavailable() is None:
+        cpp = with_backend("cpp")
+        found["C++ entry"] = Way(cpp, wanted)
+        found["Python entry"] = Way(cpp, wanted, _no_cpp_entry)
+        found["Python, direct"] = Way(cpp, wanted, _no_torch_library)
+    found["torch backend"] = Way(with_backend("torch"), wanted)
+    found["eager torch"] = Way(eager, wanted)
     return found
 
 
-def _no_module() -> None:
-    return None
+@contextmanager
+def _no_cpp_entry() -> Iterator[None]:
+    with mock.patch.object(native_library, "autograd_module", lambda: None):
+        yield
+
+
+@contextmanager
+def _no_torch_library() -> Iterator[None]:
+    operators = torch.ops.efft_kernels
+    with (
+        _no_cpp_entry(),
+        mock.patch.object(operators, "low_rank_linear_fwd", dispatch._fwd),
+        mock.patch.object(operators, "low_rank_linear_bwd", dispatch._bwd),
+    ):
+        yield
 
 
 def measure(repeats: int) -> list[dict[str, object]]:
     """One row for every way and part."""
     dy = torch.randn(M, N)
+    found = ways()
     calls: dict[tuple[str, str], Callable[[], object]] = {}
-    for impl, (forward, wanted) in ways().items():
-        calls[impl, "fwd"] = forward
-        calls[impl, "fwd+bwd"] = _with_backward(forward, wanted, dy)
+    for impl, way in found.items():
+        calls[impl, "fwd"] = way.forward
+        calls[impl, "fwd+bwd"] = _with_backward(way.forward, way.wanted, dy)
     least = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
-        call()
+    counts = {}
+    for (impl, part), call in calls.items():
+        with found[impl].setting():
+            call()
+            counts[impl, part] = launches(call)
     for _ in range(repeats):
-        for key, call in calls.items():
-            begin = time.process_time()
-            for _ in range(CALLS):
-                call()
-            least[key] = min(least[key], 1e6 * (time.process_time() - begin) / CALLS)
+        for (impl, part), call in calls.items():
+            with found[impl].setting():
+                begin = time.process_time()
+                for _ in range(CALLS):
+                    call()
+                us = 1e6 * (time.process_time() - begin) / CALLS
+            least[impl, part] = min(least[impl, part], us)
+    size = {"M": M, "K": K, "N": N, "r": RANK}
     where = provenance("cpu")
     return [
-        {
-            "impl": impl,
-            "part": part,
-            "M": M,
-            "K": K,
-            "N": N,
-            "r": RANK,
-            "us": f"{us:.1f}",
-            "launches": launches(calls[impl, part]),
-            **where,
-        }
+        {"impl": impl, "part": part, **size, "us": f"{us:.1f}", "launches": counts[impl, part]}
+        | where
         for (impl, part), us in least.items()
     ]
 

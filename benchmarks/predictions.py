@@ -16,6 +16,7 @@ import sys
 import torch
 
 from efft_kernels.ops import cost_model
+from efft_kernels.ops.explain import Explanation, explain
 
 from .lib.shapes import Layer, models
 
@@ -30,18 +31,16 @@ COLUMNS = (
 
 def predictions(
     layers: list[Layer], device: str, rank: int, weights: torch.dtype
-) -> list[cost_model.Explanation]:
+) -> list[Explanation]:
     """Forward and backward of every layer (name, M, K, N, G), bf16 compute."""
     return [
-        cost_model.explain(
-            M, K, N, G, rank, torch.bfloat16, device, weight_dtype=weights, backward=backward
-        )
+        explain(M, K, N, G, rank, torch.bfloat16, device, weight_dtype=weights, backward=backward)
         for _, M, K, N, G in layers
         for backward in (False, True)
     ]
 
 
-def row(layer: str, e: cost_model.Explanation) -> tuple[str, ...]:
+def row(layer: str, e: Explanation) -> tuple[str, ...]:
     """One line of the table."""
     p, picked = e.problem, e.times_us[e.chosen]
     return (

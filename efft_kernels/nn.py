@@ -1,5 +1,4 @@
-"""FusedEFFTLinear, the drop-in nn.Linear, and FactorBank, which owns the factors that layers
-share."""
+"""FusedEFFTLinear, the drop-in nn.Linear, and FactorBank, which owns factors that layers share."""
 
 from __future__ import annotations
 
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
 from .methods.tensor_train import Placement, TensorTrainGroup
 from .ops.backends.torch_backend import fold
-from .ops.dispatch import requested_backend
-from .ops.functional import low_rank_linear, low_rank_linear_with_dropout
-from .ops.mixed_batch import tasks_linear
+from .ops.layer import adapted_linear
 from .ops.reference import delta_weight
-from .ops.shared_projection import linear_plus_projected
+from .ops.shared_projection import SharedInput
 
 
 class TaskBatch(NamedTuple):
@@ -62,9 +59,9 @@ class FactorBank(nn.Module):
         group: Any = self._modules[self.group_of[site]]
         return group  # type: ignore[no-any-return]
 
-    def task_factors(self, site: str) -> tuple[Tensor, Tensor]:
-        """(down [tasks, K, Ra], B [tasks, N, Ra]) of one site for every task of the present
-        batch."""
+    def task_factors(self, site: str) -> Factors:
+        """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site for every task of the present
+        batch; the core is folded into up."""
         assert self.tasks is not None
         name, group = self.group_of[site], self.group(site)
         prefix = name + "."
@@ -78,7 +75,8 @@ class FactorBank(nn.Module):
             down, core, up = torch.func.functional_call(group, parameters, (site, False))
             return down, fold(core, up)
 
-        return torch.func.vmap(of_one_task)(own)
+        down, up = torch.func.vmap(of_one_task)(own)
+        return Factors(down, None, up)
 
     def reset_parameters(self) -> None:
         """Initialise every group anew: each ΔW is exactly zero."""
@@ -151,7 +149,7 @@ class FusedEFFTLinear(nn.Linear):
         self.factors = None
         self._bank: tuple[FactorBank, ...] = ()
         self._site = _OWN_SITE
-        self.shared_input: tuple[Any, ...] = ()
+        self.shared_input: SharedInput | None = None
         self._base_weight: tuple[nn.Parameter, ...] = ()
 
     @classmethod
@@ -263,52 +261,24 @@ class FusedEFFTLinear(nn.Linear):
                     " to train, or eval() to use the merged weight"
                 )
             return F.linear(input, self.weight, self.bias)
-        if self._bank and self._bank[0].tasks is not None:
-            return self._forward_tasks(input)
-        down, core, up = self.current_factors(self.training)
-        if self.training and (p := self._group().activation_dropout):
-            return low_rank_linear_with_dropout(
-                input, self.weight, self.bias, down, core, up, p, backend=self.backend
-            )
-        if self.shared_input and self._shares(input):
-            p = self.shared_input[0].projection(input, down)
-            return linear_plus_projected(input, self.weight, self.bias, p, core, up)
-        return low_rank_linear(
+        tasks = self._bank[0].tasks if self._bank else None
+        if tasks is None:
+            down, core, up = self.current_factors(self.training)
+        else:
+            down, core, up = self._bank[0].task_factors(self._site)
+        return adapted_linear(
             input,
             self.weight,
             self.bias,
             down,
             core,
             up,
+            dropout=self._group().activation_dropout if self.training else 0.0,
+            shared_input=self.shared_input,
+            task_of_row=None if tasks is None else tasks.task_of_row,
             backend=self.backend,
             strategy=self.strategy,
         )
-
-    def _forward_tasks(self, x: Tensor) -> Tensor:
-        """Each row of the batch with its own task's factors; x's leading dim is B, or B windows'
-        worth."""
-        bank = self._bank[0]
-        assert bank.tasks is not None
-        index = bank.tasks.task_of_row
-        if x.shape[0] % index.shape[0]:
-            raise ValueError(
-                f"task_ids must name one task per row of the batch, got {index.shape[0]} for a"
-                f" leading dimension of {x.shape[0]}"
-            )
-        down, b = bank.task_factors(self._site)
-        items = x.reshape(index.shape[0], -1, x.shape[-1])  # [B, rows, K]
-        y = tasks_linear(items, self.weight, self.bias, down, b, index, backend=self.backend)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def _shares(self, x: Tensor) -> bool:
-        """Whether to take P from the attention module: where no fused kernel would make it in
-        passing."""
-        backend = requested_backend(self.backend)
-        cpu_auto = backend == "auto" and x.device.type == "cpu"
-        shares = cpu_auto or backend == "torch"
-        if torch._C._are_functorch_transforms_active():
-            return False
-        return shares and self.strategy == "auto" and self.shared_input[0].active
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedEFFTLinear:
         super()._apply(fn, recurse)

@@ -27,9 +27,9 @@ import triton
 from torch import Tensor
 
 from efft_kernels.ops.backends import triton as backend
+from efft_kernels.ops.backends.fallback import padded_rank
 from efft_kernels.ops.backends.triton import configs, launch_cache, tuning
 from efft_kernels.ops.backends.triton.configs import GemmConfig, PassConfig
-from efft_kernels.ops.cost_model import padded_rank
 from efft_kernels.testing.fake_gpu import fake_gpu
 
 ARCHS = (80, 90, 100)

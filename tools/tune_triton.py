@@ -25,8 +25,8 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.testing import do_bench
 
+from benchmarks.lib.shapes import models
 from efft_kernels.atomic_files import replacing
-from efft_kernels.ops import cost_model
 from efft_kernels.ops.backends.triton import configs, device, tuning
 from efft_kernels.ops.backends.triton.configs import GemmConfig, PassConfig, gemm_smem_bytes
 from efft_kernels.ops.backends.triton.gemm import launch_gemm
@@ -230,9 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--models", nargs="+", default=["ViT-B/16"], choices=sorted(cost_model.models(1))
-    )
+    parser.add_argument("--models", nargs="+", default=["ViT-B/16"], choices=sorted(models(1)))
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument(
         "--rank",
@@ -249,9 +247,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning needs a CUDA device")
-    layers = [
-        layer for model in arguments.models for layer in cost_model.models(arguments.images)[model]
-    ]
+    layers = [layer for model in arguments.models for layer in models(arguments.images)[model]]
     deadline = time.monotonic() + arguments.seconds
     rows: Rows = {}
     for name, m, k, n, g in layers:

@@ -31,8 +31,8 @@ def models(images: int) -> dict[str, list[Layer]]:
     """{model: [(layer, M, K, N, G), ...]}, small models first."""
     found = {name: vit_layers(*sizes, images) for name, sizes in VITS.items()}
     found["Swin-B"] = [
-        (f"stage {stage} {layer}", *shape)
+        (f"stage {stage} {layer}", m, k, n, g)
         for stage, sizes in enumerate(SWIN_B, 1)
-        for layer, *shape in vit_layers(*sizes, images)
+        for layer, m, k, n, g in vit_layers(*sizes, images)
     ]
     return found

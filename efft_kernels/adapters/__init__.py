@@ -8,5 +8,4 @@ adapter.py        Adapter: what attach returns
 adapter_file.py   the safetensors file and its header
 adapter_set.py    AdapterSet: many tasks on one backbone
 description.py    what describe() prints
-shared_input.py   x·down once where separate q, k and v read the same x
 """

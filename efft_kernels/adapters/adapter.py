@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from ..methods.base import Method, Site
 from ..nn import FusedEFFTLinear
-from ..ops.functional import FLOAT_DTYPES
+from ..ops.checks import FLOAT_DTYPES
 from .adapter_file import Header, factor_key, module_key, shorten, write_adapter_file
-from .architectures import set_qkv_bias_separate
+from .architectures import set_qkv_bias_separate, unshare_inputs
 from .attachment import BANK_NAME, Attachment, find_bank
 from .description import Description
-from .shared_input import unshare_inputs
 
 
 class Adapter:

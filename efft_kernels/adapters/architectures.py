@@ -1,21 +1,25 @@
 """What is peculiar to a model family, beside the names of its linears (sites.py).
 
 A new family gets its row of names in sites.py. Where its classifier has another name, or its
-attention uses a linear's weight without calling the linear, that is dealt with here.
+attention uses a linear's weight without calling the linear, that is dealt with here; so are the
+hooks with which separate q, k and v linears share x·down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from ..methods.base import Site
+from ..nn import FactorBank, FusedEFFTLinear
+from ..ops.shared_projection import SharedInput
 
 _CLASSIFIERS = ("head", "heads", "classifier", "fc")
 _SECOND_CLASSIFIER = "head_dist"  # distilled DeiT's
 _QKV_SWITCH = "qkv_bias_separate"
+_SHARING_ROLES = ("q", "k", "v")
 
 PEFT_QKV_WARNING = (
     f"PEFT passes the qkv of this model by unless {_QKV_SWITCH} is set on each of its"
@@ -65,3 +69,41 @@ def set_qkv_bias_separate(model: nn.Module, names: Sequence[str], separate: bool
     """Make the named attention modules call their qkv and add its bias afterwards, or not."""
     for name in names:
         setattr(model.get_submodule(name), _QKV_SWITCH, separate)
+
+
+def share_inputs(model: nn.Module, bank: FactorBank, sites: Iterable[Site]) -> None:
+    """Let the q, k and v linears of each attention module share x·down where their factors allow
+    it: hooks on the module open and close what is shared.
+
+    Args:
+        model: the adapted model.
+        bank: its factors.
+        sites: the adapted linears.
+    """
+    by_parent: dict[tuple[str, object], list[str]] = {}
+    for site in sites:
+        key = bank.group(site.name).down_key(site.name)
+        if site.role in _SHARING_ROLES and key is not None:
+            parent = site.name.rpartition(".")[0]
+            by_parent.setdefault((parent, (bank.group_of[site.name], key)), []).append(site.name)
+    for (parent, _), names in by_parent.items():
+        if len(names) < 2:
+            continue
+        shared = SharedInput()
+        module = model.get_submodule(parent)
+        module.register_forward_pre_hook(shared.open)
+        module.register_forward_hook(shared.close, always_call=True)
+        for name in names:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, FusedEFFTLinear)
+            layer.shared_input = shared
+
+
+def unshare_inputs(model: nn.Module) -> None:
+    """Remove every hook that `share_inputs` registered."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), SharedInput):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)

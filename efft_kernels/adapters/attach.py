@@ -14,7 +14,7 @@ from torch import nn
 
 from ..methods.base import Method, Site
 from ..nn import FusedEFFTLinear
-from ..ops.functional import FLOAT_DTYPES
+from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
 from .adapter_file import read_adapter_file, read_header, shorten
 from .architectures import (
@@ -22,9 +22,9 @@ from .architectures import (
     classifier_names,
     find_joined_qkv_bias,
     set_qkv_bias_separate,
+    share_inputs,
 )
 from .attachment import BANK_NAME, AttachedBank, Attachment, require_plain
-from .shared_input import share_inputs
 from .sites import find_sites
 
 

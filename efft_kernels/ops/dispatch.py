@@ -1,23 +1,14 @@
-"""Which backend and which strategy run: the registry, the user's choice, and the reasons why not.
-
-A backend is a module of this package with
-
-    STRATEGIES                       the names it implements
-    unavailable() -> str | None      why it cannot run on this machine (None: it can)
-    rejects(x) -> str | None         why it cannot take an input like x (None: it can)
-    forward(...), backward(...)      as in torch_backend.py
+"""Which backend and which strategy run: the user's choice, what `auto` picks, and why not another.
 
 An explicit choice never falls back: it raises with what is missing and how to get it.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,31 +16,24 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import cost_model, schemas
+from .backends import REGISTRY, Implementation
+from .checks import autocast_enabled
+from .schemas import STRATEGIES
 
 ENVIRONMENT_VARIABLE = "EFFT_KERNELS_BACKEND"
-BACKENDS = ("reference", "torch", "cpp", "triton", "cuda")
-STRATEGIES = ("fused", "split", "merged")
-
-_MODULES = {
-    "torch": "efft_kernels.ops.backends.torch_backend",
-    "cpp": "efft_kernels.ops.backends.cpp_backend",
-    "triton": "efft_kernels.ops.backends.triton",
-    "cuda": "efft_kernels.ops.backends.cuda_backend",
-}
-# `auto` takes the first of these that is available and accepts the input.
-_PREFERENCE = ("cuda", "triton", "cpp", "torch")
+BACKENDS = ("reference", *REGISTRY)
 
 _override: str | None = None
 
 
 @cache
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
+def _load(name: str) -> tuple[Implementation | None, str | None]:
     """(module, None), or (None, why it cannot run here). Remembered: the answer does not change."""
     try:
-        module = importlib.import_module(_MODULES[name])
+        module = REGISTRY[name].load()
     except ImportError as error:
-        return None, f"{_MODULES[name]} cannot be imported: {error}"
-    reason: str | None = module.unavailable()
+        return None, f"{REGISTRY[name].module} cannot be imported: {error}"
+    reason = module.unavailable()
     return (module, None) if reason is None else (None, reason)
 
 
@@ -80,7 +64,7 @@ def check_strategy(strategy: str) -> None:
         raise ValueError(f"strategy must be 'auto' or one of {STRATEGIES}, got {strategy!r}")
 
 
-def require_backend(name: str) -> ModuleType:
+def require_backend(name: str) -> Implementation:
     """The named backend's module.
 
     Raises:
@@ -118,64 +102,52 @@ def _overriding(name: str) -> Iterator[None]:
         _override = previous
 
 
-def is_native(module: ModuleType) -> bool:
-    """Whether the backend's kernels are the native operators of csrc/schemas.cpp."""
-    return module.__name__ in (_MODULES["cpp"], _MODULES["cuda"])
-
-
 def select(
     backend: str, strategy: str, problem: cost_model.Problem, x: Tensor
-) -> tuple[ModuleType, str]:
-    """The backend module and the strategy that run this call.
+) -> tuple[Implementation, str]:
+    """The backend's module and the strategy that run this call.
 
     Raises:
         RuntimeError: an explicitly chosen backend cannot run here or cannot take x.
         ValueError: the backend has no such strategy.
     """
-    module, name = _select_backend(backend, x, problem)
+    module = _select_backend(backend, x, problem)
     if strategy == "auto":
-        return module, cost_model.choose(problem, module.STRATEGIES, name)
+        return module, cost_model.choose(problem, module)
     if strategy not in module.STRATEGIES:
         raise ValueError(
-            f"strategy must be one of {module.STRATEGIES} for backend {name!r}, got {strategy!r}"
+            f"strategy must be one of {module.STRATEGIES} for backend {module.NAME!r}, got"
+            f" {strategy!r}"
         )
     return module, strategy
 
 
-def _select_backend(backend: str, x: Tensor, problem: cost_model.Problem) -> tuple[ModuleType, str]:
+def _select_backend(backend: str, x: Tensor, problem: cost_model.Problem) -> Implementation:
     if backend != "auto":
         module = require_backend(backend)
         reason = module.rejects(x)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot take x: {reason}")
-        return module, backend
-    for name in _PREFERENCE:
-        if name == "triton" and not x.is_cuda:
-            continue  # its interpreter takes CPU tensors, for whoever asks for it by name
-        if name == "cpp" and not cost_model.packing_pays(problem):
-            continue
-        module_or_none, _ = _load(name)
-        if module_or_none is not None and module_or_none.rejects(x) is None:
-            return module_or_none, name
+        return module
+    for candidate in reversed(REGISTRY.values()):
+        if candidate.devices is None or x.device.type in candidate.devices:
+            found, _ = _load(candidate.name)
+            if found is not None and found.preferred(problem) and found.rejects(x) is None:
+                return found
     raise AssertionError("the torch backend takes every input")
 
 
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for the device; meta tensors have none, and torch raises for them."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+_NULL_CONTEXT: AbstractContextManager[Any] = nullcontext()
 
 
-_NOTHING: AbstractContextManager[Any] = nullcontext()
-
-
-def _surroundings(device: torch.device) -> AbstractContextManager[Any]:
-    """What an operator runs in: no autocast, as every cast is written out, and on x's own device,
-    since Triton launches on the current one.
+def _launch_context(device: torch.device) -> AbstractContextManager[Any]:
+    """What a backend is called in: without autocast, as every cast is written out, and with x's
+    own device as the current one, on which Triton launches.
     """
     autocast = autocast_enabled(device.type)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     if not (autocast or elsewhere):
-        return _NOTHING
+        return _NULL_CONTEXT
     stack = ExitStack()
     if autocast:
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -217,7 +189,7 @@ def _fwd(
     backend = _without_tangents(backend, (x, weight, bias, down, core, up))
     problem = cost_model.Problem.of(x, weight, down, core, up, training=save_p)
     module, strategy = select(backend, strategy, problem, x)
-    with _surroundings(x.device):
+    with _launch_context(x.device):
         y, p = module.forward(x, weight, bias, down, core, up, save_p=save_p, strategy=strategy)
     return y, _empty_if_none(p, x)
 
@@ -236,7 +208,7 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     problem = cost_model.Problem.of(dy, weight, down, core, up, training=True, backward=True)
     module, strategy = select(backend, strategy, problem, dy)
-    with _surroundings(dy.device):
+    with _launch_context(dy.device):
         dx, d_weight, d_bias, d_down, d_core, d_up = module.backward(
             dy, x, weight, p, down, core, up, needs=tuple(needs), strategy=strategy
         )

@@ -74,7 +74,7 @@ def _decide(
     other, backward = dispatch.select(backend, strategy, in_backward, x)
     if other is not module:
         return None
-    if dispatch.is_native(module) and not module.out_of_reach(problem):
+    if module.NATIVE and not module.out_of_reach(problem):
         return dispatch.STRATEGIES.index(forward), dispatch.STRATEGIES.index(backward)
     return _callables(module, forward, backward)
 

@@ -1,4 +1,4 @@
-"""`low_rank_linear`: the checks, autocast, and the one autograd.Function over the operator pair.
+"""`low_rank_linear`, and the autograd.Function over the operator pair.
 
 Derivation of the backward, with dY = dL/dy, P = x·down and B = stack_g up[g]·core[g]^T, from
 y = x·W^T + bias + P·B^T:
@@ -12,14 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, eager_entry, reference
+from . import checks, dispatch, eager_entry, reference
 from .backends import torch_backend
-
-_HALF = (torch.float16, torch.bfloat16)
-FLOAT_DTYPES = (torch.float64, torch.float32, *_HALF)
 
 
 def low_rank_linear(
@@ -68,11 +64,11 @@ def low_rank_linear(
     dispatch.check_strategy(strategy)
     transformed = torch._C._are_functorch_transforms_active()
     if not (transformed or torch.compiler.is_compiling()):
-        direct_y = eager_entry.low_rank_linear(x, weight, bias, down, core, up, backend, strategy)
-        if direct_y is not None:
-            return direct_y
-    x = _autocast(x, weight)
-    _check(x, weight, bias, down, core, up)
+        y = eager_entry.low_rank_linear(x, weight, bias, down, core, up, backend, strategy)
+        if y is not None:
+            return y
+    x = checks.to_autocast_dtype(x)
+    checks.check_operands(x, weight, bias, down, core, up)
     if transformed and backend not in ("auto", "reference", "torch"):
         raise RuntimeError(
             f"backend {backend!r} does not support torch.func transforms; use backend='torch'"
@@ -96,55 +92,6 @@ def low_rank_linear(
             flat, weight, bias, down, core, up, False, backend, strategy
         )
     return y if x.dim() == 2 else y.reshape(*lead, y.shape[-1])
-
-
-def low_rank_linear_with_dropout(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    core: Tensor | None,
-    up: Tensor,
-    p: float,
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """`low_rank_linear` with dropout on the rank-r activation, x·down·core[g], as FacT trains.
-
-    A mask of M·G·Rb entries stands between the two thin products, so this is composed from torch's
-    own operators; the masks come from torch's generator and are replayed under checkpointing.
-
-    Args:
-        x: [..., K]; the other tensors, their dtypes and what is raised are as in `low_rank_linear`.
-        p: probability of dropping an entry; the others are scaled by 1 / (1 - p).
-        backend: 'auto', 'torch' or 'reference', which all mean plain torch here.
-
-    Returns:
-        [..., N]. Source: FacT (arXiv:2212.03145), its released training code.
-
-    Raises:
-        RuntimeError: a compiled backend was asked for by name.
-    """
-    backend = dispatch.requested_backend(backend)
-    if backend not in ("auto", "torch", "reference"):
-        raise RuntimeError(
-            f"backend {backend!r} was asked for but has no kernel with dropout on the rank-r"
-            " activation; train with dropout=0.0 or with backend='auto'"
-        )
-    x = _autocast(x, weight)
-    _check(x, weight, bias, down, core, up)
-    dtype = x.dtype
-    y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-    slices = up.shape[0] if core is None else core.shape[0]
-    activation = torch.matmul(x, down.to(dtype))  # [..., Ra]
-    if core is not None:
-        wide = core.to(dtype).transpose(0, 1).flatten(1)  # [Ra, G·Rb]
-        activation = torch.matmul(activation, wide).unflatten(-1, (slices, -1))
-    else:
-        activation = activation.unsqueeze(-2)  # [..., 1, Ra]: the slices share its mask
-    activation = F.dropout(activation, p).expand(*x.shape[:-1], slices, -1)
-    low_rank = torch.einsum("...gb,gnb->...gn", activation, up.to(dtype).expand(slices, -1, -1))
-    return y + low_rank.flatten(-2)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -227,99 +174,3 @@ def _reference(
         None if core is None else core.to(dtype),
         up.to(dtype),
     )
-
-
-def _autocast(x: Tensor, weight: Tensor) -> Tensor:
-    """x in the ambient autocast dtype; as it is without autocast, and for float64 (as torch's own
-    ops do)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    device_type = x.device.type
-    if dispatch.autocast_enabled(device_type) and x.dtype in (torch.float32, *_HALF):
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    core: Tensor | None,
-    up: Tensor,
-) -> None:
-    """Raise for a tensor whose kind, dtype, device or shape does not fit; name it, what was
-    expected and what came."""
-    autocast = dispatch.autocast_enabled(x.device.type)
-    for name, tensor in (
-        ("x", x), ("weight", weight), ("bias", bias), ("down", down), ("core", core), ("up", up)
-    ):  # fmt: skip
-        if tensor is None and name in ("bias", "core"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-        if tensor.dtype != x.dtype and not (autocast and x.dtype in _HALF):
-            if name in ("weight", "bias"):
-                raise TypeError(
-                    f"{name} must have x's dtype {x.dtype} outside autocast, got {tensor.dtype}"
-                )
-            if tensor.dtype != torch.float32 or x.dtype not in _HALF:
-                raise TypeError(
-                    f"{name} must have x's dtype {x.dtype} (or float32 beside a half-precision x),"
-                    f" got {tensor.dtype}"
-                )
-    if up.dtype != down.dtype or (core is not None and core.dtype != down.dtype):
-        core_dtype = "" if core is None else f", core {core.dtype}"
-        raise TypeError(
-            f"down, core and up must share one dtype, got down {down.dtype}{core_dtype},"
-            f" up {up.dtype}"
-        )
-    _check_shapes(x, weight, bias, down, core, up)
-
-
-def _check_shapes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    core: Tensor | None,
-    up: Tensor,
-) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
-    n, k = weight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must be [..., K={k}], got {tuple(x.shape)}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must be [N={n}], got {tuple(bias.shape)}")
-    if down.dim() != 2 or down.shape[0] != k or down.shape[1] < 1:
-        raise ValueError(f"down must be [K={k}, Ra >= 1], got {tuple(down.shape)}")
-    ra = down.shape[1]
-    if core is None:
-        if up.dim() != 3 or up.shape[0] < 1 or n % up.shape[0]:
-            raise ValueError(
-                f"up must be [G, N/G, Ra={ra}] with G dividing N={n} when core is None,"
-                f" got {tuple(up.shape)}"
-            )
-        slices, rb = up.shape[0], ra
-        allowed: tuple[int, ...] = (slices,)
-    else:
-        if core.dim() != 3 or core.shape[0] < 1 or core.shape[1] != ra or core.shape[2] < 1:
-            raise ValueError(f"core must be [G, Ra={ra}, Rb], got {tuple(core.shape)}")
-        slices, rb = core.shape[0], core.shape[2]
-        if n % slices:
-            raise ValueError(
-                f"core must be [G, Ra, Rb] with G dividing N={n}, got {tuple(core.shape)}"
-            )
-        allowed = (1, slices)
-    leading = " or ".join(map(str, sorted(set(allowed))))
-    if up.dim() != 3 or up.shape[0] not in allowed or up.shape[1:] != (n // slices, rb):
-        raise ValueError(
-            f"up must be [{leading}, N/G={n // slices}, Rb={rb}], got {tuple(up.shape)}"
-        )

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import cpp_backend, native_library
-from .dispatch import autocast_enabled, requested_backend
+from .backends import cpp_backend
+from .checks import to_autocast_dtype
+from .dispatch import requested_backend
 
 
 def tasks_linear(
@@ -27,7 +28,7 @@ def tasks_linear(
     """y[i] = x[i]·weight^T + bias + x[i]·down[t]·b[t]^T, t = task_of_item[i].
 
     Args:
-        x: [items, rows, K].
+        x: [items·w, ..., K], where the w windows of an item, usually one, follow one another.
         weight: [N, K].
         bias: [N] or None.
         down: [tasks, K, Ra].
@@ -37,25 +38,36 @@ def tasks_linear(
             on top of the library's.
 
     Returns:
-        [items, rows, N] in x's dtype (the ambient one under autocast). Differentiable, then by way
+        [items·w, ..., N] in x's dtype (the ambient one under autocast). Differentiable, then by way
         of plain torch.
+
+    Raises:
+        ValueError: x's leading dim is no multiple of the number of items.
     """
-    device_type = x.device.type
-    if autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    wanted = requested_backend(backend) in ("auto", "cpp") and not (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, weight, bias, down, b))
+    items = task_of_item.shape[0]
+    if x.shape[0] != items and (items == 0 or x.shape[0] % items):
+        raise ValueError(
+            f"task_ids must name one task per row of the batch, got {items} for a leading dimension"
+            f" of {x.shape[0]}"
+        )
+    shape = x.shape
+    if x.dim() != 3 or x.shape[0] != items:
+        x = x.reshape(items, -1, shape[-1])  # [items, rows, K]
+    x = to_autocast_dtype(x)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, down, b)
     )
     if (
-        wanted
+        requested_backend(backend) in ("auto", "cpp")
+        and not differentiable
         and cpp_backend.rejects(x) is None
         and weight.numel()
-        and native_library.cpu_unavailable() is None
+        and cpp_backend.unavailable() is None
     ):
         y: Tensor = torch.ops.efft_kernels.native_tasks_fwd(x, weight, bias, down, b, task_of_item)
-        return y
+        return y.reshape(*shape[:-1], y.shape[-1])
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     p = torch.bmm(x, down[task_of_item].to(x.dtype))  # [items, rows, Ra]
     # In place: y is ours, and another one of its size would cost more than the thin products.
-    return y.baddbmm_(p, b[task_of_item].mT.to(x.dtype))
+    y = y.baddbmm_(p, b[task_of_item].mT.to(x.dtype))
+    return y.reshape(*shape[:-1], y.shape[-1])

@@ -7,8 +7,22 @@ is known, not when the graph is traced.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+# A strategy's position here is its code in csrc/codes.h.
+STRATEGIES = ("fused", "split", "merged")
+STRATEGY_CODES = {name: code for code, name in enumerate(STRATEGIES)}
+# An operand's position here is the bit of its gradient in csrc/codes.h, and its place in `needs`.
+OPERANDS = ("x", "weight", "bias", "down", "core", "up")
+
+
+def needs_code(needs: Sequence[bool]) -> int:
+    """`needs`, a flag for each of OPERANDS, as the native operators take it."""
+    return sum(need << bit for bit, need in enumerate(needs))
+
 
 LIBRARY = torch.library.Library("efft_kernels", "DEF")
 

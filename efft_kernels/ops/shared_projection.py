@@ -1,8 +1,10 @@
-"""The operator for a given P = x·down: y = x·W^T + bias + P·B^T, where several linears share x and
-down.
+"""Linears that share x and down: P = x·down once, and y = x·W^T + bias + P·B^T in each of them.
 
-Separate query, key and value linears of one aggregated group read the same x, so P is computed once
-and each adds its own up-projection. With B = stack_g up[g]·core[g]^T and dY = dL/dy:
+Separate query, key and value linears of one aggregated group read the same x, where timm has one
+fused qkv. The first of them to see x projects it and the others take the result. What is shared
+lives only while the attention module's own forward runs: hooks on that module open and close it.
+
+With B = stack_g up[g]·core[g]^T and dY = dL/dy:
 
     dX = dY·W       dP = dY·B       d_B = dY^T·P, and d_core, d_up from it as in functional.py
 
@@ -18,13 +20,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
-from .dispatch import autocast_enabled
+from .checks import to_autocast_dtype
+from .dispatch import requested_backend
+
+
+class SharedInput:
+    """P = x·down of the linears of one attention module, between `open` and `close`."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self._held: tuple[Tensor, int, Tensor] | None = None  # x, its version, P
+
+    def open(self, module: torch.nn.Module, args: Any) -> None:
+        """Forward pre-hook of the attention module."""
+        self.active, self._held = True, None
+
+    def close(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the attention module; runs after an exception too."""
+        self.active, self._held = False, None
+
+    def serves(self, x: Tensor, backend: str, strategy: str) -> bool:
+        """Whether a linear should take P from here: only in plain torch or on the CPU, as a fused
+        kernel computes P along with its own product.
+
+        Args:
+            x: the linear's input.
+            backend, strategy: as the linear's owner set them.
+        """
+        if not self.active or strategy != "auto":
+            return False
+        if torch._C._are_functorch_transforms_active():
+            return False
+        backend = requested_backend(backend)
+        return backend == "torch" or (backend == "auto" and x.device.type == "cpu")
+
+    def projection(self, x: Tensor, down: Tensor) -> Tensor:
+        """P of x: the one at hand where x is the very tensor it was made from, else a new one."""
+        held, version = self._held, _version(x)
+        if held is None or held[0] is not x or held[1] != version:
+            self._held = held = (x, version, project(x, down))
+        return held[2]
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written in place; inference tensors and compiled graphs do not count."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    return x._version
 
 
 def project(x: Tensor, down: Tensor) -> Tensor:
     """P = x·down, [..., Ra], in x's dtype (autocast's under autocast); differentiable in both."""
-    if autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = to_autocast_dtype(x)
     return torch.matmul(x, down.to(x.dtype))
 
 

@@ -24,7 +24,7 @@ from efft_kernels import (
     attach,
     load,
 )
-from efft_kernels.adapters import shared_input
+from efft_kernels.ops import shared_projection
 from efft_kernels.ops.shared_projection import project
 
 transformers = pytest.importorskip("transformers")
@@ -97,7 +97,7 @@ def projections(monkeypatch):
         seen.append(x)
         return project(x, down)
 
-    monkeypatch.setattr(shared_input, "project", recording)
+    monkeypatch.setattr(shared_projection, "project", recording)
     return seen
 
 
@@ -105,7 +105,7 @@ def unshared(model):
     """The same model with every linear computing its own x·down."""
     twin = copy.deepcopy(model)
     for layer in Adapter(twin).layers().values():
-        layer.shared_input = ()
+        layer.shared_input = None
     return twin
 
 
@@ -350,7 +350,7 @@ class TestDropout:
 
 def shared_of(model):
     found = {
-        id(layer.shared_input[0]): layer.shared_input[0]
+        id(layer.shared_input): layer.shared_input
         for layer in Adapter(model).layers().values()
         if layer.shared_input
     }
@@ -526,7 +526,7 @@ def test_compiles_to_one_graph(randomize, images, name, method):
         assert grad.norm() > 1e-9
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=1e-11)
     for layer in adapter.layers().values():
-        assert not layer.shared_input or not layer.shared_input[0].active
+        assert not layer.shared_input or not layer.shared_input.active
     torch._dynamo.reset()
     gc.collect()
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import efft_kernels.nn
 from efft_kernels import EFFT2, Adapter, attach
+from efft_kernels.ops import layer as ops_layer
 
 D = 12
 X = torch.linspace(-1, 1, 2 * 5 * D, dtype=torch.float64).sin().view(2, 5, D)
@@ -51,13 +51,13 @@ class Model(nn.Module):
 @pytest.fixture
 def shared_calls(monkeypatch):
     calls = []
-    real = efft_kernels.nn.linear_plus_projected
+    real = ops_layer.linear_plus_projected
 
     def recording(*args):
         calls.append(args[0].shape)
         return real(*args)
 
-    monkeypatch.setattr(efft_kernels.nn, "linear_plus_projected", recording)
+    monkeypatch.setattr(ops_layer, "linear_plus_projected", recording)
     return calls
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmarks import measured, operators, roofline
 from benchmarks.lib import rows as csv_rows
 from efft_kernels.ops import cost_model
+from efft_kernels.ops.backends import triton
 
 H200 = "NVIDIA H200"
 QKV = cost_model.Problem(12608, 768, 2304, 3, 16, True, 2, 2, "cuda")
@@ -87,8 +88,8 @@ def test_the_cost_model_follows_the_rows(
     other = {"fused": "split", "split": "fused"}[winner]
     # The winner of the forward loses the backward.
     run(monkeypatch, tmp_path, [*both(winner, 0.08, 0.28), *both(other, 0.09, 0.20)], on_an_h200)
-    assert cost_model.choose(QKV, ALL, "triton") == winner
-    assert cost_model.choose(QKV._replace(backward=True), ALL, "triton") == other
+    assert cost_model.choose(QKV, triton) == winner
+    assert cost_model.choose(QKV._replace(backward=True), triton) == other
     times = cost_model.measured_ms(QKV._replace(backward=True), ALL, "triton")
     assert times == {winner: pytest.approx(0.20), other: pytest.approx(0.11)}
 

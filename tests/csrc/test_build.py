@@ -435,7 +435,7 @@ def empty_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_library_that_was_never_built_names_the_command(empty_package: Path) -> None:
-    assert native_library.cpu_unavailable() == (
+    assert native_library.load_cpu() == (
         "_native.so was not built. To build it, in a clone of efft-kernels:"
         " pip install --no-build-isolation -e ."
     )

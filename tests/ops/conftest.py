@@ -26,7 +26,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
         missing = native_library.not_built("_autograd")
     if missing is not None:
         pytest.skip(missing)
-    assert native_library.cpu_unavailable() is None
+    assert native_library.load_cpu() is None
     assert request.param == "python" or native_library.autograd_unavailable() is None
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "python":

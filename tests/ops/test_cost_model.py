@@ -7,10 +7,14 @@ import timeit
 import pytest
 import torch
 
+from benchmarks.lib.shapes import models
 from efft_kernels.ops import cost_model
-from efft_kernels.ops.cost_model import DEVICES, Problem, explain, plan, seconds
+from efft_kernels.ops.backends import cpp_backend, cuda_backend, torch_backend, triton
+from efft_kernels.ops.backends.triton.cost import launches
+from efft_kernels.ops.cost_model import DEVICES, Problem, seconds
+from efft_kernels.ops.explain import explain
 
-ALL = ("fused", "split", "merged")
+BACKENDS = (torch_backend, cpp_backend, triton, cuda_backend)
 QKV = Problem(12608, 768, 2304, 3, 16, True, 2, 2, "cuda")
 
 
@@ -27,8 +31,8 @@ def test_merged_is_never_picked_for_half_precision_weights(training, backward):
     for M in (1, 197, 100_000):
         for rank in (1, 16, 128, 4096):
             problem = QKV._replace(M=M, rank=rank, training=training, backward=backward)
-            assert cost_model.choose(problem, ALL, "triton") != "merged"
-            assert cost_model.choose(problem, ("split", "merged"), "torch") == "split"
+            assert cost_model.choose(problem, triton) != "merged"
+            assert cost_model.choose(problem, torch_backend) == "split"
 
 
 def test_merged_is_picked_for_float32_weights_under_autocast():
@@ -45,7 +49,7 @@ def test_a_rank_beyond_the_kernels_is_planned_in_torch():
 
 def test_arithmetic_of_one_forward():
     """fused on ViT-B's qkv: the bytes of DESIGN's table, and a riding product at wgmma's price."""
-    (gemm,) = plan(QKV, "fused", DEVICES["H200"])
+    (gemm,) = launches(QKV, "fused", DEVICES["H200"])
     assert gemm.name == "gemm"
     x, w, y, p = 12608 * 768, 768 * 2304, 12608 * 2304, 12608 * 16
     factors = (768 + 2304) * 16 + 3 * 16 * 16
@@ -57,7 +61,7 @@ def test_arithmetic_of_one_forward():
 @pytest.mark.parametrize("strategy", ["fused", "split"])
 def test_factors_are_copied_only_where_a_kernel_cannot_read_them(strategy):
     def names(problem):
-        return [launch.name for launch in plan(problem, strategy, DEVICES["H200"])]
+        return [launch.name for launch in launches(problem, strategy, DEVICES["H200"])]
 
     forward = ["gemm"] if strategy == "fused" else ["thin", "gemm"]
     backward = ["thin_grad", "gemm", "tall_grad", "reduce"]
@@ -71,6 +75,72 @@ def test_factors_are_copied_only_where_a_kernel_cannot_read_them(strategy):
     assert names(high._replace(backward=True))[-2:] == ["unfold", "unfold"]
 
 
+AFTER = ["tall_grad", "reduce", "unfold"]  # the gradients, behind the GEMM
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "expected"),
+    [
+        ("fused", {}, ["fold", "gemm"]),
+        ("fused", {"rank": 32}, ["fold", "thin", "gemm"]),  # P is in the loop up to rank 16
+        ("fused", {"M": 64}, ["fold", "thin", "gemm"]),  # too few tiles for the sm_90a kernel
+        ("fused", {"weight_bytes": 4}, ["cast", "fold", "gemm"]),
+        ("split", {}, ["fold", "thin", "gemm"]),
+        ("merged", {"weight_bytes": 4}, ["fold", "thin", "fold", "merge", "library gemm"]),
+        ("merged", {"weight_bytes": 4, "training": False}, ["fold", "merge", "library gemm"]),
+        ("fused", {"backward": True}, ["fold", "gemm", "tall_grad", *AFTER]),
+        ("split", {"backward": True}, ["fold", "thin_grad", "gemm", *AFTER]),
+        ("split", {"backward": True, "rank": 64}, ["fold", "thin", "gemm", "tall_grad", *AFTER]),
+        (
+            "merged",
+            {"backward": True},
+            ["fold", "thin_grad", "fold", "merge", "library gemm", *AFTER],
+        ),
+    ],
+    ids=str,
+)
+def test_cuda_is_priced_by_its_own_launches(strategy, changes, expected):
+    """As csrc/cuda/ops.cpp orders them: it folds whatever the rank, and never reads a wide weight
+    in the GEMM."""
+    found = cuda_backend.launches(QKV._replace(**changes), strategy, DEVICES["H200"])
+    assert [launch.name for launch in found] == expected
+
+
+def test_cuda_has_p_in_the_loop_on_sm_90_alone():
+    def names(device):
+        return [launch.name for launch in cuda_backend.launches(QKV, "fused", DEVICES[device])]
+
+    assert names("H200") == names("H100") == ["fold", "gemm"]
+    assert names("A100") == names("B200") == ["fold", "thin", "gemm"]
+
+
+def test_arithmetic_of_one_forward_on_cuda():
+    """12608 by 2304 are 9 waves of tiles with 192 columns, to which P adds 16."""
+    fold, gemm = cuda_backend.launches(QKV, "fused", DEVICES["H200"])
+    x, w, y, p = 12608 * 768, 768 * 2304, 12608 * 2304, 12608 * 16
+    factors = (768 + 2304) * 16
+    assert fold.bytes_moved == 2 * (2 * factors + 3 * 16 * 16)
+    assert gemm.bytes_moved == 2 * (x + w + y + p + factors + 2304)
+    main, last = 2 * 12608 * 768 * 2304, 2 * 12608 * 2304 * 16
+    assert gemm.flops == pytest.approx(main * (1 + 16 / 192) + last)
+
+
+@pytest.mark.parametrize("backend", [triton, cuda_backend], ids=lambda backend: backend.NAME)
+def test_a_rank_beyond_the_kernels_costs_what_plain_torch_does(backend):
+    for strategy in ("split", "merged"):
+        problem = QKV._replace(rank=256)
+        found = backend.launches(problem, strategy, DEVICES["H200"])
+        assert found == torch_backend.launches(problem, strategy, DEVICES["H200"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
+@pytest.mark.parametrize("size", ["M", "K", "N"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_problem_without_elements_has_a_choice(backend, size, backward):
+    problem = QKV._replace(backward=backward, **{size: 0})
+    assert cost_model.choose(problem, backend) in backend.STRATEGIES
+
+
 @pytest.mark.parametrize("strategy", ["fused", "split"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_pass_over_rows_that_the_formulas_do_not_need(strategy, backward):
@@ -78,7 +148,7 @@ def test_no_pass_over_rows_that_the_formulas_do_not_need(strategy, backward):
     beyond its store.
     """
     wide = QKV._replace(M=10_000_019, backward=backward)
-    moved = sum(launch.bytes_moved for launch in plan(wide, strategy, DEVICES["H200"]))
+    moved = sum(launch.bytes_moved for launch in launches(wide, strategy, DEVICES["H200"]))
     passes = moved / wide.M / wide.compute_bytes
     thin = 6 * wide.rank
     if backward:
@@ -89,7 +159,7 @@ def test_no_pass_over_rows_that_the_formulas_do_not_need(strategy, backward):
 
 
 def test_measured_rows_overrule_the_model(forget):
-    predicted = cost_model.choose(QKV, ALL, "triton")
+    predicted = cost_model.choose(QKV, triton)
     other = "split" if predicted == "fused" else "fused"
     common = {
         "backend": "triton",
@@ -106,16 +176,16 @@ def test_measured_rows_overrule_the_model(forget):
             {**common, "M": 12608, "strategy": predicted, "ms_p50": 0.09},
         ]
     )
-    assert cost_model.choose(QKV, ALL, "triton") == other
-    assert cost_model.choose(QKV._replace(M=9000), ALL, "triton") == other
-    assert cost_model.choose(QKV._replace(M=1000), ALL, "triton") == cost_model.choose(
-        QKV._replace(M=1001), ALL, "triton"
+    assert cost_model.choose(QKV, triton) == other
+    assert cost_model.choose(QKV._replace(M=9000), triton) == other
+    assert cost_model.choose(QKV._replace(M=1000), triton) == cost_model.choose(
+        QKV._replace(M=1001), triton
     )
-    assert cost_model.choose(QKV._replace(backward=True), ALL, "triton") in ("fused", "split")
+    assert cost_model.choose(QKV._replace(backward=True), triton) in ("fused", "split")
 
 
 def test_one_measured_strategy_alone_decides_nothing(forget):
-    predicted = cost_model.choose(QKV, ALL, "triton")
+    predicted = cost_model.choose(QKV, triton)
     cost_model.add_measured(
         [
             {
@@ -132,7 +202,7 @@ def test_one_measured_strategy_alone_decides_nothing(forget):
             }
         ]
     )
-    assert cost_model.choose(QKV, ALL, "triton") == predicted
+    assert cost_model.choose(QKV, triton) == predicted
 
 
 def test_explanation_reads_as_text():
@@ -151,7 +221,7 @@ def test_explain_names_what_is_wrong():
 
 def test_every_layer_has_a_prediction():
     for device in ("A100", "H100", "H200", "B200"):
-        for layers in cost_model.models(64).values():
+        for layers in models(64).values():
             for _, M, K, N, G in layers:
                 e = explain(M, K, N, G, device=device)
                 assert e.times_us[e.chosen] == min(e.times_us.values())
@@ -159,10 +229,9 @@ def test_every_layer_has_a_prediction():
 
 
 def test_a_repeated_choice_costs_microseconds():
-    cost_model.choose(QKV, ALL, "triton")
+    cost_model.choose(QKV, triton)
     per_call = (
-        min(timeit.repeat(lambda: cost_model.choose(QKV, ALL, "triton"), number=1000, repeat=5))
-        / 1000
+        min(timeit.repeat(lambda: cost_model.choose(QKV, triton), number=1000, repeat=5)) / 1000
     )
     assert per_call < 20e-6
 
@@ -178,7 +247,7 @@ def test_seconds_is_the_longer_of_arithmetic_and_memory():
 def test_packing_pays_where_it_was_measured_to():
     """A large float32 weight and few rows go to plain torch, everything else to the C++ kernels."""
     large = cost_model.Problem(197, 768, 3072, 1, 16, True, 4, 4, "cpu")
-    assert not cost_model.packing_pays(large)
-    assert cost_model.packing_pays(large._replace(M=1576))
-    assert cost_model.packing_pays(large._replace(compute_bytes=2))
-    assert cost_model.packing_pays(large._replace(K=384, N=1536))
+    assert not cpp_backend.preferred(large)
+    assert cpp_backend.preferred(large._replace(M=1576))
+    assert cpp_backend.preferred(large._replace(compute_bytes=2))
+    assert cpp_backend.preferred(large._replace(K=384, N=1536))

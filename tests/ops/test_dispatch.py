@@ -9,7 +9,7 @@ import torch
 
 from efft_kernels import available_backends, low_rank_linear, reference, use_backend
 from efft_kernels.ops import dispatch
-from efft_kernels.ops.backends import cpp_backend, torch_backend
+from efft_kernels.ops.backends import Backend, cpp_backend, torch_backend
 from efft_kernels.testing.operands import NAMES, Shape, cast, forms, operands
 
 SHAPE = Shape(M=5, K=7, n=5, Ra=3, Rb=2)
@@ -198,7 +198,8 @@ def test_compiled_backend_refuses_torch_func(tensors, monkeypatch):
 
 
 def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
-    monkeypatch.setitem(dispatch._MODULES, "cpp", "efft_kernels.ops.there_is_no_such_module")
+    missing = Backend("cpp", "efft_kernels.ops.there_is_no_such_module")
+    monkeypatch.setitem(dispatch.REGISTRY, "cpp", missing)
     dispatch._load.cache_clear()
     try:
         reason = available_backends()["cpp"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import low_rank_linear
-from efft_kernels.ops.functional import low_rank_linear_with_dropout
+from efft_kernels.ops.dropout import low_rank_linear_with_dropout
 from efft_kernels.testing.operands import Shape, cast, forms, leaves, operands
 
 SHAPE = Shape(M=7, K=11, n=13, Ra=5, Rb=2)

@@ -14,9 +14,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
+from efft_kernels.ops.backends.fallback import padded_rank  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device  # noqa: E402
 from efft_kernels.ops.backends.triton.configs import GemmConfig  # noqa: E402
-from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
 from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
 from tools import compile_triton  # noqa: E402
 from tools.compilations import Layer, Row, layers, rows, sample  # noqa: E402

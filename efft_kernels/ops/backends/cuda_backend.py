@@ -14,21 +14,36 @@ above 128, and problems without rows or columns, run in plain torch.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ..cost_model import Problem
-from . import native_library, native_operators, torch_backend
+from ..schemas import STRATEGY_CODES
+from . import native_library, torch_backend
+from .cuda_cost import MAX_RANK, excluded, launches
+from .fallback import note_rank, rows, too_old, torch_strategy
 from .torch_backend import Grads
 
-logger = logging.getLogger(__name__)
-
+NAME = "cuda"
+NATIVE = True
 STRATEGIES = ("fused", "split", "merged")
 DTYPES = (torch.float16, torch.bfloat16)
-MAX_RANK = 128
+
+__all__ = [
+    "DTYPES",
+    "MAX_RANK",
+    "NAME",
+    "NATIVE",
+    "STRATEGIES",
+    "backward",
+    "excluded",
+    "forward",
+    "launches",
+    "out_of_reach",
+    "preferred",
+    "rejects",
+    "unavailable",
+]
 
 
 def unavailable() -> str | None:
@@ -42,15 +57,7 @@ def rejects(x: Tensor) -> str | None:
         return f"dtype must be float16 or bfloat16, got {x.dtype}; use backend='triton' or 'torch'"
     if not x.is_cuda:
         return f"x is on {x.device}; move it to a CUDA device or use backend='torch'"
-    return _device_rejects(x.device.index)
-
-
-@cache
-def _device_rejects(index: int) -> str | None:
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        name = torch.cuda.get_device_name(index)
-        return f"{name} is older than compute capability 8.0; use backend='torch'"
-    return None
+    return too_old(x.device.index)
 
 
 def out_of_reach(problem: Problem) -> bool:
@@ -58,6 +65,11 @@ def out_of_reach(problem: Problem) -> bool:
     registers hold.
     """
     return _beyond(problem.rank) or problem.N == 0 or problem.K == 0
+
+
+def preferred(problem: Problem) -> bool:
+    """Whether `auto` may take this backend: always."""
+    return True
 
 
 def forward(
@@ -74,10 +86,10 @@ def forward(
     """(y [M, N], P [M, Ra] if save_p else None), both in x's dtype."""
     if _in_torch(x.shape[0], weight, bias, down, up):
         return torch_backend.forward(
-            x, weight, bias, down, core, up, save_p=save_p, strategy=_torch_strategy(strategy)
+            x, weight, bias, down, core, up, save_p=save_p, strategy=torch_strategy(strategy)
         )
     y, p = torch.ops.efft_kernels.native_fwd(
-        _rows(x), _rows(weight), bias, down, core, up, save_p, STRATEGIES.index(strategy)
+        rows(x), rows(weight), bias, down, core, up, save_p, STRATEGY_CODES[strategy]
     )
     return y, p if save_p else None
 
@@ -97,24 +109,19 @@ def backward(
     """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
     if _in_torch(dy.shape[0], weight, None, down, up):
         return torch_backend.backward(
-            dy, x, weight, p, down, core, up, needs=needs, strategy=_torch_strategy(strategy)
+            dy, x, weight, p, down, core, up, needs=needs, strategy=torch_strategy(strategy)
         )
-    return native_operators.backward(
-        _rows(dy),
-        None if x is None else _rows(x),
-        _rows(weight),
-        None if p is None else _rows(p),
+    return native_library.backward(
+        rows(dy),
+        None if x is None else rows(x),
+        rows(weight),
+        None if p is None else rows(p),
         down,
         core,
         up,
         needs,
-        STRATEGIES.index(strategy),
+        strategy,
     )
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t [M, C] itself where its last stride is one, else a contiguous copy."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def _in_torch(m: int, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> bool:
@@ -128,19 +135,5 @@ def _in_torch(m: int, weight: Tensor, bias: Tensor | None, down: Tensor, up: Ten
 
 def _beyond(rank: int) -> bool:
     if rank > MAX_RANK:
-        _note_rank(rank)
+        note_rank(rank, MAX_RANK, "CUDA")
     return rank > MAX_RANK
-
-
-@cache
-def _note_rank(rank: int) -> None:
-    logger.warning(
-        "rank %d is above %d, the most the CUDA kernels take; plain torch runs these layers",
-        rank,
-        MAX_RANK,
-    )
-
-
-def _torch_strategy(strategy: str) -> str:
-    """The plain-torch strategy that stands in for `strategy`."""
-    return strategy if strategy in torch_backend.STRATEGIES else "split"

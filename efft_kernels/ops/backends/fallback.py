@@ -1,15 +1,18 @@
-"""What the backends with kernels share: the way out to plain torch, and rows of unit stride."""
+"""What the backends with kernels share: the way out to plain torch, and sizes they agree on."""
 
 from __future__ import annotations
 
 import logging
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from . import torch_backend
 
 logger = logging.getLogger(__name__)
+
+MINIMUM_CAPABILITY = (8, 0)
 
 
 def rows(t: Tensor) -> Tensor:
@@ -37,3 +40,18 @@ def note_rank(rank: int, limit: int, kernels: str) -> None:
         limit,
         kernels,
     )
+
+
+@cache
+def too_old(index: int | None = None) -> str | None:
+    """Why a CUDA device, by default the current one, cannot run the kernels; None where it can."""
+    if torch.cuda.get_device_capability(index) >= MINIMUM_CAPABILITY:
+        return None
+    oldest = ".".join(map(str, MINIMUM_CAPABILITY))
+    name = torch.cuda.get_device_name(index)
+    return f"{name} is older than compute capability {oldest}; use backend='torch'"
+
+
+def padded_rank(rank: int) -> int:
+    """The power of two, at least 16, that holds `rank`: the width inside the kernels."""
+    return max(16, 1 << (rank - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The compiled libraries beside the package: loaded once, and why not where they are not.
+"""The compiled libraries beside the package: loaded once, or the reason why not; and their call.
 
     _native.so         C++ operators for the CPU     torch.ops.load_library
     _native_cuda.so    CUDA operators                torch.ops.load_library, when first asked for
@@ -24,16 +24,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..schemas import STRATEGY_CODES, needs_code
+from .fallback import MINIMUM_CAPABILITY
+from .torch_backend import Grads, frozen_grads
 
 NATIVE_LIBRARY_VARIABLE = "EFFT_KERNELS_NATIVE_LIBRARY"
 LIBRARIES = ("_native", "_native_cuda", "_autograd", "_build_info")
-MINIMUM_CAPABILITY = (8, 0)
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
-_HOW_TO_BUILD = {
-    "_native_cuda": f"EFFT_KERNELS_BUILD_CUDA=1 {_BUILD_COMMAND}",
-}
+_HOW_TO_BUILD = {"_native_cuda": f"EFFT_KERNELS_BUILD_CUDA=1 {_BUILD_COMMAND}"}
 
 
 def library_path(name: str) -> Path:
@@ -93,11 +95,6 @@ def _load(name: str) -> str | None:
     return None
 
 
-def cpu_unavailable() -> str | None:
-    """None where the C++ operators run, else why not."""
-    return load_cpu()
-
-
 @cache
 def cuda_unavailable() -> str | None:
     """None where the CUDA operators run, else why not: they are not built, cannot be loaded, or no
@@ -115,10 +112,8 @@ def cuda_unavailable() -> str | None:
 
 
 def _device_rejected(index: int) -> str | None:
-    name, capability = (
-        torch.cuda.get_device_name(index),
-        torch.cuda.get_device_capability(index),
-    )
+    name = torch.cuda.get_device_name(index)
+    capability = torch.cuda.get_device_capability(index)
     if capability < MINIMUM_CAPABILITY:
         return (
             f"cuda:{index} ({name}) has compute capability {capability[0]}.{capability[1]}, and the"
@@ -191,3 +186,45 @@ def build_info() -> dict[str, Any] | None:
     except ImportError:
         return None
     return dict(module.FACTS)
+
+
+def backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor | None,  # [M, K]
+    weight: Tensor,  # [N, K]
+    p: Tensor | None,  # [M, Ra]
+    down: Tensor,  # [K, Ra]
+    core: Tensor | None,  # [G, Ra, Rb]
+    up: Tensor,  # [1 or G, N/G, Rb]
+    needs: tuple[bool, ...],
+    strategy: str,
+) -> Grads:
+    """The gradients by the native operator, as both native backends call it.
+
+    Returns:
+        (dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False.
+    """
+    need_x, need_weight, need_bias, need_down, need_core, need_up = needs
+    need_core = need_core and core is not None
+    d_weight, d_bias = frozen_grads(dy, x, weight, need_weight, need_bias)
+    if not (need_x or need_down or need_core or need_up):
+        return None, d_weight, d_bias, None, None, None
+    dx, d_down, d_core, d_up = torch.ops.efft_kernels.native_bwd(
+        dy,
+        x if need_down else None,
+        weight,
+        p if need_core or need_up else None,
+        down,
+        core,
+        up,
+        needs_code((need_x, False, False, need_down, need_core, need_up)),
+        STRATEGY_CODES[strategy],
+    )
+    return (
+        dx if need_x else None,
+        d_weight,
+        d_bias,
+        d_down if need_down else None,
+        d_core if need_core else None,
+        d_up if need_up else None,
+    )

@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import FLOAT_DTYPES
+from ..cost_model import Device, Launch, Problem, library_gemm, loses_increments
+
+NAME = "torch"
+NATIVE = False
 STRATEGIES = ("split", "merged")
+DTYPES = FLOAT_DTYPES
+
+excluded = loses_increments
 
 Grads = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
@@ -34,6 +42,40 @@ def unavailable() -> str | None:
 def rejects(x: Tensor) -> str | None:
     """Why this backend cannot take an input on x's device: it takes all."""
     return None
+
+
+def out_of_reach(problem: Problem) -> bool:
+    """Whether this backend cannot compute the problem: never."""
+    return False
+
+
+def preferred(problem: Problem) -> bool:
+    """Whether `auto` may take this backend: where no other is."""
+    return True
+
+
+def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
+    """The products and passes for one call."""
+    M, K, N, _, r, *_ = problem
+    b, wb = problem.compute_bytes, problem.weight_bytes
+    thin_eff = device.thin_efficiency
+    library = library_gemm(problem)
+    wide = max(4, b)
+    merge_bytes = N * K * (wb + wide + (b if b != wide else 0))
+    merge = Launch("merge", 2 * N * K * r, merge_bytes, thin_eff / device.merge_cost)
+
+    def thin(columns: int) -> Launch:
+        return Launch("thin product", 2 * M * columns * r, M * columns * b, thin_eff)
+
+    def update(columns: int) -> Launch:
+        return Launch("update in place", 2 * M * columns * r, 2 * M * columns * b, thin_eff)
+
+    if not problem.backward:
+        if strategy == "split":
+            return [thin(K), library, update(N)]
+        return [*([thin(K)] if problem.training else []), merge, library]
+    factors = [thin(N), thin(N), thin(K)]
+    return [*factors, library, update(K)] if strategy == "split" else [*factors, merge, library]
 
 
 def fold(core: Tensor | None, up: Tensor) -> Tensor:
@@ -88,8 +130,8 @@ def frozen_grads(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(d_weight, d_bias) of the frozen part, for whoever trains it all the same: the library's
-    business in every backend. d_bias is in the weight's dtype."""
+    """(d_weight, d_bias), for callers that train the frozen part too; every backend leaves these
+    to torch's own products. d_bias is in the weight's dtype."""
     d_weight = d_bias = None
     if need_weight:
         assert x is not None

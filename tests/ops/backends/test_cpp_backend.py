@@ -22,7 +22,7 @@ import torch
 from hypothesis import strategies as st
 
 from efft_kernels import low_rank_linear, reference
-from efft_kernels.ops import functional
+from efft_kernels.ops import checks
 from efft_kernels.ops.backends import cpp_backend, native_library, torch_backend
 
 if (missing := native_library.not_built("_native")) is not None:
@@ -538,7 +538,7 @@ def acceptable(operator: str, t: dict) -> bool:
         if p.shape != (m, t["down"].shape[1]):
             return False
     try:
-        functional._check_shapes(x, *(t.get(name) for name in NAMES[1:]))
+        checks.check_shapes(x, *(t.get(name) for name in NAMES[1:]))
     except ValueError:
         return False
     return True

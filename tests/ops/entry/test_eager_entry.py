@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from efft_kernels import low_rank_linear, reference, use_backend
-from efft_kernels.ops import cost_model, dispatch, eager_entry, functional
+from efft_kernels.ops import checks, cost_model, dispatch, eager_entry
 from efft_kernels.ops.backends import cpp_backend, native_library, torch_backend
 
 for missing in (native_library.not_built("_native"), native_library.not_built("_autograd")):
@@ -78,13 +78,13 @@ on_each_backend = pytest.mark.usefixtures("backend")
 def python_calls(monkeypatch) -> list[str]:
     """One entry for every call that functional.py checked, and so took."""
     seen = []
-    real = functional._check
+    real = checks.check_operands
 
     def check(x, *args):
         seen.append(type(x).__name__)
         return real(x, *args)
 
-    monkeypatch.setattr(functional, "_check", check)
+    monkeypatch.setattr(checks, "check_operands", check)
     return seen
 
 
@@ -176,9 +176,7 @@ def test_same_gradients_of_any_subset(form, wanted):
 
 def test_what_was_built_can_be_loaded():
     """Else every call would quietly go through Python."""
-    assert (
-        native_library.cpu_unavailable() is None and native_library.autograd_unavailable() is None
-    )
+    assert native_library.load_cpu() is None and native_library.autograd_unavailable() is None
 
 
 def test_the_node_says_what_it_is():
@@ -1230,7 +1228,7 @@ class TestRememberedChoices:
     def test_two_backends_for_one_call_are_left_to_python(
         self, decisions, python_calls, monkeypatch
     ):
-        monkeypatch.setattr(cost_model, "packing_pays", lambda problem: not problem.backward)
+        monkeypatch.setattr(cpp_backend, "preferred", lambda problem: not problem.backward)
         tensors = operands()
         for _ in range(2):  # asked for, then remembered
             found, expected = on_both_ways(lambda: step(tensors))

@@ -8,6 +8,7 @@
     fold.py         B = stack_g up[g]·core[g]^T, where the kernels do not read core and up in place
     merge.py        W + ΔW for `merged`
     factors.py      how the kernels address down, core and up
+    cost.py, limits.py    what a call launches, for the cost model; the ranks that it takes
     launch_cache.py    what a call leaves to the next one of its sizes, which passes pointers only
     tuning.py       which config a launch gets, of those in configs.py, on the GPU of device.py
     tools/tune_triton.py measures configs; tools/compile_triton.py compiles all of them for GPUs
@@ -25,15 +26,35 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ...cost_model import Problem
+from ..fallback import too_old
+from .cost import excluded, launches
+from .limits import TRITON_MAX_RANK
+
+NAME = "triton"
+NATIVE = False
 STRATEGIES = ("fused", "split", "merged")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+__all__ = [
+    "DTYPES",
+    "NAME",
+    "NATIVE",
+    "STRATEGIES",
+    "excluded",
+    "launches",
+    "out_of_reach",
+    "preferred",
+    "rejects",
+    "unavailable",
+]
 
 if find_spec("triton") is not None:
     from .backward import backward
     from .device import INTERPRETED
     from .forward import forward
 
-    __all__ = ["STRATEGIES", "backward", "forward", "rejects", "unavailable"]
+    __all__ += ["backward", "forward"]
 
 
 def unavailable() -> str | None:
@@ -50,10 +71,7 @@ def unavailable() -> str | None:
             " before Python starts to run the kernels on the CPU in Triton's interpreter (slow, for"
             " tests)"
         )
-    if torch.cuda.get_device_capability() < (8, 0):
-        name = torch.cuda.get_device_name()
-        return f"{name} is older than compute capability 8.0; use backend='torch'"
-    return None
+    return too_old()
 
 
 def rejects(x: Tensor) -> str | None:
@@ -67,3 +85,15 @@ def rejects(x: Tensor) -> str | None:
     if not x.is_cuda:
         return f"x is on {x.device}; move it to a CUDA device or use backend='torch'"
     return None
+
+
+def out_of_reach(problem: Problem) -> bool:
+    """Whether plain torch runs instead: nothing to multiply, or a rank beyond what a tile's
+    registers hold.
+    """
+    return problem.rank > TRITON_MAX_RANK or problem.N == 0 or problem.K == 0
+
+
+def preferred(problem: Problem) -> bool:
+    """Whether `auto` may take this backend: always."""
+    return True

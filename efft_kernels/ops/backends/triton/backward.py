@@ -27,9 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...cost_model import padded_rank
 from .. import torch_backend
-from ..fallback import rows, torch_strategy
+from ..fallback import padded_rank, rows, torch_strategy
 from ..torch_backend import Grads
 from .factors import read_in_place
 from .fold import launch_fold

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from ...cost_model import TRITON_IN_PLACE_RANK, padded_rank
+from ..fallback import padded_rank
+from .limits import TRITON_IN_PLACE_RANK
 
 
 class Up(NamedTuple):

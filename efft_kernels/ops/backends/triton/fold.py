@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cost_model import padded_rank
+from ..fallback import padded_rank
 from . import tuning
 from .factors import Core, Up, core_strides, named_strides, slices_of
 from .launch_cache import CachedLaunch, CallCache, once

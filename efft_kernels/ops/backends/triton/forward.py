@@ -14,13 +14,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...cost_model import TRITON_MAX_RANK, padded_rank
 from .. import torch_backend
-from ..fallback import note_rank, rows, torch_strategy
+from ..fallback import note_rank, padded_rank, rows, torch_strategy
 from .factors import read_in_place
 from .fold import launch_fold
 from .gemm import launch_gemm
 from .launch_cache import cache_of
+from .limits import TRITON_MAX_RANK
 from .merge import launch_merge
 from .thin import launch_thin
 from .tuning import can_compute_p, dot_precision

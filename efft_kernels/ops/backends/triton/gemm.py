@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...cost_model import padded_rank
+from ..fallback import padded_rank
 from . import device, tuning
 from .configs import GemmConfig
 from .epilogue import add_low_rank

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cost_model import padded_rank
+from ..fallback import padded_rank
 from . import tuning
 from .factors import Core, Up, core_strides, named_strides, slices_of
 from .fold import fold_block

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cost_model import padded_rank
+from ..fallback import padded_rank
 from . import tuning
 from .configs import PassConfig
 from .factors import core_strides, named_strides, slices_of

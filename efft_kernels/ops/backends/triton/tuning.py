@@ -18,10 +18,10 @@ from functools import cache, lru_cache
 
 import torch
 
-from ...cost_model import TRITON_IN_PLACE_RANK
 from . import configs, device
 from .configs import GemmConfig, PassConfig, gemm_candidates, gemm_smem_bytes, pass_defaults
 from .device import INTERPRETED, dot_precision
+from .limits import TRITON_IN_PLACE_RANK
 
 logger = logging.getLogger(__name__)
 

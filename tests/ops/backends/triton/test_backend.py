@@ -14,8 +14,8 @@ triton_package = pytest.importorskip("triton")
 
 from efft_kernels.ops import dispatch  # noqa: E402
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
+from efft_kernels.ops.backends.fallback import padded_rank  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device, tuning  # noqa: E402
-from efft_kernels.ops.cost_model import padded_rank  # noqa: E402
 
 H200 = device.Device("NVIDIA_H200", 90, 132, 227 * 1024)
 A100 = device.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
@@ -57,8 +57,8 @@ x = torch.zeros(2, 3)
 assert backend.unavailable() is None and backend.rejects(x) is None
 assert "bfloat16" in backend.rejects(x.bfloat16())
 problem = cost_model.Problem(2, 3, 5, 1, 2, False, 4, 4, "cpu")
-assert dispatch._select_backend("auto", x, problem)[1] in ("cpp", "torch")
-assert dispatch._select_backend("triton", x, problem)[1] == "triton"
+assert dispatch._select_backend("auto", x, problem).NAME in ("cpp", "torch")
+assert dispatch._select_backend("triton", x, problem).NAME == "triton"
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 
 from efft_kernels.ops import cost_model
 from efft_kernels.ops.backends import triton as backend
-from efft_kernels.ops.backends.triton import launch_cache
+from efft_kernels.ops.backends.triton import cost, launch_cache
 from efft_kernels.ops.backends.triton.tuning import cdiv, pass_config
 from efft_kernels.testing.operands import Shape, operands_and_dy
 from efft_kernels.testing.results import backend_results, results_within_budget
@@ -18,7 +18,7 @@ FACTORS_AND_X = (True, False, False, True, True, True)
 
 
 def test_launches_and_bytes_are_the_plans(strategy, device, recorded):
-    """What runs is what cost_model.plan says: no launch more, no pass over x or dY more, no byte
+    """What runs is what triton/cost.py says: no launch more, no pass over x or dY more, no byte
     more.
     """
     s = Shape(M=160, K=64, n=48, G=2, Ra=16, Rb=16, shared=False)
@@ -30,12 +30,10 @@ def test_launches_and_bytes_are_the_plans(strategy, device, recorded):
     thin_grad = pass_config("thin_grad", s.M, s.N, s.Ra, x.dtype, **aligned)
     by_x = pass_config("tall_grad", s.M, s.K, s.Ra, x.dtype, **aligned)
     rows = cdiv(cdiv(s.M, by_x.programs), by_x.block_m) * by_x.block_m
-    tiling = cost_model.Tiling(
-        min(cdiv(s.M, thin_grad.block_m), thin_grad.programs), cdiv(s.M, rows)
-    )
+    tiling = cost.Tiling(min(cdiv(s.M, thin_grad.block_m), thin_grad.programs), cdiv(s.M, rows))
 
     def planned(backward):
-        launches = cost_model.plan(problem._replace(backward=backward), strategy, h200, tiling)
+        launches = cost.launches(problem._replace(backward=backward), strategy, h200, tiling)
         return [(name, moved) for name, _, moved, _ in launches if name != "library gemm"]
 
     def made():

@@ -1,0 +1,96 @@
+"""What one call of the CUDA backend launches, with the operations and bytes of each launch."""
+
+from __future__ import annotations
+
+from ..cost_model import Device, Launch, Problem, library_gemm, loses_increments
+from . import torch_backend
+from .fallback import padded_rank
+
+MAX_RANK = 128
+# The padded rank whose instructions (144 and 208 columns) the sm_90a GEMM has for P in its loop.
+RANK_IN_GEMM = 16
+
+
+def excluded(problem: Problem, strategy: str) -> str | None:
+    """Why `auto` must not take the strategy; None where it may."""
+    if strategy == "fused" and problem.rank > MAX_RANK:
+        return f"rank {problem.rank} is above {MAX_RANK}; plain torch runs it"
+    return loses_increments(problem, strategy)
+
+
+def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
+    """The launches of one call, as csrc/cuda/ops.cpp orders them. The factors are always folded,
+    and a weight wider than x is cast first. The GEMM is taken to reach the rate of the Triton one,
+    until it has been measured.
+    """
+    if problem.rank > MAX_RANK or 0 in (problem.M, problem.K, problem.N):
+        return torch_backend.launches(problem, strategy, device)
+    M, K, N, G, rank, *_ = problem
+    b, wb = problem.compute_bytes, problem.weight_bytes
+    f = problem.factor_bytes or b
+    R = padded_rank(rank)
+    inner, columns = (N, K) if problem.backward else (K, N)
+    block = _sm90_columns(M, columns, device.multiprocessors)
+    p_in_gemm = strategy == "fused" and R == RANK_IN_GEMM and device.sm90 and block is not None
+    saved = M * rank * b if problem.training or not p_in_gemm else 0
+    stored = (K + N + G * rank) * rank * f
+
+    fold = Launch("fold", 0, stored + (K + N) * R * b)
+    cast = [] if wb == b else [Launch("cast", 0, N * K * (wb + b))]
+    # wgmma takes the R columns of P along with a tile's own.
+    share = R / block if p_in_gemm and block else 0
+    moved = (M * (inner + columns) + N * K + (columns + (inner if p_in_gemm else 0)) * R) * b
+    gemm = Launch(
+        "gemm",
+        2 * M * N * K * (1 + share) + 2 * M * columns * R,
+        moved + saved + (0 if problem.backward else N * b),
+        device.gemm_efficiency,
+    )
+    fold_float = Launch("fold", 0, stored + (K + N) * R * 4)
+    merge = Launch("merge", 0, N * K * (wb + b) + (K + N) * R * 4)
+    merged = [fold_float, merge, library_gemm(problem)]
+    thin = Launch("thin", 2 * M * inner * R, (M * (inner + R) + inner * R) * b)
+    if not problem.backward:
+        if strategy == "merged":
+            fold_down = Launch("fold", 0, K * (rank * f + R * b))
+            return [fold_down, thin, *merged] if problem.training else merged
+        return [*cast, fold, gemm] if p_in_gemm else [*cast, fold, thin, gemm]
+
+    # d_B's partial sums come from the pass that makes S where that is one pass (passes/sizes.h).
+    one_pass = R <= 32 and not p_in_gemm
+    programs = min(-(-M // 64), 2 * device.multiprocessors)
+    dy_parts = programs if one_pass else _splits(M, N, device.multiprocessors)
+    x_parts = _splits(M, K, device.multiprocessors)
+    grad_x = Launch("tall_grad", 2 * M * K * R, M * (K + rank) * b + x_parts * K * R * 4)
+    grad_dy = Launch("tall_grad", 2 * M * N * R, M * (N + rank) * b + dy_parts * N * R * 4)
+    if one_pass:
+        thin = Launch(
+            "thin_grad", 4 * M * N * R, thin.bytes_moved + M * rank * b + dy_parts * N * R * 4
+        )
+    reduce = Launch("reduce", 0, (dy_parts * N + x_parts * K) * R * 4 + N * rank * 4 + K * rank * f)
+    unfold = Launch("unfold", 0, N * rank * 4 + 2 * (N + G * rank) * rank * f)
+    after = [grad_x, *([] if one_pass else [grad_dy]), reduce, unfold]
+    if strategy == "merged":
+        return [fold, thin, *merged, *after]
+    return [*cast, fold, *([] if p_in_gemm else [thin]), gemm, *after]
+
+
+def _sm90_columns(m: int, columns: int, multiprocessors: int) -> int | None:
+    """Columns per tile of the sm_90a GEMM; None where too few tiles leave it to the general one
+    (csrc/cuda/gemm/schedule.h)."""
+    row_tiles = -(-m // 128)
+    if 4 * row_tiles * -(-columns // 128) < multiprocessors:
+        return None
+
+    def cost(block: int) -> int:
+        tiles = row_tiles * -(-columns // block)
+        return -(-tiles // multiprocessors) * (block + 32)
+
+    return 192 if cost(192) <= cost(128) else 128
+
+
+def _splits(m: int, columns: int, multiprocessors: int) -> int:
+    """Parts that the rows are summed in (csrc/cuda/passes/sizes.h)."""
+    wanted = max(1, min(4 * multiprocessors // -(-columns // 64), -(-m // 256)))
+    rows_of_part = -(-m // (64 * wanted)) * 64
+    return -(-m // rows_of_part)
