@@ -42,10 +42,11 @@ aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and
 asan: $(STAMP) ## test the C++ operators under AddressSanitizer and UBSan
 	csrc/build/asan.sh $(BIN)/python
 
-lint: $(STAMP) ## check style, types and formatting
+lint: $(STAMP) ## check style, types, formatting and which module imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(if $(CSRC),$(BIN)/clang-format --dry-run --Werror $(CSRC))
 
 format: $(STAMP) ## rewrite the sources in the project's style
