@@ -2,11 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 // As low_rank_linear_fwd and low_rank_linear_bwd of efft_kernels/ops/schemas.py, with
-//   strategy  0 fused, 1 split, 2 merged
-//   needs     bit i: the gradient of the i-th of x, weight, bias, down, core, up is wanted; those
-//   of
-//             weight and bias are the caller's business, and whatever is not wanted comes back
-//             empty
+//   strategy  a Strategy of codes.h
+//   needs     bits of Need; the caller makes the gradients of weight and bias itself, and a gradient
+//             that is not wanted comes back empty
 STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
   m.def(
       "native_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor? core, Tensor up,"

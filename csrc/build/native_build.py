@@ -241,7 +241,7 @@ class _Commands:
         macros = [macro for own, macro in CUDA_FILES.values() if set(own) & set(archs)]
         defines = [TARGET_VERSION_MACRO, "-DUSE_CUDA", *(f"-D{macro}" for macro in macros)]
         includes = [
-            *self._includes(self.root / "csrc" / "cuda", cutlass.include),
+            *self._includes(self.root / "csrc", self.root / "csrc" / "cuda", cutlass.include),
             *self._torch_includes,
         ]
         # The toolkit's own headers come first (nvcc adds them by itself); torch's wheels fill in

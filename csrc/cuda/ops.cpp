@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "call.h"
+#include "codes.h"
 #include "gemm/select.h"
 #include "passes/sizes.h"
 
@@ -20,13 +21,6 @@
 // `fused` runs as `split` where the GEMM's loop cannot compute P. A weight wider than x is cast
 // first.
 namespace efft_kernels::cuda {
-namespace {
-
-enum Strategy : int64_t { kFused = 0, kSplit = 1, kMerged = 2 };
-// The bits of weight and bias are the caller's business.
-enum Need : int64_t { kNeedX = 1, kNeedDown = 8, kNeedCore = 16, kNeedUp = 32 };
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                       Tensor down, std::optional<Tensor> core, Tensor up,
