@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "codes.h"
+
 namespace efft_kernels::cpu {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16 };
@@ -17,12 +19,6 @@ struct Matrix {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// How the low-rank part joins the product.
-enum class Join : int32_t {
-  kExtend,  // `split`, [a|P]·[w|thin_out]: r more steps of the inner loop for every row of a
-  kMerge,  // `merged`, w + thin_in·thin_out^T, formed while w is packed: r steps for every row of w
-};
-
 // Factors: the fold needs them as they are.
 struct Factors {
   Matrix down;  // [K, Ra]
@@ -33,6 +29,9 @@ struct Factors {
 };
 
 // y = x·W^T + bias + P·B^T, P = x·down, B = stack_g up[g]·core[g]^T.
+//
+//   kSplit   [x|P]·[W|B]^T: r more steps of the inner loop for every row of x
+//   kMerged  W + B·down^T, formed while W is packed: r steps for every row of W
 struct Forward {
   int64_t M = 0, N = 0, K = 0;
   Matrix x;       // [M, K]
@@ -41,7 +40,7 @@ struct Forward {
   Factors factors;
   Matrix y;  // [M, N], contiguous
   Matrix p;  // [M, Ra], contiguous; null: P is not asked for
-  Join join = Join::kMerge;
+  Strategy strategy = kMerged;
   int64_t slots = 1;  // row ranges that run at the same time
 };
 
@@ -58,12 +57,12 @@ struct Backward {
   Matrix d_down;  // [K, Ra], contiguous
   Matrix d_core;  // [G·Ra, Rb], contiguous
   Matrix d_up;    // like up, contiguous
-  Join join = Join::kMerge;
+  Strategy strategy = kMerged;
   int64_t slots = 1;
 };
 
 // y = x·W^T + bias + x·down[t]·b[t]^T for every item of `rows` rows, t = task_of_item[item].
-struct TasksForward {
+struct MixedBatch {
   int64_t items = 0, rows = 0, N = 0, K = 0, tasks = 0, Ra = 0;
   Matrix x;                     // [items·rows, K]
   Matrix weight;                // [N, K]
@@ -81,7 +80,7 @@ struct Kernels {
   // `wide` accumulates in float64 (for float64 operands), else in float32.
   void (*forward)(const Forward&, bool wide);
   void (*backward)(const Backward&, bool wide);
-  void (*tasks_forward)(const TasksForward&, bool wide);
+  void (*mixed_batch_forward)(const MixedBatch&, bool wide);
 };
 
 extern const Kernels kAvx512;

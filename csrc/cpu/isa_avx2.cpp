@@ -14,7 +14,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "low_rank.h"
+#include "passes.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -26,15 +26,9 @@ namespace efft_kernels::cpu {
 const Kernels kAvx2{
     "avx2",
     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-    [](const Forward& args, bool wide) {
-      wide ? avx2::forward<double>(args) : avx2::forward<float>(args);
-    },
-    [](const Backward& args, bool wide) {
-      wide ? avx2::backward<double>(args) : avx2::backward<float>(args);
-    },
-    [](const TasksForward& args, bool wide) {
-      wide ? avx2::tasks_forward<double>(args) : avx2::tasks_forward<float>(args);
-    },
+    avx2::forward,
+    avx2::backward,
+    avx2::mixed_batch_forward,
 };
 
 }  // namespace efft_kernels::cpu

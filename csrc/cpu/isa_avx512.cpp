@@ -16,7 +16,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
-#include "low_rank.h"
+#include "passes.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -31,15 +31,9 @@ const Kernels kAvx512{
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     },
-    [](const Forward& args, bool wide) {
-      wide ? avx512::forward<double>(args) : avx512::forward<float>(args);
-    },
-    [](const Backward& args, bool wide) {
-      wide ? avx512::backward<double>(args) : avx512::backward<float>(args);
-    },
-    [](const TasksForward& args, bool wide) {
-      wide ? avx512::tasks_forward<double>(args) : avx512::tasks_forward<float>(args);
-    },
+    avx512::forward,
+    avx512::backward,
+    avx512::mixed_batch_forward,
 };
 
 }  // namespace efft_kernels::cpu

@@ -32,9 +32,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Strategy : int64_t { kFused = 0, kSplit = 1, kMerged = 2 };
-enum Need : int64_t { kX = 1, kWeight = 2, kBias = 4, kDown = 8, kCore = 16, kUp = 32 };
-
 bool is_readable(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16;
 }
@@ -121,11 +118,9 @@ int64_t slots_for(int64_t rows) {
                            : fitting / threads * threads;
 }
 
-Join join_of(int64_t strategy) {
-  const auto asked = static_cast<Strategy>(strategy);
-  require(asked == Strategy::kSplit || asked == Strategy::kMerged, "strategy",
-          "1 (split) or 2 (merged)");
-  return asked == Strategy::kMerged ? Join::kMerge : Join::kExtend;
+Strategy strategy_of(int64_t code) {
+  require(code == kSplit || code == kMerged, "strategy", "1 (split) or 2 (merged)");
+  return static_cast<Strategy>(code);
 }
 
 Tensor empty(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
@@ -157,7 +152,7 @@ std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Ten
   if (b) args.bias = matrix_of(*b);
   args.y = matrix_of(y);
   if (save_p) args.p = matrix_of(p);
-  args.join = join_of(strategy);
+  args.strategy = strategy_of(strategy);
   args.slots = slots_for(args.M);
   kernels().forward(args, x.scalar_type() == ScalarType::Double);
   return {y, p};
@@ -179,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
   args.N = dy.size(1);
   args.K = w.size(1);
   args.factors = factors.checked(args.N, args.K);
-  const bool need_x = needs & kX, need_down = needs & kDown, need_up = needs & kUp;
-  const bool need_core = (needs & kCore) && core;
+  const bool need_x = needs & kNeedX, need_down = needs & kNeedDown, need_up = needs & kNeedUp;
+  const bool need_core = (needs & kNeedCore) && core;
   require(!need_down || (x && x->dim() == 2 && x->size(0) == args.M && x->size(1) == args.K &&
                          is_readable(x->scalar_type())),
           "x", "[M, K] of float32, float64 or bfloat16 for the gradient of down");
@@ -208,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
     if (need_core || need_up) args.p = matrix_of(*p);
     if (need_core) args.d_core = matrix_of(d_core);
     if (need_up) args.d_up = matrix_of(d_up);
-    args.join = join_of(strategy);
+    args.strategy = strategy_of(strategy);
     args.slots = slots_for(args.M);
     kernels().backward(args, dy.scalar_type() == ScalarType::Double);
   }
@@ -227,7 +222,7 @@ Tensor native_tasks_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
           "[items, rows, K] of float32, float64 or bfloat16");
   require(weight.dim() == 2 && weight.size(1) == x.size(2) && weight.numel() > 0, "weight",
           "[N >= 1, K >= 1]");
-  TasksForward args;
+  MixedBatch args;
   args.items = x.size(0);
   args.rows = x.size(1);
   args.K = x.size(2);
@@ -264,7 +259,7 @@ Tensor native_tasks_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
   args.b = matrix_of(folded);
   args.y = matrix_of(y);
   args.slots = slots_for(args.items * args.rows);
-  kernels().tasks_forward(args, x.scalar_type() == ScalarType::Double);
+  kernels().mixed_batch_forward(args, x.scalar_type() == ScalarType::Double);
   return y;
 }
 

@@ -126,7 +126,7 @@ void pack(const Matrix& w, bool transposed, const T* thin_in, int64_t width,
         const Term<T> low_rank{thin_in + (k + i) * width, width, thin_out.panel(j), across,
                                thin_out.rank};
         block_fn<T>(rows, across / kLanes<T>)(low_rank, Term<T>{}, out + i * across, across,
-                                              nullptr, true, Ahead{});
+                                              nullptr, true, Prefetch{});
       }
     }
   });

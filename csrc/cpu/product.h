@@ -1,4 +1,4 @@
-// The main product over a block of rows, and the thin ones that ride on it.
+// The main product over a block of rows, with the thin products fused into it.
 #pragma once
 
 #include "pack.h"
@@ -6,127 +6,114 @@
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
-// What is made beside the main product, a step of kDepth columns of `a` at a time, while they are
-// in cache. Whatever is null is not asked for.
+// Thin products over the same rows as the main product a·w, made in steps of kDepth columns of `a`
+// while these are in cache. A product whose result is null is left out.
 template <class T>
-struct Riders {
+struct FusedThinProducts {
   int64_t width = 0;  // of every thin matrix
 
-  const T* thin_in = nullptr;  // [inner, width]
-  T* thin = nullptr;           // [rows, width] = a·thin_in
+  const T* thin_in = nullptr;  // [inner, width]: down in the forward, B in the backward
+  T* thin = nullptr;           // [rows, width] = a·thin_in: P in the forward, S in the backward
   Tail<T> tail = {};           // out += thin·tail
 
-  const T* tall_with = nullptr;  // [rows, width]
-  T* tall = nullptr;             // [inner, width] += a^T·tall_with
-
-  Rows<T> beside = {};       // [rows, columns]
-  T* beside_tall = nullptr;  // [columns, width] += beside^T·thin
+  // The backward's, where a = dY and out = dX.
+  const T* p = nullptr;  // [rows, width]
+  T* d_b = nullptr;      // [inner, width] += a^T·p
+  Rows<T> x = {};        // [rows, columns]
+  T* d_down = nullptr;   // [columns, width] += x^T·thin
 };
 
-// Asks, block after block, for rows [count, columns] that the next step reads.
+// Where the product of a block of rows is stored. Rows have room for the packed weight's padded
+// columns where `padded`, else for its columns alone.
 template <class T>
-class Stretches {
- public:
-  Stretches(Rows<T> rows, int64_t count, int64_t columns, int64_t blocks)
-      : rows_(rows),
-        end_(count),
-        per_row_(count > 0 ? std::max<int64_t>(blocks / count, 1) : 1),
-        bytes_(columns * static_cast<int64_t>(sizeof(T)) / per_row_) {}
-
-  // The next stretch, or `otherwise` where there is none left.
-  const char* next(const char* otherwise) {
-    if (row_ >= end_) return otherwise;
-    const char* stretch =
-        reinterpret_cast<const char*>(rows_.data + row_ * rows_.stride) + part_ * bytes_;
-    if (++part_ == per_row_) {
-      part_ = 0;
-      ++row_;
-    }
-    return stretch;
-  }
-
- private:
-  Rows<T> rows_;
-  int64_t end_, per_row_, bytes_;
-  int64_t row_ = 0, part_ = 0;
+struct OutputBlock {
+  T* data;
+  int64_t stride;
+  bool padded;
 };
 
-// out [rows, columns] = a·w + bias + thin·tail, and the riders. out's rows have room for
-// packed.padded columns where `padded`, else for packed.columns. `following` rows come after these
-// in memory and are multiplied next.
+// out = a·w + bias + thin·tail, and the fused products. The `next_rows` rows that follow a's in
+// memory are prefetched, since the next block reads them.
 template <class T>
-void product(Rows<T> a, int64_t rows, const Packed<T>& packed, const T* bias,
-             const Riders<T>& riders, T* out, int64_t ldo, bool padded, int64_t following) {
+void product(Rows<T> a, int64_t rows, int64_t next_rows, const Packed<T>& packed, const T* bias,
+             const FusedThinProducts<T>& fused, const OutputBlock<T>& out) {
   T edge[kRows * kPanel<T>];
-  const int64_t width = riders.width;
+  const int64_t width = fused.width;
+  const int64_t step_depth = std::min(kDepth, packed.inner);
   const int64_t blocks = (rows + kRows - 1) / kRows;
-  const int64_t strides = blocks * ((std::min(kDepth, packed.inner) + kStride - 1) / kStride);
-  const int64_t panel_bytes = std::min(kDepth, packed.inner) * kPanel<T> * sizeof(T);
-  const int64_t panel_lines = (panel_bytes / kLine + strides - 1) / strides;
+  const int64_t intervals = blocks * ((step_depth + kPrefetchInterval - 1) / kPrefetchInterval);
+  const int64_t panel_bytes = step_depth * kPanel<T> * sizeof(T);
+  const int64_t panel_lines = (panel_bytes / kCacheLine + intervals - 1) / intervals;
   for (int64_t k = 0; k < packed.inner; k += kDepth) {
     const int64_t depth = std::min(kDepth, packed.inner - k);
     const bool first = k == 0;
     const bool last = k + kDepth >= packed.inner;
     const Rows<T> slice{a.data + k, a.stride};
-    if (riders.thin_in != nullptr) {
-      thin_product(slice, rows, depth, riders.thin_in + k * width, width, riders.thin, !first);
+
+    // Thin products with this slice of a.
+    if (fused.thin_in != nullptr) {
+      thin_product(slice, rows, depth, fused.thin_in + k * width, width, fused.thin, !first);
     }
-    if (riders.tall != nullptr) {
-      tall_product(slice.data, slice.stride, riders.tall_with, width, rows, riders.tall + k * width,
-                   width, depth, width);
+    if (fused.d_b != nullptr) {
+      add_transposed_product<T>(slice, {fused.p, width}, rows, fused.d_b + k * width, width, depth,
+                                width);
     }
-    const bool beside = last && riders.beside_tall != nullptr;
-    Stretches<T> upcoming =
-        last ? Stretches<T>({a.data + rows * a.stride, a.stride}, following,
-                            std::min(kDepth, packed.inner), packed.blocks(rows))
-             : Stretches<T>({slice.data + depth, slice.stride}, rows,
-                            std::min(kDepth, packed.inner - k - depth), packed.blocks(rows));
+    const bool with_d_down = last && fused.d_down != nullptr;
+    PrefetchCursor<T> upcoming =
+        last ? PrefetchCursor<T>({a.data + rows * a.stride, a.stride}, next_rows, step_depth,
+                                 packed.blocks(rows))
+             : PrefetchCursor<T>({slice.data + depth, slice.stride}, rows,
+                                 std::min(kDepth, packed.inner - k - depth), packed.blocks(rows));
+
+    // Main product, a panel of w at a time.
     for (int64_t j = 0; j < packed.padded; j += kPanel<T>) {
       const int64_t across = packed.panel_columns(j);
       const int64_t valid = std::min(across, packed.columns - j);
-      const bool direct = padded || valid == across;
+      const bool direct = out.padded || valid == across;
       const T* panel = packed.panel(k, depth, j);
       const T* start = first && bias != nullptr ? bias + j : nullptr;
       const char* next_panel = reinterpret_cast<const char*>(panel + across * depth);
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t count = std::min<int64_t>(kRows, rows - i);
         const Term<T> main{slice.data + i * a.stride, a.stride, panel, across, depth};
-        const Term<T> low_rank = last && riders.tail.data != nullptr
-                                     ? Term<T>{riders.thin + i * width, width, riders.tail.panel(j),
-                                               across, riders.tail.rank}
+        const Term<T> low_rank = last && fused.tail.data != nullptr
+                                     ? Term<T>{fused.thin + i * width, width, fused.tail.panel(j),
+                                               across, fused.tail.rank}
                                      : Term<T>{};
-        T* to = out + i * ldo + j;
+        T* to = out.data + i * out.stride + j;
         if (count == kRows && across == kPanel<T> && direct) {
-          Ahead ahead;
-          ahead.panel = next_panel + i / kRows * (depth / kStride) * panel_lines * kLine;
-          ahead.panel_lines = panel_lines;
-          ahead.rows = upcoming.next(ahead.panel);
-          ahead.out = i + kRows < rows ? to + kRows * ldo : out + j + across;
-          ahead.beside = ahead.out;
-          ahead.beside_stride = ldo;
-          if (beside) {
-            ahead.beside = riders.beside.data + i * riders.beside.stride + j + across;
-            ahead.beside_stride = riders.beside.stride;
+          Prefetch prefetch;
+          prefetch.panel =
+              next_panel + i / kRows * (depth / kPrefetchInterval) * panel_lines * kCacheLine;
+          prefetch.panel_lines = panel_lines;
+          prefetch.row = upcoming.next(prefetch.panel);
+          prefetch.out = i + kRows < rows ? to + kRows * out.stride : out.data + j + across;
+          prefetch.x = prefetch.out;
+          prefetch.x_stride = out.stride;
+          if (with_d_down) {
+            prefetch.x = fused.x.data + i * fused.x.stride + j + across;
+            prefetch.x_stride = fused.x.stride;
           }
-          block_entry<T, kRows, kVectors, true>(main, low_rank, to, ldo, start, !first, ahead);
+          block_entry<T, kRows, kVectors, true>(main, low_rank, to, out.stride, start, !first,
+                                                prefetch);
           continue;
         }
         const BlockFn<T> run = block_fn<T>(count, across / kLanes<T>);
         if (direct) {
-          run(main, low_rank, to, ldo, start, !first, Ahead{});
+          run(main, low_rank, to, out.stride, start, !first, Prefetch{});
           continue;
         }
         for (int64_t r = 0; !first && r < count; ++r) {
-          std::memcpy(edge + r * across, to + r * ldo, valid * sizeof(T));
+          std::memcpy(edge + r * across, to + r * out.stride, valid * sizeof(T));
         }
-        run(main, low_rank, edge, across, start, !first, Ahead{});
+        run(main, low_rank, edge, across, start, !first, Prefetch{});
         for (int64_t r = 0; r < count; ++r) {
-          std::memcpy(to + r * ldo, edge + r * across, valid * sizeof(T));
+          std::memcpy(to + r * out.stride, edge + r * across, valid * sizeof(T));
         }
       }
-      if (beside) {
-        tall_product(riders.beside.data + j, riders.beside.stride, riders.thin, width, rows,
-                     riders.beside_tall + j * width, width, valid, width);
+      if (with_d_down) {
+        add_transposed_product<T>({fused.x.data + j, fused.x.stride}, {fused.thin, width}, rows,
+                                  fused.d_down + j * width, width, valid, width);
       }
     }
   }

@@ -123,4 +123,11 @@ T* padded(const Matrix& matrix, int64_t rows, int64_t columns, int64_t width, T*
   return scratch;
 }
 
+// Rows first .. first + rows of the matrix from rows of `width` >= columns.
+template <class T>
+void write_padded(const Matrix& matrix, int64_t first, int64_t rows, int64_t columns, const T* from,
+                  int64_t width) {
+  for (int64_t i = 0; i < rows; ++i) write_row(matrix, first + i, 0, from + i * width, columns);
+}
+
 }  // namespace efft_kernels::cpu::EFFT_ISA

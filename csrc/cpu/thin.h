@@ -1,4 +1,4 @@
-// The thin matrices: the factors, their fold, and products with a few columns.
+// Products whose result has a few columns: a·b and a^T·b for b of `width` columns.
 #pragma once
 
 #include "blocking.h"
@@ -16,110 +16,78 @@ void thin_product(Rows<T> a, int64_t rows, int64_t inner, const T* b, int64_t wi
       const int64_t across = std::min(kPanel<T>, width - j);
       const Term<T> term{a.data + i * a.stride, a.stride, b + j, width, inner};
       block_fn<T>(count, across / kLanes<T>)(term, Term<T>{}, c + i * width + j, width, nullptr,
-                                             add, Ahead{});
+                                             add, Prefetch{});
     }
   }
 }
 
-// The factors in T, their columns padded to whole vectors with zeros, and the fold of `core` and
-// `up`.
-template <class T>
-struct Thin {
-  int64_t width = 0;    // Ra padded
-  int64_t rb = 0;       // Rb padded
-  int64_t up_rows = 0;  // N, or N/G where `up` is shared
-  T* down = nullptr;    // [K, width]
-  T* core = nullptr;    // [G·Ra, rb], null for the identity
-  T* core_t = nullptr;  // [G·Rb, width]: core[g]^T
-  T* up = nullptr;      // [up_rows, rb]
-  T* b = nullptr;       // [N, width]; the same as `up` for the identity
-
-  Thin(Arena<T>& arena, const Factors& factors, int64_t N, int64_t K)
-      : width(round_up(factors.Ra, kLanes<T>)),
-        rb(round_up(factors.Rb, kLanes<T>)),
-        up_rows(factors.up_shared ? N / factors.G : N) {
-    down = arena.take(K * width);
-    up = arena.take(up_rows * rb);
-    b = up;
-    if (!factors.core) return;
-    core = arena.take(factors.G * factors.Ra * rb);
-    core_t = arena.take(factors.G * factors.Rb * width);
-    b = arena.take(N * width);
+// c [COLUMNS, VECTORS·lanes] += a^T·b over `depth` rows of a [depth, COLUMNS] and b. The rows of
+// `a` are far apart, which the processor's own prefetcher does not follow.
+template <class T, int COLUMNS, int VECTORS>
+EFFT_INLINE void transposed_block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
+                                  T* c, int64_t ldc) {
+  Vec<T> acc[COLUMNS][VECTORS] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(a + kPrefetchRows * lda);
+    __builtin_prefetch(a + kPrefetchRows * lda + COLUMNS - 1);
+    step<T, COLUMNS, VECTORS>(acc, a, 1, b);
+    a += lda;
+    b += ldb;
   }
-
-  // Row n of slice `slice` of `up`.
-  const T* up_row(const Factors& factors, int64_t slice, int64_t n, int64_t per_slice) const {
-    return up + ((factors.up_shared ? 0 : slice * per_slice) + n) * rb;
-  }
-};
-
-// Rows of a slice that one task takes.
-constexpr int64_t kChunk = 512;
-
-// B[g] = up[g]·core[g]^T, and the rest of `thin` from the factors.
-template <class T>
-void fold(const Factors& factors, int64_t N, int64_t K, Thin<T>& thin) {
-  const int64_t G = factors.G, Ra = factors.Ra, Rb = factors.Rb;
-  thin.down = padded(factors.down, K, Ra, thin.width, thin.down);
-  thin.up = padded(factors.up, thin.up_rows, Rb, thin.rb, thin.up);
-  if (!factors.core) {
-    thin.b = thin.up;
-    return;
-  }
-  thin.core = padded(factors.core, G * Ra, Rb, thin.rb, thin.core);
-  for (int64_t g = 0; g < G; ++g) {
-    for (int64_t r = 0; r < Rb; ++r) {
-      T* row = thin.core_t + (g * Rb + r) * thin.width;
-      for (int64_t a = 0; a < Ra; ++a) row[a] = thin.core[(g * Ra + a) * thin.rb + r];
-      for (int64_t a = Ra; a < thin.width; ++a) row[a] = T(0);
+#pragma GCC unroll 32
+  for (int i = 0; i < COLUMNS; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; ++j) {
+      T* to = c + i * ldc + j * kLanes<T>;
+      store(to, load(to) + acc[i][j]);
     }
   }
-  const int64_t per_slice = N / G;
-  const int64_t chunks = (per_slice + kChunk - 1) / kChunk;
-  parallel_each(G * chunks, [&](int64_t task) {
-    const int64_t g = task / chunks;
-    const int64_t first = task % chunks * kChunk;
-    thin_product<T>({thin.up_row(factors, g, first, per_slice), thin.rb},
-                    std::min(kChunk, per_slice - first), Rb, thin.core_t + g * Rb * thin.width,
-                    thin.width, thin.b + (g * per_slice + first) * thin.width);
-  });
 }
 
-// d_up[g] = d_B[g]·core[g] (summed over g where `up` is shared), d_core[g] = d_B[g]^T·up[g].
-// d_up [up_rows, rb] and d_core [G·Ra, rb] may be null.
-template <class T>
-void unfold(const Factors& factors, int64_t N, const Thin<T>& thin, const T* d_b, T* d_up,
-            T* d_core) {
-  const int64_t G = factors.G, Ra = factors.Ra;
-  const int64_t per_slice = N / G;
-  if (d_up != nullptr) {
-    const int64_t chunks = (per_slice + kChunk - 1) / kChunk;
-    const int64_t sets = factors.up_shared ? 1 : G;  // slices of `up`
-    parallel_each(sets * chunks, [&](int64_t task) {
-      const int64_t set = task / chunks;
-      const int64_t first = task % chunks * kChunk;
-      const int64_t rows = std::min(kChunk, per_slice - first);
-      T* to = d_up + (set * per_slice + first) * thin.rb;
-      for (int64_t g = set; g < (factors.up_shared ? G : set + 1); ++g) {
-        thin_product<T>({d_b + (g * per_slice + first) * thin.width, thin.width}, rows, Ra,
-                        thin.core + g * Ra * thin.rb, thin.rb, to, g != set);
-      }
-    });
+template <class T, int VECTORS>
+void transposed_columns(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* c,
+                        int64_t ldc, int64_t columns) {
+  constexpr int kWide = kAccumulators / VECTORS;
+  int64_t i = 0;
+  for (; i + kWide <= columns; i += kWide) {
+    transposed_block<T, kWide, VECTORS>(a + i, lda, b, ldb, depth, c + i * ldc, ldc);
   }
-  if (d_core != nullptr) {
-    std::memset(d_core, 0, G * Ra * thin.rb * sizeof(T));
-    parallel_each(G, [&](int64_t g) {
-      tall_product(d_b + g * per_slice * thin.width, thin.width,
-                   thin.up_row(factors, g, 0, per_slice), thin.rb, per_slice,
-                   d_core + g * Ra * thin.rb, thin.rb, Ra, thin.rb);
-    });
+  for (; i + 4 <= columns; i += 4) {
+    transposed_block<T, 4, VECTORS>(a + i, lda, b, ldb, depth, c + i * ldc, ldc);
+  }
+  for (; i < columns; ++i) {
+    transposed_block<T, 1, VECTORS>(a + i, lda, b, ldb, depth, c + i * ldc, ldc);
   }
 }
 
+// Rows that a transposed product sums in one chain; a block of rows is one.
+constexpr int64_t kTransposedChain = 256;
+
+// c [columns, width] += a^T·b for a [depth, columns] and b [depth, width], width a multiple of the
+// lanes.
 template <class T>
-void write_padded(const Matrix& out, int64_t first, int64_t rows, int64_t columns, const T* from,
-                  int64_t width) {
-  for (int64_t i = 0; i < rows; ++i) write_row(out, first + i, 0, from + i * width, columns);
+void add_transposed_product(Rows<T> a, Rows<T> b, int64_t depth, T* c, int64_t ldc, int64_t columns,
+                            int64_t width) {
+  for (; depth > kTransposedChain; depth -= kTransposedChain) {
+    add_transposed_product(a, b, kTransposedChain, c, ldc, columns, width);
+    a.data += kTransposedChain * a.stride;
+    b.data += kTransposedChain * b.stride;
+  }
+  for (int64_t j = 0; j < width; j += kVectors * kLanes<T>) {
+    switch ((width - j) / kLanes<T>) {
+      case 1:
+        transposed_columns<T, 1>(a.data, a.stride, b.data + j, b.stride, depth, c + j, ldc,
+                                 columns);
+        break;
+      case 2:
+        transposed_columns<T, 2>(a.data, a.stride, b.data + j, b.stride, depth, c + j, ldc,
+                                 columns);
+        break;
+      default:
+        transposed_columns<T, kVectors>(a.data, a.stride, b.data + j, b.stride, depth, c + j, ldc,
+                                        columns);
+    }
+  }
 }
 
 }  // namespace efft_kernels::cpu::EFFT_ISA
