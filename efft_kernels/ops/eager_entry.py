@@ -1,9 +1,9 @@
-"""From Python to a backend in one step: the C++ entry point, where it takes the call.
+"""The C++ entry point: from Python to a backend in one call, where it takes the call.
 
-csrc/entry/autograd.cpp does there what functional.py and dispatch.py do in Python: the checks,
-autocast, the choice of backend and strategy, and the autograd node. It calls the native operators
-itself, and the `forward` and `backward` of the backends in Python. It asks for a choice once per
-kind of call and remembers the answer, and it leaves whatever is not plain to functional.py.
+csrc/entry does what functional.py and dispatch.py do in Python: the checks, autocast, the choice of
+backend and strategy, and the autograd node. It calls the native operators itself, and the `forward`
+and `backward` of the backends in Python. It asks `_decide` once per kind of call and remembers the
+answer. Errors, traces, modes, subclasses and transforms are left to functional.py.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 from . import cost_model, dispatch
 from .backends import native_library
 from .backends.torch_backend import Grads
+from .schemas import STRATEGY_CODES
 
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
 Backward = Callable[..., Grads]
 
-# The position of a name is its code in csrc/entry/autograd.cpp's keys.
+# A call's backend and strategy travel through C++ to `_decide` as one integer.
 _BACKENDS = ("auto", *(name for name in dispatch.BACKENDS if name != "reference"))
-_STRATEGIES = ("auto", *dispatch.STRATEGIES)
+_STRATEGIES = ("auto", *STRATEGY_CODES)
 _BACKEND_CODES = {name: code * len(_STRATEGIES) for code, name in enumerate(_BACKENDS)}
-_STRATEGY_CODES = {name: code for code, name in enumerate(_STRATEGIES)}
 
 
-def low_rank_linear(
+def try_run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -38,13 +38,21 @@ def low_rank_linear(
     backend: str,
     strategy: str,
 ) -> Tensor | None:
-    """The result with its autograd node, or None where functional.py has to take the call."""
+    """y with its autograd node, or None where functional.py has to take the call.
+
+    Args:
+        x, weight, bias, down, core, up: as in `low_rank_linear`, not checked yet.
+        backend, strategy: names, or 'auto'.
+
+    Raises:
+        RuntimeError, ValueError: as `dispatch.select`.
+    """
     module = native_library.autograd_module()
     base = _BACKEND_CODES.get(backend)
     if module is None or base is None:
         return None
-    y: Tensor | None = module.low_rank_linear(
-        x, weight, bias, down, core, up, base + _STRATEGY_CODES[strategy], _decide
+    y: Tensor | None = module.try_run(
+        x, weight, bias, down, core, up, base + _STRATEGIES.index(strategy), _decide
     )
     return y
 
@@ -57,16 +65,19 @@ def _decide(
     up: Tensor,
     rows: int,
     training: bool,
-    asked: int,
+    requested: int,
 ) -> tuple[int, int] | tuple[Forward, Backward] | None:
-    """(forward, backward): strategies as the native operators number them, or a backend's callables
-    where Python is to run; None where functional.py is to take the call.
+    """Who runs this kind of call.
+
+    Returns:
+        (forward, backward): codes of strategies for the native operators, or functions of a backend
+        in Python. None where the two passes have different backends.
 
     Raises:
         RuntimeError, ValueError: as `dispatch.select`.
     """
-    backend = _BACKENDS[asked // len(_STRATEGIES)]
-    strategy = _STRATEGIES[asked % len(_STRATEGIES)]
+    backend = _BACKENDS[requested // len(_STRATEGIES)]
+    strategy = _STRATEGIES[requested % len(_STRATEGIES)]
     problem = cost_model.Problem.of(x, weight, down, core, up, training=training)
     problem = problem._replace(M=rows)
     module, forward = dispatch.select(backend, strategy, problem, x)
@@ -75,15 +86,15 @@ def _decide(
     if other is not module:
         return None
     if module.NATIVE and not module.out_of_reach(problem):
-        return dispatch.STRATEGIES.index(forward), dispatch.STRATEGIES.index(backward)
+        return STRATEGY_CODES[forward], STRATEGY_CODES[backward]
     return _callables(module, forward, backward)
 
 
-@cache  # csrc/entry/autograd.cpp keeps every pair for good
+@cache  # csrc/entry never frees a pair that it was given
 def _callables(
     module: ModuleType, forward_strategy: str, backward_strategy: str
 ) -> tuple[Forward, Backward]:
-    """The backend as csrc/entry/autograd.cpp calls it, with positional arguments alone."""
+    """The backend's two functions as csrc/entry calls them, with positional arguments."""
 
     def forward(
         x: Tensor,
@@ -118,8 +129,7 @@ def _callables(
 
 
 def forget_choices() -> None:
-    """Ask anew from here on: after new measurements, another preference, or where a backend can run
-    that could not before."""
+    """Make every choice again: after new measurements, or where another backend can run."""
     module = native_library.autograd_module()
     if module is not None:
         module.forget_choices()

@@ -9,13 +9,14 @@ y = x·W^T + bias + P·B^T:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, dispatch, eager_entry, reference
-from .backends import torch_backend
+from .backends.torch_backend import backward as backward_in_torch
 
 
 def low_rank_linear(
@@ -64,7 +65,7 @@ def low_rank_linear(
     dispatch.check_strategy(strategy)
     transformed = torch._C._are_functorch_transforms_active()
     if not (transformed or torch.compiler.is_compiling()):
-        y = eager_entry.low_rank_linear(x, weight, bias, down, core, up, backend, strategy)
+        y = eager_entry.try_run(x, weight, bias, down, core, up, backend, strategy)
         if y is not None:
             return y
     x = checks.to_autocast_dtype(x)
@@ -126,7 +127,7 @@ class _LowRankLinear(torch.autograd.Function):
         x, weight, p, down, core, up = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(dy, x, weight, p, down, core, up, needs), None, None
+            return *plain_backward(dy, x, weight, p, down, core, up, needs), None, None
         grads = torch.ops.efft_kernels.low_rank_linear_bwd(
             dy, x, weight, p, down, core, up, needs, *ctx.choice
         )
@@ -138,7 +139,7 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, d_weight, d_bias, d_down, d_core, d_up, None, None
 
 
-def _differentiable_backward(
+def plain_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -146,20 +147,19 @@ def _differentiable_backward(
     down: Tensor,
     core: Tensor | None,
     up: Tensor,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients as a graph, for create_graph=True: P is recomputed so that it depends on x
-    and down."""
-    if p is not None:
+    """The gradients in torch's own operators: for create_graph=True, where P is recomputed so that
+    it depends on x and down, and for a dY that no kernel takes (csrc/entry, under a vmap or mode).
+    """
+    if p is not None and torch.is_grad_enabled():
         if x is None:
             raise RuntimeError(
                 "low_rank_linear: a second derivative needs x, which is saved only when down or"
                 " weight requires grad; set down.requires_grad_() or call reference.low_rank_linear"
             )
         p = torch.mm(x, down.to(x.dtype))
-    return torch_backend.backward(
-        dy, x, weight, p, down, core, up, needs=tuple(needs), strategy="split"
-    )
+    return backward_in_torch(dy, x, weight, p, down, core, up, needs=tuple(needs), strategy="split")
 
 
 def _reference(

@@ -1,0 +1,35 @@
+// The tensors of one call.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "codes.h"
+
+namespace efft_kernels {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Operands {
+  Tensor x;             // [..., K]; [M, K] for a backend
+  Tensor weight;        // [N, K]
+  OptionalTensor bias;  // [N]
+  Tensor down;          // [K, Ra]
+  OptionalTensor core;  // [G, Ra, Rb]
+  Tensor up;            // [1 or G, N/G, Rb]
+};
+
+struct BackwardOperands {
+  Tensor dy;      // [M, N]
+  Tensor x;       // [M, K]; undefined unless `needs` has down or weight
+  Tensor weight;  // [N, K]
+  Tensor p;       // [M, Ra]; undefined unless `needs` has core or up
+  Tensor down;    // [K, Ra]
+  Tensor core;    // [G, Ra, Rb], or undefined
+  Tensor up;      // [1 or G, N/G, Rb]
+  int64_t needs;  // bits of Need
+};
+
+}  // namespace efft_kernels
