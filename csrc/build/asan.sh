@@ -5,7 +5,7 @@ set -euo pipefail
 python=$(realpath -s "${1:?usage: csrc/build/asan.sh PYTHON [pytest arguments]}")
 shift
 # EFFT_KERNELS_CPU_ISA=avx2|baseline runs the same tests on the kernels of another instruction set.
-if [[ $# -eq 0 ]]; then set -- -m "not slow" tests/ops/backends/test_cpp_backend.py; fi
+if [[ $# -eq 0 ]]; then set -- -m "not slow" tests/ops/backends/cpp; fi
 cd "$(dirname "$0")/../.."
 
 "$python" csrc/build/native_build.py --sanitize --only _native --build-dir build/asan

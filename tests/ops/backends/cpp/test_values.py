@@ -1,0 +1,193 @@
+"""The C++ operators are exact at every edge of their blocks, for any strides and dtypes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from efft_kernels import low_rank_linear
+from efft_kernels.ops.backends import cpp_backend
+
+from .operators import (
+    BF16,
+    BLOCK_ROWS,
+    CHUNK,
+    DEPTH,
+    DTYPES,
+    F32,
+    F64,
+    FACTORS,
+    FORMS,
+    NAMES,
+    PANELS,
+    TALL,
+    WIDE,
+    Shape,
+    backward,
+    both,
+    cast,
+    exact,
+    forward,
+    integers,
+    name_of,
+    reals,
+)
+
+
+def assert_exact(tensors: dict, strategy: str) -> None:
+    """Every result is the float64 one, rounded once to its own dtype."""
+    tensors = tensors | {"p": exact(tensors)["p"].to(tensors["x"].dtype)}
+    right = exact(tensors)
+    y, p = forward(tensors, strategy)
+    found = {"y": y, "p": p, **backward(tensors, strategy)}
+    assert found.keys() == right.keys()
+    for name, t in right.items():
+        of = {"d_down": "down", "d_core": "core", "d_up": "up"}.get(name, "x")
+        assert t.numel() == 0 or t.abs().max() < 2**22
+        assert found[name].dtype == tensors[of].dtype and found[name].is_contiguous()
+        assert torch.equal(found[name], t.to(found[name].dtype)), name
+    alone, none = forward(tensors, strategy, save_p=False)
+    assert none is None and torch.equal(alone, y)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=name_of)
+@pytest.mark.parametrize("form", FORMS)
+def test_small_integers_are_exact(form, dtypes, strategy):
+    assert_exact(cast(integers(FORMS[form], bound=1), *dtypes), strategy)
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[3]], ids=name_of)
+@pytest.mark.parametrize("shape", [WIDE, TALL], ids=["wide", "tall"])
+def test_beyond_every_block(shape, dtypes, strategy, threads):
+    assert_exact(cast(integers(shape, bound=1), *dtypes), strategy)
+
+
+ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1)
+COLUMNS = (1, 2, 3, *(p + d for p in PANELS for d in (-1, 0, 1)), 95, 96, 97, DEPTH - 1, DEPTH,
+           DEPTH + 1, 2 * DEPTH, CHUNK + 1)  # fmt: skip
+RANKS = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 97, 127, 128, 129, 130)
+EDGES = [
+    *(Shape(M=M, bias=False) for M in ROWS),
+    *(Shape(M=13, K=K) for K in COLUMNS),
+    *(Shape(M=13, n=n, G=2) for n in COLUMNS),
+    *(Shape(M=13, Ra=Ra) for Ra in RANKS),
+    *(Shape(M=13, Rb=Rb, shared=False) for Rb in RANKS),
+    *(Shape(M=13, Ra=Ra, core=False, G=1) for Ra in RANKS),
+    *(Shape(M=1, K=1, n=1, G=G, Ra=1, Rb=1) for G in (1, 2, 7)),
+    Shape(M=3001, K=1, n=1, G=1),
+    Shape(M=2, K=5003, n=1),
+    Shape(M=2, K=2, n=5003),
+    Shape(M=5, K=3, n=2, G=101),
+    # so wide that the thin products take fewer rows than a block has, and the fewest
+    Shape(M=BLOCK_ROWS + 33, K=1451, n=1511, G=1, Ra=3, Rb=2),
+    Shape(M=37, K=20011, n=3, G=1),
+    Shape(M=37, K=3, n=20011, G=1),
+]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_every_size_around_a_block(strategy, wide):
+    """One test for all, since a case takes a millisecond."""
+    for shape in EDGES:
+        try:
+            assert_exact(cast(integers(shape, bound=1), F64 if wide else F32), strategy)
+        except AssertionError as error:
+            raise AssertionError(f"{shape}: {error}") from error
+
+
+def with_nan(t, *pads):
+    """A view of t's values in a buffer whose other elements are NaN."""
+    return torch.nn.functional.pad(t, pads, value=torch.nan)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "all dims turned": lambda t: (
+        t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+    ),
+    "columns of a wider one": lambda t: with_nan(t, 3, 2)[..., 3:-2],
+    "every second column": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
+    "rows of a taller one": lambda t: with_nan(t, 0, 0, 3, 2)[..., 3:-2, :],
+    "every second row": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -2)[..., 0, :],
+    "offset": lambda t: torch.cat([torch.full_like(t[:1], torch.nan), t])[1:],
+    "one row for all": lambda t: t[..., :1, :].expand_as(t),
+    "one column for all": lambda t: t[..., :1].expand_as(t),
+    "one number for all": lambda t: t.flatten()[0].expand_as(t),
+    "rows overlap": lambda t: t.flatten()[: sum(t.shape)].as_strided(t.shape, (1,) * t.dim()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["x", "dy", "p", "weight", *FACTORS])
+def test_any_strides(name, layout, strategy):
+    for dtypes in (DTYPES[0], DTYPES[4]):
+        for form in ("own up", "no core"):
+            t = cast(integers(FORMS[form], bound=1), *dtypes)
+            t["p"] = torch.randint(-3, 4, (67, 7)).to(t["x"].dtype)
+            if t[name] is None:
+                continue
+            t[name] = LAYOUTS[layout](t[name])
+            right = exact({key: None if v is None else v.contiguous() for key, v in t.items()})
+            y, p = forward(t, strategy)
+            for key, found in {"y": y, "p": p, **backward(t, strategy)}.items():
+                assert torch.equal(found, right[key].to(found.dtype)), key
+
+
+@pytest.mark.parametrize("layout", ["every second", "offset", "one for all", "reads a row"])
+def test_any_strides_of_the_bias(layout, strategy):
+    t = cast(integers(FORMS["shared up"], bound=1), F32)
+    bias = t["bias"]
+    t["bias"] = {
+        "every second": torch.stack([bias, torch.full_like(bias, torch.nan)], -1)[:, 0],
+        "offset": with_nan(bias, 3, 2)[3:-2],
+        "one for all": bias[:1].expand_as(bias),
+        "reads a row": t["weight"][:, 3],
+    }[layout]
+    assert_exact(t, strategy)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+def test_no_rows(dtype, strategy):
+    """Nothing goes in; the gradients of the factors are zero, not unwritten."""
+    t = cast(reals(Shape(M=0)), dtype)
+    found = both(t, t["dy"], strategy)
+    assert found["y"].shape == (0, 87) and found["p"].shape == (0, 7) and found["dx"].numel() == 0
+    for name in FACTORS:
+        grad = found[f"d_{name}"]
+        assert grad.shape == t[name].shape and not grad.any()
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_makes_what_is_asked_for(needs, strategy):
+    """Every subset: the same gradients, nothing else, and x and P only where they are read."""
+    wanted = (needs[0], False, False, *needs[1:])
+    for form in FORMS.values():
+        t = cast(reals(form), F32)
+        t["p"] = forward(t, strategy)[1]
+        everything = backward(t, strategy)
+        given = t | {"x": t["x"] if needs[1] else None}
+        if not needs[3] and not (needs[2] and form.core):
+            given["p"] = None
+        found = torch.ops.efft_kernels.native_bwd(
+            *(given[name] for name in ("dy", "x", "weight", "p", *FACTORS)),
+            sum(need << i for i, need in enumerate(wanted)),
+            cpp_backend.STRATEGY_CODES[strategy],
+        )
+        for name, grad, need in zip(("dx", "d_down", "d_core", "d_up"), found, needs, strict=True):
+            if need and name in everything:
+                assert torch.equal(grad, everything[name]), name
+            else:
+                assert grad.shape == (0,), name
+
+
+def test_one_backend_for_every_caller(strategy):
+    """The public operator with backend='cpp' is these operators, values and gradients."""
+    t = cast(reals(FORMS["shared up"]), F32)
+    right = both(t, t["dy"], strategy)
+    leaves = {name: t[name].clone().requires_grad_(name in ("x", *FACTORS)) for name in NAMES}
+    y = low_rank_linear(**leaves, backend="cpp", strategy=strategy)
+    y.backward(t["dy"])
+    assert torch.equal(y, right["y"]) and torch.equal(leaves["x"].grad, right["dx"])
+    assert all(torch.equal(leaves[name].grad, right[f"d_{name}"]) for name in FACTORS)
