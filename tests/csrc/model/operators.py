@@ -65,7 +65,9 @@ def run(shape: Shape, dtype: torch.dtype, strategy: str) -> None:
     # An infinity times the rank's padding must not become a NaN.
     inputs = [None if t is None else t.abs() for t in tensors[:-1]]
     inputs[0][-1, -1] = torch.inf
-    y, _ = backend.forward(*inputs, save_p=False, strategy=strategy)
+    # oneDNN, which multiplies for `merged` here, makes NaNs of it on CPUs without bfloat16.
+    with torch.backends.mkldnn.flags(enabled=False):
+        y, _ = backend.forward(*inputs, save_p=False, strategy=strategy)
     assert not y.isnan().any() and y[-1].isinf().all() and not y[:-1].isinf().any()
 
 
