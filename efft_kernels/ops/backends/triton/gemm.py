@@ -312,16 +312,16 @@ def launch_gemm(
         operands = (a, w, thin_in, core, thin_out, p)
         prepared = once(cache, name, _prepare_gemm, *operands, ra, transpose, aligned, config)
     out = a.new_empty(*prepared.out)
-    pointers = (a, w, bias, thin_in, core, thin_out, out if p is None else p, out)
+    tensors = (a, w, bias, thin_in, core, thin_out, out if p is None else p)
     if prepared.blocks is None:
-        prepared.launch(pointers, _NO_DESCRIPTORS)
+        prepared.launch(tensors, (out,), _NO_DESCRIPTORS)
     else:
         stored = w if w.stride(1) == 1 else w.t()
         descriptors = tuple(
             None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
             for tensor, block in zip((a, stored, thin_in), prepared.blocks, strict=True)
         )
-        prepared.launch(pointers, descriptors)
+        prepared.launch(tensors, (out,), descriptors)
     return out
 
 

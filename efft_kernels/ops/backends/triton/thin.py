@@ -251,7 +251,7 @@ def launch_thin(
         d_up = tall.new_empty(*prepared.d_up, dtype=torch.float32)
         if prepared.d_core is not None:
             d_core = tall.new_empty(*prepared.d_core, dtype=torch.float32)
-    prepared.launch((tall, up, core, s, p, d_up, d_core))
+    prepared.launch((tall, up, core, s, p), (d_up, d_core))
     return d_up, d_core
 
 
@@ -317,7 +317,7 @@ def launch_tall_grad(
     """The partial sums [splits, C, RA] of tall^T·thin, float32."""
     prepared = once(cache, "tall_grad", _prepare_tall_grad, tall, thin, config)
     partial = tall.new_empty(*prepared.partial, dtype=torch.float32)
-    prepared.launch((tall, thin, partial))
+    prepared.launch((tall, thin), (partial,))
     return partial
 
 
