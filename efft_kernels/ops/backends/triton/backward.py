@@ -114,9 +114,10 @@ def backward(
     strategy: str,
 ) -> Grads:
     """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
-    tensors = (dy, x, weight, p, down, core, up)
-    cache = cache_of(tensors, "bwd", needs, strategy, dot_precision(dy.dtype))
-    steps = once(cache, "steps", _steps, *tensors, needs, strategy)
+    cache = cache_of(
+        (dy, x, weight, p, down, core, up), "bwd", needs, strategy, dot_precision(dy.dtype)
+    )
+    steps = once(cache, "steps", _steps, dy, x, weight, p, down, core, up, needs, strategy)
     if steps.in_torch:
         return torch_backend.backward(
             dy, x, weight, p, down, core, up, needs=needs, strategy=torch_strategy(strategy)

@@ -115,7 +115,7 @@ def launch_fold(
         return up if up.dim() == 2 else up.view(rows, ra)
     launch = once(cache, name, _prepare_fold, up, core, rank_a)
     b = up.new_empty(rows, rank_a, dtype=dtype)
-    launch((up, core, b))
+    launch((up, core), (b,))
     return b
 
 

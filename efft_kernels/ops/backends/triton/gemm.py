@@ -21,8 +21,8 @@ while this tile is stored. On sm_100 Triton 3.6 fails to compile the fused loop;
 tiles stays a loop, and the accumulator is held twice.
 
 Bytes moved, each operand once: M·I + I·C + C·(bias) + M·C, I·RA more where P is computed here, M·ra
-more where P is stored or read, and core and thin_out as they are stored. `plan` in
-ops/cost_model.py counts them.
+more where P is stored or read, and core and thin_out as they are stored. `launches` in cost.py
+counts them.
 """
 
 from __future__ import annotations
@@ -312,16 +312,16 @@ def launch_gemm(
         operands = (a, w, thin_in, core, thin_out, p)
         prepared = once(cache, name, _prepare_gemm, *operands, ra, transpose, aligned, config)
     out = a.new_empty(*prepared.out)
-    pointers = (a, w, bias, thin_in, core, thin_out, out if p is None else p, out)
+    tensors = (a, w, bias, thin_in, core, thin_out, out if p is None else p)
     if prepared.blocks is None:
-        prepared.launch(pointers, _NO_DESCRIPTORS)
+        prepared.launch(tensors, (out,), _NO_DESCRIPTORS)
     else:
         stored = w if w.stride(1) == 1 else w.t()
         descriptors = tuple(
             None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
             for tensor, block in zip((a, stored, thin_in), prepared.blocks, strict=True)
         )
-        prepared.launch(pointers, descriptors)
+        prepared.launch(tensors, (out,), descriptors)
     return out
 
 

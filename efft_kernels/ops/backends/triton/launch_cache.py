@@ -11,8 +11,9 @@ What a compiled kernel relies on, and where that is checked:
 
     dtypes, integers, constants    follow from the key of `cache_of`
     the device                     likewise; the caller makes it the current one (ops/dispatch.py)
-    pointers aligned to 16 bytes   at every call: one that is not goes through `kernel[grid]`,
-                                   which compiles for it; torch's own allocations always are
+    pointers aligned to 16 bytes   at every call, but for tensors that it allocated, which always
+                                   are: one that is not goes through `kernel[grid]`, which
+                                   compiles for it
 
 Nothing else is cached: no pointer, no stream, no value. So a launch may be prepared or made while
 a CUDA graph is captured, and a replay runs none of this. Triton's debugging switches count when a
@@ -69,25 +70,27 @@ class CachedLaunch:
     def __call__(
         self,
         tensors: tuple[Tensor | None, ...],
+        fresh: tuple[Tensor | None, ...] = (),
         descriptors: tuple[Any, ...] = (),
-        fresh: bool = False,
     ) -> None:
         """Launch on the current device and stream.
 
         Args:
-            tensors: The kernel's tensors in its order; None where it has none.
+            tensors: The kernel's first tensors in its order; None where it has none.
+            fresh: The rest of them, allocated for this call, hence aligned.
             descriptors: Tensor descriptors of some of them, where the kernel takes any.
-            fresh: All tensors were allocated for this call, hence are aligned.
         """
         addresses = 0
-        for tensor in () if fresh else tensors:
+        for tensor in tensors:
             if tensor is not None:
                 addresses |= tensor.data_ptr()
         aligned = not addresses & 15
         if aligned and self._direct is not None:
-            self._direct(*tensors, *descriptors, *self.arguments)
+            self._direct(*tensors, *fresh, *descriptors, *self.arguments)
             return
-        compiled = self.kernel[self.grid](*tensors, *descriptors, *self.arguments, **self.options)
+        compiled = self.kernel[self.grid](
+            *tensors, *fresh, *descriptors, *self.arguments, **self.options
+        )
         if aligned and DIRECT and isinstance(compiled, triton.compiler.CompiledKernel):
             self._direct = compiled[self.grid]
 

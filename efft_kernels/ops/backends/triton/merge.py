@@ -87,7 +87,7 @@ def launch_merge(
     """W + ΔW, [N, K] in `dtype`, formed in float32."""
     launch = once(cache, "merge", _prepare_merge, weight, down, core, up)
     out = weight.new_empty(*weight.shape, dtype=dtype)
-    launch((weight, up, core, down, out))
+    launch((weight, up, core, down), (out,))
     return out
 
 

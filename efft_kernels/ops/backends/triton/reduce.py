@@ -120,6 +120,7 @@ def launch_reduce(
     launch = once(cache, "reduce", _prepare_reduce, sums)
     (partial_up, d_up), (partial_core, d_core), (partial_down, d_down) = sums
     launch(
+        (),
         (
             None if d_up is None else partial_up,
             d_up,
@@ -128,7 +129,6 @@ def launch_reduce(
             None if d_down is None else partial_down,
             d_down,
         ),
-        fresh=True,
     )
 
 

@@ -15,7 +15,7 @@ they are stored):
                        programs·(C·RB + G·ra·RB)·4, without a core programs·C·RA·4
     tall_grad          M·C + M·ra + splits·C·RA·4
 
-`plan` in ops/cost_model.py counts them, and the tests hold the launches to it. With more row tiles
+`launches` in cost.py counts them, and the tests hold the launches to it. With more row tiles
 than programs, `thin` also updates its own partial sums in place, mostly in L2; that is not counted.
 """
 
@@ -251,7 +251,7 @@ def launch_thin(
         d_up = tall.new_empty(*prepared.d_up, dtype=torch.float32)
         if prepared.d_core is not None:
             d_core = tall.new_empty(*prepared.d_core, dtype=torch.float32)
-    prepared.launch((tall, up, core, s, p, d_up, d_core))
+    prepared.launch((tall, up, core, s, p), (d_up, d_core))
     return d_up, d_core
 
 
@@ -317,7 +317,7 @@ def launch_tall_grad(
     """The partial sums [splits, C, RA] of tall^T·thin, float32."""
     prepared = once(cache, "tall_grad", _prepare_tall_grad, tall, thin, config)
     partial = tall.new_empty(*prepared.partial, dtype=torch.float32)
-    prepared.launch((tall, thin, partial))
+    prepared.launch((tall, thin), (partial,))
     return partial
 
 

@@ -69,14 +69,14 @@ def recorded(monkeypatch, request) -> list[Recorded]:
     launches: list[Recorded] = []
     start = launch_cache.CachedLaunch.__call__
 
-    def record(launch, tensors, *rest, **options):
-        found = {t.data_ptr(): t for t in tensors if t is not None}
+    def record(launch, tensors, fresh=(), descriptors=()):
+        found = {t.data_ptr(): t for t in (*tensors, *fresh) if t is not None}
         bytes_moved = sum(t.numel() * t.element_size() for t in found.values())
         name = launch.kernel.__name__.removeprefix("_low_rank").strip("_").removesuffix("_kernel")
         grad = name == "thin" and tensors[4] is not None
         launches.append(Recorded(f"{name}_grad" if grad else name, bytes_moved, launch.grid))
         if getattr(request, "param", True):
-            start(launch, tensors, *rest, **options)
+            start(launch, tensors, fresh, descriptors)
 
     monkeypatch.setattr(launch_cache.CachedLaunch, "__call__", record)
     return launches
