@@ -21,8 +21,7 @@ while this tile is stored. On sm_100 Triton 3.6 fails to compile the fused loop;
 tiles stays a loop, and the accumulator is held twice.
 
 Bytes moved, each operand once: M·I + I·C + C·(bias) + M·C, I·RA more where P is computed here, M·ra
-more where P is stored or read, and core and thin_out as they are stored. `plan` in
-ops/cost_model.py counts them.
+more where P is stored or read, and core and thin_out as they are stored. cost.py counts them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ they are stored):
                        programs·(C·RB + G·ra·RB)·4, without a core programs·C·RA·4
     tall_grad          M·C + M·ra + splits·C·RA·4
 
-`plan` in ops/cost_model.py counts them, and the tests hold the launches to it. With more row tiles
+cost.py counts them, and the tests hold the launches to it. With more row tiles
 than programs, `thin` also updates its own partial sums in place, mostly in L2; that is not counted.
 """
 
