@@ -1,9 +1,9 @@
 """The CUDA C++ backend: float16 and bfloat16 on NVIDIA GPUs from compute capability 8.0 on.
 
-    csrc/cuda/gemm_sm90.cuh   the GEMM on Hopper: tiles by the copy engine, wgmma; P may ride
-    csrc/cuda/gemm_sm80.cu    the same function on every other GPU, and for rows of any alignment
-    csrc/cuda/thin.cu         passes over a tall matrix: tall·thin, tall^T·thin, two-stage sums
-    csrc/cuda/factors.cu      the fold of (down, core, up), W + ΔW, and d_core and d_up from d_B
+    csrc/cuda/gemm/sm90.cuh   the GEMM on Hopper: tiles by TMA, wgmma; its loop can compute P
+    csrc/cuda/gemm/sm80.cu    the same function on every other GPU, and for rows of any alignment
+    csrc/cuda/passes/         passes over a tall matrix: tall·thin, tall^T·thin, two-stage sums
+    csrc/cuda/factors/        the fold of (down, core, up), W + ΔW, and d_core and d_up from d_B
     csrc/cuda/ops.cpp         the order in which they run
 
 `fused` computes P inside the GEMM at ranks up to 16 on Hopper, where x, W and y have rows of a

@@ -77,7 +77,7 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
 
 def _sm90_columns(m: int, columns: int, multiprocessors: int) -> int | None:
     """Columns per tile of the sm_90a GEMM; None where too few tiles leave it to the general one
-    (csrc/cuda/gemm/schedule.h)."""
+    (csrc/cuda/gemm/select.h)."""
     row_tiles = -(-m // 128)
     if 4 * row_tiles * -(-columns // 128) < multiprocessors:
         return None
