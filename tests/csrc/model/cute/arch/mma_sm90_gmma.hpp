@@ -3,8 +3,8 @@
 #include <array>
 
 #include "common/convert.cuh"
-#include "gpu.h"
 #include "common/swizzle.h"
+#include "gpu.h"
 
 // The part of CuTe's interface to wgmma that the kernels use, on the model: each thread forms its
 // own accumulators from the operands in shared memory, when the group is waited for.
