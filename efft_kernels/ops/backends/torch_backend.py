@@ -84,7 +84,8 @@ def fold(core: Tensor | None, up: Tensor) -> Tensor:
         return up.flatten(0, 1)
     if core.shape[0] == 1:
         return torch.mm(up[0], core[0].t())  # a third of torch.matmul's time on the host
-    return torch.matmul(up, core.mT).flatten(0, 1)
+    # torch.matmul takes another way, with other rounding, where an operand requires grad.
+    return torch.bmm(up.expand(core.shape[0], -1, -1), core.mT).flatten(0, 1)
 
 
 def unfold_grads(
@@ -100,10 +101,12 @@ def unfold_grads(
         d_core = torch.mm(d_b.t(), up[0]).unsqueeze(0) if need_core else None
         return d_core, torch.mm(d_b, core[0]).unsqueeze(0) if need_up else None
     d_b = d_b.reshape(slices, -1, d_b.shape[1])  # [G, N/G, Ra]
-    d_core = torch.matmul(d_b.mT, up) if need_core and core is not None else None
+    d_core = (
+        torch.bmm(d_b.mT, up.expand(slices, -1, -1)) if need_core and core is not None else None
+    )
     d_up = None
     if need_up:
-        d_up = d_b if core is None else torch.matmul(d_b, core)
+        d_up = d_b if core is None else torch.bmm(d_b, core)
         if up.shape[0] != slices:
             d_up = d_up.sum(0, keepdim=True)
     return d_core, d_up
