@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES
+from ..checks import FLOAT_DTYPES, HALF_DTYPES
 from ..cost_model import Device, Launch, Problem, library_gemm, loses_increments
 
 NAME = "torch"
@@ -120,8 +120,11 @@ def merge_weight(weight: Tensor, down: Tensor, b: Tensor, dtype: torch.dtype) ->
 
 
 def mm_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a·b in `dtype`; on CUDA a half-precision product is stored from its float32 accumulator."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
+    """a·b in `dtype`. On CUDA a half-precision product is stored from its float32 accumulator,
+    except as part of a graph: torch cannot differentiate that."""
+    recorded = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    stored_half = dtype == torch.float32 and a.dtype in HALF_DTYPES
+    if a.is_cuda and stored_half and not recorded:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).to(dtype)
 
