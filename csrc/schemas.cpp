@@ -3,9 +3,8 @@
 
 // As low_rank_linear_fwd and low_rank_linear_bwd of efft_kernels/ops/schemas.py, with
 //   strategy  a Strategy of codes.h
-//   needs     bits of Need; the caller makes the gradients of weight and bias itself, and a
-//   gradient
-//             that is not wanted comes back empty
+//   needs     bits of Need; the caller computes the gradients of weight and bias itself, and a
+//             gradient that is not wanted comes back empty
 STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
   m.def(
       "native_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor? core, Tensor up,"
