@@ -16,13 +16,12 @@ from torch import Tensor
 
 from efft_kernels import low_rank_linear
 from efft_kernels.ops.backends import native_library
+from efft_kernels.testing.operands import FACTORS, NAMES, Shape
 
 for missing in (native_library.not_built("_native"), native_library.not_built("_autograd")):
     if missing is not None:
         pytest.skip(missing, allow_module_level=True)
 
-NAMES = ("x", "weight", "bias", "down", "core", "up")
-FACTORS = ("down", "core", "up")
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -47,19 +46,12 @@ def operands(
     lead=(11,), k=7, per_slice=5, slices=3, core=True, shared=True, bias=True, dtype=torch.float32,
     frozen_dtype=None, factor_dtype=None,
 ) -> dict[str, Tensor | None]:  # fmt: skip
-    n, ra, rb = slices * per_slice, 3, 2 if core else 3
-    shapes = {
-        "x": (*lead, k),
-        "weight": (n, k),
-        "bias": (n,) if bias else None,
-        "down": (k, ra),
-        "core": (slices, ra, rb) if core else None,
-        "up": (1 if shared and core else slices, per_slice, rb),
-    }
+    shape = Shape(K=k, n=per_slice, G=slices, Ra=3, Rb=2, core=core, shared=shared, bias=bias)
     kinds = {"weight": frozen_dtype, "bias": frozen_dtype} | dict.fromkeys(FACTORS, factor_dtype)
     return {
-        name: None if shape is None else torch.randn(shape).to(kinds.get(name) or dtype)
-        for name, shape in shapes.items()
+        name: None if size is None else torch.randn(size).to(kinds.get(name) or dtype)
+        for name, size in shape.sizes(lead).items()
+        if name in NAMES
     }
 
 

@@ -14,12 +14,12 @@ from .both_ways import assert_identical, on_both_ways, operands, step
 
 @pytest.fixture
 def decisions(monkeypatch):
-    """Every question that the entry point puts to Python: (problem's M, asked, answer)."""
+    """Every call of `_decide`: (M, training, answer)."""
     seen = []
     real = eager_entry._decide
 
-    def decide(x, weight, down, core, up, rows, training, asked):
-        answer = real(x, weight, down, core, up, rows, training, asked)
+    def decide(x, weight, down, core, up, rows, training, requested):
+        answer = real(x, weight, down, core, up, rows, training, requested)
         seen.append((rows, training, answer))
         return answer
 

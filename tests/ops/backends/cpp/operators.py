@@ -8,52 +8,22 @@ have in common is in test_functional.py, test_gradients.py and test_autocast.py 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
 from efft_kernels import reference
 from efft_kernels.ops.backends import cpp_backend, native_library, torch_backend
+from efft_kernels.testing.operands import FACTORS, NAMES, Shape
 
 if (missing := native_library.not_built("_native")) is not None:
     pytest.skip(missing, allow_module_level=True)
 assert cpp_backend.unavailable() is None, "what was built can be loaded"
 
-NAMES = ("x", "weight", "bias", "down", "core", "up")
 GRADS = ("dx", "d_weight", "d_bias", "d_down", "d_core", "d_up")
-FACTORS = ("down", "core", "up")
 ALL = (True, False, False, True, True, True)  # those that the operator makes
 # Compiled in csrc/cpu: a step of the inner dimension, rows of a block, columns of a panel (float32
 # and float64, for each instruction set), rows of a task of the fold.
 DEPTH, BLOCK_ROWS, PANELS, CHUNK = 384, 200, (4, 8, 12, 24, 48), 512
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Distinct primes (n = N/G), so that no two axes can be taken for each other."""
-
-    M: int = 67
-    K: int = 71
-    n: int = 29
-    G: int = 3
-    Ra: int = 7
-    Rb: int = 5
-    core: bool = True
-    shared: bool = True
-    bias: bool = True
-
-    def of(self) -> dict[str, tuple[int, ...] | None]:
-        rb = self.Rb if self.core else self.Ra
-        return {
-            "x": (self.M, self.K),
-            "weight": (self.G * self.n, self.K),
-            "bias": (self.G * self.n,) if self.bias else None,
-            "down": (self.K, self.Ra),
-            "core": (self.G, self.Ra, rb) if self.core else None,
-            "up": (1 if self.core and self.shared else self.G, self.n, rb),
-            "dy": (self.M, self.G * self.n),
-        }
 
 
 FORMS = {
@@ -89,7 +59,7 @@ def integers(shape: Shape, bound: int = 2) -> dict:
     """Whole numbers, so that sums are exact in every order and equality is bitwise; float64."""
     return {
         name: None if size is None else torch.randint(-bound, bound + 1, size).double()
-        for name, size in shape.of().items()
+        for name, size in shape.sizes().items()
     }
 
 
@@ -97,7 +67,7 @@ def reals(shape: Shape) -> dict:
     """Normal numbers, scaled so that both terms of y are of order one; float64."""
     t = {
         name: None if size is None else torch.randn(size, dtype=torch.float64)
-        for name, size in shape.of().items()
+        for name, size in shape.sizes().items()
     }
     t["weight"] *= shape.K**-0.5
     t["down"] *= shape.K**-0.5
