@@ -221,8 +221,8 @@ def write(rows: Rows, path: Path) -> None:
     table["torch"], table["triton"] = torch.__version__, triton.__version__
     table["timestamp"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:

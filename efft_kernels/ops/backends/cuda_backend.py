@@ -7,7 +7,7 @@
     csrc/cuda/ops.cpp         the order in which they run
 
 `fused` computes P inside the GEMM at ranks up to 16 on Hopper, where x, W and y have rows of a
-multiple of 16 bytes and there are enough tiles to fill the chip; elsewhere it runs as `split`.
+multiple of 16 bytes and there are enough tiles to fill the GPU; elsewhere it runs as `split`.
 `merged` leaves the product to the library. float32 and float64 are for the other backends. Ranks
 above 128, and problems without rows or columns, run in plain torch.
 """

@@ -21,14 +21,18 @@ needs_hopper = pytest.mark.skipif(
 
 
 def assert_exact_product(
-    sizes: tuple[int, int, int], direction: str, ride: bool, config: GemmConfig, slices: int = 0
+    sizes: tuple[int, int, int],
+    direction: str,
+    compute_p: bool,
+    config: GemmConfig,
+    slices: int = 0,
 ) -> None:
     """The GEMM of small integers and its P are exact with the given config.
 
     Args:
         sizes: (rows, inner, columns).
         direction: "forward" for a weight read transposed.
-        ride: whether the GEMM makes P itself.
+        compute_p: whether the GEMM computes P itself.
         slices: through as many cores and a shared up; 0 for no core.
     """
     rows, inner, columns = sizes
@@ -43,8 +47,8 @@ def assert_exact_product(
     core = draw(slices, RANK, RANK) * (torch.arange(RANK, device=device) < 3) if slices else None
     w = draw(columns, inner).t() if direction == "forward" else draw(inner, columns)
     exact_p = a.double() @ down.double()
-    p = torch.empty_like(exact_p, dtype=a.dtype) if ride else exact_p.to(a.dtype)
-    out = launch_gemm(a, w, None, down if ride else None, core, up, p, ra=RANK, config=config)
+    p = torch.empty_like(exact_p, dtype=a.dtype) if compute_p else exact_p.to(a.dtype)
+    out = launch_gemm(a, w, None, down if compute_p else None, core, up, p, ra=RANK, config=config)
     b = up.double()
     if core is not None:
         b = torch.einsum("gab,nb->gna", core.double(), b[0]).flatten(0, 1)
@@ -55,31 +59,31 @@ def assert_exact_product(
 
 
 @needs_hopper
-@pytest.mark.parametrize("ride", [True, False])
+@pytest.mark.parametrize("compute_p", [True, False])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("columns,slices", [(208, 0), (208, 13), (256, 2)])
 @pytest.mark.parametrize("persistent", [False, True])
-def test_tiles_by_tma(persistent, columns, slices, direction, ride, recorded):
+def test_tiles_by_tma(persistent, columns, slices, direction, compute_p, recorded):
     """Config.tma, which only a measurement turns on, on ragged tiles in every direction; without
     slices, with tiles that slices share, and with tiles within a slice.
     """
     block = BLOCK if INTERPRETED else (64, 128, 64, 8, 4, 3)
     config = GemmConfig(*block, tma=True, persistent=persistent)
     rows = 201 if INTERPRETED else 20_011  # several tiles to a persistent program
-    assert_exact_product((rows, 176, columns), direction, ride, config, slices)
+    assert_exact_product((rows, 176, columns), direction, compute_p, config, slices)
     if persistent and slices != 13:  # a loop over slices would keep the tiles' loop from fusing
         assert recorded[-1].grid[0] == 3 or not INTERPRETED
 
 
-@pytest.mark.parametrize("ride", [True, False])
+@pytest.mark.parametrize("compute_p", [True, False])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("sizes", [(67, 71, 131), (1, 37, 13), (263, 41, 97)], ids=str)
-def test_persistent_programs_by_pointers(sizes, direction, ride):
+def test_persistent_programs_by_pointers(sizes, direction, compute_p):
     """Distinct primes: one tile for all programs, a few for each, and fewer tiles than programs."""
     rows, inner, columns = sizes
     rows *= 1 if INTERPRETED else 101
     config = GemmConfig(*BLOCK, persistent=True)
-    assert_exact_product((rows, inner, columns), direction, ride, config)
+    assert_exact_product((rows, inner, columns), direction, compute_p, config)
 
 
 @pytest.mark.parametrize("persistent", [False, True])

@@ -84,7 +84,7 @@ def test_how_many_launches_a_call_takes(ranks, factors, device, recorded):
             "reduce",
         ]
     assert backward("merged") == [*folds[:1], "thin_grad", "merge", "tall_grad", "reduce"]
-    # Without a pass over dY for d_up, S rides in the GEMM.
+    # Without a pass over dY for d_up, the GEMM computes S.
     assert backward("fused", (True, False, False, False, False, False))[-1] == "gemm"
     assert "thin" not in backward("fused", (True, False, False, True, False, False))
 
