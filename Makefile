@@ -56,7 +56,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 
 clean: ## remove build products and caches; keeps .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMP)
-	find efft_kernels tests benchmarks csrc -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find efft_kernels tests benchmarks tools csrc -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	find efft_kernels -name '*.so' -delete
 	rm -f efft_kernels/_build_report.json
 

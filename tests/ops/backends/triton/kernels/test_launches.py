@@ -17,7 +17,7 @@ from efft_kernels.testing.results import backend_results, results_within_budget
 FACTORS_AND_X = (True, False, False, True, True, True)
 
 
-def test_launches_and_bytes_are_the_plans(strategy, device, recorded):
+def test_launches_and_bytes_are_those_priced(strategy, device, recorded):
     """What runs is what triton/cost.py says: no launch more, no pass over x or dY more, no byte
     more.
     """
@@ -32,7 +32,7 @@ def test_launches_and_bytes_are_the_plans(strategy, device, recorded):
     rows = cdiv(cdiv(s.M, by_x.programs), by_x.block_m) * by_x.block_m
     tiling = cost.Tiling(min(cdiv(s.M, thin_grad.block_m), thin_grad.programs), cdiv(s.M, rows))
 
-    def planned(backward):
+    def priced(backward):
         launches = cost.launches(problem._replace(backward=backward), strategy, h200, tiling)
         return [(name, moved) for name, _, moved, _ in launches if name != "library gemm"]
 
@@ -40,10 +40,10 @@ def test_launches_and_bytes_are_the_plans(strategy, device, recorded):
         return [(launch.name, launch.bytes_moved) for launch in recorded]
 
     _, p = backend.forward(*tensors, save_p=True, strategy=strategy)
-    assert made() == planned(backward=False)
+    assert made() == priced(backward=False)
     recorded.clear()
     backend.backward(dy, x, weight, p, down, core, up, needs=FACTORS_AND_X, strategy=strategy)
-    assert made() == planned(backward=True)
+    assert made() == priced(backward=True)
 
 
 @pytest.mark.parametrize("recorded", [False], indirect=True)
