@@ -148,7 +148,7 @@ PRESENT = [wanted for count in range(1, 7) for wanted in itertools.combinations(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_only_where_asked(strategy, route, monkeypatch):
     """Every subset of arguments: the right gradients, None elsewhere, and none computed in vain
-    (test_cpp_backend.py looks at what the operator behind the entry point computes)."""
+    (tests/ops/backends/cpp looks at what the operator behind the entry point computes)."""
     tensors, dy = operands(SHAPE), torch.randn(11, 15, dtype=torch.float64)
     _, everything = differentiate(reference.low_rank_linear, tensors, dy)
     computed = []
