@@ -39,13 +39,13 @@ struct Forward {
   Matrix bias;    // [N], null where there is none
   Factors factors;
   Matrix y;  // [M, N], contiguous
-  Matrix p;  // [M, Ra], contiguous; null: P is not asked for
+  Matrix p;  // [M, Ra], contiguous; null: P is not wanted
   Strategy strategy = kMerged;
   int64_t slots = 1;  // row ranges that run at the same time
 };
 
 // dX = dY·W + S·down^T, S = dY·B;  d_down = x^T·S;  d_B = dY^T·P and from it d_core, d_up.
-// An output that is null is not asked for.
+// An output that is null is not wanted.
 struct Backward {
   int64_t M = 0, N = 0, K = 0;
   Matrix dy;      // [M, N]

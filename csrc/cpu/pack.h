@@ -101,7 +101,7 @@ Tail<T> pack_tail(const T* thin_out, int64_t width, int64_t rank, int64_t column
 }
 
 // Packs w, [columns, inner] if `transposed` else [inner, columns], adding thin_in·thin_out^T where
-// thin_in, of `width` columns, is given.
+// thin_in, of `width` columns, is not null.
 template <class T>
 void pack(const Matrix& w, bool transposed, const T* thin_in, int64_t width,
           const Tail<T>& thin_out, const Packed<T>& packed) {

@@ -13,7 +13,7 @@ namespace efft_kernels::cuda {
 struct Call {
   // The thin factors as the other kernels take them.
   struct Folded {
-    std::optional<Tensor> b;  // [N, R], if asked for
+    std::optional<Tensor> b;  // [N, R], if wanted
     Tensor down;              // [K, R], or transposed [R, K] in aligned rows
     Matrix down_matrix;       // without what aligns the rows
   };
@@ -49,7 +49,7 @@ struct Call {
 
   bool up_is_shared() const { return up.size(0) != slices; }
 
-  // B, if asked for, and down in the dtype `as`, padded to R columns.
+  // B, if wanted, and down in the dtype `as`, padded to R columns.
   Folded fold(ScalarType as, FoldOptions options) const;
 
   // W in x's dtype: itself, or cast by the merge kernel.

@@ -1,11 +1,11 @@
-// The operator's forward by whoever was chosen, and its autograd node.
+// The operator's forward by the chosen backend, and its autograd node.
 #pragma once
 
 #include "python_backend.h"
 
 namespace efft_kernels {
 
-// Who runs a call: the native operators of csrc/schemas.cpp with these strategies, or a backend in
+// What runs a call: the native operators of csrc/schemas.cpp with these strategies, or a backend in
 // Python; where neither, ops/functional.py takes it.
 struct Choice {
   bool native = false;

@@ -67,7 +67,7 @@ def _decide(
     training: bool,
     requested: int,
 ) -> tuple[int, int] | tuple[Forward, Backward] | None:
-    """Who runs this kind of call.
+    """What runs this kind of call.
 
     Returns:
         (forward, backward): codes of strategies for the native operators, or functions of a backend

@@ -6,7 +6,7 @@
 namespace efft_kernels::cuda {
 
 // Shapes and shared memory of a pass over a tall matrix: a stage holds a tile of it and the thin
-// matrix's rows beside it.
+// matrix's rows that go with it.
 template <int kRank_>
 struct PassConfig {
   static constexpr int kRank = kRank_;
@@ -17,7 +17,7 @@ struct PassConfig {
   static constexpr int kTallElements = kRows * kCols;
   static constexpr int kThinElements = 64 * kRank;
   static constexpr int kStageElements = kTallElements + kThinElements;
-  // The gradient's variant of `thin` keeps the row block's P beside the stages.
+  // The gradient's variant of `thin` keeps the row block's P next to the stages.
   static constexpr int kSmemBytes = kStages * kStageElements * 2;
   static constexpr int kGradSmemBytes = kSmemBytes + kThinElements * 2;
 

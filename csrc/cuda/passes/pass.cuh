@@ -6,13 +6,13 @@
 #include "common/tile.cuh"
 #include "passes/config.h"
 
-// What the passes over a tall matrix [M, C] beside thin ones of R columns share. They are bound by
+// What the passes over a tall matrix [M, C] and thin ones of R columns share. They are bound by
 // memory: tiles of 64 × 64 arrive in a ring of asynchronous copies, 24 KB ahead per block. No
 // atomics: the same inputs on the same device give the same bits.
 namespace efft_kernels::cuda {
 
 // A warp's 16 rows of acc += A·thin; A is the tile of the tall matrix, or its transpose, and thin
-// [64, R] the rows beside it.
+// [64, R] the rows that go with it.
 template <class T, class Config, bool kTransposed>
 __device__ __forceinline__ void add_product(float (&acc)[Config::kRank / 8][4], uint32_t tall_tile,
                                             uint32_t thin_tile) {

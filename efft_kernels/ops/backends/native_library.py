@@ -1,7 +1,7 @@
 """The compiled libraries beside the package: loaded once, or the reason why not; and their call.
 
     _native.so         C++ operators for the CPU     torch.ops.load_library
-    _native_cuda.so    CUDA operators                torch.ops.load_library, when first asked for
+    _native_cuda.so    CUDA operators                torch.ops.load_library, when first needed
     _autograd.*.so     the C++ autograd node         a Python module for one version of torch
     _build_info.*.so   what they were built with     a Python module
 

@@ -13,7 +13,7 @@ With P = x·down saved by the forward, Q_g = dY_g·up[g] and T_g = P·core[g]:
 At ranks above 32 core and up are folded first (fold.py); `thin` then gives d_B, and plain torch
 d_core and d_up from it.
 
-Where neither d_core nor d_up is asked for, `fused` needs no pass for S: the GEMM computes it in its
+Where neither d_core nor d_up is needed, `fused` needs no pass for S: the GEMM computes it in its
 loop, which takes B = stack_g up[g]·core[g]^T, folded by one small launch.
 
 So dY is read twice and x once for everything, whatever G is: dX needs a GEMM over rows of dY while
