@@ -31,8 +31,8 @@ def note_rank(rank: int, limit: int, kernels: str) -> None:
 
     Args:
         rank: Ra of the call.
-        limit: The largest rank the kernels take.
-        kernels: Whose they are, as the warning names them: "Triton" or "CUDA".
+        limit: the largest rank that the kernels take.
+        kernels: "Triton" or "CUDA", for the warning's text.
     """
     logger.warning(
         "rank %d is above %d, the most the %s kernels take; plain torch runs these layers",
@@ -43,8 +43,8 @@ def note_rank(rank: int, limit: int, kernels: str) -> None:
 
 
 @cache
-def too_old(index: int | None = None) -> str | None:
-    """Why a CUDA device, by default the current one, cannot run the kernels; None where it can."""
+def too_old(index: int) -> str | None:
+    """Why CUDA device `index` is too old for the kernels; None where it is not."""
     if torch.cuda.get_device_capability(index) >= MINIMUM_CAPABILITY:
         return None
     oldest = ".".join(map(str, MINIMUM_CAPABILITY))

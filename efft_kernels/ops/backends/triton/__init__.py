@@ -71,7 +71,7 @@ def unavailable() -> str | None:
             " before Python starts to run the kernels on the CPU in Triton's interpreter (slow, for"
             " tests)"
         )
-    return too_old()
+    return too_old(torch.cuda.current_device())
 
 
 def rejects(x: Tensor) -> str | None:
