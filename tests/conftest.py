@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import hypothesis
@@ -69,3 +70,27 @@ def randomize() -> Callable[[Any], None]:
                 parameter.copy_(torch.randn_like(parameter) * std)
 
     return fill
+
+
+@pytest.fixture
+def unchanged() -> Callable[..., AbstractContextManager[None]]:
+    """A context at whose end a model has the very modules, parameters and values it had; with
+    `swapped=True` modules of the same types will do."""
+
+    def identities(model: nn.Module, swapped: bool) -> Any:
+        return (
+            [(name, type(m) if swapped else id(m)) for name, m in model.named_modules()],
+            [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+        )
+
+    @contextmanager
+    def check(model: nn.Module, swapped: bool = False) -> Iterator[None]:
+        before = identities(model, swapped)
+        values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        yield
+        assert identities(model, swapped) == before
+        state = model.state_dict()
+        assert state.keys() == values.keys()
+        assert all(torch.equal(tensor, values[name]) for name, tensor in state.items())
+
+    return check

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,26 +33,3 @@ def adapted(
         return model.eval(), adapter
 
     return make
-
-
-@pytest.fixture
-def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """A context at whose end a model has the module types, very parameters and values it had."""
-
-    def snapshot(model: nn.Module) -> Any:
-        return (
-            [(name, type(module)) for name, module in model.named_modules()],
-            [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-        )
-
-    @contextmanager
-    def check(model: nn.Module) -> Iterator[None]:
-        before = snapshot(model)
-        values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        yield
-        assert snapshot(model) == before
-        state = model.state_dict()
-        assert state.keys() == values.keys()
-        assert all(torch.equal(tensor, values[name]) for name, tensor in state.items())
-
-    return check

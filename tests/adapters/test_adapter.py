@@ -110,7 +110,7 @@ class TestDetach:
         seen = []
         model.blocks[1].mlp.fc1.register_forward_hook(lambda *_: seen.append(1))
         output = model.eval()(IMAGES)
-        with unchanged(model):
+        with unchanged(model, swapped=True):
             adapter = attach(model, METHODS[0])
             randomize(adapter)
             assert not torch.allclose(model(IMAGES), output)

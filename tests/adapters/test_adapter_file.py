@@ -160,7 +160,7 @@ def assert_refused(unchanged):
     """The file is refused with these texts, and the model is as it was."""
 
     def check(model, path, *texts, kind=ValueError):
-        with unchanged(model), pytest.raises(kind) as error:
+        with unchanged(model, swapped=True), pytest.raises(kind) as error:
             load(model, path)
         assert all(text in str(error.value) for text in texts), str(error.value)
         assert not hasattr(model, "factor_bank")

@@ -1,9 +1,8 @@
-"""What the interop tests share: every method, models, and that a refused model is as it was."""
+"""What the interop tests share: every method, a Swin, and a model's outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,26 +65,3 @@ def outputs() -> Callable[..., Tensor]:
         return out.logits if hasattr(out, "logits") else out
 
     return run
-
-
-@pytest.fixture
-def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """A context at whose end the model has the very modules, parameters and values it had."""
-
-    def identities(model: nn.Module) -> Any:
-        return (
-            [(name, id(module)) for name, module in model.named_modules()],
-            [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-        )
-
-    @contextmanager
-    def check(model: nn.Module) -> Iterator[None]:
-        before = identities(model)
-        values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        yield
-        assert identities(model) == before
-        state = model.state_dict()
-        assert state.keys() == values.keys()
-        assert all(torch.equal(tensor, values[name]) for name, tensor in state.items())
-
-    return check
