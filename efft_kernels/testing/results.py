@@ -8,9 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from efft_kernels.ops import reference
-from efft_kernels.testing.error_budget import assert_within_budget
-from efft_kernels.testing.operands import ALL, NAMES, leaves
+from ..ops import reference
+from .error_budget import assert_within_budget
+from .operands import ALL, NAMES, leaves
 
 
 def differentiate(
