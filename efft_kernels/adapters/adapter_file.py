@@ -44,7 +44,7 @@ def factors_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Header:
-    """What an adapter file says beside its tensors.
+    """What an adapter file says besides its tensors.
 
     Attributes:
         method: the method's configuration.
@@ -163,8 +163,8 @@ def write_adapter_file(
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
-    with replacing(Path(path)) as beside:
-        save_file(tensors, beside, metadata={**metadata, **own})
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={**metadata, **own})
 
 
 def shorten(items: list[str]) -> str:

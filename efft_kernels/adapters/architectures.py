@@ -1,4 +1,4 @@
-"""What is peculiar to a model family, beside the names of its linears (sites.py).
+"""What is peculiar to a model family, besides the names of its linears (sites.py).
 
 A new family gets its row of names in sites.py. Where its classifier has another name, or its
 attention uses a linear's weight without calling the linear, that is dealt with here; so are the

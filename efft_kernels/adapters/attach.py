@@ -49,8 +49,8 @@ def attach(
         targets: None for all attention and FFN linears; else names, dotted endings ("attn.qkv"),
             globs, or "mhsa" / "ffn", one or several.
         layers: block indices from 0; None for all.
-        modules_to_train: modules that are trained whole beside the factors. "head" stands for the
-            model's classifier, whatever its name.
+        modules_to_train: modules that are trained whole along with the factors. "head" stands for
+            the model's classifier, whatever its name.
 
     Returns:
         The adapter: its parameters, merge, save and detach.

@@ -1,7 +1,7 @@
 """Other projects' files: PEFT LoRA checkpoints, read and written, and the FacT release's, read.
 
 All or nothing both ways: a file is checked whole before the model is touched, and a folder is
-written beside its place and renamed. Tensors come from safetensors, or from `torch.load` with
+written under a temporary name and renamed. Tensors come from safetensors, or from `torch.load` with
 weights_only=True where the format knows nothing else; nothing beyond that is unpickled.
 """
 

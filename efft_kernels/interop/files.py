@@ -127,13 +127,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"path must not exist or be an empty folder, got {path}")
-    beside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    beside.mkdir()
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    temporary.mkdir()
     try:
-        yield beside
-        os.replace(beside, path)
+        yield temporary
+        os.replace(temporary, path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

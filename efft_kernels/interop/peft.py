@@ -181,7 +181,7 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
     for module in adapter.modules_to_train:
         for name, tensor in adapter.model.get_submodule(module).state_dict().items():
             tensors[f"{_PREFIX}{module}.{name}"] = tensor.detach()
-    # Copies of its own for each, since safetensors refuses tensors that share memory.
+    # A copy of its own for each tensor: safetensors refuses those that share memory.
     tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     if adapter.bank.attachment.separated_bias:
         warnings.warn(PEFT_QKV_WARNING, stacklevel=2)

@@ -102,7 +102,7 @@ class FactorGroup(nn.Module, ABC):
         """
 
     def down_key(self, site: str) -> Hashable | None:
-        """Sites of the group with the same key have the same `down`; None: with no other."""
+        """Sites with the same key share their `down`; None where the site shares it with none."""
         return None
 
     @abstractmethod

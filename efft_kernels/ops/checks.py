@@ -1,7 +1,7 @@
-"""What every entry point in Python asks of its tensors: the one autocast rule and the checks.
+"""The one autocast rule and the checks of arguments, for every entry point in Python.
 
-csrc/entry answers the same questions with yes or no, for calls that skip this file; the words for
-every error are here.
+csrc/entry makes the same checks and leaves a call that fails one to Python, so that the text of
+every error is here.
 """
 
 from __future__ import annotations

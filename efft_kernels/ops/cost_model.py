@@ -221,7 +221,7 @@ _forget: list[Callable[[], None]] = []
 
 
 def when_measured(forget: Callable[[], None]) -> None:
-    """Have `forget` called after new measurements: for whoever remembers what `choose` said."""
+    """Have `forget` called after new measurements, to drop remembered answers of `choose`."""
     _forget.append(forget)
 
 

@@ -38,7 +38,8 @@ def adapted_linear(
         [..., N] in x's dtype (the ambient one under autocast).
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in `low_rank_linear`.
+        TypeError, RuntimeError: as in `low_rank_linear`.
+        ValueError: as there; or x's leading dim is no multiple of B.
     """
     if task_of_row is not None:
         return tasks_linear(x, weight, bias, down, up, task_of_row, backend=backend)

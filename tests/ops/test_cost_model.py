@@ -48,14 +48,14 @@ def test_a_rank_beyond_the_kernels_is_planned_in_torch():
 
 
 def test_arithmetic_of_one_forward():
-    """fused on ViT-B's qkv: the bytes of DESIGN's table, and a riding product at wgmma's price."""
+    """fused on ViT-B's qkv: each operand's bytes once, and P in the loop at wgmma's price."""
     (gemm,) = launches(QKV, "fused", DEVICES["H200"])
     assert gemm.name == "gemm"
     x, w, y, p = 12608 * 768, 768 * 2304, 12608 * 2304, 12608 * 16
     factors = (768 + 2304) * 16 + 3 * 16 * 16
     assert gemm.bytes_moved == 2 * (x + w + y + p + factors + 2304)
-    main, riding, last = 2 * 12608 * 768 * 2304, 72 / 256, 2 * 12608 * 2304 * 16
-    assert gemm.flops == pytest.approx(main * (1 + riding) + last)
+    main, share, last = 2 * 12608 * 768 * 2304, 72 / 256, 2 * 12608 * 2304 * 16
+    assert gemm.flops == pytest.approx(main * (1 + share) + last)
 
 
 @pytest.mark.parametrize("strategy", ["fused", "split"])
@@ -75,7 +75,7 @@ def test_factors_are_copied_only_where_a_kernel_cannot_read_them(strategy):
     assert names(high._replace(backward=True))[-2:] == ["unfold", "unfold"]
 
 
-AFTER = ["tall_grad", "reduce", "unfold"]  # the gradients, behind the GEMM
+AFTER = ["tall_grad", "reduce", "unfold"]  # the gradients, after the GEMM
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Implementation(Priced, Protocol):
-    """What a backend's module has, beside what the cost model asks of it (NAME, STRATEGIES,
+    """What a backend's module has, besides what the cost model needs of it (NAME, STRATEGIES,
     `excluded`, `launches`)."""
 
     @property

@@ -1,4 +1,4 @@
-"""The compiled libraries beside the package: loaded once, or the reason why not; and their call.
+"""The compiled libraries in the package: loaded once, or why not; and the call of their backward.
 
     _native.so         C++ operators for the CPU     torch.ops.load_library
     _native_cuda.so    CUDA operators                torch.ops.load_library, when first needed
