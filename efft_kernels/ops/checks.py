@@ -23,14 +23,22 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
     own operators leave alone too.
 
     Raises:
-        TypeError: x is not a Tensor.
+        TypeError: x is not a Tensor, or not of one of FLOAT_DTYPES.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    x = _floating("x", x)
     device_type = x.device.type
     if autocast_enabled(device_type) and x.dtype in (torch.float32, *HALF_DTYPES):
         return x.to(torch.get_autocast_dtype(device_type))
     return x
+
+
+def _floating(name: str, tensor: object) -> Tensor:
+    """`tensor` itself, where it is one of a dtype that the operator takes."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+    return tensor
 
 
 def check_operands(
@@ -55,12 +63,7 @@ def check_operands(
     for name, tensor in operands.items():
         if tensor is None and name in ("bias", "core"):
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
-            )
+        tensor = _floating(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
         if tensor.dtype != x.dtype and not (autocast and x.dtype in HALF_DTYPES):

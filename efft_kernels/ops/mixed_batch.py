@@ -42,6 +42,7 @@ def tasks_linear(
         of plain torch.
 
     Raises:
+        TypeError: x is not floating.
         ValueError: x's leading dim is no multiple of the number of items.
     """
     items = task_of_item.shape[0]

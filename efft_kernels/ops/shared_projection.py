@@ -70,7 +70,11 @@ def _version(x: Tensor) -> int:
 
 
 def project(x: Tensor, down: Tensor) -> Tensor:
-    """P = x·down, [..., Ra], in x's dtype (autocast's under autocast); differentiable in both."""
+    """P = x·down, [..., Ra], in x's dtype (autocast's under autocast); differentiable in both.
+
+    Raises:
+        TypeError: x is not floating.
+    """
     x = to_autocast_dtype(x)
     return torch.matmul(x, down.to(x.dtype))
 

@@ -79,6 +79,18 @@ def test_a_gradient_goes_by_plain_torch():
     assert torch.autograd.gradcheck(lambda x: tasks_linear(x, *rest), (x,))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_whole_numbers_are_refused(autocast, backend):
+    """Rather than computed with a weight cut to whole numbers."""
+    x, *rest = operands(2, 3, 7, 5, 2, 3, torch.float32)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=r"x must be float64, .* got torch\.int64"),
+    ):
+        tasks_linear(x.long(), *rest, backend=backend)
+
+
 @pytest.mark.skipif(bool(native_library.not_built("_native")), reason="not built")
 @pytest.mark.parametrize(
     "changed,text",

@@ -151,6 +151,17 @@ def test_autocast_leaves_float64_alone():
     close(y, reference.low_rank_linear(**t))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_whole_numbers_are_refused(autocast):
+    """Rather than computed with a weight cut to whole numbers."""
+    t = operands(SHAPE, torch.float32)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(TypeError, match=r"x must be float64, .* got torch\.int64"),
+    ):
+        project(t["x"].long(), t["down"])
+
+
 def test_non_contiguous_operands():
     t = operands(SHAPE, lead=(3, 4))
     turned = {
