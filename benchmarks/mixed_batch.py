@@ -93,7 +93,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--tasks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--batch", type=int, default=32)
