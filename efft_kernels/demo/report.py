@@ -45,10 +45,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """All that a run of the demo result.
+    """All that a run of the demo found.
 
     Attributes:
-        settings: how long it trained and result.
+        settings: how long it trained and measured.
         quick: whether it was only to see that everything works.
         source_top1: percent of the held-out images of the digits 0 to 4.
         top1: method → percent of the test images, one number per seed.
