@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks import check, peers, plots, roofline, tables
-from benchmarks import operators as operator_bench
 from benchmarks.lib import operands
 from benchmarks.lib import rows as csv_rows
 from benchmarks.lib.shapes import models
+from benchmarks.operators import RANKS, cases, measure_layer
 
 CPU = "Some Processor, 2 threads"
 
@@ -109,7 +109,7 @@ def test_peaks_are_measured_and_read_back_from_their_rows() -> None:
 
 
 def test_a_sweep_writes_gated_rows_for_every_mode() -> None:
-    rows = operator_bench.measure_layer(
+    rows = measure_layer(
         "Tiny",
         ("qkv", 13, 17, 33, 3),
         5,
@@ -132,7 +132,7 @@ def test_a_wrong_implementation_gets_no_row(monkeypatch: pytest.MonkeyPatch) -> 
         return (lambda: real("torch:split", o)() * 1.01) if impl == "wrong" else real(impl, o)
 
     monkeypatch.setattr(operands, "forward_of", wrong)
-    rows = operator_bench.measure_layer(
+    rows = measure_layer(
         "Tiny",
         ("proj", 13, 17, 11, 1),
         5,
@@ -147,7 +147,7 @@ def test_a_wrong_implementation_gets_no_row(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_layer_and_rank_is_in_the_sweep() -> None:
     names = list(models(1))
     assert names[:2] == ["ViT-Ti/16", "ViT-S/16"]
-    todo = operator_bench.cases(names, operator_bench.RANKS, 1)
+    todo = cases(names, RANKS, 1)
     assert {rank for model, _, rank in todo if model == "ViT-B/16"} == {4, 8, 16, 32, 64}
     assert {rank for model, _, rank in todo if model == "Swin-B"} == {4, 16, 64}
 
