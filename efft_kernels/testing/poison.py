@@ -10,19 +10,23 @@ import torch
 
 
 @contextmanager
-def poisoned_allocations() -> Iterator[None]:
+def poisoned_allocations(*, warn_only: bool = False) -> Iterator[None]:
     """Within it, every fresh floating allocation of torch holds NaN.
 
     That is `torch.empty` and its relatives, what torch's own operators allocate, and what C++
     operators get from torch; whole numbers start as the largest of their dtype. It comes with
-    torch's deterministic algorithms, with a warning where an operator has none.
+    torch's deterministic algorithms.
+
+    Args:
+        warn_only: warn where an operator has no deterministic algorithm, as some have none on CUDA.
 
     Raises:
-        RuntimeError: allocations do not hold NaN all the same.
+        RuntimeError: allocations do not hold NaN all the same; or, without `warn_only`, an operator
+            has no deterministic algorithm.
     """
     settings: Any = torch.utils.deterministic  # whose attributes have no types
     mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     settings.fill_uninitialized_memory = True
     try:
         if not torch.empty(3).isnan().all():

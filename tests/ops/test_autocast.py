@@ -82,19 +82,25 @@ def test_factor_gradients_are_float32_beside_half_precision(half, strategy):
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_merged_adds_the_increment_in_float32(half):
     """W0 + ΔW is rounded once at most: as exact as the layer with that weight, unlike the sum of
-    two roundings."""
-    tensors = tensors_of()  # ΔW as large as the weight
-    delta = reference.delta_weight(tensors["down"], tensors["core"], tensors["up"], 3)
-    once = (tensors["weight"] + delta).to(half)
-    twice = tensors["weight"].to(half) + delta.to(half)
-    assert not torch.equal(once, twice)
-    with autocast(half):
-        found = low_rank_linear(**tensors, strategy="merged")
-    x, bias = tensors["x"].to(half), tensors["bias"].to(half)
-    exact = F.linear(x.double(), (tensors["weight"] + delta).double(), bias.double())
-    error = (found.double() - exact).norm()
-    assert error <= 1.01 * (F.linear(x, once, bias).double() - exact).norm()
-    assert error < 0.95 * (F.linear(x, twice, bias).double() - exact).norm()
+    two roundings. Over many draws, since in one of them luck is worth up to a sixth."""
+    found_error = once_error = twice_error = 0.0
+    for seed in range(16):
+        tensors = operands(SHAPE, torch.float32, seed=seed)
+        for name in ("down", "core", "up"):
+            tensors[name] = tensors[name] * 0.3
+        delta = reference.delta_weight(tensors["down"], tensors["core"], tensors["up"], 3)
+        once = (tensors["weight"] + delta).to(half)
+        twice = tensors["weight"].to(half) + delta.to(half)
+        assert not torch.equal(once, twice)
+        with autocast(half):
+            found = low_rank_linear(**tensors, strategy="merged")
+        x, bias = tensors["x"].to(half), tensors["bias"].to(half)
+        exact = F.linear(x.double(), (tensors["weight"] + delta).double(), bias.double())
+        found_error += (found.double() - exact).square().sum()
+        once_error += (F.linear(x, once, bias).double() - exact).square().sum()
+        twice_error += (F.linear(x, twice, bias).double() - exact).square().sum()
+    assert found_error <= 1.01**2 * once_error
+    assert found_error < 0.95**2 * twice_error
 
 
 def test_mixed_parameter_dtypes_are_welcome():

@@ -37,3 +37,9 @@ def test_settings_come_back(mode, fill):
     finally:
         torch.set_deterministic_debug_mode(before[0])
         deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_an_operator_without_a_deterministic_algorithm(warn_only):
+    with poisoned_allocations(warn_only=warn_only):
+        assert torch.get_deterministic_debug_mode() == (1 if warn_only else 2)
