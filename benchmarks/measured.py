@@ -21,6 +21,7 @@ from typing import Any
 from efft_kernels.atomic_files import replacing
 from efft_kernels.ops import cost_model
 from efft_kernels.ops.dispatch import BACKENDS, STRATEGIES
+from efft_kernels.testing.error_budget import BUDGET
 
 from .lib.rows import Row, columns, is_cpu, newest, read_rows
 
@@ -73,8 +74,8 @@ def _check(row: Row) -> None:
     ms, error = float(row["ms_p50"]), float(row["err_ratio"])
     if not (math.isfinite(ms) and ms > 0):
         raise ValueError(f"{where}: ms_p50 must be positive, got {row['ms_p50']}")
-    if not error <= 2:
-        raise ValueError(f"{where}: err_ratio must be at most 2, got {row['err_ratio']}")
+    if not error <= BUDGET:
+        raise ValueError(f"{where}: err_ratio must be at most {BUDGET:g}, got {row['err_ratio']}")
     if row["dtype"] not in DTYPE_BYTES:
         raise ValueError(f"{where}: dtype must be one of {tuple(DTYPE_BYTES)}, got {row['dtype']}")
 

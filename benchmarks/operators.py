@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from efft_kernels.testing.error_budget import BUDGET
+
 from . import tables
 from .lib.operands import FLOOR, Gate, Operands, call_of
 from .lib.rows import OPERATOR_COLUMNS, OPERATORS_CSV, Row, append_rows, provenance
@@ -55,7 +57,7 @@ def errors(
         except (RuntimeError, ValueError) as reason:
             print(f"{label} {impl}: {reason}", file=sys.stderr)
             continue
-        if error <= 2:
+        if error <= BUDGET:
             found[impl] = error
         else:
             print(f"{label} {impl}: error {error:.2f} x torch's; no row", file=sys.stderr)

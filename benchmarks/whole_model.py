@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from efft_kernels.testing.error_budget import worst_ratio
+from efft_kernels.testing.error_budget import BUDGET, worst_ratio
 from efft_kernels.training.loop import saved_for_backward_mib
 
 from . import peers, tables
@@ -156,7 +156,7 @@ def bench_model(
     if timed:
         ratios = error_ratios(candidates, base, rank, batch, amp)
         for peer in list(candidates):
-            if not ratios.get(peer.name, 0.0) <= 2:
+            if not ratios.get(peer.name, 0.0) <= BUDGET:
                 print(
                     f"{name} {peer.name}: error {ratios[peer.name]:.2f} x plain torch's; no row",
                     file=sys.stderr,
