@@ -1,0 +1,194 @@
+"""Everything that needs a GPU, in two halves of under 290 seconds each.
+
+    benchmarks/gpu_check.sh first     is it right, and where does the time go
+    benchmarks/gpu_check.sh second    tests, sanitizer, tuning, rows for the tables
+
+A half is a list of stages in the order in which they teach most. Each is a process of its own with
+a time limit, writes its rows as it makes them, and is killed with all its children when the limit
+is over; whatever becomes of it, the next one runs. All output goes to RESULTS/check.log as well.
+The last lines say how each stage ended; exit code 1 if any failed.
+
+`--dry` runs the same flow without a GPU: stages that have a form for the CPU run it, the others
+only print what they would run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[2]
+HALVES = ("first", "second")
+TOTAL_S = 285.0
+# A stage that has less than this left is not started.
+LEAST_S = 5.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process.
+
+    Attributes:
+        name: what the log calls it.
+        half: "first" or "second".
+        limit_s: seconds after which it is killed.
+        command: its arguments; "{python}" and "{results}" are replaced, "{cores}" by the number of
+            processes that the machine has cores for.
+        dry: the same for a machine without a GPU; None only prints `command`.
+        needs: a program that must be on the PATH; where it is not, the stage is skipped by name.
+    """
+
+    name: str
+    half: str
+    limit_s: float
+    command: tuple[str, ...]
+    dry: tuple[str, ...] | None = None
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended: "ok", "FAILED" or "skipped", and why."""
+
+    stage: str
+    verdict: str
+    seconds: float
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.verdict:8}{self.stage:34}{self.seconds:6.0f} s  {self.why}".rstrip()
+
+
+class Log:
+    """Lines for the terminal and the log file at once, from any thread."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+
+    def write(self, line: str) -> None:
+        with self._lock:
+            print(line, flush=True)
+            print(line, file=self._file, flush=True)
+
+
+def run_stage(stage: Stage, command: Sequence[str], limit_s: float, log: Log) -> Outcome:
+    """Run one stage in a process group of its own; kill the group when the limit is over."""
+    start = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return Outcome(stage.name, "FAILED", 0.0, str(error))
+    reader = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+    reader.start()
+    try:
+        code: int | None = process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        code = None
+    # Also ends what a stage that is done has left running.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    reader.join(2)
+    seconds = time.monotonic() - start
+    if code is None:
+        return Outcome(stage.name, "FAILED", seconds, f"killed after its {limit_s:.0f} s")
+    return Outcome(stage.name, "FAILED" if code else "ok", seconds, f"exit {code}" if code else "")
+
+
+def _copy(lines: Iterable[str] | None, log: Log) -> None:
+    for line in lines or ():
+        log.write(line.rstrip("\n"))
+
+
+def run(
+    stages: Iterable[Stage],
+    log: Log,
+    results: Path,
+    *,
+    dry: bool,
+    total_s: float = TOTAL_S,
+    which: Callable[[str], str | None] | None = None,
+) -> list[Outcome]:
+    """Run all stages, one after the other, within `total_s` seconds together."""
+    which = which or shutil.which
+    start = time.monotonic()
+    outcomes: list[Outcome] = []
+    for stage in stages:
+        left = total_s - (time.monotonic() - start)
+        command = _filled(stage.dry if dry and stage.dry is not None else stage.command, results)
+        log.write(f"\n== {stage.name}, at most {min(stage.limit_s, max(left, 0)):.0f} s")
+        if dry and stage.dry is None:
+            outcome = Outcome(stage.name, "skipped", 0.0, "would run: " + " ".join(command))
+        elif stage.needs and which(stage.needs) is None:
+            outcome = Outcome(stage.name, "skipped", 0.0, f"{stage.needs} is not on the PATH")
+        elif left < LEAST_S:
+            outcome = Outcome(stage.name, "FAILED", 0.0, f"not run: the {total_s:.0f} s are over")
+        else:
+            outcome = run_stage(stage, command, min(stage.limit_s, left), log)
+        outcomes.append(outcome)
+        log.write(str(outcome))
+    return outcomes
+
+
+def _filled(command: Iterable[str], results: Path) -> list[str]:
+    values = {"python": sys.executable, "results": str(results), "cores": str(os.cpu_count() or 1)}
+    return [argument.format(**values) for argument in command]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from .stages import STAGES
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("half", choices=HALVES)
+    parser.add_argument("--dry", action="store_true", help="without a GPU")
+    parser.add_argument(
+        "--results", type=Path, default=Path(os.environ.get("RESULTS", "build/gpu_check"))
+    )
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for all stages together")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="stages whose name has this")
+    options = parser.parse_args(arguments)
+    stages = [stage for stage in STAGES if stage.half == options.half]
+    if options.only:
+        stages = [s for s in stages if any(part in s.name for part in options.only)]
+        if not stages:
+            parser.error(f"--only: no stage of {options.half} has {options.only} in its name")
+    results = options.results.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    os.environ.update(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
+    if not options.dry:
+        os.environ.pop("TRITON_INTERPRET", None)
+    with (results / "check.log").open("a", encoding="utf-8") as file:
+        log = Log(file)
+        start = time.monotonic()
+        outcomes = run(stages, log, results, dry=options.dry, total_s=options.seconds)
+        log.write(f"\n== {options.half} half: {time.monotonic() - start:.0f} s, files in {results}")
+        for outcome in outcomes:
+            log.write(str(outcome))
+    return int(any(outcome.verdict == "FAILED" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,138 @@
+"""Microseconds of every kernel of an adapted linear, beside the library's frozen product.
+
+    python -m benchmarks.gpu.kernel_times [--model ViT-B/16] [--images 64] [--rank 16]
+        [--impl cuda:split ...] [--out FILE]
+
+Each call runs a few times under torch.profiler; a row is one kernel of one call, and the printed
+line has them all, the largest first. `F.linear` is the floor: forward, and dX. Host time is not in
+it. On a CPU (`--device cpu`) the profiler's operators stand for kernels, so that the flow can be
+tried; those numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ..lib.operands import FLOOR, Operands, call_of
+from ..lib.rows import append_rows, columns, provenance
+from ..lib.shapes import models
+
+COLUMNS = columns(
+    "model layer M K N G r impl pass kernel calls us share device torch triton cuda commit"
+    " timestamp"
+)
+IMPLS = ("cuda:split", "cuda:fused", "triton:split", "triton:fused", "torch:split", "peft")
+PASSES = ("train fwd", "bwd")
+REPEATS = 10
+# Name → a piece of the kernel's full name; the first that fits names it.
+SHORT = (
+    ("torch", r"at::native|at_cuda"),
+    ("gemm sm90", r"low_rank_gemm_sm90"),
+    ("gemm sm80", r"low_rank_gemm_sm80"),
+    ("gemm triton", r"^_low_rank_gemm"),
+    ("tall_grad", r"tall_grad_kernel"),
+    ("thin", r"thin_kernel"),
+    ("unfold", r"unfold_kernel"),
+    ("fold", r"fold_kernel"),
+    ("reduce", r"reduce_kernel"),
+    ("merge", r"merge_kernel"),
+    ("library gemm", r"nvjet|cutlass|gemm|cublas|splitK"),
+)
+
+
+def short(kernel: str) -> str:
+    """A kernel's name without its template arguments."""
+    for name, pattern in SHORT:
+        if re.search(pattern, kernel):
+            return name
+    return re.sub(r"<.*", "", kernel)[-40:]
+
+
+def kernels_of(
+    call: Callable[[], object], cuda: bool, repeats: int = REPEATS
+) -> list[tuple[str, float, float]]:
+    """[(kernel, launches per call, microseconds per call), ...], the longest first."""
+    for _ in range(3):
+        call()
+    if cuda:
+        torch.cuda.synchronize()
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        for _ in range(repeats):
+            call()
+        if cuda:
+            torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profiler.key_averages():
+        us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if us:
+            row = found.setdefault(event.key, [0.0, 0.0])
+            row[0] += event.count / repeats
+            row[1] += us / repeats
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    return [(name, calls, us) for name, (calls, us) in ordered]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=here)
+    parser.add_argument("--model", default="ViT-B/16", choices=list(models(1)))
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--impl", nargs="+", default=IMPLS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    cuda = options.device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    failed = 0
+    for layer in models(options.images)[options.model]:
+        name, m, k, n, g = layer
+        operands = Operands.draw(layer, options.rank, dtype, options.device)
+        floor: dict[str, float] = {}
+        for impl in (FLOOR, *options.impl):
+            for mode in PASSES:
+                try:
+                    kernels = kernels_of(call_of(impl, mode, operands), cuda)
+                except Exception as error:
+                    failed += 1
+                    print(f"{name:5}{impl:13}{mode:10}{type(error).__name__}: {error}", flush=True)
+                    continue
+                total = sum(us for *_, us in kernels)
+                if impl == FLOOR:
+                    floor[mode] = total
+                ratio = total / floor[mode] if floor.get(mode) else float("nan")
+                parts = "  ".join(f"{short(kernel)} {us:.1f}" for kernel, _, us in kernels)
+                print(
+                    f"{name:5}{impl:13}{mode:10}{total:8.1f} us {ratio:5.2f}  {parts}", flush=True
+                )
+                if options.out is not None:
+                    shared = {"model": options.model, "layer": name, "impl": impl, "pass": mode}
+                    shared |= dict(zip("MKNGr", (m, k, n, g, options.rank), strict=True))
+                    rows = [
+                        {
+                            **shared,
+                            "kernel": kernel,
+                            "calls": f"{calls:.2f}",
+                            "us": f"{us:.3f}",
+                            "share": f"{us / total:.4f}",
+                            **provenance(options.device),
+                        }
+                        for kernel, calls, us in kernels
+                    ]
+                    append_rows(options.out, COLUMNS, rows)
+        del operands
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
