@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.step [--model vit_base_patch16_224] [--images 64] [--rank 16]
         [--methods EFFT2 LoRA] [--backends cuda triton torch] [--strategy auto]
         [--modes eager graph compiled compiled-graph] [--frozen-dtype float32] [--rounds 15]
-        [--no-gate] [--compile-ahead 8] [--profile kernels.csv] [--out step.csv]
+        [--no-gate] [--profile kernels.csv] [--out step.csv]
 
 A step is zero_grad, forward under bfloat16 autocast, cross entropy, backward and AdamW on what
 trains. AdamW is capturable and its learning rate 0: it does its work, and every step is the same.
@@ -32,22 +32,22 @@ import gc
 import os
 import re
 import sys
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from efft_kernels import FusedEFFTLinear, low_rank_linear
+from efft_kernels import FusedEFFTLinear
 from efft_kernels.ops.explain import explain
 from efft_kernels.testing.error_budget import BUDGET
 
@@ -55,7 +55,7 @@ from .. import peers
 from ..lib.rows import KERNEL_COLUMNS, STEP_COLUMNS, STEP_CSV, Row, append_rows, provenance
 from ..lib.timing import captured, interleave, peak_mem_mb
 from ..peers import FLOOR, PEFT_LORA, Peer
-from ..whole_model import GATE_IMAGES, Gate, draw_batch, make_base, saved_mib, step_of, times
+from ..whole_model import Gate, draw_batch, make_base, saved_mib, step_of, times
 
 MODES = ("eager", "graph", "compiled", "compiled-graph")
 BACKENDS = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
@@ -143,8 +143,13 @@ class Bench:
                 error = self.attempt(entry.name, "gate", lambda: self._gated(peer)) or {
                     "gate": "failed"
                 }
+        step_of_model = functools.cache(functools.partial(self._step, peer))
         for mode in self.modes:
-            self.attempt(entry.name, mode, functools.partial(self._measure, peer, mode, error))
+            self.attempt(
+                entry.name,
+                mode,
+                functools.partial(self._measure, peer, mode, step_of_model, error),
+            )
             release(self.device)
         if entry.backend:
             self.attempt(entry.name, "choices", lambda: self._print_choices(entry, peer))
@@ -166,8 +171,17 @@ class Bench:
         print(f"{peer.name}: error {ratio:.3f} x plain torch's: gate {verdict}", flush=True)
         return {"err_ratio": f"{ratio:.3f}", "gate": verdict}
 
-    def _measure(self, peer: Peer, mode: str, error: dict[str, str]) -> None:
-        call, known = self._call(peer, mode)
+    def _measure(
+        self, peer: Peer, mode: str, step_of_model: Callable[[bool], Step], error: dict[str, str]
+    ) -> None:
+        step = step_of_model(mode.startswith("compiled"))
+        losses = [step()]
+        call: Callable[[], object] = step
+        peak = ""
+        if mode.endswith("graph"):
+            call = captured(lambda: losses.append(step()))
+        elif self.device == "cuda":
+            peak = f"{peak_mem_mb(step, True):.1f}"
         if peer.name == FLOOR:
             self._floors[mode] = call
         calls = {peer.name: call}
@@ -184,25 +198,18 @@ class Bench:
                 **times(peer.name, timings),
                 "saved_mib": saved_mib(peer, self.batch, AMP) if mode == "eager" else "",
                 "trainable": sum(p.numel() for p in peer.trainable()),
-                **known(),
+                "peak_mem_mb": peak,
+                # Of a graph the tensor that its replays write.
+                "loss": f"{float(losses[-1]):.6f}",
                 **error,
                 **provenance(self.device, ("timm", "peft")),
             }
         )
 
-    def _call(self, peer: Peer, mode: str) -> tuple[Callable[[], object], Callable[[], Row]]:
-        """(a step in that mode, what else is known of it once it was timed)."""
-        model = torch.compile(peer.model) if mode.startswith("compiled") else peer.model
+    def _step(self, peer: Peer, compiled: bool) -> Step:
+        model = torch.compile(peer.model) if compiled else peer.model
         runs = Peer(peer.name, model, peer.method, peer.factors)
-        cuda = self.device == "cuda"
-        step: Step = step_of(runs, *self.batch, AMP, lr=0.0, capturable=cuda)
-        loss = step()
-        if mode.endswith("graph"):
-            losses: list[Tensor] = []
-            replay = captured(lambda: losses.append(step()))
-            return replay, lambda: {"loss": f"{float(losses[-1]):.6f}"}
-        peak = f"{peak_mem_mb(step, True):.1f}" if cuda else ""
-        return step, lambda: {"loss": f"{float(loss):.6f}", "peak_mem_mb": peak}
+        return step_of(runs, *self.batch, AMP, lr=0.0, capturable=self.device == "cuda")
 
     def _print_choices(self, entry: Entry, peer: Peer) -> None:
         """What `auto` takes for each kind of linear, forward / backward."""
@@ -247,49 +254,16 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-# Compiling Triton's kernels in many processes, which share its cache on the disk
-
-
-def compile_ahead(base: nn.Module, methods: Sequence[str], rank: int, images: int, n: int) -> None:
-    """Run each kind of linear by the Triton backend once, in `n` processes."""
-    calls: dict[tuple[Any, ...], None] = {}
-    for method in methods:
-        peer = peers.build(method, base, rank)
-        for layer in fused_layers(peer.model):
-            with torch.no_grad():
-                factors = layer.current_factors()
-            shapes = tuple(None if f is None else tuple(f.shape) for f in factors)
-            for batch in (images, GATE_IMAGES):
-                rows = batch * tokens(peer.model)
-                calls[rows, tuple(layer.weight.shape), layer.weight.dtype, shapes] = None
-    with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
-        list(pool.map(run_linear, calls))
-
-
-def run_linear(call: tuple[Any, ...], backend: str = "triton", device: str = "cuda") -> None:
-    """A forward and a backward under autocast, with dx and the factors' gradients."""
-    rows, (n, k), weight_dtype, shapes = call
-    weight = torch.ones(n, k, dtype=weight_dtype, device=device)
-    bias = torch.ones(n, dtype=weight_dtype, device=device)
-    down, core, up = (
-        None if shape is None else torch.ones(shape, device=device, requires_grad=True)
-        for shape in shapes
-    )
-    x = torch.ones(rows, k, dtype=AMP, device=device, requires_grad=True)
-    assert down is not None and up is not None
-    with torch.autocast(device, AMP):
-        y = low_rank_linear(x, weight, bias, down, core, up, backend=backend)
-    y.sum().backward()
-
-
 # Where a step's time goes
 
 
 def profile_step(step: Step, device: str) -> dict[str, tuple[int, float]]:
     """Kernel name → (calls, µs) of one eager step; on a CPU torch's operators in their place."""
-    kind = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else None
+    kinds = torch.profiler.ProfilerActivity
     step()
-    with torch.profiler.profile(activities=[kind or torch.profiler.ProfilerActivity.CPU]) as run:
+    with torch.profiler.profile(
+        activities=[kinds.CUDA if device == "cuda" else kinds.CPU], acc_events=True
+    ) as run:
         step()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -314,6 +288,7 @@ def short_kernel(name: str) -> str:
     """A kernel's name without its return type, arguments and namespaces, at most 120 characters."""
     name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     name = re.sub(r"\b(?:\w+::)+(?=\w)", "", name)
+    name = re.sub(r"\([\w ]+\)(?=-?\d)", "", name)  # template arguments such as (int)192
     return re.sub(r"\(.*", "", name)[:120] or name[:120]
 
 
@@ -370,7 +345,7 @@ def summary(rows: Sequence[Row], kernels: Sequence[Row]) -> Table:
         first = next(iter(own.values()))
         eager, all_kernels = own.get("eager", {}), launched.get(impl)
         table.add_row(
-            impl,
+            escape(impl),
             *(_time_cell(own[mode]) if mode in own else "failed" for mode in modes),
             eager.get("saved_mib", ""),
             eager.get("peak_mem_mb", ""),
@@ -402,9 +377,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frozen-dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-gate", action="store_true", help="time without comparing to float64")
-    parser.add_argument(
-        "--compile-ahead", type=int, default=0, metavar="N", help="Triton's kernels, in N processes"
-    )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="append the kernels to a CSV")
     parser.add_argument("--out", type=Path, default=STEP_CSV)
     parser.add_argument(
@@ -414,13 +386,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cuda = found.device == "cuda"
     found.backends = BACKENDS[found.device] if found.backends is None else found.backends
     found.modes = found.modes or (("eager", "graph") if cuda else ("eager",))
-    if not cuda and (found.compile_ahead or any(mode.endswith("graph") for mode in found.modes)):
-        parser.error("--modes graph, compiled-graph and --compile-ahead need --device cuda")
+    if not cuda and any(mode.endswith("graph") for mode in found.modes):
+        parser.error("--modes graph and compiled-graph need --device cuda")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    start = time.perf_counter()
     base = make_base(options.model, options.device)
     store_frozen(base, DTYPES[options.frozen_dtype])
     batch = draw_batch(base, options.images, options.device)
@@ -429,7 +402,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def write(row: Row) -> None:
         append_rows(options.out, STEP_COLUMNS, [row])
         rows.append(row)
-        print(f"{row['impl']}, {row['mode']}: {_time_cell(row)}, loss {row['loss']}", flush=True)
+        print(
+            f"{time.perf_counter() - start:4.0f} s  {row['impl']}, {row['mode']}:"
+            f" {_time_cell(row)}, loss {row['loss']}",
+            flush=True,
+        )
 
     bench = Bench(
         base,
@@ -448,14 +425,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gate=None if options.no_gate else Gate(base, options.rank, batch, AMP),
         write=write,
     )
-    if options.compile_ahead and "triton" in options.backends:
-        bench.attempt(
-            "Triton",
-            "compile ahead",
-            lambda: compile_ahead(
-                base, options.methods, options.rank, options.images, options.compile_ahead
-            ),
-        )
     todo = entries(options.methods, options.backends, options.strategy)
     measured = [peer for peer in map(bench.run, todo) if peer is not None]
     kernels = profile_all(bench, measured, options.profile) if options.profile else []
