@@ -156,11 +156,12 @@ class Bench:
         return peer
 
     def attempt(self, name: str, what: str, call: Callable[[], Any]) -> Any:
-        """What `call` returns, or None with its traceback printed."""
+        """What `call` returns, or None with the end of its traceback printed."""
         try:
             return call()
         except Exception:
-            print(f"{name}, {what} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            last_frames = traceback.format_exc(limit=-6)
+            print(f"{name}, {what} failed:\n{last_frames}", file=sys.stderr, flush=True)
             self.failures.append((name, what))
             return None
 
@@ -207,7 +208,7 @@ class Bench:
         )
 
     def _step(self, peer: Peer, compiled: bool) -> Step:
-        model = torch.compile(peer.model) if compiled else peer.model
+        model: Any = torch.compile(peer.model) if compiled else peer.model
         runs = Peer(peer.name, model, peer.method, peer.factors)
         return step_of(runs, *self.batch, AMP, lr=0.0, capturable=self.device == "cuda")
 
@@ -215,32 +216,23 @@ class Bench:
         """What `auto` takes for each kind of linear, forward / backward."""
         if entry.strategy != "auto":
             return
-        seen = {}
+        seen: dict[str, str] = {}
         rows = self.batch[0].shape[0] * tokens(peer.model)
         for layer in fused_layers(peer.model):
             with torch.no_grad():
                 down, core, up = layer.current_factors()
             n, k = layer.weight.shape
             slices = up.shape[0] if core is None else core.shape[0]
+            problem = (rows, k, n, slices, down.shape[1], AMP)
+            options: Any = {"backend": entry.backend, "weight_dtype": layer.weight.dtype}
             forward, backward = (
-                explain(
-                    rows,
-                    k,
-                    n,
-                    slices,
-                    down.shape[1],
-                    AMP,
-                    backend=entry.backend,
-                    weight_dtype=layer.weight.dtype,
-                    backward=backward,
-                ).chosen
-                for backward in (False, True)
+                explain(*problem, **options, backward=backward).chosen for backward in (False, True)
             )
             seen[f"{k} to {n} in {slices}"] = f"{forward} / {backward}"
         print(f"{entry.name}: auto takes", *(f"{k}: {v};" for k, v in seen.items()), flush=True)
 
 
-def tokens(model: nn.Module) -> int:
+def tokens(model: Any) -> int:
     """Rows of a ViT's linears for one image."""
     count: int = model.patch_embed.num_patches + model.num_prefix_tokens
     return count
