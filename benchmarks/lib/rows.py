@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 OPERATORS_CSV = RESULTS / "operators.csv"
 WHOLE_MODEL_CSV = RESULTS / "whole_model.csv"
+STEP_CSV = RESULTS / "step.csv"
 # The last columns of every CSV: `provenance`.
 PROVENANCE = "device torch triton cuda commit timestamp"
 
@@ -35,6 +37,16 @@ WHOLE_MODEL_COLUMNS = columns(
     "model impl dtype batch r rounds ms_p20 ms_p50 ms_p80 ratio_to_floor ratio_p20 ratio_p80"
     " saved_mib peak_mem_mb trainable loss err_ratio device torch timm peft triton cuda commit"
     " timestamp"
+)
+# A training step on a GPU. gate: "passed", "failed" or "off"; empty for a peer that is no method.
+STEP_COLUMNS = columns(
+    "model impl mode dtype frozen_dtype batch r rounds ms_p20 ms_p50 ms_p80 ratio_to_floor"
+    " ratio_p20 ratio_p80 saved_mib peak_mem_mb trainable loss err_ratio gate device torch timm"
+    " peft triton cuda commit timestamp"
+)
+# Its kernels: microseconds of one step, and their share of all kernels' time.
+KERNEL_COLUMNS = columns(
+    f"model impl dtype frozen_dtype batch r kernel calls us share {PROVENANCE}"
 )
 
 Row = Mapping[str, Any]
@@ -64,10 +76,18 @@ def is_cpu(device: str) -> bool:
 
 @cache
 def commit() -> str:
-    """The short hash of HEAD, with "-dirty" where the code that is measured differs from it."""
+    """The short hash of HEAD, with "-dirty" where the code that is measured differs from it.
+
+    BENCHMARK_COMMIT says it where the sources were copied without their repository.
+    """
+    if said := os.environ.get("BENCHMARK_COMMIT"):
+        return said
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
+        try:
+            run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
+        except FileNotFoundError:
+            return ""
         return run.stdout.strip()
 
     head = git("rev-parse", "--short", "HEAD") or "unknown"

@@ -17,6 +17,29 @@ from dataclasses import dataclass
 import torch
 
 
+def captured(call: Callable[[], object], warm_ups: int = 3) -> Callable[[], object]:
+    """A replay of `call` captured in a CUDA graph, after warm-ups on a side stream.
+
+    The graph's memory is its own, and is given back with the replay.
+    """
+    stream = torch.cuda.current_stream()
+    side = torch.cuda.Stream()
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):
+        for _ in range(warm_ups):
+            call()
+    stream.wait_stream(side)
+    gc.collect()  # an autograd graph in a cycle would tie the capture to the stream it ran on
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own where a capture fails
+        raise
+    return graph.replay
+
+
 class Timer:
     """Milliseconds of one call, on a GPU by events around a cold-cache replay, on a CPU by the
     clock.
@@ -33,17 +56,9 @@ class Timer:
             for _ in range(3):
                 call()
             return call
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        graph.replay()
-        return graph.replay
+        replay = captured(call)
+        replay()
+        return replay
 
     def time(self, call: Callable[[], object]) -> float:
         if not self.cuda:

@@ -1,0 +1,430 @@
+"""A whole training step by each backend of this package, beside PEFT LoRA and the frozen floor.
+
+    python -m benchmarks.gpu.step [--model vit_base_patch16_224] [--images 64] [--rank 16]
+        [--methods EFFT2 LoRA] [--backends cuda triton torch] [--strategy auto]
+        [--modes eager graph compiled compiled-graph] [--frozen-dtype float32] [--rounds 15]
+        [--no-gate] [--profile kernels.csv] [--out step.csv]
+
+A step is zero_grad, forward under bfloat16 autocast, cross entropy, backward and AdamW on what
+trains. AdamW is capturable and its learning rate 0: it does its work, and every step is the same.
+
+eager            the calls themselves, host time included
+graph            the whole step captured in one CUDA graph: what the GPU alone takes
+compiled         the model under torch.compile
+compiled-graph   that step in a CUDA graph
+
+Each peer is timed in rounds with the floor in the same mode, so its row is there as soon as it was
+measured; ratios are medians over the rounds. A peer that fails is reported, and the others go on.
+
+The frozen weights are float32 as timm makes them, and every step of every peer casts them;
+--frozen-dtype bfloat16 stores them so that none does. Autocast's own cache is left on: it holds
+trainable weights alone and is emptied at the end of each forward, in a capture as outside.
+
+Rows say in `gate` whether the peer matched float64 within twice plain torch's error. Those that
+did not, or were not tried, are times to look at; no such row is to be committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import os
+import re
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+
+from efft_kernels import FusedEFFTLinear
+from efft_kernels.ops.explain import explain
+from efft_kernels.testing.error_budget import BUDGET
+
+from .. import peers
+from ..lib.rows import KERNEL_COLUMNS, STEP_COLUMNS, STEP_CSV, Row, append_rows, provenance
+from ..lib.timing import captured, interleave, peak_mem_mb
+from ..peers import FLOOR, PEFT_LORA, Peer
+from ..whole_model import Gate, draw_batch, make_base, saved_mib, step_of, times
+
+MODES = ("eager", "graph", "compiled", "compiled-graph")
+BACKENDS = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AMP = torch.bfloat16
+LEAST_SHARE = 0.003  # of a step, for a kernel to be listed
+ALL_KERNELS = "all"
+
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one peer is made of; `backend` is empty for a peer that is not this package."""
+
+    impl: str
+    backend: str = ""
+    strategy: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """The row's name, e.g. "EFFT2 [cuda]" or "EFFT2 [cuda split]"."""
+        if not self.backend:
+            return self.impl
+        named = "" if self.strategy == "auto" else f" {self.strategy}"
+        return f"{self.impl} [{self.backend}{named}]"
+
+    def build(self, base: nn.Module, rank: int) -> Peer:
+        """The peer over `base`, its layers bound to the backend and strategy."""
+        peer = peers.build(self.impl, base, rank)
+        for layer in fused_layers(peer.model):
+            layer.backend, layer.strategy = self.backend, self.strategy
+        return Peer(self.name, peer.model, peer.method, peer.factors)
+
+
+def fused_layers(model: nn.Module) -> list[FusedEFFTLinear]:
+    """This package's layers in a model."""
+    return [module for module in model.modules() if isinstance(module, FusedEFFTLinear)]
+
+
+def entries(methods: Sequence[str], backends: Sequence[str], strategy: str) -> list[Entry]:
+    """Floor, the first backend, PEFT, the other backends: what teaches most comes first."""
+    ours = [[Entry(method, backend, strategy) for method in methods] for backend in backends]
+    first, others = (ours[0], ours[1:]) if ours else ([], [])
+    return [Entry(FLOOR), *first, Entry(PEFT_LORA), *(entry for own in others for entry in own)]
+
+
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store what does not train in `dtype`."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+@dataclass
+class Bench:
+    """One model and batch, and what has been measured on them.
+
+    Attributes:
+        case: the columns that all rows share.
+        failures: (peer, mode or what was tried) of all that raised.
+    """
+
+    base: nn.Module
+    batch: tuple[Tensor, Tensor]
+    rank: int
+    device: str
+    rounds: int
+    modes: Sequence[str]
+    case: dict[str, Any]
+    gate: Gate | None
+    write: Callable[[Row], None]
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    _floors: dict[str, Callable[[], object]] = field(default_factory=dict)
+
+    def run(self, entry: Entry) -> Peer | None:
+        """Measure one peer in every mode; None where it cannot be built."""
+        peer = self.attempt(entry.name, "build", lambda: entry.build(self.base, self.rank))
+        if peer is None:
+            return None
+        error: dict[str, str] = {}
+        if peer.method is not None:
+            error = {"gate": "off"}
+            if self.gate is not None:
+                error = self.attempt(entry.name, "gate", lambda: self._gated(peer)) or {
+                    "gate": "failed"
+                }
+        step_of_model = functools.cache(functools.partial(self._step, peer))
+        for mode in self.modes:
+            self.attempt(
+                entry.name,
+                mode,
+                functools.partial(self._measure, peer, mode, step_of_model, error),
+            )
+            release(self.device)
+        if entry.backend:
+            self.attempt(entry.name, "choices", lambda: self._print_choices(entry, peer))
+        return peer
+
+    def attempt(self, name: str, what: str, call: Callable[[], Any]) -> Any:
+        """What `call` returns, or None with the end of its traceback printed."""
+        try:
+            return call()
+        except Exception:
+            last_frames = traceback.format_exc(limit=-6)
+            print(f"{name}, {what} failed:\n{last_frames}", file=sys.stderr, flush=True)
+            self.failures.append((name, what))
+            return None
+
+    def _gated(self, peer: Peer) -> dict[str, str]:
+        assert self.gate is not None
+        ratio = self.gate.ratio(peer)
+        verdict = "passed" if ratio is not None and ratio <= BUDGET else "failed"
+        print(f"{peer.name}: error {ratio:.3f} x plain torch's: gate {verdict}", flush=True)
+        return {"err_ratio": f"{ratio:.3f}", "gate": verdict}
+
+    def _measure(
+        self, peer: Peer, mode: str, step_of_model: Callable[[bool], Step], error: dict[str, str]
+    ) -> None:
+        step = step_of_model(mode.startswith("compiled"))
+        losses = [step()]
+        call: Callable[[], object] = step
+        peak = ""
+        if mode.endswith("graph"):
+            call = captured(lambda: losses.append(step()))
+        elif self.device == "cuda":
+            peak = f"{peak_mem_mb(step, True):.1f}"
+        if peer.name == FLOOR:
+            self._floors[mode] = call
+        calls = {peer.name: call}
+        if mode in self._floors:
+            calls[FLOOR] = self._floors[mode]
+        timings = interleave(
+            calls, seconds=0.0, device=self.device, fewest_rounds=self.rounds, warm_ups=2
+        )
+        self.write(
+            {
+                **self.case,
+                "impl": peer.name,
+                "mode": mode,
+                **times(peer.name, timings),
+                "saved_mib": saved_mib(peer, self.batch, AMP) if mode == "eager" else "",
+                "trainable": sum(p.numel() for p in peer.trainable()),
+                "peak_mem_mb": peak,
+                # Of a graph the tensor that its replays write.
+                "loss": f"{float(losses[-1]):.6f}",
+                **error,
+                **provenance(self.device, ("timm", "peft")),
+            }
+        )
+
+    def _step(self, peer: Peer, compiled: bool) -> Step:
+        model: Any = torch.compile(peer.model) if compiled else peer.model
+        runs = Peer(peer.name, model, peer.method, peer.factors)
+        return step_of(runs, *self.batch, AMP, lr=0.0, capturable=self.device == "cuda")
+
+    def _print_choices(self, entry: Entry, peer: Peer) -> None:
+        """What `auto` takes for each kind of linear, forward / backward."""
+        if entry.strategy != "auto":
+            return
+        seen: dict[str, str] = {}
+        rows = self.batch[0].shape[0] * tokens(peer.model)
+        for layer in fused_layers(peer.model):
+            with torch.no_grad():
+                down, core, up = layer.current_factors()
+            n, k = layer.weight.shape
+            slices = up.shape[0] if core is None else core.shape[0]
+            problem = (rows, k, n, slices, down.shape[1], AMP)
+            options: Any = {"backend": entry.backend, "weight_dtype": layer.weight.dtype}
+            forward, backward = (
+                explain(*problem, **options, backward=backward).chosen for backward in (False, True)
+            )
+            seen[f"{k} to {n} in {slices}"] = f"{forward} / {backward}"
+        print(f"{entry.name}: auto takes", *(f"{k}: {v};" for k, v in seen.items()), flush=True)
+
+
+def tokens(model: Any) -> int:
+    """Rows of a ViT's linears for one image."""
+    count: int = model.patch_embed.num_patches + model.num_prefix_tokens
+    return count
+
+
+def release(device: str) -> None:
+    """Give the memory of dropped graphs back."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+# Where a step's time goes
+
+
+def profile_step(step: Step, device: str) -> dict[str, tuple[int, float]]:
+    """Kernel name → (calls, µs) of one eager step; on a CPU torch's operators in their place."""
+    kinds = torch.profiler.ProfilerActivity
+    step()
+    with torch.profiler.profile(
+        activities=[kinds.CUDA if device == "cuda" else kinds.CPU], acc_events=True
+    ) as run:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return kernel_totals(run.events() or (), device)
+
+
+def kernel_totals(events: Iterable[Any], device: str) -> dict[str, tuple[int, float]]:
+    """Name → (calls, µs), the longest first, of what ran on the device."""
+    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    for event in events:
+        if event.device_type != wanted or event.is_user_annotation:
+            continue
+        us = event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total
+        name = short_kernel(event.name)
+        calls, total = found[name]
+        found[name] = (calls + 1, total + us)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def short_kernel(name: str) -> str:
+    """A kernel's name without its return type, arguments and namespaces, at most 120 characters."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    name = re.sub(r"\b(?:\w+::)+(?=\w)", "", name)
+    name = re.sub(r"\([\w ]+\)(?=-?\d)", "", name)  # template arguments such as (int)192
+    return re.sub(r"\(.*", "", name)[:120] or name[:120]
+
+
+def kernel_rows(totals: dict[str, tuple[int, float]]) -> Iterator[Row]:
+    """All kernels in one row, then each with at least `LEAST_SHARE` of their time."""
+    calls = sum(count for count, _ in totals.values())
+    total = sum(us for _, us in totals.values())
+    for name, (count, us) in ((ALL_KERNELS, (calls, total)), *totals.items()):
+        share = us / total if total else 0.0
+        if name == ALL_KERNELS or share >= LEAST_SHARE:
+            yield {"kernel": name, "calls": count, "us": f"{us:.1f}", "share": f"{share:.4f}"}
+
+
+def profile_all(bench: Bench, measured: Sequence[Peer], out: Path) -> list[Row]:
+    """Append every peer's kernels to `out`; returns the rows.
+
+    After all timing: CUPTI slows the host down once it was there. It is not torn down between the
+    peers, because it crashes when it is set up again in a process with CUDA graphs.
+    """
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    bench._floors.clear()
+    release(bench.device)
+    shared = {name: bench.case[name] for name in KERNEL_COLUMNS if name in bench.case}
+    rows: list[Row] = []
+
+    def add(peer: Peer) -> None:
+        cuda = bench.device == "cuda"
+        step = step_of(peer, *bench.batch, AMP, lr=0.0, capturable=cuda)
+        totals = profile_step(step, bench.device)
+        if not totals:
+            raise RuntimeError("the profiler saw no kernel: is CUPTI there and allowed?")
+        own = [
+            {**shared, "impl": peer.name, **row, **provenance(bench.device)}
+            for row in kernel_rows(totals)
+        ]
+        append_rows(out, KERNEL_COLUMNS, own)
+        rows.extend(own)
+
+    for peer in measured:
+        bench.attempt(peer.name, "profile", functools.partial(add, peer))
+        release(bench.device)
+    return rows
+
+
+def summary(rows: Sequence[Row], kernels: Sequence[Row]) -> Table:
+    """A line per peer: ms and ratio in each mode, memory, launches, the error."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    table = Table("one training step", *modes, "saved MiB", "peak MiB", "launches", "kernels ms")
+    table.add_column("error, gate")
+    launched = {row["impl"]: row for row in kernels if row["kernel"] == ALL_KERNELS}
+    for impl in dict.fromkeys(row["impl"] for row in rows):
+        own = {row["mode"]: row for row in rows if row["impl"] == impl}
+        first = next(iter(own.values()))
+        eager, all_kernels = own.get("eager", {}), launched.get(impl)
+        table.add_row(
+            escape(impl),
+            *(_time_cell(own[mode]) if mode in own else "failed" for mode in modes),
+            eager.get("saved_mib", ""),
+            eager.get("peak_mem_mb", ""),
+            str(all_kernels["calls"]) if all_kernels else "",
+            f"{float(all_kernels['us']) / 1e3:.2f}" if all_kernels else "",
+            f"{first.get('err_ratio', '')} {first.get('gate', '')}".strip(),
+        )
+    return table
+
+
+def _time_cell(row: Row) -> str:
+    ratio = f" ({row['ratio_to_floor']})" if row.get("ratio_to_floor") else ""
+    return f"{row['ms_p50']} ms{ratio}"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--methods", nargs="*", default=("EFFT2", "LoRA"), choices=peers.methods(16)
+    )
+    parser.add_argument("--backends", nargs="*", help="default: cuda triton torch, or cpp torch")
+    parser.add_argument("--strategy", default="auto", help="of all peers of this package")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager graph, or eager")
+    parser.add_argument("--frozen-dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-gate", action="store_true", help="time without comparing to float64")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="append the kernels to a CSV")
+    parser.add_argument("--out", type=Path, default=STEP_CSV)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    found = parser.parse_args(arguments)
+    cuda = found.device == "cuda"
+    found.backends = BACKENDS[found.device] if found.backends is None else found.backends
+    found.modes = found.modes or (("eager", "graph") if cuda else ("eager",))
+    if not cuda and any(mode.endswith("graph") for mode in found.modes):
+        parser.error("--modes graph and compiled-graph need --device cuda")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    start = time.perf_counter()
+    base = make_base(options.model, options.device)
+    store_frozen(base, DTYPES[options.frozen_dtype])
+    batch = draw_batch(base, options.images, options.device)
+    rows: list[Row] = []
+
+    def write(row: Row) -> None:
+        append_rows(options.out, STEP_COLUMNS, [row])
+        rows.append(row)
+        print(
+            f"{time.perf_counter() - start:4.0f} s  {row['impl']}, {row['mode']}:"
+            f" {_time_cell(row)}, loss {row['loss']}",
+            flush=True,
+        )
+
+    bench = Bench(
+        base,
+        batch,
+        options.rank,
+        options.device,
+        options.rounds,
+        options.modes,
+        case={
+            "model": options.model,
+            "dtype": "bfloat16 autocast",
+            "frozen_dtype": options.frozen_dtype,
+            "batch": options.images,
+            "r": options.rank,
+        },
+        gate=None if options.no_gate else Gate(base, options.rank, batch, AMP),
+        write=write,
+    )
+    todo = entries(options.methods, options.backends, options.strategy)
+    measured = [peer for peer in map(bench.run, todo) if peer is not None]
+    kernels = profile_all(bench, measured, options.profile) if options.profile else []
+    Console(width=None if sys.stdout.isatty() else 160).print(summary(rows, kernels))
+    for name, what in bench.failures:
+        print(f"FAILED {name}: {what}", flush=True)
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""The training step by backend and mode: on a CPU, and with a CUDA that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+
+from benchmarks import peers
+from benchmarks.gpu import step
+from benchmarks.lib import timing
+from benchmarks.lib.rows import KERNEL_COLUMNS, STEP_COLUMNS, STEP_CSV, read_rows
+from efft_kernels import FusedEFFTLinear
+
+RANK = 3
+CPU_RUN = ("--device", "cpu", "--images", "2", "--rank", str(RANK), "--rounds", "2")
+GPU_RUN = (*CPU_RUN, "--device", "cuda", "--backends", "torch")
+
+
+@pytest.fixture(autouse=True)
+def small_model(make_vit: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    model = make_vit(embed_dim=24).requires_grad_(False)
+    model.head.requires_grad_()
+    batch = torch.randn(2, 3, 8, 8), torch.tensor([1, 3])
+    monkeypatch.setattr(step, "make_base", lambda *_: copy.deepcopy(model))
+    monkeypatch.setattr(step, "draw_batch", lambda *_: batch)
+    return model
+
+
+class FakeGraph:
+    """A captured call that is run again on every replay."""
+
+    last: FakeGraph
+
+    def __init__(self) -> None:
+        FakeGraph.last = self
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class FakeStream:
+    def wait_stream(self, other: FakeStream) -> None:
+        assert isinstance(other, FakeStream)
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 2.0
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """torch.cuda without a GPU: streams, events and graphs that do nothing; tensors on the CPU."""
+    seen: dict[str, Any] = {"stream": FakeStream(), "captures": 0}
+    default = seen["stream"]
+
+    @contextlib.contextmanager
+    def graph(captured: FakeGraph) -> Iterator[None]:
+        seen["captures"] += 1
+        seen["stream"] = FakeStream()
+        yield  # an exception leaves the capture's stream, as torch's does
+        seen["stream"] = default
+
+    for name, value in {
+        "CUDAGraph": FakeGraph,
+        "Event": FakeEvent,
+        "Stream": FakeStream,
+        "current_stream": lambda: seen["stream"],
+        "empty_cache": lambda: None,
+        "get_device_name": lambda: "NVIDIA Pretended",
+        "graph": graph,
+        "max_memory_allocated": lambda: 3 << 20,
+        "memory_allocated": lambda: 1 << 20,
+        "reset_peak_memory_stats": lambda: None,
+        "set_stream": lambda stream: seen.update(stream=stream),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    empty, adamw = torch.empty, torch.optim.AdamW
+
+    def empty_here(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return empty(*(8 if n == 256 << 20 else n for n in size), **options)
+
+    def adamw_here(parameters: Any, lr: float, capturable: bool) -> torch.optim.Optimizer:
+        assert capturable and lr == 0.0
+        return adamw(parameters, lr=lr)
+
+    @contextlib.contextmanager
+    def profile(activities: list[Any], acc_events: bool) -> Iterator[Any]:
+        assert activities == [torch.profiler.ProfilerActivity.CUDA] and acc_events
+        yield SimpleNamespace(events=list)
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    monkeypatch.setattr(torch, "empty", empty_here)
+    monkeypatch.setattr(torch.optim, "AdamW", adamw_here)
+    return seen
+
+
+def test_what_teaches_most_comes_first() -> None:
+    names = [e.name for e in step.entries(["EFFT2", "LoRA"], ["cuda", "triton"], "auto")]
+    assert names == [
+        peers.FLOOR,
+        "EFFT2 [cuda]",
+        "LoRA [cuda]",
+        peers.PEFT_LORA,
+        "EFFT2 [triton]",
+        "LoRA [triton]",
+    ]
+    (_, named, _) = step.entries(["EFFT2"], ["cuda"], "split")
+    assert named.name == "EFFT2 [cuda split]"
+
+
+def test_a_peer_s_layers_are_bound_to_its_backend(small_model: nn.Module) -> None:
+    peer = step.Entry("EFFT2", "torch", "split").build(small_model, RANK)
+    layers = step.fused_layers(peer.model)
+    assert len(layers) == 8
+    assert {(layer.backend, layer.strategy) for layer in layers} == {("torch", "split")}
+    assert not any(isinstance(m, FusedEFFTLinear) for m in small_model.modules())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_on_a_cpu_writes_a_row_per_peer_and_its_kernels(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, kernels = tmp_path / "step.csv", tmp_path / "kernels.csv"
+    options = ("--frozen-dtype", dtype, "--methods", "EFFT2", "--backends", "torch")
+    files = ("--out", str(out), "--profile", str(kernels))
+    step.main((*CPU_RUN, *options, *files))
+    rows = read_rows(out)
+    assert [row["impl"] for row in rows] == [peers.FLOOR, "EFFT2 [torch]", peers.PEFT_LORA]
+    assert tuple(rows[0]) == STEP_COLUMNS
+    for row in rows:
+        assert (row["mode"], row["frozen_dtype"], row["rounds"]) == ("eager", dtype, "2")
+        assert float(row["ratio_to_floor"]) > 0 and float(row["saved_mib"]) > 0
+        assert (row["gate"] == "") == (row["impl"] == peers.FLOOR)
+    listed = read_rows(kernels)
+    assert tuple(listed[0]) == KERNEL_COLUMNS
+    assert [r["impl"] for r in listed if r["kernel"] == "all"] == [row["impl"] for row in rows]
+    assert "EFFT2 [torch]" in capsys.readouterr().out.split("one training step")[1]
+
+
+def test_a_run_on_a_gpu_captures_every_peer(
+    fake_cuda: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "step.csv"
+    compiled: list[nn.Module] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+        code = step.main(
+            (*GPU_RUN, "--modes", *step.MODES, "--out", str(out), "--profile", str(tmp_path / "k"))
+        )
+    rows = read_rows(out)
+    names = [peers.FLOOR, "EFFT2 [torch]", "LoRA [torch]", peers.PEFT_LORA]
+    assert [(r["impl"], r["mode"]) for r in rows] == [(n, m) for n in names for m in step.MODES]
+    assert fake_cuda["captures"] == 8 and len(compiled) == 4
+    assert FakeGraph.last.replays == 2 + 2  # warm-ups and rounds
+    for row in rows:
+        assert row["device"] == "NVIDIA Pretended" and row["ratio_to_floor"] == "1.0000"
+        assert row["loss"] == next(r["loss"] for r in rows if r["impl"] == row["impl"])
+        assert row["peak_mem_mb"] == ("" if row["mode"].endswith("graph") else "2.0")
+    assert code == 1
+    assert capsys.readouterr().err.count("RuntimeError: the profiler saw no kernel") == len(names)
+
+
+def test_a_failed_capture_is_reported_and_leaves_the_stream(
+    fake_cuda: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = fake_cuda["stream"]
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("not in a capture")
+
+    with pytest.raises(RuntimeError, match="not in a capture"):
+        timing.captured(call, warm_ups=2)
+    assert fake_cuda["stream"] is stream
+
+    real = step.captured
+
+    def fails_once(call: Callable[[], object]) -> Callable[[], object]:
+        step.captured = real
+        raise RuntimeError("capture refused")
+
+    out = tmp_path / "step.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "captured", fails_once)
+        code = step.main((*GPU_RUN, "--out", str(out)))
+    printed = capsys.readouterr()
+    assert code == 1 and "capture refused" in printed.err
+    assert f"FAILED {peers.FLOOR}: graph" in printed.out
+    graphs = [row for row in read_rows(out) if row["mode"] == "graph"]
+    assert len(graphs) == 3 and {row["ratio_to_floor"] for row in graphs} == {""}
+
+
+def test_a_wrong_peer_is_timed_and_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step.Gate, "ratio", lambda self, peer: float("nan"))
+    out = tmp_path / "step.csv"
+    arguments = (*CPU_RUN, "--methods", "EFFT2", "--backends", "torch", "--out", str(out))
+    assert step.main(arguments) == 0
+    assert [row["gate"] for row in read_rows(out)] == ["", "failed", "failed"]
+    assert "gate failed" in capsys.readouterr().out
+    assert step.main((*arguments, "--no-gate")) == 0
+    assert [row["gate"] for row in read_rows(out)[3:]] == ["", "off", "off"]
+
+
+def test_a_peer_that_cannot_be_built_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = peers.build
+
+    def refusing(name: str, *arguments: Any, **options: Any) -> peers.Peer:
+        if name == "EFFT2" and not options:
+            raise RuntimeError("no such method here")
+        return build(name, *arguments, **options)
+
+    monkeypatch.setattr(peers, "build", refusing)
+    out = tmp_path / "step.csv"
+    assert step.main((*CPU_RUN, "--backends", "torch", "--out", str(out))) == 1
+    assert [row["impl"] for row in read_rows(out)] == [peers.FLOOR, "LoRA [torch]", peers.PEFT_LORA]
+
+
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(SystemExit):
+        step.parse(["--device", "cpu", "--modes", "graph"])
+    assert step.parse(["--device", "cuda"]).modes == ("eager", "graph")
+
+
+def test_kernels_are_summed_by_their_short_names() -> None:
+    def event(name: str, us: float, kind: DeviceType = DeviceType.CUDA, note: bool = False) -> Any:
+        span = SimpleNamespace(elapsed_us=lambda: us)
+        return SimpleNamespace(
+            name=name, device_type=kind, is_user_annotation=note, time_range=span
+        )
+
+    gemm = "void efft::gemm_kernel<__nv_bfloat16, (bool)1, cfg::Sm90<(int)192, (int)0>>(P)"
+    events = [
+        event(gemm, 600.0),
+        event("_thin_kernel", 1.0),
+        event(gemm, 399.0),
+        event("Optimizer.step#AdamW.step", 500.0, note=True),
+        event("cudaLaunchKernel", 5.0, DeviceType.CPU),
+    ]
+    totals = step.kernel_totals(events, "cuda")
+    name = "gemm_kernel<__nv_bfloat16, 1, Sm90<192, 0>>"
+    assert totals == {name: (2, 999.0), "_thin_kernel": (1, 1.0)}
+    rows = list(step.kernel_rows(totals))
+    assert [(r["kernel"], r["calls"], r["share"]) for r in rows] == [
+        ("all", 3, "1.0000"),
+        (name, 2, "0.9990"),
+    ]
+    assert step.short_kernel("(lambda)") == "(lambda)"
+
+
+def test_committed_rows_passed_the_gate() -> None:
+    assert {row["gate"] for row in read_rows(STEP_CSV)} <= {"", "passed"}
