@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.smoke --out smoke.csv
     python -m benchmarks.gpu.smoke --only "cuda Hopper 192"  # cases whose name holds the text
-    python -m benchmarks.gpu.smoke --list                    # every kernel and the cases that take it
+    python -m benchmarks.gpu.smoke --list                    # every kernel, and which cases take it
     python -m benchmarks.gpu.smoke --device cpu              # a rehearsal: plain torch, fewer rows
 
 The cases of efft_kernels/testing/gpu_cases.py, most of them with whole numbers, so that results are
@@ -42,19 +42,19 @@ from efft_kernels.ops.backends import REGISTRY
 from efft_kernels.testing.cuda_kernels import kernel_of, recorded_launches
 from efft_kernels.testing.error_budget import assert_within_budget, largest_exact_integer
 from efft_kernels.testing.gpu_cases import (
-    CAPABILITY,
     CUDA_CASES,
-    MULTIPROCESSORS,
     NEEDS,
     TRITON_CASES,
     Case,
     cases_by_kernel,
+    plans_are_known,
 )
 from efft_kernels.testing.operands import NAMES
 from efft_kernels.testing.poison import poisoned_allocations
 from efft_kernels.testing.results import plain_and_exact, reference_results
 
 CASES = [*CUDA_CASES, *TRITON_CASES]
+ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = (
     *("name", "backend", "strategy", "dtype", "M", "K", "n", "G", "Ra", "Rb", "device"),
     *("expected_plan", "plan_seen", "verdict", "wrong", "seconds"),
@@ -137,17 +137,6 @@ def wrong_results(
     return [text for text in found if text is not None]
 
 
-def plans_are_known() -> bool:
-    """Whether this is the GPU for which the cases' plans were written down."""
-    if not torch.cuda.is_available():
-        return False
-    device = torch.cuda.get_device_properties(0)
-    return (
-        torch.cuda.get_device_capability(0) == CAPABILITY
-        and device.multi_processor_count == MULTIPROCESSORS
-    )
-
-
 def run_case(case: Case, device: str) -> Row:
     """The row of one case. Raises whatever the backend raises."""
     rehearsal = device == "cpu"
@@ -175,10 +164,6 @@ def run_case(case: Case, device: str) -> Row:
 def run_child(indices: Sequence[int], device: str) -> None:
     """Run the cases. The process ends where the GPU is of no more use to it."""
     warnings.simplefilter("ignore")
-    if device == "cuda":
-        with recorded_launches():  # the first recording takes a second, and may miss launches
-            torch.ones(1, device=device).add_(1)
-            torch.cuda.synchronize()
     for index in indices:
         tell(begin=index)
         try:
@@ -266,6 +251,7 @@ def run_lane(
             command(pending, device),
             stdout=subprocess.PIPE,
             text=True,
+            cwd=ROOT,
             # Deterministic algorithms, which come with poisoned memory, ask cuBLAS for it.
             env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch.autograd import DeviceType
@@ -52,10 +53,13 @@ def kernel_of(name: str) -> str | None:
 
 
 def built_kernels() -> set[str]:
-    """Every kernel that the built library holds for some architecture, by its short name."""
+    """Every kernel that the built library holds for some architecture, by its short name; by its
+    mangled one where `kernel_of` does not know it.
+    """
     library = native_library.library_path("_native_cuda").read_bytes()
-    names = re.findall(rb"_ZN12efft_kernels\w+_kernel\w*", library)
-    return {kernel for name in names if (kernel := kernel_of(name.decode())) is not None}
+    found = re.findall(rb"_ZN12efft_kernels\w*(?<!launch)_kernel[IE]\w*", library)
+    names = {name.decode() for name in found}
+    return {kernel_of(name) or name for name in names}
 
 
 @contextmanager
@@ -65,8 +69,23 @@ def recorded_launches() -> Iterator[list[str]]:
     Whoever calls waits for the kernels before the end. Without a GPU the list stays empty.
     """
     names: list[str] = []
-    on_gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as prof:
+    if torch.cuda.is_available():
+        _warm_up()
+    with _profile() as prof:
         yield names
     events = [e for e in prof.events() or () if e.device_type == DeviceType.CUDA]
     names += [e.name for e in sorted(events, key=lambda e: e.time_range.start)]
+
+
+def _profile() -> profile:
+    on_gpu = torch.cuda.is_available()
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    return profile(activities=[activity], acc_events=True)
+
+
+@cache
+def _warm_up() -> None:
+    """The first recording of a process takes a second and may miss launches."""
+    with _profile():
+        torch.ones(1, device="cuda").add_(1)
+        torch.cuda.synchronize()

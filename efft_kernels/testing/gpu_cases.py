@@ -17,8 +17,7 @@ from ..ops.backends.fallback import padded_rank
 from .cuda_kernels import DTYPES
 from .operands import NAMES, Shape, operands_and_dy
 
-MULTIPROCESSORS = 132
-CAPABILITY = (9, 0)
+MULTIPROCESSORS = 132  # of the GPU for which the plans are written down, an sm_90
 NEEDS = tuple(name in ("x", "down", "core", "up") for name in NAMES)  # weight and bias are frozen
 
 
@@ -258,6 +257,13 @@ def _triton_cases() -> list[Case]:
 
 CUDA_CASES = _cuda_cases()
 TRITON_CASES = _triton_cases()
+
+
+def plans_are_known() -> bool:
+    """Whether the current GPU is one for which the cases' plans are written down."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return False
+    return torch.cuda.get_device_properties().multi_processor_count == MULTIPROCESSORS
 
 
 def cases_by_kernel() -> dict[str, list[str]]:
