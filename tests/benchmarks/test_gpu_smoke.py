@@ -6,6 +6,7 @@ import csv
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,27 @@ def test_an_error_is_a_row_and_the_next_case_runs(
     smoke.run_child([0, 1], "cpu")
     lines = capfd.readouterr().out.splitlines()
     assert "RuntimeError: out of luck" in lines[1] and '"ok"' in lines[3]
+
+
+def test_other_kernels_than_expected_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "plans_are_known", lambda: True)
+    row = smoke.run_case(smoke.CASES[0], "cpu")
+    assert row["verdict"] == "PLAN"
+    assert row["wrong"].startswith("took no known kernel, not fold thin-bf16-16 sm80-bf16-64-I")
+
+
+def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    results_of = smoke.results_of
+
+    def spoiled(*arguments: Any) -> dict[str, torch.Tensor]:
+        results = results_of(*arguments)
+        results["core"][1, 2, 3] += 1
+        return results
+
+    monkeypatch.setattr(smoke, "results_of", spoiled)
+    row = smoke.run_case(smoke.CASES[0], "cpu")
+    assert row["verdict"] == "WRONG"
+    assert row["wrong"].startswith("core: 1 of 105 wrong, 0 NaN; rows 9..9 (1), cols 3..3 (1)")
 
 
 def test_differences_say_where() -> None:
