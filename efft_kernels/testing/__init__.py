@@ -5,6 +5,8 @@ results.py       y, P and the gradients of one call
 error_budget.py  at most twice plain torch's error
 poison.py        allocations that start as NaN
 fake_gpu.py      a GPU that is not there
+gpu_cases.py     calls that take every kernel of the CUDA backend, and which they take
+cuda_kernels.py  the names of those that were built, and of those that ran
 
 Nothing here needs pytest.
 """

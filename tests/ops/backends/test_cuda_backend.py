@@ -1,8 +1,9 @@
 """The CUDA C++ backend against the float64 reference, on a GPU; its refusals everywhere.
 
 Shapes reach both GEMMs: few or unaligned rows go to the general kernel, and on Hopper the shapes of
-`BIG` have enough aligned tiles for the sm_90a one. Every buffer that is allocated starts as NaN, so
-a tile that nothing writes cannot pass.
+`BIG` have enough aligned tiles for the sm_90a one. Every kernel of the library is taken by one of
+`CUDA_CASES`, which say by which. Every buffer that is allocated starts as NaN, so a tile that
+nothing writes cannot pass.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from efft_kernels import low_rank_linear, reference
 from efft_kernels.ops.backends import cuda_backend as backend
 from efft_kernels.ops.backends import fallback, native_library
 from efft_kernels.ops.cost_model import Problem
+from efft_kernels.testing.cuda_kernels import kernel_of, recorded_launches
 from efft_kernels.testing.error_budget import (
     assert_exact,
     assert_within_budget,
     largest_exact_integer,
     relative_error,
 )
+from efft_kernels.testing.gpu_cases import CUDA_CASES, NEEDS, plans_are_known
 from efft_kernels.testing.operands import (
     ALL,
     LAYOUTS,
@@ -104,7 +107,8 @@ def test_what_is_out_of_reach_runs_in_torch(case, strategy):
         assert tensor is None or (grad.shape == tensor.shape and grad.dtype == tensor.dtype), name
 
 
-# Multiples of 8 with ragged tiles: the widths choose column blocks of 192 and of 128.
+# Multiples of 8, ragged tiles. With 132 multiprocessors the sm_90a GEMM takes tiles of 128 columns
+# for all of them, forward and backward; CUDA_CASES have shapes for which it takes 192.
 WIDE = Shape(M=12 * 128 + 37, K=8 * 103, n=8 * 97, Ra=16, Rb=8)
 NARROW = Shape(M=33 * 128 + 5, K=8 * 37, n=8 * 31, G=1, Ra=13, Rb=13, core=False, shared=False)
 RANK_32 = Shape(M=2 * 1031, K=8 * 67, n=8 * 53, G=2, Ra=29, Rb=16, shared=False)
@@ -132,6 +136,24 @@ def test_exact_operands_give_exact_results(shape, dtype, strategy):
     # P and S are rounded to the dtype on the way, and merging rounds W + ΔW.
     if exact["p"].abs().max() < limit:
         assert_exact(results, exact, below=limit)
+
+
+@on_gpu
+@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+def test_every_kernel_is_taken_and_right(case):
+    """Bit for bit where operands are whole numbers; on 132 multiprocessors by the kernels that the
+    case names.
+    """
+    tensors = case.operands("cuda")
+    with recorded_launches() as launches:
+        results = backend_results(backend, tensors, case.strategy, NEEDS)
+        torch.cuda.synchronize()
+    if case.density is None:
+        assert_within_budget(results, *plain_and_exact(tensors))
+    else:
+        assert_exact(results, reference_results(tensors, torch.float64))
+    if plans_are_known():
+        assert [kernel for kernel in map(kernel_of, launches) if kernel] == case.plan
 
 
 @on_gpu
