@@ -87,11 +87,28 @@ def _norm_fwd_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = offs_m < M
     offs_b = tl.arange(0, RB)
-    if thin_ptr is not None:
-        in_t = in_m[:, None] & (offs_b < rb)[None, :]
-        t = tl.load(thin_ptr + offs_m[:, None] * rb + offs_b[None, :], mask=in_t, other=0.0)
-    # z and, element by element, the sums of its distance to the mean of the row's first columns.
-    # That mean is near enough: (mean - shift)² is at most K / BLOCK_C times the variance.
+    rows_ptr = x_ptr
+    # z. It is read again below: in registers, one product feeding the other would have every warp
+    # hold all columns.
+    if y_ptr is not None:
+        if thin_ptr is not None:
+            in_t = in_m[:, None] & (offs_b < rb)[None, :]
+            t = tl.load(thin_ptr + offs_m[:, None] * rb + offs_b[None, :], mask=in_t, other=0.0)
+        for c in tl.static_range(0, K, BLOCK_C):
+            offs_c = c + tl.arange(0, BLOCK_C)
+            inside = in_m[:, None] & (offs_c < K)[None, :]
+            offs = offs_m[:, None] * K + offs_c[None, :]
+            x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+            if thin_ptr is not None:
+                up = _factor(up_ptr, offs_c, offs_b, rb, K, t.dtype)
+                y += tl.dot(t, tl.trans(up), input_precision=PRECISION)
+            z = x + y * _vector(gamma_ptr, offs_c, K, 1.0)
+            tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+        rows_ptr = z_ptr
+    # Element by element, the sums of z's distance to the mean of the row's first columns. That mean
+    # is near enough: (mean - shift)² is at most K / BLOCK_C times the variance.
     shift = tl.zeros((BLOCK_M, 1), dtype=tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
@@ -99,16 +116,8 @@ def _norm_fwd_kernel(
     for c in tl.static_range(0, K, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C)
         inside = in_m[:, None] & (offs_c < K)[None, :]
-        offs = offs_m[:, None] * K + offs_c[None, :]
-        z = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-        if y_ptr is not None:
-            y = tl.load(y_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-            if thin_ptr is not None:
-                up = _factor(up_ptr, offs_c, offs_b, rb, K, t.dtype)
-                y = tl.dot(t, tl.trans(up), y, input_precision=PRECISION)
-            z_stored = (z + y * _vector(gamma_ptr, offs_c, K, 1.0)).to(z_ptr.dtype.element_ty)
-            tl.store(z_ptr + offs, z_stored, mask=inside)
-            z = z_stored.to(tl.float32)
+        z_ptrs = rows_ptr + offs_m[:, None] * K + offs_c[None, :]
+        z = tl.load(z_ptrs, mask=inside, other=0.0).to(tl.float32)
         if mean_ptr is not None:
             if c == 0:
                 shift = tl.sum(z, axis=1, keep_dims=True) / min(K, BLOCK_C)
@@ -130,8 +139,6 @@ def _norm_fwd_kernel(
         rstd = tl.rsqrt(mean_square + eps)
     tl.store(rstd_ptr + offs_m[:, None], rstd, mask=in_m[:, None])
     # x̂ and P.
-    if not HOLD and y_ptr is not None:
-        tl.debug_barrier()  # z is read again, perhaps by other threads
     offs_a = tl.arange(0, RA)
     p = tl.zeros((BLOCK_M, RA), dtype=tl.float32)
     for c in tl.static_range(0, K, BLOCK_C):
@@ -140,7 +147,7 @@ def _norm_fwd_kernel(
         if HOLD:
             z = held[c // BLOCK_C]
         else:
-            z_ptrs = (x_ptr if y_ptr is None else z_ptr) + offs_m[:, None] * K + offs_c[None, :]
+            z_ptrs = rows_ptr + offs_m[:, None] * K + offs_c[None, :]
             z = tl.load(z_ptrs, mask=inside, other=0.0).to(tl.float32)
         out = (z - mean) * rstd * _vector(weight_ptr, offs_c, K, 1.0)
         out = (out + _vector(bias_ptr, offs_c, K, 0.0)).to(dtype)
