@@ -16,7 +16,7 @@ column_parts·M·RB·4 + row_parts·C·(RA + RB)·4 of partial sums.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,15 @@ class ActConfig(NamedTuple):
     parts: int  # forward: of the columns; backward: of the rows
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # per thread
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
 
 
 @triton.jit
@@ -255,7 +264,7 @@ def _prepare_act_fwd(
     launch = CachedLaunch(
         _act_fwd_kernel,
         (tuning.cdiv(m, config.block_m), parts),
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        config.options,
         M=m,
         C=c,
         ra=ra,
@@ -328,7 +337,7 @@ def _prepare_act_bwd(
     launch = CachedLaunch(
         _act_bwd_kernel,
         (tuning.cdiv(c, config.block_c), row_parts),
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        config.options,
         M=m,
         C=c,
         ra=ra,

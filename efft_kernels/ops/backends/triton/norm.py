@@ -88,13 +88,13 @@ def _norm_fwd_kernel(
     in_m = offs_m < M
     offs_b = tl.arange(0, RB)
     rows_ptr = x_ptr
-    # z. It is read again below: in registers, one product feeding the other would have every warp
-    # hold all columns.
+    # z, which is read again below. T·up^T has its columns first: with a few rows first, every warp
+    # would hold all columns.
     if y_ptr is not None:
         if thin_ptr is not None:
             in_t = in_m[:, None] & (offs_b < rb)[None, :]
             t = tl.load(thin_ptr + offs_m[:, None] * rb + offs_b[None, :], mask=in_t, other=0.0)
-        for c in tl.static_range(0, K, BLOCK_C):
+        for c in range(0, K, BLOCK_C):
             offs_c = c + tl.arange(0, BLOCK_C)
             inside = in_m[:, None] & (offs_c < K)[None, :]
             offs = offs_m[:, None] * K + offs_c[None, :]
@@ -102,7 +102,7 @@ def _norm_fwd_kernel(
             y = tl.load(y_ptr + offs, mask=inside, other=0.0).to(tl.float32)
             if thin_ptr is not None:
                 up = _factor(up_ptr, offs_c, offs_b, rb, K, t.dtype)
-                y += tl.dot(t, tl.trans(up), input_precision=PRECISION)
+                y += tl.trans(tl.dot(up, tl.trans(t), input_precision=PRECISION))
             z = x + y * _vector(gamma_ptr, offs_c, K, 1.0)
             tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=inside)
         tl.debug_barrier()
@@ -177,7 +177,8 @@ def _gradient_chunk(
     z = tl.load(z_ptr + offs, mask=in_m[:, None] & in_c, other=0.0).to(tl.float32)
     if down_ptr is not None:
         down = _factor(down_ptr, offs_c, offs_a, ra, K, s.dtype)
-        g = tl.dot(s, tl.trans(down), g, input_precision=PRECISION)
+        # Columns first: with a few rows first, every warp would hold all columns.
+        g += tl.trans(tl.dot(down, tl.trans(s), input_precision=PRECISION))
     return g * _vector(weight_ptr, offs_c, K, 1.0), (z - mean) * rstd
 
 
@@ -209,7 +210,10 @@ def _norm_bwd_kernel(
     d_down = ()
     for _ in tl.static_range(0, K, BLOCK_C):
         d_down = d_down + (tl.zeros((BLOCK_C, RA), dtype=tl.float32),)  # noqa: RUF005
-    for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    # Factors and vectors are loaded again for every block: kept, they would take too many registers.
+    for block in tl.range(
+        pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=1, disable_licm=True
+    ):
         offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_m = offs_m < M
         # Rows beyond M have g = 0 and, with rstd = 0, n = 0.
