@@ -1,0 +1,671 @@
+"""Time the kernels between the GEMMs, and ways for a library GEMM to take a low-rank term along.
+
+    python -m benchmarks.gpu.between [--device cuda|cpu] [--out CSV] [--seconds S]
+    python -m benchmarks.gpu.between --compile      # no GPU: registers and stack of every candidate
+
+Each candidate is first held to the error budget (at most twice plain torch's error, both against
+float64); one that fails it is not timed. Times are medians of graph replays with a cold L2 cache,
+candidates and torch in interleaved rounds. Two of torch's are given: `frozen_us`, the operators that
+a frozen model runs in this place, and `plain_us`, with the low-rank products in torch as well.
+`--device cpu` walks through all of it with tiny shapes in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.lib import rows, timing
+from efft_kernels import available_backends, low_rank_linear
+from efft_kernels.testing.error_budget import BUDGET, error_ratio
+
+COLUMNS = rows.columns(
+    f"kernel M C r variant config us bytes_moved gbps frozen_us plain_us err_ratio registers"
+    f" stack_bytes note {rows.PROVENANCE}"
+)
+EPS = 1e-6
+aten = torch.ops.aten
+
+Outputs = dict[str, Tensor]
+
+
+class Shape(NamedTuple):
+    """Rows, width, hidden width, rank."""
+
+    M: int
+    K: int
+    C: int
+    r: int
+
+
+VIT_B = Shape(12608, 768, 3072, 16)  # 64 images
+VIT_L = Shape(12608, 1024, 4096, 16)
+TINY = Shape(37, 40, 72, 5)
+
+
+@dataclass
+class Make:
+    """Makes operands: random ones, or on the meta device only their sizes."""
+
+    device: str
+    dtype: torch.dtype
+
+    def __call__(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        if self.device == "meta":
+            return torch.empty(*size, dtype=dtype, device="meta")
+        return (torch.randn(*size, device=self.device) * scale).to(dtype)
+
+
+@dataclass
+class Case:
+    """One kernel at one shape: what to launch, what it replaces, what is right."""
+
+    kernel: str
+    shape: Shape
+    variant: str  # of the operands, "" for the usual ones
+    operands: Callable[[Make], dict[str, Tensor]]
+    run: Callable[[dict[str, Tensor], Any], Outputs]
+    frozen: Callable[[dict[str, Tensor]], object]
+    plain: Callable[[dict[str, Tensor]], Outputs]  # in the operands' dtype, float64 included
+    configs: list[Any] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        return self.shape.C if self.kernel.startswith("act") else self.shape.K
+
+
+def summed(*pairs: tuple[Tensor | None, tuple[int, int]]) -> list[Tensor | None]:
+    """Up to three partial sums, each added up to [rows, columns], in one launch."""
+    from efft_kernels.ops.backends.triton.reduce import launch_reduce
+
+    outs = [None if p is None else p.new_empty(size, dtype=torch.float32) for p, size in pairs]
+    sums = [(partial, out) for (partial, _), out in zip(pairs, outs, strict=True)]
+    launch_reduce((*sums, *[(None, None)] * (3 - len(sums))))  # type: ignore[arg-type]
+    return outs
+
+
+def norm_fwd_case(shape: Shape, *, residual: bool, variant: str = "") -> Case:
+    """`variant`: x32 is a float32 residual stream, w32 float32 norm weights."""
+    from efft_kernels.ops.backends.triton.norm import Branch, NormConfig, launch_norm_fwd
+
+    M, K, _, r = shape
+
+    def operands(make: Make) -> dict[str, Tensor]:
+        x_dtype = torch.float32 if "x32" in variant else None
+        w_dtype = torch.float32 if "w32" in variant else None
+        found = {
+            "x": make(M, K, dtype=x_dtype),
+            "weight": make(K, dtype=w_dtype),
+            "bias": make(K, dtype=w_dtype),
+            "down": make(K, r, scale=K**-0.5),
+        }
+        if residual:
+            found |= {"y": make(M, K), "thin": make(M, r), "up": make(K, r, scale=r**-0.5)}
+        return found
+
+    def run(o: dict[str, Tensor], config: NormConfig) -> Outputs:
+        branch = Branch(o["y"], o["thin"], o["up"]) if residual else None
+        got = launch_norm_fwd(
+            o["x"], branch, o["weight"], o["bias"], o["down"], eps=EPS,
+            dtype=o["down"].dtype, config=config,
+        )  # fmt: skip
+        return {"out": got.out, "p": got.p, **({"z": got.z} if residual else {})}
+
+    def norm(o: dict[str, Tensor], z: Tensor) -> Tensor:
+        if o["weight"].dtype != z.dtype:
+            z = z.to(o["weight"].dtype)
+        return F.layer_norm(z, (K,), o["weight"], o["bias"], EPS).to(o["down"].dtype)
+
+    def frozen(o: dict[str, Tensor]) -> object:
+        return norm(o, o["x"] + o["y"] if residual else o["x"])
+
+    def plain(o: dict[str, Tensor]) -> Outputs:
+        z = o["x"]
+        if residual:
+            z = z + torch.addmm(o["y"], o["thin"], o["up"].T)
+        out = norm(o, z)
+        return {"out": out, "p": out @ o["down"], **({"z": z} if residual else {})}
+
+    configs = [
+        NormConfig(16, 256, True, 4),
+        NormConfig(16, 256, True, 8),
+        NormConfig(32, 256, True, 8),
+        NormConfig(16, 256, False, 4),
+        NormConfig(16, 256, False, 8),
+        NormConfig(32, 128, False, 8),
+    ]
+    if not residual:
+        configs += [NormConfig(4, 256, True, 4), NormConfig(16, 1024, True, 8)]
+    name = "norm_residual_fwd" if residual else "norm_fwd"
+    return Case(name, shape, variant, operands, run, frozen, plain, configs)
+
+
+def norm_bwd_case(shape: Shape, *, variant: str = "") -> Case:
+    from efft_kernels.ops.backends.triton.norm import NormConfig, launch_norm_bwd
+
+    M, K, _, r = shape
+
+    def operands(make: Make) -> dict[str, Tensor]:
+        x_dtype = torch.float32 if "x32" in variant else None
+        w_dtype = torch.float32 if "w32" in variant else None
+        z = make(M, K, dtype=x_dtype)
+        if make.device == "meta":
+            mean, rstd = make(M, 1, dtype=torch.float32), make(M, 1, dtype=torch.float32)
+        else:
+            mean = z.float().mean(1, keepdim=True)
+            rstd = (z.float().var(1, keepdim=True, correction=0) + EPS).rsqrt()
+        return {
+            "dout": make(M, K),
+            "z": z,
+            "mean": mean,
+            "rstd": rstd,
+            "weight": make(K, dtype=w_dtype),
+            "bias": make(K, dtype=w_dtype),
+            "s": make(M, r),
+            "down": make(K, r, scale=r**-0.5),
+            "residual": make(M, K, dtype=x_dtype),
+        }
+
+    def run(o: dict[str, Tensor], config: NormConfig) -> Outputs:
+        got = launch_norm_bwd(
+            o["dout"], o["z"], o["mean"], o["rstd"], o["weight"], o["bias"], o["s"], o["down"],
+            o["residual"], config=config,
+        )  # fmt: skip
+        (d_down,) = summed((got.d_down, (K, r)))
+        return {"dz": got.dz, "d_down": d_down}
+
+    def backward(o: dict[str, Tensor], dout: Tensor) -> Tensor:
+        z, weight, bias = o["z"], o["weight"], o["bias"]
+        if weight.dtype != z.dtype:
+            z = z.to(weight.dtype)
+        dout = dout.to(z.dtype)
+        mean, rstd = o["mean"], o["rstd"]
+        dz, _, _ = aten.native_layer_norm_backward(
+            dout, z, [K], mean, rstd, weight, bias, [True, False, False]
+        )
+        return dz.to(o["residual"].dtype) + o["residual"]
+
+    def frozen(o: dict[str, Tensor]) -> object:
+        return backward(o, o["dout"])
+
+    def plain(o: dict[str, Tensor]) -> Outputs:
+        z = o["z"].to(o["weight"].dtype)
+        out = F.layer_norm(z, (K,), o["weight"], o["bias"], EPS).to(o["s"].dtype)
+        dz = backward(o, torch.addmm(o["dout"], o["s"], o["down"].T))
+        return {"dz": dz, "d_down": out.T @ o["s"]}
+
+    configs = [
+        NormConfig(16, 256, True, 8, 132),
+        NormConfig(16, 256, False, 8, 132),
+        NormConfig(16, 256, False, 8, 264),
+        NormConfig(16, 256, True, 16, 132),
+        NormConfig(16, 128, False, 8, 264),
+    ]
+    return Case("norm_bwd", shape, variant, operands, run, frozen, plain, configs)
+
+
+def act_fwd_case(shape: Shape, *, variant: str = "") -> Case:
+    """`variant`: tanh is GELU's approximation by tanh."""
+    from efft_kernels.ops.backends.triton.act import ActConfig, launch_act_fwd
+
+    M, _, C, r = shape
+    approximate = "tanh" if variant == "tanh" else "none"
+
+    def operands(make: Make) -> dict[str, Tensor]:
+        return {
+            "y": make(M, C),
+            "bias": make(C),
+            "thin": make(M, r),
+            "up": make(C, r, scale=r**-0.5),
+            "down": make(C, r, scale=C**-0.5),
+        }
+
+    def run(o: dict[str, Tensor], config: ActConfig) -> Outputs:
+        act = "gelu_tanh" if variant == "tanh" else "gelu"
+        got = launch_act_fwd(
+            o["y"], o["bias"], o["thin"], o["up"], o["down"], act=act, config=config
+        )
+        p = got.p
+        if p is not None and p.dim() == 3:
+            (p,) = summed((p, (M, r)))
+        return {"h": got.h, "a": got.a, "p": p}
+
+    def frozen(o: dict[str, Tensor]) -> object:
+        return F.gelu(o["y"], approximate=approximate)
+
+    def plain(o: dict[str, Tensor]) -> Outputs:
+        h = torch.addmm(o["y"] + o["bias"], o["thin"], o["up"].T)
+        a = F.gelu(h, approximate=approximate)
+        return {"h": h, "a": a, "p": a @ o["down"]}
+
+    configs = [
+        ActConfig(64, 32, 1, 4, 2),
+        ActConfig(64, 32, 4, 4, 2),
+        ActConfig(64, 32, 4, 4, 3),
+        ActConfig(64, 64, 4, 4, 2),
+        ActConfig(64, 64, 2, 4, 3),
+        ActConfig(128, 32, 4, 8, 2),
+        ActConfig(32, 64, 2, 2, 2),
+    ]
+    return Case("act_fwd", shape, variant, operands, run, frozen, plain, configs)
+
+
+def act_bwd_case(shape: Shape, *, variant: str = "") -> Case:
+    from efft_kernels.ops.backends.triton.act import ActConfig, launch_act_bwd
+
+    M, _, C, r = shape
+    approximate = "tanh" if variant == "tanh" else "none"
+
+    def operands(make: Make) -> dict[str, Tensor]:
+        return {
+            "dout": make(M, C),
+            "h": make(M, C),
+            "s": make(M, r),
+            "down": make(C, r, scale=r**-0.5),
+            "thin": make(M, r),
+            "up": make(C, r, scale=C**-0.5),
+        }
+
+    def run(o: dict[str, Tensor], config: ActConfig) -> Outputs:
+        act = "gelu_tanh" if variant == "tanh" else "gelu"
+        got = launch_act_bwd(
+            o["dout"], o["h"], o["s"], o["down"], o["thin"], o["up"], act=act, config=config
+        )
+        d_up, q, d_down = summed((got.d_up, (C, r)), (got.q, (M, r)), (got.d_down, (C, r)))
+        return {"dh": got.dh, "q": q, "d_up": d_up, "d_down": d_down}
+
+    def frozen(o: dict[str, Tensor]) -> object:
+        return aten.gelu_backward(o["dout"], o["h"], approximate=approximate)
+
+    def plain(o: dict[str, Tensor]) -> Outputs:
+        da = torch.addmm(o["dout"], o["s"], o["down"].T)
+        dh = aten.gelu_backward(da, o["h"], approximate=approximate)
+        a = F.gelu(o["h"], approximate=approximate)
+        return {"dh": dh, "q": dh @ o["up"], "d_up": dh.T @ o["thin"], "d_down": a.T @ o["s"]}
+
+    configs = [
+        ActConfig(64, 64, 8, 4, 1),
+        ActConfig(64, 64, 8, 4, 2),
+        ActConfig(64, 64, 11, 4, 2),
+        ActConfig(64, 32, 4, 4, 2),
+        ActConfig(64, 32, 8, 4, 3),
+        ActConfig(128, 64, 8, 8, 2),
+        ActConfig(64, 128, 11, 8, 2),
+        ActConfig(32, 128, 22, 4, 2),
+    ]
+    return Case("act_bwd", shape, variant, operands, run, frozen, plain, configs)
+
+
+def cases(shape: Shape, variant: str = "") -> list[Case]:
+    """The five kernels; those whose operands a variant changes."""
+    norms = [
+        norm_fwd_case(shape, residual=False, variant=variant),
+        norm_fwd_case(shape, residual=True, variant=variant),
+        norm_bwd_case(shape, variant=variant),
+    ]
+    acts = [act_fwd_case(shape, variant=variant), act_bwd_case(shape, variant=variant)]
+    return acts if variant == "tanh" else norms if variant else norms + acts
+
+
+def later_cases() -> list[Case]:
+    """What the best configs of ViT-B's rank 16 are also timed at."""
+    shapes = [VIT_L, VIT_B._replace(r=32)]
+    found = [case for shape in shapes for case in cases(shape)]
+    return found + [case for variant in ("x32w32", "tanh") for case in cases(VIT_B, variant)]
+
+
+# Compiling
+
+
+class Compiled(NamedTuple):
+    kernel: str
+    registers: int
+    stack_bytes: int
+
+
+def compiled_by(case: Case, config: Any, arch: int) -> list[Compiled] | str:
+    """Compile all that a candidate launches, into Triton's cache on disk; what failed in words."""
+    from efft_kernels.ops.backends.triton.launch_cache import CachedLaunch
+    from efft_kernels.testing.fake_gpu import fake_gpu
+
+    found: list[Any] = []
+
+    def warm(launch, tensors, fresh=(), descriptors=()):
+        arguments = (*tensors, *fresh, *descriptors, *launch.arguments)
+        found.append(launch.kernel.warmup(*arguments, grid=launch.grid, **launch.options))
+
+    try:
+        with fake_gpu(arch), mock.patch.object(CachedLaunch, "__call__", warm):
+            case.run(case.operands(Make("meta", torch.bfloat16)), config)
+        return [inspected(kernel) for kernel in found]
+    except Exception as error:  # one candidate must not stop the others
+        return f"{type(error).__name__}: {str(error).strip()[:200]}"
+
+
+def inspected(compiled: Any) -> Compiled:
+    """Registers and stack, by cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [tool, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
+    registers, stack = (int(used[1]), int(used[2])) if used else (-1, -1)
+    return Compiled(compiled.metadata.name, registers, stack)
+
+
+def _compile_job(job: tuple[str, Shape, str, int, int]) -> list[Compiled] | str:
+    kernel, shape, variant, index, arch = job
+    case = next(case for case in cases(shape, variant) if case.kernel == kernel)
+    return compiled_by(case, case.configs[index], arch)
+
+
+Usage = dict[tuple[str, Shape, str, Any], list[Compiled] | str]
+
+
+def compile_all(selected: list[Case], arch: int, processes: int) -> Usage:
+    """Every candidate of the cases, in processes that must start before CUDA does."""
+    keys = [(case, index) for case in selected for index in range(len(case.configs))]
+    jobs = [(case.kernel, case.shape, case.variant, index, arch) for case, index in keys]
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
+        results = list(pool.map(_compile_job, jobs))
+    return {
+        (case.kernel, case.shape, case.variant, case.configs[index]): result
+        for (case, index), result in zip(keys, results, strict=True)
+    }
+
+
+# Measuring
+
+
+@dataclass
+class Bench:
+    """Where it runs, until when, and where the rows go."""
+
+    device: str
+    out: Path | None
+    seconds: float
+    usage: Usage
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    @property
+    def slice_seconds(self) -> float:
+        """For the rounds of one kernel at one shape."""
+        return self.seconds / 100 if self.device == "cuda" else 0.0
+
+    def late(self, what: str) -> bool:
+        late = time.perf_counter() - self.start > self.seconds
+        if late:
+            print(f"{what}: skipped, {self.seconds:.0f} s are over", flush=True)
+        return late
+
+    def time(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """Microseconds, medians."""
+        timings = timing.interleave(
+            calls,
+            seconds=self.slice_seconds,
+            device=self.device,
+            graphs=self.device == "cuda",
+            fewest_rounds=10 if self.device == "cuda" else 1,
+            warm_ups=2 if self.device == "cuda" else 0,
+        )
+        return {name: 1e3 * timings.time(name).p50 for name in calls}
+
+    def write(self, **cells: Any) -> None:
+        """Print a row, and add it to the file at once."""
+        row = dict.fromkeys(COLUMNS, "") | cells
+        shown = (
+            f"{row['kernel']:18} {row['M']}x{row['C']} r{row['r']} {row['variant']:7}"
+            f" {row['config']:44} {_us(row['us'])} us {_us(row['gbps'])} GB/s"
+            f"  frozen {_us(row['frozen_us'])} plain {_us(row['plain_us'])}"
+            f"  err {row['err_ratio']} reg {row['registers']} stack {row['stack_bytes']}"
+            f" {row['note']}"
+        )
+        print(shown, flush=True)
+        if self.out:
+            rows.append_rows(self.out, COLUMNS, [row | rows.provenance(self.device)])
+
+
+def _us(value: Any) -> str:
+    return f"{value:8.1f}" if isinstance(value, float) else f"{value!s:>8}"
+
+
+def label(config: Any) -> str:
+    """A config in a few letters: "16x256 hold 8w"."""
+    rest = [
+        f"{name[:5]}{value}" if not isinstance(value, bool) else ("hold" if value else "reload")
+        for name, value in zip(config._fields[2:], config[2:], strict=True)
+        if value is not None
+    ]
+    return f"{config[0]}x{config[1]} {' '.join(rest)}"
+
+
+def bytes_moved(operands: dict[str, Tensor], outputs: Outputs) -> int:
+    """Every operand and every result once; partial sums not counted."""
+    tensors = [*operands.values(), *outputs.values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def measure(case: Case, configs: list[Any], bench: Bench) -> list[Any]:
+    """Check and time the candidates of one case.
+
+    Returns:
+        Those that passed, the fastest first.
+    """
+    torch.manual_seed(0)
+    operands = case.operands(Make(bench.device, bench.dtype))
+    plain = case.plain(operands)
+    exact = case.plain({name: t.double() for name, t in operands.items()})
+    common = {
+        "kernel": case.kernel,
+        "M": case.shape.M,
+        "C": case.width,
+        "r": case.shape.r,
+        "variant": case.variant,
+    }
+    calls: dict[str, Callable[[], object]] = {
+        "frozen": lambda: case.frozen(operands),
+        "plain": lambda: case.plain(operands),
+    }
+    passed: dict[str, tuple[Any, float]] = {}
+    moved = 0
+    for config in configs:
+        cells = common | {"config": label(config)}
+        try:
+            got = case.run(operands, config)
+            ratios = {name: error_ratio(got[name], plain[name], exact[name]) for name in exact}
+        except Exception as error:  # a candidate that does not run must not stop the others
+            bench.write(**cells, note=f"{type(error).__name__}: {str(error).strip()[:120]}")
+            continue
+        moved = bytes_moved(operands, got)
+        worst = max(ratios, key=lambda name: math.inf if math.isnan(r := ratios[name]) else r)
+        if not ratios[worst] <= BUDGET:
+            bench.write(**cells, err_ratio=f"{ratios[worst]:.2f}", note=f"WRONG: {worst}")
+            continue
+        passed[label(config)] = config, ratios[worst]
+        calls[label(config)] = lambda config=config: case.run(operands, config)
+        del got
+    del exact, plain
+    us = bench.time(calls)
+    for name, (config, ratio) in passed.items():
+        usage = bench.usage.get((case.kernel, case.shape, case.variant, config), [])
+        first = usage[0] if usage and not isinstance(usage, str) else None
+        bench.write(
+            **common,
+            config=name,
+            us=us[name],
+            bytes_moved=moved,
+            gbps=moved / us[name] / 1e3,
+            frozen_us=us["frozen"],
+            plain_us=us["plain"],
+            err_ratio=f"{ratio:.2f}",
+            registers=first.registers if first else "",
+            stack_bytes=first.stack_bytes if first else "",
+        )
+    return [passed[name][0] for name in sorted(passed, key=us.__getitem__)]
+
+
+# Library GEMMs
+
+
+def forward_gemms(make: Make, M: int, K: int, N: int, r: int) -> dict[str, Callable[[], Tensor]]:
+    """Ways to y = x·W^T + b + P·B^T; `plain` alone is without the last term."""
+    weight, bias = make(N, K, scale=K**-0.5), make(N)
+    down, up = make(K, r, scale=K**-0.5), make(N, r, scale=r**-0.5)
+    x = make(M, K)
+    p = x @ down
+    calls: dict[str, Callable[[], Tensor]] = {"L0 plain": lambda: F.linear(x, weight, bias)}
+    for extra in (r, 64):
+        x_wide, w_wide = x.new_zeros(M, K + extra), x.new_zeros(N, K + extra)
+        x_wide[:, :K], x_wide[:, K : K + r] = x, p
+        w_wide[:, :K], w_wide[:, K : K + r] = weight, up
+        calls[f"L1 extended K+{extra}"] = lambda a=x_wide, w=w_wide: F.linear(a, w, bias)
+        view = x_wide[:, :K]
+        calls[f"L3 plain, x a view of K+{extra}"] = lambda a=view: F.linear(a, weight, bias)
+    calls["L2 then addmm_"] = lambda: F.linear(x, weight, bias).addmm_(p, up.T)
+    for backend, reason in available_backends().items():
+        if reason is not None or backend not in ("cuda", "triton", "torch"):
+            continue
+        for strategy in ("split", "fused") if backend != "torch" else ("auto",):
+
+            def call(backend: str = backend, strategy: str = strategy) -> Tensor:
+                return low_rank_linear(
+                    x, weight, bias, down, None, up[None], backend=backend, strategy=strategy
+                )
+
+            calls[f"L4 {backend} {strategy}, P too"] = call
+    return calls
+
+
+def dx_gemms(make: Make, M: int, K: int, N: int, r: int) -> dict[str, Callable[[], Tensor]]:
+    """Ways to dx = dy·W + S·down^T; `plain` alone is without the last term."""
+    dy, weight = make(M, N), make(N, K, scale=N**-0.5)
+    s, down = make(M, r), make(K, r, scale=r**-0.5)
+    calls: dict[str, Callable[[], Tensor]] = {"D0 plain": lambda: dy @ weight}
+    for extra in (r, 64):
+        dy_wide, w_wide = dy.new_zeros(M, N + extra), dy.new_zeros(N + extra, K)
+        dy_wide[:, :N], dy_wide[:, N : N + r] = dy, s
+        w_wide[:N], w_wide[N : N + r] = weight, down.T
+        calls[f"D1 extended N+{extra}"] = lambda a=dy_wide, w=w_wide: a @ w
+    calls["D2 then addmm_"] = lambda: (dy @ weight).addmm_(s, down.T)
+    return calls
+
+
+def measure_gemms(shape: Shape, bench: Bench) -> None:
+    """The library's GEMMs at the four linears of a block."""
+    M, d, h, r = shape
+    make = Make(bench.device, bench.dtype)
+    linears = {"qkv": (d, 3 * d), "fc1": (d, h), "fc2": (h, d), "proj": (d, d)}
+    for linear, (K, N) in linears.items():
+        for direction, of in (("forward", forward_gemms), ("dx", dx_gemms)):
+            name = f"gemm {linear} {direction}"
+            if bench.late(name):
+                continue
+            calls = of(make, M, K, N, r)
+            with torch.no_grad():
+                results = {}
+                for config, call in list(calls.items()):
+                    try:
+                        results[config] = call()
+                    except Exception as error:  # an alternative that does not run here
+                        note = f"{type(error).__name__}: {str(error).strip()[:120]}"
+                        bench.write(kernel=name, M=M, C=N, r=r, config=config, note=note)
+                        del calls[config]
+                notes = {config: _agreement(config, results) for config in calls}
+                us = bench.time(calls)
+            plain = next(iter(us.values()))
+            moved = (M * K + M * N + N * K) * (2 if bench.device == "cuda" else 4)
+            for config, value in us.items():
+                bench.write(
+                    kernel=name, M=M, C=N, r=r, config=config, us=value, bytes_moved=moved,
+                    gbps=moved / value / 1e3, frozen_us=plain, note=notes[config],
+                )  # fmt: skip
+
+
+def _agreement(config: str, results: dict[str, Tensor]) -> str:
+    """Whether a result is near that of the plain way to the same."""
+    plain = next(iter(results))
+    with_term = next(name for name in results if "then addmm_" in name)
+    expected = results[plain if "plain" in config else with_term].float()
+    error = float((results[config].float() - expected).norm() / expected.norm())
+    return "" if error < 0.01 else f"WRONG: differs by {error:.1e}"
+
+
+def with_candidates(selected: list[Case], best: dict[str, list[Any]]) -> Iterator[Case]:
+    """Cases with the candidates that did best elsewhere."""
+    for case in selected:
+        case.configs = best.get(case.kernel, [])
+        yield case
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, help="add the rows to this CSV")
+    parser.add_argument("--seconds", type=float, default=60.0, help="start nothing new after these")
+    parser.add_argument("--only", default="", help="a regular expression on kernels and 'gemm'")
+    parser.add_argument("--compile", action="store_true", help="only compile, and print registers")
+    parser.add_argument("--arch", type=int, default=90, help="compiled ahead for this GPU")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    arguments = parser.parse_args()
+    tiny = arguments.device == "cpu" and not arguments.compile
+    if tiny and os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.between", *sys.argv[1:]])
+    start = time.perf_counter()
+    first = [
+        case for case in cases(TINY if tiny else VIT_B) if re.search(arguments.only, case.kernel)
+    ]
+    usage: Usage = {}
+    if not tiny:
+        usage = compile_all(first, arguments.arch, arguments.processes)
+        for (kernel, _, _, config), result in usage.items():
+            shown = result if isinstance(result, str) else [tuple(one) for one in result]
+            print(f"compiled {kernel:18} {label(config):44} {shown}", flush=True)
+        print(f"compiled {len(usage)} in {time.perf_counter() - start:.0f} s", flush=True)
+        if arguments.compile:
+            return 0
+    bench = Bench(arguments.device, arguments.out, arguments.seconds, usage, start)
+    best: dict[str, list[Any]] = {}
+    for case in first:
+        if not bench.late(case.kernel):
+            best[case.kernel] = measure(case, case.configs[: 1 if tiny else None], bench)[:2]
+    if re.search(arguments.only, "gemm"):
+        measure_gemms(TINY if tiny else VIT_B, bench)
+    variants = [case for variant in ("x32w32", "tanh") for case in cases(TINY, variant)]
+    for case in with_candidates(variants if tiny else later_cases(), best):
+        if case.configs and not bench.late(f"{case.kernel} {case.shape} {case.variant}"):
+            measure(case, case.configs, bench)
+    print(f"done in {time.perf_counter() - start:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
