@@ -129,7 +129,7 @@ def _norm_fwd_kernel(
             shifted = z
         squares += shifted * shifted
         if HOLD:
-            held = held + (z,)  # noqa: RUF005  (Triton has no starred tuples)
+            held += (z,)  # type: ignore[assignment]
     mean_square = tl.sum(squares, axis=1, keep_dims=True) / K
     if mean_ptr is not None:
         distance = tl.sum(total, axis=1, keep_dims=True) / K
@@ -211,7 +211,7 @@ def _norm_bwd_kernel(
     offs_a = tl.arange(0, RA)
     d_down = ()
     for _ in tl.static_range(0, K, BLOCK_C):
-        d_down = d_down + (tl.zeros((BLOCK_C, RA), dtype=tl.float32),)  # noqa: RUF005
+        d_down += (tl.zeros((BLOCK_C, RA), dtype=tl.float32),)  # type: ignore[assignment]
     # Factors and vectors are loaded again for every block: kept, they would fill the registers.
     for block in tl.range(
         pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=1, disable_licm=True
@@ -241,12 +241,12 @@ def _norm_bwd_kernel(
             sum_g += g
             sum_gn += g * n
             if HOLD:
-                held = held + (g, n)  # noqa: RUF005
+                held += (g, n)  # type: ignore[assignment]
             if d_down_ptr is not None:
                 out = n * _vector(weight_ptr, offs_c, K, 1.0) + _vector(bias_ptr, offs_c, K, 0.0)
-                out = tl.trans(out.to(s.dtype))
+                out = tl.trans(out.to(s.dtype))  # type: ignore[union-attr]
                 part = tl.dot(out, s, d_down[c // BLOCK_C], input_precision=PRECISION)
-                summed = summed + (part,)  # noqa: RUF005
+                summed += (part,)  # type: ignore[assignment]
         if d_down_ptr is not None:
             d_down = summed
         mean_gn = tl.sum(sum_gn, axis=1, keep_dims=True) / K
