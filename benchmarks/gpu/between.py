@@ -5,14 +5,15 @@
 
 Each candidate is first held to the error budget (at most twice plain torch's error, both against
 float64); one that fails it is not timed. Times are medians of graph replays with a cold L2 cache,
-candidates and torch in interleaved rounds. Two of torch's are given: `frozen_us`, the operators that
-a frozen model runs in this place, and `plain_us`, with the low-rank products in torch as well.
+candidates and torch in interleaved rounds. Two of torch's are given: `frozen_us`, what a
+frozen model runs in this place, and `plain_us`, with the low-rank products in torch as well.
 `--device cpu` walks through all of it with tiny shapes in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import re
@@ -20,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -158,8 +159,20 @@ def norm_fwd_case(shape: Shape, *, residual: bool, variant: str = "") -> Case:
     return Case(name, shape, variant, operands, run, frozen, plain, configs)
 
 
+class TwoPasses(NamedTuple):
+    """dz in one launch and d_down's partial sums in another."""
+
+    norm: Any  # NormConfig
+    down_grad: Any  # PassConfig
+
+
 def norm_bwd_case(shape: Shape, *, variant: str = "") -> Case:
-    from efft_kernels.ops.backends.triton.norm import NormConfig, launch_norm_bwd
+    from efft_kernels.ops.backends.triton.configs import PassConfig
+    from efft_kernels.ops.backends.triton.norm import (
+        NormConfig,
+        launch_norm_bwd,
+        launch_norm_down_grad,
+    )
 
     M, K, _, r = shape
 
@@ -184,12 +197,15 @@ def norm_bwd_case(shape: Shape, *, variant: str = "") -> Case:
             "residual": make(M, K, dtype=x_dtype),
         }
 
-    def run(o: dict[str, Tensor], config: NormConfig) -> Outputs:
+    def run(o: dict[str, Tensor], config: NormConfig | TwoPasses) -> Outputs:
+        two = isinstance(config, TwoPasses)
+        normed = o["z"], o["mean"], o["rstd"], o["weight"], o["bias"], o["s"]
         got = launch_norm_bwd(
-            o["dout"], o["z"], o["mean"], o["rstd"], o["weight"], o["bias"], o["s"], o["down"],
-            o["residual"], config=config,
+            o["dout"], *normed, o["down"], o["residual"],
+            down_grad=not two, config=config.norm if two else config,
         )  # fmt: skip
-        (d_down,) = summed((got.d_down, (K, r)))
+        partial = launch_norm_down_grad(*normed, config=config.down_grad) if two else got.d_down
+        (d_down,) = summed((partial, (K, r)))
         return {"dz": got.dz, "d_down": d_down}
 
     def backward(o: dict[str, Tensor], dout: Tensor) -> Tensor:
@@ -217,7 +233,9 @@ def norm_bwd_case(shape: Shape, *, variant: str = "") -> Case:
         NormConfig(16, 256, False, 8, 132),
         NormConfig(16, 256, False, 8, 264),
         NormConfig(16, 256, True, 16, 132),
-        NormConfig(16, 128, False, 8, 264),
+        TwoPasses(NormConfig(16, 256, True, 8), PassConfig(64, 128, 22, 4, 2)),
+        TwoPasses(NormConfig(16, 256, False, 8), PassConfig(64, 64, 22, 4, 3)),
+        TwoPasses(NormConfig(16, 256, True, 4), PassConfig(64, 128, 44, 4, 3)),
     ]
     return Case("norm_bwd", shape, variant, operands, run, frozen, plain, configs)
 
@@ -257,13 +275,14 @@ def act_fwd_case(shape: Shape, *, variant: str = "") -> Case:
         return {"h": h, "a": a, "p": a @ o["down"]}
 
     configs = [
-        ActConfig(64, 32, 1, 4, 2),
-        ActConfig(64, 32, 4, 4, 2),
-        ActConfig(64, 32, 4, 4, 3),
+        ActConfig(64, 32, 1, 4, 3),
+        ActConfig(64, 32, 8, 4, 2),
+        ActConfig(64, 32, 8, 4, 3),
         ActConfig(64, 64, 4, 4, 2),
-        ActConfig(64, 64, 2, 4, 3),
-        ActConfig(128, 32, 4, 8, 2),
-        ActConfig(32, 64, 2, 2, 2),
+        ActConfig(64, 64, 4, 4, 3),
+        ActConfig(64, 64, 2, 4, 2, 168),
+        ActConfig(128, 32, 8, 8, 2),
+        ActConfig(32, 64, 4, 2, 2),
     ]
     return Case("act_fwd", shape, variant, operands, run, frozen, plain, configs)
 
@@ -302,14 +321,14 @@ def act_bwd_case(shape: Shape, *, variant: str = "") -> Case:
         return {"dh": dh, "q": dh @ o["up"], "d_up": dh.T @ o["thin"], "d_down": a.T @ o["s"]}
 
     configs = [
-        ActConfig(64, 64, 8, 4, 1),
-        ActConfig(64, 64, 8, 4, 2),
+        ActConfig(64, 64, 11, 4, 1),
         ActConfig(64, 64, 11, 4, 2),
-        ActConfig(64, 32, 4, 4, 2),
-        ActConfig(64, 32, 8, 4, 3),
-        ActConfig(128, 64, 8, 8, 2),
-        ActConfig(64, 128, 11, 8, 2),
-        ActConfig(32, 128, 22, 4, 2),
+        ActConfig(64, 64, 5, 4, 2),
+        ActConfig(64, 64, 5, 4, 3),
+        ActConfig(64, 32, 11, 4, 2),
+        ActConfig(64, 32, 4, 4, 2, 168),
+        ActConfig(32, 64, 11, 4, 2),
+        ActConfig(128, 64, 11, 8, 2),
     ]
     return Case("act_bwd", shape, variant, operands, run, frozen, plain, configs)
 
@@ -325,11 +344,12 @@ def cases(shape: Shape, variant: str = "") -> list[Case]:
     return acts if variant == "tanh" else norms if variant else norms + acts
 
 
-def later_cases() -> list[Case]:
+def later_cases(tiny: bool) -> list[Case]:
     """What the best configs of ViT-B's rank 16 are also timed at."""
-    shapes = [VIT_L, VIT_B._replace(r=32)]
+    shapes = [] if tiny else [VIT_L, VIT_B._replace(r=32)]
     found = [case for shape in shapes for case in cases(shape)]
-    return found + [case for variant in ("x32w32", "tanh") for case in cases(VIT_B, variant)]
+    usual = TINY if tiny else VIT_B
+    return found + [case for variant in ("x32w32", "tanh") for case in cases(usual, variant)]
 
 
 # Compiling
@@ -341,8 +361,11 @@ class Compiled(NamedTuple):
     stack_bytes: int
 
 
-def compiled_by(case: Case, config: Any, arch: int) -> list[Compiled] | str:
-    """Compile all that a candidate launches, into Triton's cache on disk; what failed in words."""
+Usage = list[Compiled] | str  # of all that a candidate launches; what failed in words
+
+
+def compiled_by(launch: Callable[[], object], arch: int) -> Usage:
+    """Compile all that a call on meta or CPU tensors launches, into Triton's cache on disk."""
     from efft_kernels.ops.backends.triton.launch_cache import CachedLaunch
     from efft_kernels.testing.fake_gpu import fake_gpu
 
@@ -354,7 +377,7 @@ def compiled_by(case: Case, config: Any, arch: int) -> list[Compiled] | str:
 
     try:
         with fake_gpu(arch), mock.patch.object(CachedLaunch, "__call__", warm):
-            case.run(case.operands(Make("meta", torch.bfloat16)), config)
+            launch()
         return [inspected(kernel) for kernel in found]
     except Exception as error:  # one candidate must not stop the others
         return f"{type(error).__name__}: {str(error).strip()[:200]}"
@@ -375,25 +398,58 @@ def inspected(compiled: Any) -> Compiled:
     return Compiled(compiled.metadata.name, registers, stack)
 
 
-def _compile_job(job: tuple[str, Shape, str, int, int]) -> list[Compiled] | str:
-    kernel, shape, variant, index, arch = job
+def _compile_job(kernel: str, shape: Shape, variant: str, config: Any, arch: int) -> Usage:
     case = next(case for case in cases(shape, variant) if case.kernel == kernel)
-    return compiled_by(case, case.configs[index], arch)
+    make = Make("meta", torch.bfloat16)
+    return compiled_by(lambda: case.run(case.operands(make), config), arch)
 
 
-Usage = dict[tuple[str, Shape, str, Any], list[Compiled] | str]
+def _compile_low_rank_linear(shape: Shape, arch: int) -> None:
+    for K, N in linears(shape).values():
+        calls = forward_gemms(Make("cpu", torch.bfloat16), shape.M, K, N, shape.r, ("triton",))
+        for name, call in calls.items():
+            if "triton" in name:
+                compiled_by(torch.no_grad()(call), arch)
 
 
-def compile_all(selected: list[Case], arch: int, processes: int) -> Usage:
-    """Every candidate of the cases, in processes that must start before CUDA does."""
-    keys = [(case, index) for case in selected for index in range(len(case.configs))]
-    jobs = [(case.kernel, case.shape, case.variant, index, arch) for case, index in keys]
-    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
-        results = list(pool.map(_compile_job, jobs))
-    return {
-        (case.kernel, case.shape, case.variant, case.configs[index]): result
-        for (case, index), result in zip(keys, results, strict=True)
-    }
+class Compiler:
+    """Compiles candidates ahead, in processes that start before this one touches CUDA.
+
+    Args:
+        processes: 0 leaves compiling to the first launch.
+    """
+
+    def __init__(self, arch: int, processes: int) -> None:
+        self._arch = arch
+        self._futures: dict[tuple[str, Shape, str, Any], Future[Usage]] = {}
+        self._pool = (
+            ProcessPoolExecutor(processes, mp_context=get_context("fork")) if processes else None
+        )
+
+    def start(self, case: Case) -> None:
+        """Compile the candidates of a case in the background."""
+        for config in case.configs if self._pool else ():
+            key = case.kernel, case.shape, case.variant, config
+            self._futures[key] = self._pool.submit(_compile_job, *key, self._arch)
+
+    def usage(self, case: Case, config: Any, seconds: float) -> Usage:
+        """What became of a candidate, waiting at most so long."""
+        future = self._futures.get((case.kernel, case.shape, case.variant, config))
+        if future is None:
+            return []
+        try:
+            return future.result(timeout=max(seconds, 1.0))
+        except TimeoutError:
+            return "not compiled in time"
+
+    def start_gemms(self, shape: Shape) -> None:
+        """Compile low_rank_linear at the block's linears in the background."""
+        if self._pool:
+            self._pool.submit(_compile_low_rank_linear, shape, self._arch)
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 # Measuring
@@ -406,7 +462,7 @@ class Bench:
     device: str
     out: Path | None
     seconds: float
-    usage: Usage
+    compiler: Compiler
     start: float = field(default_factory=time.perf_counter)
 
     @property
@@ -418,8 +474,12 @@ class Bench:
         """For the rounds of one kernel at one shape."""
         return self.seconds / 100 if self.device == "cuda" else 0.0
 
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.perf_counter() - self.start)
+
     def late(self, what: str) -> bool:
-        late = time.perf_counter() - self.start > self.seconds
+        late = self.left < 0
         if late:
             print(f"{what}: skipped, {self.seconds:.0f} s are over", flush=True)
         return late
@@ -448,7 +508,11 @@ class Bench:
         )
         print(shown, flush=True)
         if self.out:
-            rows.append_rows(self.out, COLUMNS, [row | rows.provenance(self.device)])
+            try:
+                origin = rows.provenance(self.device)
+            except OSError:  # no git here
+                origin = {"device": rows.device_kind(self.device)}
+            rows.append_rows(self.out, COLUMNS, [row | origin])
 
 
 def _us(value: Any) -> str:
@@ -456,7 +520,9 @@ def _us(value: Any) -> str:
 
 
 def label(config: Any) -> str:
-    """A config in a few letters: "16x256 hold 8w"."""
+    """A config in a few letters."""
+    if isinstance(config, TwoPasses):
+        return " + ".join(map(label, config))
     rest = [
         f"{name[:5]}{value}" if not isinstance(value, bool) else ("hold" if value else "reload")
         for name, value in zip(config._fields[2:], config[2:], strict=True)
@@ -471,7 +537,7 @@ def bytes_moved(operands: dict[str, Tensor], outputs: Outputs) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def measure(case: Case, configs: list[Any], bench: Bench) -> list[Any]:
+def measure(case: Case, bench: Bench) -> list[Any]:
     """Check and time the candidates of one case.
 
     Returns:
@@ -492,10 +558,14 @@ def measure(case: Case, configs: list[Any], bench: Bench) -> list[Any]:
         "frozen": lambda: case.frozen(operands),
         "plain": lambda: case.plain(operands),
     }
-    passed: dict[str, tuple[Any, float]] = {}
+    passed: dict[str, tuple[Any, float, Usage]] = {}
     moved = 0
-    for config in configs:
+    for config in case.configs:
         cells = common | {"config": label(config)}
+        usage = bench.compiler.usage(case, config, bench.left)
+        if isinstance(usage, str):
+            bench.write(**cells, note=usage)
+            continue
         try:
             got = case.run(operands, config)
             ratios = {name: error_ratio(got[name], plain[name], exact[name]) for name in exact}
@@ -507,14 +577,12 @@ def measure(case: Case, configs: list[Any], bench: Bench) -> list[Any]:
         if not ratios[worst] <= BUDGET:
             bench.write(**cells, err_ratio=f"{ratios[worst]:.2f}", note=f"WRONG: {worst}")
             continue
-        passed[label(config)] = config, ratios[worst]
+        passed[label(config)] = config, ratios[worst], usage
         calls[label(config)] = lambda config=config: case.run(operands, config)
         del got
     del exact, plain
     us = bench.time(calls)
-    for name, (config, ratio) in passed.items():
-        usage = bench.usage.get((case.kernel, case.shape, case.variant, config), [])
-        first = usage[0] if usage and not isinstance(usage, str) else None
+    for name, (_, ratio, usage) in passed.items():
         bench.write(
             **common,
             config=name,
@@ -524,8 +592,8 @@ def measure(case: Case, configs: list[Any], bench: Bench) -> list[Any]:
             frozen_us=us["frozen"],
             plain_us=us["plain"],
             err_ratio=f"{ratio:.2f}",
-            registers=first.registers if first else "",
-            stack_bytes=first.stack_bytes if first else "",
+            registers=usage[0].registers if usage else "",
+            stack_bytes=usage[0].stack_bytes if usage else "",
         )
     return [passed[name][0] for name in sorted(passed, key=us.__getitem__)]
 
@@ -533,7 +601,15 @@ def measure(case: Case, configs: list[Any], bench: Bench) -> list[Any]:
 # Library GEMMs
 
 
-def forward_gemms(make: Make, M: int, K: int, N: int, r: int) -> dict[str, Callable[[], Tensor]]:
+def linears(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(K, N) of a block's linears."""
+    d, h = shape.K, shape.C
+    return {"qkv": (d, 3 * d), "fc1": (d, h), "fc2": (h, d), "proj": (d, d)}
+
+
+def forward_gemms(
+    make: Make, M: int, K: int, N: int, r: int, backends: Sequence[str]
+) -> dict[str, Callable[[], Tensor]]:
     """Ways to y = x·W^T + b + P·B^T; `plain` alone is without the last term."""
     weight, bias = make(N, K, scale=K**-0.5), make(N)
     down, up = make(K, r, scale=K**-0.5), make(N, r, scale=r**-0.5)
@@ -548,9 +624,7 @@ def forward_gemms(make: Make, M: int, K: int, N: int, r: int) -> dict[str, Calla
         view = x_wide[:, :K]
         calls[f"L3 plain, x a view of K+{extra}"] = lambda a=view: F.linear(a, weight, bias)
     calls["L2 then addmm_"] = lambda: F.linear(x, weight, bias).addmm_(p, up.T)
-    for backend, reason in available_backends().items():
-        if reason is not None or backend not in ("cuda", "triton", "torch"):
-            continue
+    for backend in backends:
         for strategy in ("split", "fused") if backend != "torch" else ("auto",):
 
             def call(backend: str = backend, strategy: str = strategy) -> Tensor:
@@ -578,11 +652,13 @@ def dx_gemms(make: Make, M: int, K: int, N: int, r: int) -> dict[str, Callable[[
 
 def measure_gemms(shape: Shape, bench: Bench) -> None:
     """The library's GEMMs at the four linears of a block."""
-    M, d, h, r = shape
+    M, r = shape.M, shape.r
     make = Make(bench.device, bench.dtype)
-    linears = {"qkv": (d, 3 * d), "fc1": (d, h), "fc2": (h, d), "proj": (d, d)}
-    for linear, (K, N) in linears.items():
-        for direction, of in (("forward", forward_gemms), ("dx", dx_gemms)):
+    reasons = available_backends()
+    backends = [name for name in ("torch", "triton", "cuda") if reasons[name] is None]
+    forward = functools.partial(forward_gemms, backends=backends)
+    for linear, (K, N) in linears(shape).items():
+        for direction, of in (("forward", forward), ("dx", dx_gemms)):
             name = f"gemm {linear} {direction}"
             if bench.late(name):
                 continue
@@ -616,13 +692,6 @@ def _agreement(config: str, results: dict[str, Tensor]) -> str:
     return "" if error < 0.01 else f"WRONG: differs by {error:.1e}"
 
 
-def with_candidates(selected: list[Case], best: dict[str, list[Any]]) -> Iterator[Case]:
-    """Cases with the candidates that did best elsewhere."""
-    for case in selected:
-        case.configs = best.get(case.kernel, [])
-        yield case
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -639,31 +708,45 @@ def main() -> int:
     if tiny and os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.between", *sys.argv[1:]])
-    start = time.perf_counter()
     first = [
         case for case in cases(TINY if tiny else VIT_B) if re.search(arguments.only, case.kernel)
     ]
-    usage: Usage = {}
-    if not tiny:
-        usage = compile_all(first, arguments.arch, arguments.processes)
-        for (kernel, _, _, config), result in usage.items():
-            shown = result if isinstance(result, str) else [tuple(one) for one in result]
-            print(f"compiled {kernel:18} {label(config):44} {shown}", flush=True)
-        print(f"compiled {len(usage)} in {time.perf_counter() - start:.0f} s", flush=True)
-        if arguments.compile:
-            return 0
-    bench = Bench(arguments.device, arguments.out, arguments.seconds, usage, start)
-    best: dict[str, list[Any]] = {}
+    bench = Bench(
+        arguments.device,
+        arguments.out,
+        arguments.seconds,
+        Compiler(arguments.arch, 0 if tiny else arguments.processes),
+    )
     for case in first:
-        if not bench.late(case.kernel):
-            best[case.kernel] = measure(case, case.configs[: 1 if tiny else None], bench)[:2]
-    if re.search(arguments.only, "gemm"):
+        if tiny:
+            del case.configs[1:-1]
+        bench.compiler.start(case)
+    if arguments.compile:
+        for case in first:
+            for config in case.configs:
+                usage = bench.compiler.usage(case, config, 3600.0)
+                shown = usage if isinstance(usage, str) else [tuple(one) for one in usage]
+                print(f"{case.kernel:18} {label(config):44} {shown}", flush=True)
+        return 0
+    gemms = re.search(arguments.only, "gemm")
+    if gemms:
+        bench.compiler.start_gemms(VIT_B)
+    later = []
+    for case in first:
+        if bench.late(case.kernel):
+            continue
+        best = measure(case, bench)[:2]
+        for other in [other for other in later_cases(tiny) if other.kernel == case.kernel]:
+            other.configs = best
+            bench.compiler.start(other)
+            later.append(other)
+    if gemms:
         measure_gemms(TINY if tiny else VIT_B, bench)
-    variants = [case for variant in ("x32w32", "tanh") for case in cases(TINY, variant)]
-    for case in with_candidates(variants if tiny else later_cases(), best):
+    for case in later:
         if case.configs and not bench.late(f"{case.kernel} {case.shape} {case.variant}"):
-            measure(case, case.configs, bench)
-    print(f"done in {time.perf_counter() - start:.0f} s", flush=True)
+            measure(case, bench)
+    bench.compiler.close()
+    print(f"done in {time.perf_counter() - bench.start:.0f} s", flush=True)
     return 0
 
 

@@ -3,6 +3,7 @@
     launch_norm_fwd    z = x + γ·(y + T·up^T)    x̂ = norm(z)·w + b    P = x̂·down
     launch_norm_bwd    dx̂ = dout + S·down^T      dz = d norm(dx̂) + residual
                        partial sums of d_down = x̂^T·S
+    launch_norm_down_grad    those sums alone
 
 The linear before the norm leaves y to the library's GEMM and brings T, its rank-r activation; the
 linear after it takes x̂ and P. Each of the terms may be left out. The backward makes x̂ again from
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..fallback import padded_rank
 from . import tuning
+from .configs import PassConfig
 from .launch_cache import CachedLaunch, CallCache, once
 
 
@@ -34,7 +36,7 @@ class NormConfig(NamedTuple):
     block_c: int  # columns of a row at a time
     hold: bool  # a row stays in registers; otherwise it is loaded again after its sums are known
     num_warps: int
-    programs: int = 0  # of the backward: at most so many, each with partial sums of its own
+    programs: int = 0  # of the backward: at most so many; 0 is one for every block of rows
 
 
 @triton.jit
@@ -127,7 +129,7 @@ def _norm_fwd_kernel(
             shifted = z
         squares += shifted * shifted
         if HOLD:
-            held = held + (z,)  # noqa: RUF005  (Triton has no starred tuples)
+            held += (z,)  # type: ignore[assignment]
     mean_square = tl.sum(squares, axis=1, keep_dims=True) / K
     if mean_ptr is not None:
         distance = tl.sum(total, axis=1, keep_dims=True) / K
@@ -209,8 +211,8 @@ def _norm_bwd_kernel(
     offs_a = tl.arange(0, RA)
     d_down = ()
     for _ in tl.static_range(0, K, BLOCK_C):
-        d_down = d_down + (tl.zeros((BLOCK_C, RA), dtype=tl.float32),)  # noqa: RUF005
-    # Factors and vectors are loaded again for every block: kept, they would take too many registers.
+        d_down += (tl.zeros((BLOCK_C, RA), dtype=tl.float32),)  # type: ignore[assignment]
+    # Factors and vectors are loaded again for every block: kept, they would fill the registers.
     for block in tl.range(
         pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=1, disable_licm=True
     ):
@@ -239,12 +241,12 @@ def _norm_bwd_kernel(
             sum_g += g
             sum_gn += g * n
             if HOLD:
-                held = held + (g, n)  # noqa: RUF005
+                held += (g, n)  # type: ignore[assignment]
             if d_down_ptr is not None:
                 out = n * _vector(weight_ptr, offs_c, K, 1.0) + _vector(bias_ptr, offs_c, K, 0.0)
-                out = tl.trans(out.to(s.dtype))
+                out = tl.trans(out.to(s.dtype))  # type: ignore[union-attr]
                 part = tl.dot(out, s, d_down[c // BLOCK_C], input_precision=PRECISION)
-                summed = summed + (part,)  # noqa: RUF005
+                summed += (part,)  # type: ignore[assignment]
         if d_down_ptr is not None:
             d_down = summed
         mean_gn = tl.sum(sum_gn, axis=1, keep_dims=True) / K
@@ -273,6 +275,51 @@ def _norm_bwd_kernel(
             offs_c = c + tl.arange(0, BLOCK_C)
             part_ptrs = d_down_ptr + (pid.to(tl.int64) * K + offs_c[:, None]) * RA + offs_a[None, :]
             tl.store(part_ptrs, d_down[c // BLOCK_C], mask=(offs_c < K)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "rows"])
+def _norm_down_grad_kernel(
+    z_ptr,  # [M, K]
+    mean_ptr,  # [M] float32, None for RMSNorm
+    rstd_ptr,  # [M] float32
+    weight_ptr,  # [K], or None
+    bias_ptr,  # [K], or None
+    s_ptr,  # [M, ra]
+    d_down_ptr,  # [parts, K, RA] float32: out
+    M,
+    ra,
+    rows,  # per part, a multiple of BLOCK_M
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_C rows of x̂^T·S, summed over one part of the rows of x̂."""
+    first = tl.program_id(1).to(tl.int64) * rows
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_a = tl.arange(0, RA)
+    in_c = (offs_c < K)[None, :]
+    weight = _vector(weight_ptr, offs_c, K, 1.0)
+    bias = _vector(bias_ptr, offs_c, K, 0.0)
+    d_down = tl.zeros((BLOCK_C, RA), dtype=tl.float32)
+    left = tl.minimum(M - first, rows)
+    for m in range(0, left, BLOCK_M):
+        offs_m = first + m + tl.arange(0, BLOCK_M)
+        in_m = m + tl.arange(0, BLOCK_M) < left
+        inside = in_m[:, None] if K % BLOCK_C == 0 else in_m[:, None] & in_c
+        z = tl.load(z_ptr + offs_m[:, None] * K + offs_c[None, :], mask=inside, other=0.0)
+        n = z.to(tl.float32)
+        if mean_ptr is not None:
+            n -= tl.load(mean_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        n *= tl.load(rstd_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        in_s = in_m[:, None] & (offs_a < ra)[None, :]
+        s = tl.load(s_ptr + offs_m[:, None] * ra + offs_a[None, :], mask=in_s, other=0.0)
+        out = tl.trans((n * weight + bias).to(s.dtype))
+        d_down = tl.dot(out, s, d_down, input_precision=PRECISION)
+    part_rows = tl.program_id(1).to(tl.int64) * K + offs_c
+    part_ptrs = d_down_ptr + part_rows[:, None] * RA + offs_a[None, :]
+    tl.store(part_ptrs, d_down, mask=(offs_c < K)[:, None])
 
 
 class Branch(NamedTuple):
@@ -382,16 +429,23 @@ def launch_norm_bwd(
     down: Tensor | None,  # [K, Ra]
     residual: Tensor | None,  # [M, K]
     *,
+    down_grad: bool = True,
     config: NormConfig,
     cache: CallCache | None = None,
 ) -> NormBwd:
-    """dz from dx̂ = dout + S·down^T, plus `residual`; with S also partial sums of x̂^T·S."""
+    """dz from dx̂ = dout + S·down^T, plus `residual`.
+
+    Args:
+        dout, z, weight, bias, s, down, residual: contiguous.
+        down_grad: with S, partial sums of x̂^T·S as well.
+    """
     m, k = z.shape
-    programs = min(tuning.cdiv(m, config.block_m), config.programs)
+    blocks = tuning.cdiv(m, config.block_m)
+    programs = min(blocks, config.programs or blocks)
     ra = 1 if s is None else s.shape[1]
     dz = torch.empty_like(z)
     d_down = None
-    if s is not None:
+    if s is not None and down_grad:
         d_down = z.new_empty(programs, k, padded_rank(ra), dtype=torch.float32)
     launch = once(cache, "norm_bwd", _prepare_norm_bwd, dout, ra, programs, config)
     launch((dout, z, mean, rstd, weight, bias, s, down, residual), (dz, d_down))
@@ -413,3 +467,45 @@ def _prepare_norm_bwd(dout: Tensor, ra: int, programs: int, config: NormConfig) 
         HOLD=config.hold,
         PRECISION=tuning.dot_precision(dout.dtype),
     )
+
+
+def launch_norm_down_grad(
+    z: Tensor,  # [M, K]
+    mean: Tensor | None,  # [M]; None for RMSNorm
+    rstd: Tensor,  # [M]
+    weight: Tensor | None,  # [K]
+    bias: Tensor | None,  # [K]
+    s: Tensor,  # [M, Ra]
+    *,
+    config: PassConfig,
+    cache: CallCache | None = None,
+) -> Tensor:
+    """The partial sums [parts, K, RA] of x̂^T·S, float32, with x̂ made again from z."""
+    launch, partial = once(cache, "norm_down_grad", _prepare_norm_down_grad, z, s, config)
+    d_down = z.new_empty(partial, dtype=torch.float32)
+    launch((z, mean, rstd, weight, bias, s), (d_down,))
+    return d_down
+
+
+def _prepare_norm_down_grad(
+    z: Tensor, s: Tensor, config: PassConfig
+) -> tuple[CachedLaunch, tuple[int, int, int]]:
+    m, k = z.shape
+    ra = s.shape[1]
+    block_m, block_c, parts, num_warps, num_stages = config
+    rows = tuning.cdiv(tuning.cdiv(m, parts), block_m) * block_m
+    parts = tuning.cdiv(m, rows)
+    launch = CachedLaunch(
+        _norm_down_grad_kernel,
+        (tuning.cdiv(k, block_c), parts),
+        {"num_warps": num_warps, "num_stages": num_stages},
+        M=m,
+        ra=ra,
+        rows=rows,
+        K=k,
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        RA=padded_rank(ra),
+        PRECISION=tuning.dot_precision(s.dtype),
+    )
+    return launch, (parts, k, padded_rank(ra))
