@@ -326,7 +326,7 @@ def act_bwd_case(shape: Shape, *, variant: str = "") -> Case:
         ActConfig(64, 64, 5, 4, 2),
         ActConfig(64, 64, 5, 4, 3),
         ActConfig(64, 32, 11, 4, 2),
-        ActConfig(64, 32, 4, 4, 2, 168),
+        ActConfig(64, 64, 8, 4, 2, 168),
         ActConfig(32, 64, 11, 4, 2),
         ActConfig(128, 64, 11, 8, 2),
     ]
