@@ -58,8 +58,8 @@ def _activate(h, ACT: tl.constexpr, dtype: tl.constexpr):
         if dtype == tl.float32:
             cdf = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
         else:
-            # Abramowitz and Stegun 7.1.26, within 1e-7. On sm_90 the kernels take 25 to 70 registers
-            # fewer than with tl.erf, and the exponential is the derivative's.
+            # Abramowitz and Stegun 7.1.26, within 1e-7: 25 to 70 registers fewer on sm_90 than with
+            # tl.erf, and the exponential is the derivative's.
             t = 1.0 / (1.0 + 0.23164189 * tl.abs(h))
             series = t * (
                 -0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))
@@ -67,15 +67,18 @@ def _activate(h, ACT: tl.constexpr, dtype: tl.constexpr):
             tail = t * (0.127414796 + series) * bell
             cdf = tl.where(h < 0, tail, 1.0 - tail)
         return h * cdf, cdf + h * (0.3989422804014327 * bell)
-    elif ACT == "gelu_tanh":
-        # (1 + tanh(u)) / 2 = sigmoid(2u)
-        gate = tl.sigmoid(1.5957691216057308 * h * (1.0 + 0.044715 * h * h))
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * h * h)
-        return h * gate, gate + h * gate * (1.0 - gate) * slope
     else:
-        tl.static_assert(ACT == "silu")
-        gate = tl.sigmoid(h)
-        return h * gate, gate + h * gate * (1.0 - gate)
+        # gelu_tanh is h·sigmoid(u) too, as (1 + tanh(v)) / 2 = sigmoid(2v).
+        tl.static_assert(ACT == "gelu_tanh" or ACT == "silu")
+        u = h
+        hu = h  # h·du/dh
+        if ACT == "gelu_tanh":
+            u = 1.5957691216057308 * h * (1.0 + 0.044715 * h * h)
+            hu = 1.5957691216057308 * h * (1.0 + 0.134145 * h * h)
+        e = tl.exp(-tl.abs(u))
+        upper = 1.0 / (1.0 + e)
+        gate = tl.where(u < 0, e * upper, upper)
+        return h * gate, gate + hu * (e * upper * upper)
 
 
 @triton.jit
