@@ -13,6 +13,7 @@ frozen model runs in this place, and `plain_us`, with the low-rank products in t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -326,7 +327,7 @@ def act_bwd_case(shape: Shape, *, variant: str = "") -> Case:
         ActConfig(64, 64, 5, 4, 2),
         ActConfig(64, 64, 5, 4, 3),
         ActConfig(64, 32, 11, 4, 2),
-        ActConfig(64, 32, 4, 4, 2, 168),
+        ActConfig(64, 64, 8, 4, 2, 168),
         ActConfig(32, 64, 11, 4, 2),
         ActConfig(128, 64, 11, 8, 2),
     ]
@@ -692,6 +693,36 @@ def _agreement(config: str, results: dict[str, Tensor]) -> str:
     return "" if error < 0.01 else f"WRONG: differs by {error:.1e}"
 
 
+def print_usage(selected: list[Case], compiler: Compiler) -> None:
+    """Registers and bytes of stack of every candidate's kernels."""
+    for case in selected:
+        for config in case.configs:
+            usage = compiler.usage(case, config, 3600.0)
+            shown = usage if isinstance(usage, str) else [tuple(one) for one in usage]
+            print(f"{case.kernel:18} {label(config):44} {shown}", flush=True)
+
+
+def measure_all(first: list[Case], shape: Shape, bench: Bench, *, gemms: bool) -> None:
+    """All candidates at one shape, the GEMMs, then the two best of each at the other shapes."""
+    if gemms:
+        bench.compiler.start_gemms(shape)
+    later = []
+    for case in first:
+        if bench.late(case.kernel):
+            continue
+        best = measure(case, bench)[:2]
+        for other in later_cases(shape is TINY):
+            if other.kernel == case.kernel:
+                other.configs = best
+                bench.compiler.start(other)
+                later.append(other)
+    if gemms:
+        measure_gemms(shape, bench)
+    for case in later:
+        if case.configs and not bench.late(f"{case.kernel} {case.shape} {case.variant}"):
+            measure(case, bench)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -708,45 +739,20 @@ def main() -> int:
     if tiny and os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.between", *sys.argv[1:]])
-    first = [
-        case for case in cases(TINY if tiny else VIT_B) if re.search(arguments.only, case.kernel)
-    ]
-    bench = Bench(
-        arguments.device,
-        arguments.out,
-        arguments.seconds,
-        Compiler(arguments.arch, 0 if tiny else arguments.processes),
-    )
-    for case in first:
-        if tiny:
-            del case.configs[1:-1]
-        bench.compiler.start(case)
-    if arguments.compile:
+    shape = TINY if tiny else VIT_B
+    first = [case for case in cases(shape) if re.search(arguments.only, case.kernel)]
+    compiler = Compiler(arguments.arch, 0 if tiny else arguments.processes)
+    with contextlib.closing(compiler):
         for case in first:
-            for config in case.configs:
-                usage = bench.compiler.usage(case, config, 3600.0)
-                shown = usage if isinstance(usage, str) else [tuple(one) for one in usage]
-                print(f"{case.kernel:18} {label(config):44} {shown}", flush=True)
-        return 0
-    gemms = re.search(arguments.only, "gemm")
-    if gemms:
-        bench.compiler.start_gemms(VIT_B)
-    later = []
-    for case in first:
-        if bench.late(case.kernel):
-            continue
-        best = measure(case, bench)[:2]
-        for other in [other for other in later_cases(tiny) if other.kernel == case.kernel]:
-            other.configs = best
-            bench.compiler.start(other)
-            later.append(other)
-    if gemms:
-        measure_gemms(TINY if tiny else VIT_B, bench)
-    for case in later:
-        if case.configs and not bench.late(f"{case.kernel} {case.shape} {case.variant}"):
-            measure(case, bench)
-    bench.compiler.close()
-    print(f"done in {time.perf_counter() - bench.start:.0f} s", flush=True)
+            if tiny:
+                del case.configs[1:-1]
+            compiler.start(case)
+        if arguments.compile:
+            print_usage(first, compiler)
+            return 0
+        bench = Bench(arguments.device, arguments.out, arguments.seconds, compiler)
+        measure_all(first, shape, bench, gemms=bool(re.search(arguments.only, "gemm")))
+        print(f"done in {time.perf_counter() - bench.start:.0f} s", flush=True)
     return 0
 
 
