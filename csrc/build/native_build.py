@@ -63,6 +63,7 @@ SANITIZER_FLAGS = (
 NVCC_FLAGS = (
     toolchain.CPP_STANDARD,
     "-O3",
+    "-lineinfo",  # profilers show the source's lines
     "-DNDEBUG",  # CUTLASS asserts inside its device loops otherwise
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden",
