@@ -25,4 +25,32 @@ __device__ __forceinline__ void load_bias(float (&pair)[2], const Bias& bias, In
   }
 }
 
+// The bias of columns `col` + 8·i and their right neighbours, for even `col` and `c`, from an
+// address aligned to pairs.
+template <class T, int kCount>
+__device__ __forceinline__ void load_bias_pairs(float (&pairs)[kCount][2], const Bias& bias,
+                                                int col, int c) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pairs[i][0] = pairs[i][1] = 0.0f;
+  if (bias.data == nullptr) return;
+  if (bias.is_float) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (col + 8 * i >= c) continue;
+      const float2 pair =
+          *reinterpret_cast<const float2*>(static_cast<const float*>(bias.data) + col + 8 * i);
+      pairs[i][0] = pair.x;
+      pairs[i][1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (col + 8 * i >= c) continue;
+      const uint32_t pair =
+          *reinterpret_cast<const uint32_t*>(static_cast<const T*>(bias.data) + col + 8 * i);
+      unpack<T>(pairs[i], pair);
+    }
+  }
+}
+
 }  // namespace efft_kernels::cuda

@@ -48,22 +48,23 @@ struct Sm90Config {
   static constexpr int kStageBytes = kABytes + kWBytes + kThinInBytes;
   static constexpr int kChunkBytes = kBlockI * kLineBytes;  // 64 columns of w in rows of C
 
-  // The epilogue's pieces of 64 rows and 64 columns, two per consumer.
+  // The epilogue's pieces of 64 rows and 64 columns; a consumer has room for one.
+  static constexpr int kPieces = kBlockC / 64;
   static constexpr int kPieceBytes = 64 * kLineBytes;
-  static constexpr int kStagingBytes = kConsumers * 2 * kPieceBytes;
+  static constexpr int kStagingBytes = kConsumers * kPieceBytes;
 
   static constexpr int kBarrierBytes = 256;
-  static constexpr int kAlignment = 1024;
+  static constexpr int kAlignment = 1024;  // of shared memory as the kernel declares it
   static constexpr int kStagesThatFit =
-      (kSm90SmemLimit - kAlignment - kBarrierBytes - kStagingBytes) / kStageBytes;
+      (kSm90SmemLimit - kBarrierBytes - kStagingBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
-  static constexpr int kSmemBytes =
-      kAlignment + kStages * kStageBytes + kStagingBytes + kBarrierBytes;
+  static constexpr int kSmemBytes = kStages * kStageBytes + kStagingBytes + kBarrierBytes;
 
   static_assert(kBlockC % 64 == 0 && kMmaC <= 256 && kPCols % 16 == 0, "a shape of wgmma");
   static_assert(kStageBytes % kSlabBytes == 0, "every operand starts at a swizzle period");
   static_assert(2 * kStages * 8 <= kBarrierBytes, "two barriers per stage");
   static_assert(kStages >= 3, "loads need to run ahead");
+  static_assert(kPieces <= kStages && kABytes == kConsumers * kPieceBytes, "the last tile's store");
   static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 64 * 1024,
                 "the register file");
 };

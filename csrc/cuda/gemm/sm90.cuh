@@ -17,7 +17,8 @@
 #include "gemm/sm90.h"
 
 // out = a·w + bias + P·thin_out^T on Hopper. One warpgroup loads by TMA (a single thread issues),
-// two multiply by wgmma, and `out` is stored once.
+// two multiply by wgmma, and `out` is stored once: a tile's accumulators, rounded, are kept in
+// registers and go to memory while the next tile is multiplied.
 //
 // W, B and down are one bordered matrix, [[W, B], [down^T, 0]]. The forward multiplies by its rows,
 // dX by its columns, so that for either one both thin factors lie in memory as w does:
@@ -97,12 +98,12 @@ struct Sm90Parameters {
 template <class Config>
 struct Sm90Smem {
   uint32_t stages;  // tiles of a, of w and, where P is computed, of thin_in
-  uint32_t pieces;  // of `out`, on their way from the accumulators to memory
+  uint32_t pieces;  // of `out`, on their way from registers to memory: one per consumer
   uint32_t full;    // barriers: a stage's tiles have arrived
   uint32_t empty;   // barriers: a stage's readers are done
 
   __device__ __forceinline__ explicit Sm90Smem(uint32_t first)
-      : stages(static_cast<uint32_t>(round_up(first, Config::kAlignment))),
+      : stages(first),
         pieces(stages + Config::kStages * Config::kStageBytes),
         full(pieces + Config::kStagingBytes),
         empty(full + Config::kStages * 8) {}
@@ -203,44 +204,30 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[Config::kPCols / 16][4],
   }
 }
 
-// The epilogue: a consumer's 64 rows of `out` at (row, c), plus bias, in pieces of 64 columns
-// through shared memory. `piece`: which of the consumer's two buffers is next.
+// A consumer's 64 rows of `out` plus bias, rounded: per piece of 64 columns the registers that
+// stmatrix takes.
 template <class T, class Config>
-__device__ __forceinline__ void store_out(const GemmMaps& maps, const Sm90Parameters& g,
-                                          float (&acc)[Config::kMmaC / 2], int row, int c,
-                                          uint32_t pieces, int& piece, int consumer) {
-  const int thread = threadIdx.x % 128;
-  const int warp = thread / 32;
-  const int lane = thread % 32;
+__device__ __forceinline__ void round_out(uint32_t (&out)[Config::kPieces][16],
+                                          const float (&acc)[Config::kMmaC / 2],
+                                          const float (&bias)[Config::kBlockC / 8][2]) {
 #pragma unroll
-  for (int first = 0; first < Config::kBlockC; first += 64) {
-    const uint32_t buffer = pieces + piece * Config::kPieceBytes;
-    if (thread == 0) wait_stores_read<1>();
-    warpgroup_sync(1 + consumer);
-#pragma unroll
-    for (int block = 0; block < 8; block += 2) {
-      uint32_t packed[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int local = first + (block + half) * 8;
-        float* const value = acc + local / 2;
-        float bias[2];
-        load_bias<T>(bias, g.bias, c + local + accumulator_col(lane, 0), g.c);
-        packed[half * 2] = pack<T>(value[0] + bias[0], value[1] + bias[1]);
-        packed[half * 2 + 1] = pack<T>(value[2] + bias[0], value[3] + bias[1]);
-      }
-      const LaneAddress at = stored_blocks(lane);
-      store_matrices(buffer + 2 * swizzled<64>(warp * 16 + at.row, block + at.chunk), packed[0],
-                     packed[1], packed[2], packed[3]);
-    }
-    fence_to_tma();
-    warpgroup_sync(1 + consumer);
-    if (thread == 0) {
-      if (row < g.m && c + first < g.c) store_box(&maps.out, row, c + first, buffer);
-      commit_stores();
-    }
-    piece ^= 1;
+  for (int block = 0; block < Config::kBlockC / 8; ++block) {
+    const float* const value = acc + block * 4;
+    uint32_t* const to = out[block / 8] + block % 8 * 2;
+    to[0] = pack<T>(value[0] + bias[block][0], value[1] + bias[block][1]);
+    to[1] = pack<T>(value[2] + bias[block][0], value[3] + bias[block][1]);
   }
+}
+
+// A piece from registers to `buffer`.
+__device__ __forceinline__ void write_piece(uint32_t buffer, const uint32_t (&piece)[16]) {
+  const int warp = threadIdx.x % 128 / 32;
+  const LaneAddress at = stored_blocks(threadIdx.x % 32);
+#pragma unroll
+  for (int block = 0; block < 8; block += 2)
+    store_matrices(buffer + 2 * swizzled<64>(warp * 16 + at.row, block + at.chunk),
+                   piece[block * 2], piece[block * 2 + 1], piece[block * 2 + 2],
+                   piece[block * 2 + 3]);
 }
 
 // A warpgroup: multiplies and stores 64 rows of all tiles of the block.
@@ -263,12 +250,21 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       wgmma_descriptor(smem.stages + consumer * 64 * kLineBytes, 16, kSlabBytes);
   const uint64_t w_first = wgmma_descriptor(smem.stages + Config::kABytes,
                                             kRowsOfI ? 16 : Config::kChunkBytes, kSlabBytes);
-  const uint32_t pieces = smem.pieces + consumer * 2 * Config::kPieceBytes;
+  const uint32_t buffer = smem.pieces + consumer * Config::kPieceBytes;
   const auto release = [&](int stage) {
     if (lane == 0) barrier_arrive(smem.empty + stage * 8);
   };
   Ring<Config::kStages> ring;
-  int piece = 0;
+  // The tile before this one: its rounded output, not yet stored.
+  uint32_t out[Config::kPieces][16];
+  int out_row = -1;
+  int out_c = 0;
+  // One thread's share of storing a piece that the warpgroup has written.
+  const auto store = [&](int piece, uint32_t from) {
+    if (out_row < g.m && out_c + piece * 64 < g.c)
+      store_box(&maps.out, out_row, out_c + piece * 64, from);
+    commit_stores();
+  };
 
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Tile tile = g.order.at(index);
@@ -296,9 +292,21 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       previous = ring.stage;
       ring.advance();
     };
-    // The product: over I, then over the rank where P is read.
-    for (int t = 0; t < g.tiles_i; ++t)
-      multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
+    // The product: over I, then over the rank where P is read. The first steps leave time to store
+    // the tile before.
+#pragma unroll
+    for (int t = 0; t < Config::kPieces; ++t) {
+      if (t < g.tiles_i) multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
+      if (out_row >= 0) {
+        if (thread == 0) wait_stores_read<0>();
+        warpgroup_sync(1 + consumer);
+        write_piece(buffer, out[t]);
+        fence_to_tma();
+        warpgroup_sync(1 + consumer);
+        if (thread == 0) store(t, buffer);
+      }
+    }
+    for (int t = Config::kPieces; t < g.tiles_i; ++t) multiply(Steps<4>{}, gmma::ScaleOut::One);
     if constexpr (!Config::kComputeP) {
       if (g.rank_steps == 1) {
         multiply(Steps<1>{}, gmma::ScaleOut::One);
@@ -309,6 +317,9 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
           multiply(Steps<4>{}, gmma::ScaleOut::One);
       }
     }
+    // Before the wait, so that it covers the latency.
+    float bias[Config::kBlockC / 8][2];
+    load_bias_pairs<T>(bias, g.bias, c + accumulator_col(lane, 0), g.c);
     cute::warpgroup_wait<0>();
     fence_accumulators(acc);
     release(previous);
@@ -336,9 +347,27 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       ring.advance();
     }
 
-    store_out<T, Config>(maps, g, acc, row, c, pieces, piece, consumer);
+    round_out<T, Config>(out, acc, bias);
+    out_row = row;
+    out_c = c;
   }
-  if (thread == 0) wait_stores_read<0>();
+  if (out_row < 0) return;
+
+  // The last tile goes through the stages, which nothing is loaded into any more: only this
+  // consumer has read its rows of `a`.
+  warpgroup_sync(1 + consumer);
+  const auto free_rows = [&](int piece) {
+    return smem.stages + piece * Config::kStageBytes + consumer * Config::kPieceBytes;
+  };
+#pragma unroll
+  for (int piece = 0; piece < Config::kPieces; ++piece) write_piece(free_rows(piece), out[piece]);
+  fence_to_tma();
+  warpgroup_sync(1 + consumer);
+  if (thread == 0) {
+#pragma unroll
+    for (int piece = 0; piece < Config::kPieces; ++piece) store(piece, free_rows(piece));
+    wait_stores_read<0>();
+  }
 }
 
 template <class T, class Config>
@@ -349,6 +378,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const Sm90Smem<Config> smem(smem_address(dynamic_smem()));
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
+    if (smem.stages % Config::kAlignment != 0) __trap();
     prefetch_map(&maps.a);
     prefetch_map(&maps.w);
     for (int i = 0; i < Config::kStages; ++i) {
