@@ -55,8 +55,8 @@ static void boxes_fill_stages() {
   g.out = at(m, c);
   const GemmMapParams maps = gemm_map_params(g, kBlockC);
   const int w_boxes = kRowsOfI ? 1 : kBlockC / 64;
-  EXPECT(static_cast<int>(box_bytes(maps.a)) == Config::kABytes, "a");
-  EXPECT(static_cast<int>(box_bytes(maps.p)) == Config::kABytes, "P takes a's place");
+  EXPECT(static_cast<int>(box_bytes(maps.a)) == Config::kHalfABytes, "half of a");
+  EXPECT(static_cast<int>(box_bytes(maps.p)) == Config::kHalfABytes, "P takes a's place");
   EXPECT(static_cast<int>(box_bytes(maps.w)) * w_boxes == Config::kWBytes, "w");
   EXPECT(static_cast<int>(box_bytes(maps.thin_out)) * w_boxes == Config::kWBytes, "thin_out");
   if (kPCols) EXPECT(static_cast<int>(box_bytes(maps.thin_in)) == Config::kThinInBytes, "thin_in");

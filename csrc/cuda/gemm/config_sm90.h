@@ -41,6 +41,7 @@ struct Sm90Config {
 
   static constexpr int kMmaC = kBlockC + kPCols;  // columns of one wgmma
   static constexpr int kABytes = kBlockM * kLineBytes;
+  static constexpr int kHalfABytes = kABytes / 2;  // a consumer's rows, and a box
   static constexpr int kWBytes = kBlockC * kLineBytes;
   // Rows of I: kPCols lines more. Rows of C: one more chunk of 64 columns, zeros beyond the rank.
   static constexpr int kThinInBytes =
@@ -64,7 +65,7 @@ struct Sm90Config {
   static_assert(kStageBytes % kSlabBytes == 0, "every operand starts at a swizzle period");
   static_assert(2 * kStages * 8 <= kBarrierBytes, "two barriers per stage");
   static_assert(kStages >= 3, "loads need to run ahead");
-  static_assert(kPieces <= kStages && kABytes == kConsumers * kPieceBytes, "the last tile's store");
+  static_assert(kPieces <= kStages && kHalfABytes == kPieceBytes, "the last tile's store");
   static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 64 * 1024,
                 "the register file");
 };
@@ -89,10 +90,10 @@ inline GemmMapParams gemm_map_params(const GemmArguments& g, int block_c) {
   const bool rows_of_i = g.layout == WLayout::kRowsOfI;
   const int w_rows = rows_of_i ? block_c : kSm90BlockI;
   GemmMapParams maps;
-  maps.a = map_params(g.a, 64, kSm90BlockM);
+  maps.a = map_params(g.a, 64, kSm90BlockM / 2);
   maps.w = map_params(g.w, 64, w_rows);
   maps.thin_in = map_params(g.thin_in, 64, rows_of_i ? kComputePRank : kSm90BlockI);
-  maps.p = map_params(g.p, 64, kSm90BlockM);
+  maps.p = map_params(g.p, 64, kSm90BlockM / 2);
   maps.thin_out = map_params(g.thin_out, 64, w_rows);
   maps.out = map_params(g.out, 64, 64);
   return maps;

@@ -18,7 +18,8 @@
 
 // out = a·w + bias + P·thin_out^T on Hopper. One warpgroup loads by TMA (a single thread issues),
 // two multiply by wgmma, and `out` is stored once: a tile's accumulators, rounded, are kept in
-// registers and go to memory while the next tile is multiplied.
+// registers and go to memory while the next tile is multiplied. Where the tiles along C are even in
+// number, two blocks take neighbours: of the rows of `a` that they share, each loads half for both.
 //
 // W, B and down are one bordered matrix, [[W, B], [down^T, 0]]. The forward multiplies by its rows,
 // dX by its columns, so that for either one both thin factors lie in memory as w does:
@@ -84,7 +85,8 @@ template <int kCount>
 using Steps = std::integral_constant<int, kCount>;
 
 struct Sm90Parameters {
-  TileOrder order;
+  TileOrder order;  // of tiles, or of pairs of neighbours along C
+  int32_t cluster;  // blocks that share rows of a: 1 or 2
   int32_t m, c;
   int32_t tiles_i;     // tiles of the loop over I
   int32_t rank_steps;  // P read: 16 columns each, a power of two
@@ -109,6 +111,38 @@ struct Sm90Smem {
         empty(full + Config::kStages * 8) {}
 };
 
+// A block's place among those that share rows of `a`.
+struct Sm90Place {
+  int first;   // tile, or pair of tiles
+  int stride;  // from one tile of the block to the next
+  int cluster, rank;
+
+  __device__ __forceinline__ explicit Sm90Place(int cluster_)
+      : first(blockIdx.x / cluster_),
+        stride(gridDim.x / cluster_),
+        cluster(cluster_),
+        rank(cluster_ == 1 ? 0 : cluster_rank()) {}
+
+  __device__ __forceinline__ Tile tile(const TileOrder& order, int index) const {
+    const Tile tile = order.at(index);
+    return {tile.row, tile.col * cluster + rank};
+  }
+};
+
+// The loads of the tile of `a`, or of P, at (row, col).
+template <class Config>
+__device__ __forceinline__ void load_a(uint32_t to, const CUtensorMap* map, int row, int col,
+                                       uint32_t barrier, const Sm90Place& place) {
+  constexpr int kRows = Config::kBlockM / 2;
+  if (place.cluster == 2) {
+    load_box_multicast(to + place.rank * Config::kHalfABytes, map, row + place.rank * kRows, col,
+                       barrier, 0b11);
+  } else {
+    load_box(to, map, row, col, barrier);
+    load_box(to + Config::kHalfABytes, map, row + kRows, col, barrier);
+  }
+}
+
 // The loads of w's tile, or of thin_out's, at (i, c).
 template <class Config>
 __device__ __forceinline__ void load_w(uint32_t to, const CUtensorMap* map, int i, int c,
@@ -122,10 +156,11 @@ __device__ __forceinline__ void load_w(uint32_t to, const CUtensorMap* map, int 
   }
 }
 
-// One thread: loads the stages of all tiles of the block, as soon as each is free.
+// One thread: loads the stages of all tiles of the block, as soon as each is free: in both blocks
+// of a pair, as both are written to.
 template <class Config>
 __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Parameters& g,
-                                        const Sm90Smem<Config>& smem, int tiles) {
+                                        const Sm90Smem<Config>& smem, const Sm90Place& place) {
   Ring<Config::kStages> ring;
   // Until the stage is free; then what is about to be loaded into it is announced.
   const auto next_stage = [&](uint32_t bytes) {
@@ -133,8 +168,8 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Paramete
     barrier_arrive_expect(smem.full + ring.stage * 8, bytes);
     return smem.stages + ring.stage * Config::kStageBytes;
   };
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = g.order.at(index);
+  for (int index = place.first; index < g.order.count(); index += place.stride) {
+    const Tile tile = place.tile(g.order, index);
     const int row = tile.row * Config::kBlockM;
     const int c = tile.col * Config::kBlockC;
 
@@ -143,7 +178,7 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Paramete
       const int i = t * Config::kBlockI;
       const uint32_t to = next_stage(Config::kStageBytes);
       const uint32_t barrier = smem.full + ring.stage * 8;
-      load_box(to, &maps.a, row, i, barrier);
+      load_a<Config>(to, &maps.a, row, i, barrier, place);
       load_w<Config>(to + Config::kABytes, &maps.w, i, c, barrier);
       if constexpr (Config::kComputeP) {
         const uint32_t thin_in = to + Config::kABytes + Config::kWBytes;
@@ -165,7 +200,7 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Paramete
       for (int step = 0; step < g.rank_steps; step += 4) {
         const uint32_t to = next_stage(Config::kABytes + Config::kWBytes);
         const uint32_t barrier = smem.full + ring.stage * 8;
-        load_box(to, &maps.p, row, step * 16, barrier);
+        load_a<Config>(to, &maps.p, row, step * 16, barrier, place);
         load_w<Config>(to + Config::kABytes, &maps.thin_out, step * 16, c, barrier);
         ring.advance();
       }
@@ -233,7 +268,8 @@ __device__ __forceinline__ void write_piece(uint32_t buffer, const uint32_t (&pi
 // A warpgroup: multiplies and stores 64 rows of all tiles of the block.
 template <class T, class Config>
 __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Parameters& g,
-                                        const Sm90Smem<Config>& smem, int tiles, int consumer) {
+                                        const Sm90Smem<Config>& smem, const Sm90Place& place,
+                                        int consumer) {
   constexpr bool kRowsOfI = Config::kLayout == WLayout::kRowsOfI;
   constexpr gmma::Major kMajor = kRowsOfI ? gmma::Major::K : gmma::Major::MN;
   using Main = Wgmma<T, Config::kMmaC, kMajor>;
@@ -247,12 +283,12 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
   constexpr uint64_t kAStep = descriptor_step(32);
   constexpr uint64_t kWStep = descriptor_step(kRowsOfI ? 32 : 2 * kSlabBytes);
   const uint64_t a_first =
-      wgmma_descriptor(smem.stages + consumer * 64 * kLineBytes, 16, kSlabBytes);
+      wgmma_descriptor(smem.stages + consumer * Config::kHalfABytes, 16, kSlabBytes);
   const uint64_t w_first = wgmma_descriptor(smem.stages + Config::kABytes,
                                             kRowsOfI ? 16 : Config::kChunkBytes, kSlabBytes);
   const uint32_t buffer = smem.pieces + consumer * Config::kPieceBytes;
   const auto release = [&](int stage) {
-    if (lane == 0) barrier_arrive(smem.empty + stage * 8);
+    if (lane < place.cluster) barrier_arrive_at(smem.empty + stage * 8, lane);
   };
   Ring<Config::kStages> ring;
   // The tile before this one: its rounded output, not yet stored.
@@ -266,8 +302,8 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
     commit_stores();
   };
 
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = g.order.at(index);
+  for (int index = place.first; index < g.order.count(); index += place.stride) {
+    const Tile tile = place.tile(g.order, index);
     const int row = tile.row * Config::kBlockM + consumer * 64;
     const int c = tile.col * Config::kBlockC;
     float acc[Config::kMmaC / 2];
@@ -357,7 +393,7 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
   // consumer has read its rows of `a`.
   warpgroup_sync(1 + consumer);
   const auto free_rows = [&](int piece) {
-    return smem.stages + piece * Config::kStageBytes + consumer * Config::kPieceBytes;
+    return smem.stages + piece * Config::kStageBytes + consumer * Config::kHalfABytes;
   };
 #pragma unroll
   for (int piece = 0; piece < Config::kPieces; ++piece) write_piece(free_rows(piece), out[piece]);
@@ -376,6 +412,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                               const __grid_constant__ Sm90Parameters g) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const Sm90Smem<Config> smem(smem_address(dynamic_smem()));
+  const Sm90Place place(g.cluster);
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     if (smem.stages % Config::kAlignment != 0) __trap();
@@ -383,20 +420,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     prefetch_map(&maps.w);
     for (int i = 0; i < Config::kStages; ++i) {
       barrier_init(smem.full + i * 8, 1);
-      barrier_init(smem.empty + i * 8, Config::kConsumers * 4);  // one arrival per warp
+      barrier_init(smem.empty + i * 8, g.cluster * Config::kConsumers * 4);  // one per warp
     }
     barrier_init_fence();
   }
-  __syncthreads();
+  cluster_sync();
 
-  const int tiles = g.order.count();
   if (warpgroup == 0) {
     give_registers_back<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Config>(maps, g, smem, tiles);
+    if (threadIdx.x == 0) produce<Config>(maps, g, smem, place);
   } else {
     take_registers<Config::kConsumerRegisters>();
-    consume<T, Config>(maps, g, smem, tiles, warpgroup - 1);
+    consume<T, Config>(maps, g, smem, place, warpgroup - 1);
   }
+  // The other block's arrivals need this one's barriers.
+  __syncwarp();
+  cluster_sync();
 #endif
 }
 
@@ -404,7 +443,9 @@ template <class T, class Config>
 cudaError_t launch_sm90(const GemmArguments& g, const GemmMaps& maps, const Device& device,
                         cudaStream_t stream) {
   Sm90Parameters parameters{};
-  parameters.order = tile_order(g.a.rows, g.out.cols, Config::kBlockM, Config::kBlockC);
+  const int cluster = sm90_cluster(g.out.cols, Config::kBlockC, device.multiprocessors);
+  parameters.order = tile_order(g.a.rows, g.out.cols, Config::kBlockM, Config::kBlockC * cluster);
+  parameters.cluster = cluster;
   parameters.m = static_cast<int32_t>(g.a.rows);
   parameters.c = static_cast<int32_t>(g.out.cols);
   parameters.tiles_i = static_cast<int32_t>(ceil_div(g.a.cols, Config::kBlockI));
@@ -414,9 +455,10 @@ cudaError_t launch_sm90(const GemmArguments& g, const GemmMaps& maps, const Devi
   parameters.p_out = Config::kComputeP ? g.p.data : nullptr;
   parameters.p_stride = g.p.stride;
   const int count = parameters.order.count();
-  const int grid = count < device.multiprocessors ? count : device.multiprocessors;
-  return launch_with_smem<low_rank_gemm_sm90_kernel<T, Config>>(
-      dim3(grid), Config::kThreads, Config::kSmemBytes, stream, maps, parameters);
+  const int most = device.multiprocessors / cluster;
+  return launch_clusters<low_rank_gemm_sm90_kernel<T, Config>>(
+      cluster * (count < most ? count : most), cluster, Config::kThreads, Config::kSmemBytes,
+      stream, maps, parameters);
 }
 
 template <class T, int kBlockC, int kPCols>

@@ -1,6 +1,6 @@
 // The sm_90a GEMM on the model: both layouts and widths, P read and computed, every kind of bias,
-// ragged tiles, more tiles than blocks, products shorter than the store of the tile before. Only
-// multiples of 8 columns, as TMA takes no others.
+// ragged tiles, blocks alone and in pairs, more tiles than blocks, products shorter than the store
+// of the tile before. Only multiples of 8 columns, as TMA takes no others.
 
 #include "gemm/sm90.cuh"
 #include "matrices.h"
@@ -96,11 +96,13 @@ int main() {
     gemm<__nv_bfloat16>(layout, 128, false, 65, 200, 64, 48, 1, false);
     gemm<__half>(layout, 128, false, 40, 136, 72, 100, 1, false);
     gemm<__half>(layout, 192, true, 1, 8, 8, 1, 5, false);
-    // Several tiles a block, of one, two and five steps.
+    // Several tiles a block, of one, two and five steps; pairs of blocks with more than one pair of
+    // tiles each.
     gemm<__nv_bfloat16>(layout, 192, true, 200, 392, 64, 16, 1, false, WithBias::kFloat);
     gemm<__half>(layout, 128, false, 300, 72, 104, 8, 1, false, WithBias::kNone);
     gemm<__half>(layout, 192, true, 257, 208, 304, 15, 2, false, WithBias::kFloat);
     gemm<__nv_bfloat16>(layout, 192, false, 257, 208, 304, 29, 2, true, WithBias::kNone);
+    gemm<__nv_bfloat16>(layout, 128, true, 257, 456, 456, 16, 5, false, WithBias::kNone);
   }
   return failures() != 0;
 }
