@@ -99,18 +99,6 @@ static void choices() {
   GemmArguments repeated = g;
   repeated.a.stride = 0;
   EXPECT(!choose_gemm(repeated, h200).sm90, "an expanded x");
-  GemmArguments padded = g;
-  padded.a = {reinterpret_cast<void*>(0x1000), 12608, 765, 768};
-  padded.w = {reinterpret_cast<void*>(0x2000), 2304, 765, 768};
-  EXPECT(!choose_gemm(padded, h200).sm90, "rows that end inside 16 bytes");
-  const auto with_bias = [&](uintptr_t address, Dtype dtype) {
-    GemmArguments biased = g;
-    biased.bias = reinterpret_cast<void*>(address);
-    biased.bias_dtype = dtype;
-    return choose_gemm(biased, h200).sm90;
-  };
-  EXPECT(with_bias(0x1008, Dtype::kFloat) && !with_bias(0x1004, Dtype::kFloat), "float pairs");
-  EXPECT(with_bias(0x1004, Dtype::kHalf) && !with_bias(0x1002, Dtype::kHalf), "pairs of halves");
 }
 
 int main() {

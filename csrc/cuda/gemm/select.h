@@ -37,24 +37,17 @@ constexpr int sm80_block(int64_t m, int64_t c, int multiprocessors) {
   return ceil_div(m, 128) * ceil_div(c, 128) >= multiprocessors ? 128 : 64;
 }
 
-// Whether the sm_90a kernel can read and write the operands; the thin ones are this library's own
-// and always fit. TMA wants rows that are 16-byte aligned and not expanded. I a multiple of 8: the
-// last 16 bytes of a row of `a` then hold none of what lies between its rows. The bias is read in
-// pairs.
-inline bool fits_sm90(const GemmArguments& g, int block_c) {
-  const GemmMapParams maps = gemm_map_params(g, block_c);
-  const uintptr_t pair_bytes = g.bias_dtype == Dtype::kFloat ? 8 : 4;
-  return tensor_map_error(maps.a).empty() && tensor_map_error(maps.w).empty() &&
-         tensor_map_error(maps.out).empty() && g.a.cols % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(g.bias) % pair_bytes == 0 && fits_int32(g.a.rows) &&
-         fits_int32(g.out.cols) && fits_int32(g.a.cols);
-}
-
+// The kernel for a, w and out; the thin operands are this library's own and always fit. Where TMA
+// cannot load a tensor (rows not 16-byte aligned, expanded rows), the general kernel does.
 inline GemmChoice choose_gemm(const GemmArguments& g, const Device& device) {
   const int64_t m = g.a.rows;
   const int64_t c = g.out.cols;
   const int block_c = sm90_block_c(m, c, device.multiprocessors);
-  if (kSm90IsBuilt && device.capability == 90 && fits_sm90(g, block_c) &&
+  const GemmMapParams maps = gemm_map_params(g, block_c);
+  const bool fits = tensor_map_error(maps.a).empty() && tensor_map_error(maps.w).empty() &&
+                    tensor_map_error(maps.out).empty() && fits_int32(m) && fits_int32(c) &&
+                    fits_int32(g.a.cols);
+  if (kSm90IsBuilt && device.capability == 90 && fits &&
       enough_tiles_for_sm90(m, c, device.multiprocessors))
     return {true, block_c};
   return {false, sm80_block(m, c, device.multiprocessors)};

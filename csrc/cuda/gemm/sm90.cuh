@@ -303,9 +303,6 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
   };
 
   for (int index = place.first; index < g.order.count(); index += place.stride) {
-    const Tile tile = place.tile(g.order, index);
-    const int row = tile.row * Config::kBlockM + consumer * 64;
-    const int c = tile.col * Config::kBlockC;
     float acc[Config::kMmaC / 2];
     int previous = -1;
 
@@ -328,21 +325,28 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       previous = ring.stage;
       ring.advance();
     };
-    // The product: over I, then over the rank where P is read. The first steps leave time to store
-    // the tile before.
+    // The product: over I, then over the rank where P is read. Between its steps the tile before is
+    // stored, a piece at a time and evenly: TMA takes long to read one, with loads queued before it.
+    int t = 0;
 #pragma unroll
-    for (int t = 0; t < Config::kPieces; ++t) {
-      if (t < g.tiles_i) multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
+    for (int piece = 0; piece < Config::kPieces; ++piece) {
+      const int end = g.tiles_i * (piece + 1) / Config::kPieces;
+      const auto step = [&] {
+        multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
+        ++t;
+      };
+      if (t < end) step();
       if (out_row >= 0) {
         if (thread == 0) wait_stores_read<0>();
         warpgroup_sync(1 + consumer);
-        write_piece(buffer, out[t]);
+        write_piece(buffer, out[piece]);
         fence_to_tma();
         warpgroup_sync(1 + consumer);
-        if (thread == 0) store(t, buffer);
+        if (thread == 0) store(piece, buffer);
       }
+#pragma unroll 1
+      while (t < end) step();
     }
-    for (int t = Config::kPieces; t < g.tiles_i; ++t) multiply(Steps<4>{}, gmma::ScaleOut::One);
     if constexpr (!Config::kComputeP) {
       if (g.rank_steps == 1) {
         multiply(Steps<1>{}, gmma::ScaleOut::One);
@@ -353,7 +357,10 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
           multiply(Steps<4>{}, gmma::ScaleOut::One);
       }
     }
-    // Before the wait, so that it covers the latency.
+    // Before the wait, so that it covers what these take.
+    const Tile tile = place.tile(g.order, index);
+    const int row = tile.row * Config::kBlockM + consumer * 64;
+    const int c = tile.col * Config::kBlockC;
     float bias[Config::kBlockC / 8][2];
     load_bias_pairs<T>(bias, g.bias, c + accumulator_col(lane, 0), g.c);
     cute::warpgroup_wait<0>();
