@@ -29,6 +29,8 @@ static void limits() {
   refused("boxes without rows", [](auto& p) { p.box_rows = 0; });
   refused("a box row beyond the swizzle", [](auto& p) { p.box_cols = 72; });
   refused("a box row of 8 bytes", [](auto& p) { p.box_cols = 4; });
+  refused("a swizzle of 64 bytes", [](auto& p) { p.swizzle_bytes = 64; });
+  refused("a box row beyond a narrow swizzle", [](auto& p) { p.swizzle_bytes = 32; });
   TensorMapParams small = valid();
   small.cols = 16;
   small.row_bytes = 32;

@@ -39,13 +39,16 @@ struct Sm90Config {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
 
-  static constexpr int kMmaC = kBlockC + kPCols;  // columns of one wgmma
+  // MN-major, thin_in's columns have a wgmma of their own: one of 192 columns and a part of a chunk
+  // of 64 took half as long again.
+  static constexpr bool kPApart = kComputeP && kLayout == WLayout::kRowsOfC;
+  static constexpr int kMmaC = kPApart ? kBlockC : kBlockC + kPCols;  // columns of one wgmma
+  static constexpr int kAccumulators = (kBlockC + kPCols) / 2;
   static constexpr int kABytes = kBlockM * kLineBytes;
   static constexpr int kHalfABytes = kABytes / 2;  // a consumer's rows, and a box
   static constexpr int kWBytes = kBlockC * kLineBytes;
-  // Rows of I: kPCols lines more. Rows of C: one more chunk of 64 columns, zeros beyond the rank.
-  static constexpr int kThinInBytes =
-      !kComputeP ? 0 : (kLayout == WLayout::kRowsOfI ? kPCols : kBlockI) * kLineBytes;
+  // Rows of I: kPCols lines more. Rows of C: kBlockI lines of kPCols columns.
+  static constexpr int kThinInBytes = kPCols * kBlockI * 2;
   static constexpr int kStageBytes = kABytes + kWBytes + kThinInBytes;
   static constexpr int kChunkBytes = kBlockI * kLineBytes;  // 64 columns of w in rows of C
 
@@ -92,7 +95,9 @@ inline GemmMapParams gemm_map_params(const GemmArguments& g, int block_c) {
   GemmMapParams maps;
   maps.a = map_params(g.a, 64, kSm90BlockM / 2);
   maps.w = map_params(g.w, 64, w_rows);
-  maps.thin_in = map_params(g.thin_in, 64, rows_of_i ? kComputePRank : kSm90BlockI);
+  maps.thin_in = rows_of_i ? map_params(g.thin_in, 64, kComputePRank)
+                           : map_params(g.thin_in, kComputePRank, kSm90BlockI);
+  if (!rows_of_i) maps.thin_in.swizzle_bytes = 2 * kComputePRank;
   maps.p = map_params(g.p, 64, kSm90BlockM / 2);
   maps.thin_out = map_params(g.thin_out, 64, w_rows);
   maps.out = map_params(g.out, 64, 64);

@@ -29,8 +29,9 @@
 //
 // P read (kPCols = 0): the loop over I goes on over the rank, a's tiles from P and w's from
 // thin_out. P computed in the GEMM's loop: every w tile has kPCols more columns, thin_in's, in the
-// same wgmma; a wgmma of their own would read a's tile again. After the loop their accumulators,
-// rounded, are P and the left operand (in registers) of the product with one more tile, thin_out.
+// forward in the same wgmma, as one of their own reads a's tile again. After the loop their
+// accumulators, rounded, are P and the left operand (in registers) of the product with one more
+// tile, thin_out.
 namespace efft_kernels::cuda {
 
 namespace gmma = cute::SM90::GMMA;
@@ -50,10 +51,12 @@ struct Wgmma;  // ::Shared and ::Registers: where the left operand is
     using Registers = gmma::MMA_64x##N##x16_F32##NAME##NAME##_RS<gmma::Major::K, kMajor>; \
   };
 
+EFFT_WGMMA_SHARED(__nv_bfloat16, BF16, 16)
 EFFT_WGMMA_BOTH(__nv_bfloat16, BF16, 128)
 EFFT_WGMMA_BOTH(__nv_bfloat16, BF16, 192)
 EFFT_WGMMA_SHARED(__nv_bfloat16, BF16, 144)
 EFFT_WGMMA_SHARED(__nv_bfloat16, BF16, 208)
+EFFT_WGMMA_SHARED(__half, F16, 16)
 EFFT_WGMMA_BOTH(__half, F16, 128)
 EFFT_WGMMA_BOTH(__half, F16, 192)
 EFFT_WGMMA_SHARED(__half, F16, 144)
@@ -62,10 +65,11 @@ EFFT_WGMMA_SHARED(__half, F16, 208)
 #undef EFFT_WGMMA_SHARED
 #undef EFFT_WGMMA_BOTH
 
-template <class Op, int kCount, size_t... kIndex>
+// Into the accumulators from kFirst on.
+template <class Op, int kFirst, int kCount, size_t... kIndex>
 __device__ __forceinline__ void wgmma_shared(float (&acc)[kCount], uint64_t a, uint64_t b,
                                              gmma::ScaleOut scale, std::index_sequence<kIndex...>) {
-  Op::fma(a, b, acc[kIndex]..., scale);
+  Op::fma(a, b, acc[kFirst + kIndex]..., scale);
 }
 
 template <class Op, int kCount, size_t... kIndex>
@@ -214,7 +218,7 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Paramete
 // product.
 template <class T, class Config>
 __device__ __forceinline__ void round_p(uint32_t (&p)[Config::kPCols / 16][4],
-                                        const float (&acc)[Config::kMmaC / 2],
+                                        const float (&acc)[Config::kAccumulators],
                                         const Sm90Parameters& g, int row, bool store) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -243,7 +247,7 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[Config::kPCols / 16][4],
 // stmatrix takes.
 template <class T, class Config>
 __device__ __forceinline__ void round_out(uint32_t (&out)[Config::kPieces][16],
-                                          const float (&acc)[Config::kMmaC / 2],
+                                          const float (&acc)[Config::kAccumulators],
                                           const float (&bias)[Config::kBlockC / 8][2]) {
 #pragma unroll
   for (int block = 0; block < Config::kBlockC / 8; ++block) {
@@ -274,7 +278,6 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
   constexpr gmma::Major kMajor = kRowsOfI ? gmma::Major::K : gmma::Major::MN;
   using Main = Wgmma<T, Config::kMmaC, kMajor>;
   using Last = Wgmma<T, Config::kBlockC, kMajor>;
-  constexpr auto kAll = std::make_index_sequence<Config::kMmaC / 2>{};
 
   const int thread = threadIdx.x % 128;
   const int warp = thread / 32;
@@ -286,6 +289,9 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       wgmma_descriptor(smem.stages + consumer * Config::kHalfABytes, 16, kSlabBytes);
   const uint64_t w_first = wgmma_descriptor(smem.stages + Config::kABytes,
                                             kRowsOfI ? 16 : Config::kChunkBytes, kSlabBytes);
+  constexpr uint64_t kThinInStep = descriptor_step(16 * 2 * kComputePRank);
+  const uint64_t thin_in_first =
+      wgmma_descriptor_32b(smem.stages + Config::kABytes + Config::kWBytes);
   const uint32_t buffer = smem.pieces + consumer * Config::kPieceBytes;
   const auto release = [&](int stage) {
     if (lane < place.cluster) barrier_arrive_at(smem.empty + stage * 8, lane);
@@ -303,7 +309,7 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
   };
 
   for (int index = place.first; index < g.order.count(); index += place.stride) {
-    float acc[Config::kMmaC / 2];
+    float acc[Config::kAccumulators];
     int previous = -1;
 
     // One wgmma group is always in flight: the stage before it is released when it is issued.
@@ -314,10 +320,16 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       fence_accumulators(acc);
       cute::warpgroup_arrive();
 #pragma unroll
-      for (int k = 0; k < decltype(steps)::value; ++k)
-        wgmma_shared<typename Main::Shared>(acc, a_first + at + k * kAStep,
-                                            w_first + at + k * kWStep,
-                                            k == 0 ? first : gmma::ScaleOut::One, kAll);
+      for (int k = 0; k < decltype(steps)::value; ++k) {
+        const uint64_t a = a_first + at + k * kAStep;
+        const gmma::ScaleOut scale = k == 0 ? first : gmma::ScaleOut::One;
+        wgmma_shared<typename Main::Shared, 0>(acc, a, w_first + at + k * kWStep, scale,
+                                               std::make_index_sequence<Config::kMmaC / 2>{});
+        if constexpr (Config::kPApart)
+          wgmma_shared<typename Wgmma<T, Config::kPCols, kMajor>::Shared, Config::kBlockC / 2>(
+              acc, a, thin_in_first + at + k * kThinInStep, scale,
+              std::make_index_sequence<Config::kPCols / 2>{});
+      }
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<1>();
       fence_accumulators(acc);
@@ -326,7 +338,8 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       ring.advance();
     };
     // The product: over I, then over the rank where P is read. Between its steps the tile before is
-    // stored, a piece at a time and evenly: TMA takes long to read one, with loads queued before it.
+    // stored, a piece at a time and evenly: TMA takes long to read one, with loads queued before
+    // it.
     int t = 0;
 #pragma unroll
     for (int piece = 0; piece < Config::kPieces; ++piece) {

@@ -58,8 +58,9 @@ inline TensorMapParams params_of(const CUtensorMap* map) {
 inline void load_box(uint32_t to, const CUtensorMap* map, int32_t row, int32_t col,
                      uint32_t barrier) {
   const TensorMapParams p = params_of(map);
-  model::check(to % 1024 == 0, "a box of 128-byte rows must start at a swizzle period");
-  model::check(p.box_cols == 64, "rows of 128 bytes");
+  const uint32_t line = p.swizzle_bytes;
+  model::check(to % (8 * line) == 0, "a box must start at a swizzle period");
+  model::check(p.box_cols * 2 == line, "rows of the swizzle's width");
   const auto load = [=] {
     for (uint32_t r = 0; r < p.box_rows; ++r) {
       for (uint32_t c = 0; c < p.box_cols; ++c) {
@@ -71,7 +72,8 @@ inline void load_box(uint32_t to, const CUtensorMap* map, int32_t row, int32_t c
                       reinterpret_cast<const uint8_t*>(p.address) +
                           static_cast<uint64_t>(at_row) * p.row_bytes + at_col * 2,
                       2);
-        std::memcpy(model::smem_at(swizzle_128b(to + r * 128 + c * 2), 2), &value, 2);
+        const uint32_t at = to + r * line + c * 2;
+        std::memcpy(model::smem_at(line == 32 ? swizzle_32b(at) : swizzle_128b(at), 2), &value, 2);
       }
     }
     barrier_at(barrier).bytes -= box_bytes(p);
