@@ -82,25 +82,20 @@ Tensor Call::weight_plus(const std::optional<Folded>& low_rank) const {
   return out;
 }
 
-std::optional<Tensor> Call::thin(const Tensor& tall, const Matrix& thin_in, const Tensor& s,
-                                 const std::optional<Tensor>& s_copy,
-                                 const std::optional<Tensor>& p) const {
-  ThinArguments t{};
-  t.dtype = dtype;
-  t.tall = matrix(tall);
-  t.thin_in = thin_in;
-  t.s = matrix(s);
-  if (s_copy) t.s_copy = matrix(*s_copy);
-  t.rank = ra;
-  t.programs = ceil_div(m, kPassRows);
-  std::optional<Tensor> partial;
-  if (p) {
-    t.p = matrix(*p);
-    t.programs = thin_programs(m, device.multiprocessors);
-    partial = empty(rows, {t.programs, tall.size(1), rank_padded}, ScalarType::Float);
-    t.partial = static_cast<float*>(partial->data_ptr());
-  }
+void Call::thin(const Tensor& tall, const Matrix& thin_in, const Tensor& s,
+                const std::optional<Tensor>& s_copy) const {
+  const ThinArguments t{
+      dtype, matrix(tall), thin_in, matrix(s), s_copy ? matrix(*s_copy) : Matrix{}, ra};
   check_cuda(launch_thin(t, rank_padded, stream));
+}
+
+Tensor Call::thin_grad(const Tensor& tall, const Matrix& thin_in, const Tensor& p,
+                       const Tensor& s) const {
+  const int64_t programs = thin_grad_programs(m, device.multiprocessors);
+  const Tensor partial = empty(rows, {programs, tall.size(1), rank_padded}, ScalarType::Float);
+  check_cuda(launch_thin_grad({dtype, matrix(tall), thin_in, matrix(p), matrix(s), ra,
+                               static_cast<float*>(partial.data_ptr()), programs},
+                              stream));
   return partial;
 }
 

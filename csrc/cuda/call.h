@@ -58,11 +58,13 @@ struct Call {
   // W + B·down^T in x's dtype, rounded once.
   Tensor merged_weight() const;
 
-  // tall·thin_in into `s`, and into `s_copy` where there is one. With `p` the partial sums of
-  // tall^T·P as well, [programs, C, R], which it returns.
-  std::optional<Tensor> thin(const Tensor& tall, const Matrix& thin_in, const Tensor& s,
-                             const std::optional<Tensor>& s_copy = std::nullopt,
-                             const std::optional<Tensor>& p = std::nullopt) const;
+  // tall·thin_in into `s`, and into `s_copy` where there is one.
+  void thin(const Tensor& tall, const Matrix& thin_in, const Tensor& s,
+            const std::optional<Tensor>& s_copy = std::nullopt) const;
+
+  // tall·thin_in into `s`, and the partial sums of tall^T·P, [programs, C, R].
+  Tensor thin_grad(const Tensor& tall, const Matrix& thin_in, const Tensor& p,
+                   const Tensor& s) const;
 
   // The partial sums of tall^T·thin, [splits, C, R].
   Tensor tall_grad(const Tensor& tall, const Tensor& thin) const;

@@ -15,7 +15,8 @@
 //     merged  fold, merge, torch's GEMM; fold and thin where P is saved
 //   backward
 //     fused   fold, gemm (dX; S in its loop), tall_grad (x, S), tall_grad (dY, P), reduce, unfold
-//     split   fold, thin (S, and d_B's partial sums), gemm (dX), tall_grad (x, S), reduce, unfold
+//     split   fold, thin_grad (S, and d_B's partial sums), gemm (dX), tall_grad (x, S), reduce,
+//             unfold; above R = 16 thin (S) and tall_grad (dY, P) for thin_grad
 //     merged  as split, with fold, merge and torch's GEMM for dX
 //
 // `fused` runs as `split` where the GEMM's loop cannot compute P. A weight wider than x is cast
@@ -104,9 +105,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
       const Call::Folded folded = call.fold(call.type, {.b = true, .transpose_down = true});
       if (need_down || !compute_s) s = empty(dy, {call.m, call.rank_padded}, call.type);
       if (!compute_s) {
-        const bool one_pass = need_factors && one_pass_gradient(call.rank_padded);
-        d_b_partial =
-            call.thin(dy, matrix(*folded.b), *s, std::nullopt, one_pass ? p : std::nullopt);
+        const Matrix b = matrix(*folded.b);
+        if (need_factors && one_pass_gradient(call.rank_padded)) {
+          d_b_partial = call.thin_grad(dy, b, *p, *s);
+        } else {
+          call.thin(dy, b, *s);
+        }
       }
       if (gemm) {
         call.launch(*gemm, folded, s, compute_s);

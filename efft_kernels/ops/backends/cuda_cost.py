@@ -9,6 +9,8 @@ from .fallback import padded_rank
 MAX_RANK = 128
 # The padded rank whose instructions (144 and 208 columns) the sm_90a GEMM has for P in its loop.
 RANK_IN_GEMM = 16
+# The padded rank at which one pass over dY makes S and the partial sums of d_B (passes/sizes.h).
+ONE_PASS_RANK = 16
 
 
 def excluded(problem: Problem, strategy: str) -> str | None:
@@ -56,9 +58,9 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
             return [fold_down, thin, *merged] if problem.training else merged
         return [*cast, fold, gemm] if p_in_gemm else [*cast, fold, thin, gemm]
 
-    # d_B's partial sums come from the pass that makes S where that is one pass (passes/sizes.h).
-    one_pass = R <= 32 and not p_in_gemm
-    programs = min(-(-M // 64), 2 * device.multiprocessors)
+    # d_B's partial sums come from the pass that makes S where that is one pass.
+    one_pass = R == ONE_PASS_RANK and not p_in_gemm
+    programs = min(-(-M // 128), 2 * device.multiprocessors)
     dy_parts = programs if one_pass else _splits(M, N, device.multiprocessors)
     x_parts = _splits(M, K, device.multiprocessors)
     grad_x = Launch("tall_grad", 2 * M * K * R, M * (K + rank) * b + x_parts * K * R * 4)
