@@ -134,26 +134,21 @@ void Call::reduce(const std::optional<Tensor>& d_b_partial, const std::optional<
   check_cuda(launch_reduce(sum_of(d_b_partial, d_b), sum_of(d_down_partial, d_down), stream));
 }
 
-std::tuple<std::optional<Tensor>, std::optional<Tensor>> Call::unfold(const Tensor& d_b,
-                                                                      bool need_core,
-                                                                      bool need_up) const {
-  std::optional<Tensor> d_core, d_up;
-  if (need_core) d_core = empty(up, {slices, ra, rb}, up.scalar_type());
-  if (need_up) d_up = empty(up, {up.size(0), n / slices, rb}, up.scalar_type());
+void Call::unfold(const Tensor& d_b, const std::optional<Tensor>& d_core,
+                  const std::optional<Tensor>& d_up) const {
   UnfoldArguments u{};
   u.d_b = static_cast<const float*>(d_b.data_ptr());
-  u.core = core_or_null();
+  u.core = strided(*core);
   u.up = up_by_slice();
   u.slices = slices;
   u.slice_n = n / slices;
   u.ra = ra;
   u.rb = rb;
   u.shared = up_is_shared();
-  u.out_dtype = dtype_of(up);
+  u.dtype = dtype_of(up);
   u.d_core = d_core ? d_core->data_ptr() : nullptr;
   u.d_up = d_up ? d_up->data_ptr() : nullptr;
   check_cuda(launch_unfold(u, stream));
-  return {d_core, d_up};
 }
 
 Call::Gemm Call::choose(const Tensor& a, WLayout layout, const std::optional<Tensor>& bias) const {

@@ -74,9 +74,10 @@ struct Call {
               const std::optional<Tensor>& d_down_partial,
               const std::optional<Tensor>& d_down) const;
 
-  // d_core [G, Ra, Rb] and d_up [1 or G, N/G, Rb] from d_B [N, Ra] in float32, where needed.
-  std::tuple<std::optional<Tensor>, std::optional<Tensor>> unfold(const Tensor& d_b, bool need_core,
-                                                                  bool need_up) const;
+  // d_core [G, Ra, Rb] and d_up [1 or G, N/G, Rb] from d_B [N, Ra] in float32; either may be
+  // absent.
+  void unfold(const Tensor& d_b, const std::optional<Tensor>& d_core,
+              const std::optional<Tensor>& d_up) const;
 
   Gemm choose(const Tensor& a, WLayout layout,
               const std::optional<Tensor>& bias = std::nullopt) const;

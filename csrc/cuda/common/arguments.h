@@ -129,12 +129,12 @@ struct MergeArguments {
 // the latter summed over g where `up` is shared. Either output may be null.
 struct UnfoldArguments {
   const float* d_b;  // [N, Ra]
-  Strided core;      // [G, Ra, Rb] or null
+  Strided core;      // [G, Ra, Rb]
   Strided up;        // [G, N/G, Rb], stride 0 along a shared first dim
   int64_t slices, slice_n;
   int ra, rb;
   bool shared;
-  Dtype out_dtype;
+  Dtype dtype;   // of core and up, and of their gradients
   void* d_core;  // [G, Ra, Rb]: out
   void* d_up;    // [1 or G, N/G, Rb]: out
 };
