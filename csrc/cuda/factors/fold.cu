@@ -1,3 +1,4 @@
+#include "common/dependent_launch.cuh"
 #include "common/dynamic_dtype.cuh"
 #include "common/launch_kernel.cuh"
 #include "common/launchers.h"
@@ -15,6 +16,7 @@ constexpr int kFoldThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kFoldThreads)
     fold_kernel(const __grid_constant__ FoldArguments f, int32_t b_count, int32_t down_count) {
+  let_next_kernel_start();
   const int32_t index = static_cast<int32_t>(blockIdx.x) * kFoldThreads + threadIdx.x;
   if (index < b_count) {
     const int32_t n = index / f.rank_padded;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common/convert.cuh"
+#include "common/dependent_launch.cuh"
 #include "common/launch_kernel.cuh"
 #include "common/pipeline.cuh"
 #include "common/smem.cuh"

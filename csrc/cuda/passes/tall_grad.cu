@@ -16,6 +16,7 @@ template <class T, class Config, bool kWhole>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     tall_grad_kernel(const __grid_constant__ TallGradParameters t) {
 #if __CUDA_ARCH__ >= 800
+  let_next_kernel_start();
   constexpr int kRank = Config::kRank;
   const uint32_t smem = smem_address(dynamic_smem());
   const int warp = threadIdx.x / 32;

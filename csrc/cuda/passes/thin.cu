@@ -15,6 +15,8 @@ template <class T, class Config, bool kWhole>
 __global__ void __launch_bounds__(Config::kThreads)
     thin_kernel(const __grid_constant__ ThinParameters t) {
 #if __CUDA_ARCH__ >= 800
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   constexpr int kRank = Config::kRank;
   const uint32_t smem = smem_address(dynamic_smem());
   const int tiles = static_cast<int>(ceil_div(t.tall.cols, Config::kCols));
@@ -49,7 +51,7 @@ cudaError_t launch_thin(const ThinArguments& t, int rank_padded, cudaStream_t st
                   [&]<class T, int kRank, bool kWhole>() {
                     using Config = PassConfig<kRank>;
                     const int64_t blocks = ceil_div(t.tall.rows, Config::kRows);
-                    return launch_with_smem<thin_kernel<T, Config, kWhole>>(
+                    return launch_dependent<thin_kernel<T, Config, kWhole>>(
                         dim3(static_cast<unsigned>(blocks)), Config::kThreads, Config::kSmemBytes,
                         stream, parameters);
                   });

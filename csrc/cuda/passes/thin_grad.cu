@@ -45,6 +45,8 @@ template <class T, bool kWhole>
 __global__ void __launch_bounds__(Config::kThreads)
     thin_grad_kernel(const __grid_constant__ ThinGradParameters t) {
 #if __CUDA_ARCH__ >= 800
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const uint32_t smem = smem_address(dynamic_smem());
   const uint32_t p_tile = smem + Config::kStagesBytes;
   const int warp = threadIdx.x / 32;
@@ -105,7 +107,7 @@ cudaError_t launch_thin_grad(const ThinGradArguments& t, cudaStream_t stream) {
                                       thin_output(t.s, {}, t.rank), t.partial};
   if (!parameters.thin_in.whole()) return cudaErrorInvalidValue;
   const auto launch = [&]<class T, bool kWhole>() {
-    return launch_with_smem<thin_grad_kernel<T, kWhole>>(dim3(static_cast<unsigned>(t.programs)),
+    return launch_dependent<thin_grad_kernel<T, kWhole>>(dim3(static_cast<unsigned>(t.programs)),
                                                          Config::kThreads, Config::kSmemBytes,
                                                          stream, parameters);
   };

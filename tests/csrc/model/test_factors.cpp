@@ -125,5 +125,9 @@ int main() {
   factors(83, 3, 37, 5, 11, true, false);
   factors(97, 2, 23, 3, 3, false, false);
   factors(37, 1, 131, 17, 33, true, true);
+  // Rows by fours; 1031 and 600 rows are two batches of a thread, of eight and of four.
+  factors(17, 2, 150, 20, 12, true, true);
+  factors(17, 1, 1031, 8, 4, true, false);
+  factors(17, 1, 600, 3, 4, true, false);
   return failures() != 0;
 }

@@ -73,7 +73,28 @@ static void passes(int64_t m, int64_t c, int rank, bool aligned, int64_t program
   d_b.expect_margins_untouched("d_b");
 }
 
+// More parts than a thread has loads in flight.
+static void many_parts(int64_t parts, int64_t c, int rank) {
+  const int rank_padded = padded_rank(rank);
+  auto partial = Stored<float>::random(parts, c * rank_padded, 4);
+  Stored<float> out(c, rank);
+  const ReduceArguments r{static_cast<float*>(partial.matrix().data),
+                          parts,
+                          c,
+                          rank_padded,
+                          out.matrix().data,
+                          rank,
+                          Dtype::kFloat};
+  EXPECT(launch_reduce({}, r, nullptr) == cudaSuccess, "launch");
+  expect_equal("sum", out, [&](int64_t row, int64_t column) {
+    double sum = 0;
+    for (int64_t i = 0; i < parts; ++i) sum += partial.value(i, row * rank_padded + column);
+    return sum;
+  });
+}
+
 int main() {
+  many_parts(261, 5, 13);
   for (const bool eager : {true, false}) {
     for (const bool aligned : {true, false}) {
       passes<__nv_bfloat16>(67, 71, 7, aligned, 1, eager);
