@@ -162,7 +162,7 @@ Call::Gemm Call::choose(const Tensor& a, WLayout layout, const std::optional<Ten
   g.out = matrix(gemm.out);
   g.rank_padded = rank_padded;
   if (bias) {
-    gemm.bias = torch::stable::contiguous(*bias);
+    if (!bias->is_contiguous()) gemm.bias = torch::stable::contiguous(*bias);
     if (gemm.bias->scalar_type() != ScalarType::Float)
       gemm.bias = torch::stable::to(*gemm.bias, type);
     g.bias = gemm.bias->data_ptr();
