@@ -102,7 +102,8 @@ def archs() -> set[str]:
 
 
 def test_the_library_has_every_kernel_for_every_architecture():
-    general = ("gemm_sm80", "thin_kernel", "tall_grad", "reduce", "fold", "merge", "unfold")
+    passes = ("thin_kernel", "thin_grad", "tall_grad", "reduce")
+    general = ("gemm_sm80", *passes, "fold", "merge", "unfold")
     for arch in archs():
         names = " ".join(kernel.name for kernel in kernels() if kernel.arch == arch)
         missing = [name for name in general if name not in names]
@@ -183,7 +184,7 @@ def test_wgmma_is_not_serialised():
 
 
 def test_the_other_kernels_use_tensor_cores_and_asynchronous_copies():
-    found = selected("gemm_sm80", "thin_kernel", "tall_grad_kernel")
+    found = selected("gemm_sm80", "thin_kernel", "thin_grad_kernel", "tall_grad_kernel")
     assert found
     for key, text in found:
         assert has(text, r"HMMA\.16816\.F32(\.\w+)*"), f"no mma in {key}"
