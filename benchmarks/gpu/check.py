@@ -41,6 +41,8 @@ TOOL_FOLDERS = (
 )
 # A stage that has less than this left is not started.
 LEAST_S = 5.0
+# A rehearsal runs on processors, perhaps few and busy ones.
+DRY_PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def run(
         tool = which(stage.needs) if stage.needs else None
         rehearsed = dry and stage.dry is not None
         command = filled(stage.dry if rehearsed else stage.command, results, tool or stage.needs)
-        log.write(f"\n== {stage.name}, at most {min(stage.limit_s, max(left, 0)):.0f} s")
+        limit = min(stage.limit_s * (DRY_PATIENCE if dry else 1), max(left, 0))
+        log.write(f"\n== {stage.name}, at most {limit:.0f} s")
         if dry and stage.dry is None:
             outcome = Outcome(stage.name, "skipped", 0.0, "would run: " + " ".join(command))
         elif stage.needs and tool is None and not rehearsed:
@@ -155,7 +158,7 @@ def run(
         elif left < LEAST_S:
             outcome = Outcome(stage.name, "FAILED", 0.0, f"not run: the {total_s:.0f} s are over")
         else:
-            outcome = run_stage(stage, command, min(stage.limit_s, left), log)
+            outcome = run_stage(stage, command, limit, log)
         outcomes.append(outcome)
         log.write(str(outcome))
     return outcomes
