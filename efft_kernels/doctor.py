@@ -144,7 +144,7 @@ def _trial(backend: str) -> str | None:
     try:
         device, dtype = _place_of(backend)
         operands: Any = leaves(draw_operands(TRIAL, dtype, device=device), FACTORS)
-        wide = {name: None if t is None else t.float() for name, t in operands.items()}
+        wide: Any = {name: None if t is None else t.float() for name, t in operands.items()}
         expected = reference.low_rank_linear(**wide).detach()
         y = low_rank_linear(*operands.values(), backend=backend)
         y.sum().backward()
