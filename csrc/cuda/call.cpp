@@ -82,25 +82,20 @@ Tensor Call::weight_plus(const std::optional<Folded>& low_rank) const {
   return out;
 }
 
-std::optional<Tensor> Call::thin(const Tensor& tall, const Matrix& thin_in, const Tensor& s,
-                                 const std::optional<Tensor>& s_copy,
-                                 const std::optional<Tensor>& p) const {
-  ThinArguments t{};
-  t.dtype = dtype;
-  t.tall = matrix(tall);
-  t.thin_in = thin_in;
-  t.s = matrix(s);
-  if (s_copy) t.s_copy = matrix(*s_copy);
-  t.rank = ra;
-  t.programs = ceil_div(m, kPassRows);
-  std::optional<Tensor> partial;
-  if (p) {
-    t.p = matrix(*p);
-    t.programs = thin_programs(m, device.multiprocessors);
-    partial = empty(rows, {t.programs, tall.size(1), rank_padded}, ScalarType::Float);
-    t.partial = static_cast<float*>(partial->data_ptr());
-  }
+void Call::thin(const Tensor& tall, const Matrix& thin_in, const Tensor& s,
+                const std::optional<Tensor>& s_copy) const {
+  const ThinArguments t{
+      dtype, matrix(tall), thin_in, matrix(s), s_copy ? matrix(*s_copy) : Matrix{}, ra};
   check_cuda(launch_thin(t, rank_padded, stream));
+}
+
+Tensor Call::thin_grad(const Tensor& tall, const Matrix& thin_in, const Tensor& p,
+                       const Tensor& s) const {
+  const int64_t programs = thin_grad_programs(m, device.multiprocessors);
+  const Tensor partial = empty(rows, {programs, tall.size(1), rank_padded}, ScalarType::Float);
+  check_cuda(launch_thin_grad({dtype, matrix(tall), thin_in, matrix(p), matrix(s), ra,
+                               static_cast<float*>(partial.data_ptr()), programs},
+                              stream));
   return partial;
 }
 
@@ -139,26 +134,21 @@ void Call::reduce(const std::optional<Tensor>& d_b_partial, const std::optional<
   check_cuda(launch_reduce(sum_of(d_b_partial, d_b), sum_of(d_down_partial, d_down), stream));
 }
 
-std::tuple<std::optional<Tensor>, std::optional<Tensor>> Call::unfold(const Tensor& d_b,
-                                                                      bool need_core,
-                                                                      bool need_up) const {
-  std::optional<Tensor> d_core, d_up;
-  if (need_core) d_core = empty(up, {slices, ra, rb}, up.scalar_type());
-  if (need_up) d_up = empty(up, {up.size(0), n / slices, rb}, up.scalar_type());
+void Call::unfold(const Tensor& d_b, const std::optional<Tensor>& d_core,
+                  const std::optional<Tensor>& d_up) const {
   UnfoldArguments u{};
   u.d_b = static_cast<const float*>(d_b.data_ptr());
-  u.core = core_or_null();
+  u.core = strided(*core);
   u.up = up_by_slice();
   u.slices = slices;
   u.slice_n = n / slices;
   u.ra = ra;
   u.rb = rb;
   u.shared = up_is_shared();
-  u.out_dtype = dtype_of(up);
+  u.dtype = dtype_of(up);
   u.d_core = d_core ? d_core->data_ptr() : nullptr;
   u.d_up = d_up ? d_up->data_ptr() : nullptr;
   check_cuda(launch_unfold(u, stream));
-  return {d_core, d_up};
 }
 
 Call::Gemm Call::choose(const Tensor& a, WLayout layout, const std::optional<Tensor>& bias) const {
@@ -172,7 +162,7 @@ Call::Gemm Call::choose(const Tensor& a, WLayout layout, const std::optional<Ten
   g.out = matrix(gemm.out);
   g.rank_padded = rank_padded;
   if (bias) {
-    gemm.bias = torch::stable::contiguous(*bias);
+    if (!bias->is_contiguous()) gemm.bias = torch::stable::contiguous(*bias);
     if (gemm.bias->scalar_type() != ScalarType::Float)
       gemm.bias = torch::stable::to(*gemm.bias, type);
     g.bias = gemm.bias->data_ptr();

@@ -58,11 +58,13 @@ struct Call {
   // W + B·down^T in x's dtype, rounded once.
   Tensor merged_weight() const;
 
-  // tall·thin_in into `s`, and into `s_copy` where there is one. With `p` the partial sums of
-  // tall^T·P as well, [programs, C, R], which it returns.
-  std::optional<Tensor> thin(const Tensor& tall, const Matrix& thin_in, const Tensor& s,
-                             const std::optional<Tensor>& s_copy = std::nullopt,
-                             const std::optional<Tensor>& p = std::nullopt) const;
+  // tall·thin_in into `s`, and into `s_copy` where there is one.
+  void thin(const Tensor& tall, const Matrix& thin_in, const Tensor& s,
+            const std::optional<Tensor>& s_copy = std::nullopt) const;
+
+  // tall·thin_in into `s`, and the partial sums of tall^T·P, [programs, C, R].
+  Tensor thin_grad(const Tensor& tall, const Matrix& thin_in, const Tensor& p,
+                   const Tensor& s) const;
 
   // The partial sums of tall^T·thin, [splits, C, R].
   Tensor tall_grad(const Tensor& tall, const Tensor& thin) const;
@@ -72,9 +74,10 @@ struct Call {
               const std::optional<Tensor>& d_down_partial,
               const std::optional<Tensor>& d_down) const;
 
-  // d_core [G, Ra, Rb] and d_up [1 or G, N/G, Rb] from d_B [N, Ra] in float32, where needed.
-  std::tuple<std::optional<Tensor>, std::optional<Tensor>> unfold(const Tensor& d_b, bool need_core,
-                                                                  bool need_up) const;
+  // d_core [G, Ra, Rb] and d_up [1 or G, N/G, Rb] from d_B [N, Ra] in float32; either may be
+  // absent.
+  void unfold(const Tensor& d_b, const std::optional<Tensor>& d_core,
+              const std::optional<Tensor>& d_up) const;
 
   Gemm choose(const Tensor& a, WLayout layout,
               const std::optional<Tensor>& bias = std::nullopt) const;

@@ -1,8 +1,10 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
-#include <vector>
+#include <string_view>
 
 #include "passes/sizes.h"
 
@@ -10,24 +12,45 @@
 // (in symbols and numbers) and what came; empty if nothing is.
 namespace efft_kernels::cuda {
 
+// A shape or strides. Without memory of its own: a call makes a dozen. Of a tensor with more dims
+// the others are left out; no operand has that many.
+class Extents {
+ public:
+  Extents() = default;
+  Extents(std::initializer_list<int64_t> values) : Extents(values.begin(), values.size()) {}
+  Extents(const int64_t* values, size_t size) : size_(std::min(size, kMost)) {
+    std::copy_n(values, size_, values_);
+  }
+
+  size_t size() const { return size_; }
+  int64_t operator[](size_t i) const { return values_[i]; }
+  bool operator==(const Extents& other) const {
+    return std::equal(values_, values_ + size_, other.values_, other.values_ + other.size_);
+  }
+
+ private:
+  static constexpr size_t kMost = 6;
+  int64_t values_[kMost] = {};
+  size_t size_ = 0;
+};
+
 struct TensorInfo {
   const char* name = "";
   bool present = false;
-  std::string dtype = {};  // "float16", "bfloat16", "float32", ...
+  std::string_view dtype = {};  // "float16", "bfloat16", "float32", ...
   std::string device = {};
-  std::vector<int64_t> shape = {};
-  std::vector<int64_t> stride = {};
+  Extents shape = {};
+  Extents stride = {};
 };
 
-inline std::string shown(const std::vector<int64_t>& shape) {
+inline std::string shown(const Extents& shape) {
   std::string text = "(";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-inline std::string must_be(const TensorInfo& t, const std::string& expected,
-                           const std::string& got) {
-  return std::string(t.name) + " must be " + expected + ", got " + got;
+inline std::string must_be(const TensorInfo& t, const std::string& expected, std::string_view got) {
+  return std::string(t.name) + " must be " + expected + ", got " + std::string(got);
 }
 
 inline bool is_half(const TensorInfo& t) { return t.dtype == "float16" || t.dtype == "bfloat16"; }
@@ -50,7 +73,8 @@ inline std::string check_dtypes(const Problem& q) {
   if (!is_half(q.rows)) return must_be(q.rows, "float16 or bfloat16", q.rows.dtype);
   for (const TensorInfo* t : {&q.x, &q.p}) {
     if (t->present && t->dtype != q.rows.dtype)
-      return must_be(*t, std::string(q.rows.name) + "'s dtype " + q.rows.dtype, t->dtype);
+      return must_be(*t, std::string(q.rows.name) + "'s dtype " + std::string(q.rows.dtype),
+                     t->dtype);
   }
   for (const TensorInfo* t : {&q.weight, &q.bias, &q.down, &q.core, &q.up}) {
     if (t->present && t->dtype != "float32" && !is_half(*t))
@@ -58,7 +82,7 @@ inline std::string check_dtypes(const Problem& q) {
   }
   for (const TensorInfo* t : {&q.core, &q.up}) {
     if (t->present && t->dtype != q.down.dtype)
-      return must_be(*t, "down's dtype " + q.down.dtype, t->dtype);
+      return must_be(*t, "down's dtype " + std::string(q.down.dtype), t->dtype);
   }
   return {};
 }
@@ -85,7 +109,7 @@ inline std::string check_shapes(const Problem& q, bool backward) {
     return must_be(q.rows, "[M, " + sized(backward ? "N" : "K", columns) + "]",
                    shown(q.rows.shape));
   const int64_t m = q.rows.shape[0];
-  if (q.bias.present && q.bias.shape != std::vector<int64_t>{n})
+  if (q.bias.present && q.bias.shape != Extents{n})
     return must_be(q.bias, "[" + sized("N", n) + "]", shown(q.bias.shape));
   if (q.down.shape.size() != 2 || q.down.shape[0] != k || q.down.shape[1] < 1 ||
       q.down.shape[1] > kMaxRank)
@@ -110,9 +134,9 @@ inline std::string check_shapes(const Problem& q, bool backward) {
                    "[" + std::string(q.core.present ? "1 or " : "") + sized("G", slices) + ", " +
                        sized("N/G", n / slices) + ", " + sized("Rb", rb) + "]",
                    shown(q.up.shape));
-  if (q.x.present && q.x.shape != std::vector<int64_t>{m, k})
+  if (q.x.present && q.x.shape != Extents{m, k})
     return must_be(q.x, "[" + sized("M", m) + ", " + sized("K", k) + "]", shown(q.x.shape));
-  if (q.p.present && q.p.shape != std::vector<int64_t>{m, ra})
+  if (q.p.present && q.p.shape != Extents{m, ra})
     return must_be(q.p, "[" + sized("M", m) + ", " + sized("Ra", ra) + "]", shown(q.p.shape));
   return {};
 }

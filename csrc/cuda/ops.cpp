@@ -15,11 +15,12 @@
 //     merged  fold, merge, torch's GEMM; fold and thin where P is saved
 //   backward
 //     fused   fold, gemm (dX; S in its loop), tall_grad (x, S), tall_grad (dY, P), reduce, unfold
-//     split   fold, thin (S, and d_B's partial sums), gemm (dX), tall_grad (x, S), reduce, unfold
+//     split   fold, thin_grad (S, and d_B's partial sums), gemm (dX), tall_grad (x, S), reduce,
+//             unfold; above R = 16 thin (S) and tall_grad (dY, P) for thin_grad
 //     merged  as split, with fold, merge and torch's GEMM for dX
 //
 // `fused` runs as `split` where the GEMM's loop cannot compute P. A weight wider than x is cast
-// first.
+// first. Without a core reduce makes d_up, and there is no unfold.
 namespace efft_kernels::cuda {
 
 std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias,
@@ -85,14 +86,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
 
   const Call call(dy, weight, down, core, up);
   std::optional<Tensor> dx, d_down, d_core, d_up;
-  std::optional<Tensor> d_b;  // [N, Ra] in float32
   if (need_down) d_down = empty(down, {call.k, call.ra}, down.scalar_type());
-  if (need_factors) d_b = empty(dy, {call.n, call.ra}, ScalarType::Float);
+  if (need_core) d_core = empty(up, {call.slices, call.ra, call.rb}, up.scalar_type());
+  if (need_up) d_up = empty(up, {up.size(0), up.size(1), call.rb}, up.scalar_type());
 
   if (call.m == 0) {
     if (need_x) dx = empty(dy, {0, call.k}, call.type);
-    if (need_down) torch::stable::zero_(*d_down);
-    if (need_factors) torch::stable::zero_(*d_b);
+    for (auto* gradient : {&d_down, &d_core, &d_up})
+      if (*gradient) torch::stable::zero_(**gradient);
   } else {
     std::optional<Tensor> s;  // S = dY·B, [M, R]
     std::optional<Tensor> d_b_partial, d_down_partial;
@@ -104,9 +105,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
       const Call::Folded folded = call.fold(call.type, {.b = true, .transpose_down = true});
       if (need_down || !compute_s) s = empty(dy, {call.m, call.rank_padded}, call.type);
       if (!compute_s) {
-        const bool one_pass = need_factors && one_pass_gradient(call.rank_padded);
-        d_b_partial =
-            call.thin(dy, matrix(*folded.b), *s, std::nullopt, one_pass ? p : std::nullopt);
+        const Matrix b = matrix(*folded.b);
+        if (need_factors && one_pass_gradient(call.rank_padded)) {
+          d_b_partial = call.thin_grad(dy, b, *p, *s);
+        } else {
+          call.thin(dy, b, *s);
+        }
       }
       if (gemm) {
         call.launch(*gemm, folded, s, compute_s);
@@ -116,9 +120,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
     if (need_x && strategy == kMerged) dx = torch::stable::matmul(dy, call.merged_weight());
     if (need_down) d_down_partial = call.tall_grad(*x, *s);
     if (need_factors && !d_b_partial) d_b_partial = call.tall_grad(dy, *p);
+    // d_B, [N, Ra]; without a core it is d_up.
+    std::optional<Tensor> d_b = d_up;
+    if (need_factors && core) d_b = empty(dy, {call.n, call.ra}, ScalarType::Float);
     call.reduce(d_b_partial, d_b, d_down_partial, d_down);
+    if (need_factors && core) call.unfold(*d_b, d_core, d_up);
   }
-  if (need_factors) std::tie(d_core, d_up) = call.unfold(*d_b, need_core, need_up);
   return {or_empty(dx, dy), or_empty(d_down, down), or_empty(d_core, up), or_empty(d_up, up)};
 }
 

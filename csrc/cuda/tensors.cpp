@@ -4,7 +4,6 @@
 
 #include <array>
 #include <stdexcept>
-#include <vector>
 
 namespace efft_kernels::cuda {
 namespace {
@@ -38,10 +37,10 @@ TensorInfo info(const char* name, const Tensor& t) {
   result.device = t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())
                   : t.is_cpu() ? "cpu"
                                : "another device";
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    result.shape.push_back(t.size(i));
-    result.stride.push_back(t.stride(i));
-  }
+  const auto shape = t.sizes();
+  const auto stride = t.strides();
+  result.shape = {shape.data(), shape.size()};
+  result.stride = {stride.data(), stride.size()};
   return result;
 }
 
@@ -63,10 +62,21 @@ Strided strided(const Tensor& t) {
   return result;
 }
 
+// Not torch::stable::new_empty, which looks its operator up by name and boxes the arguments: a
+// backward makes ten tensors.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t layout = 0;
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), shape.begin(), static_cast<int64_t>(shape.size()),
+                                &dtype, &layout, &device_type, device_index, nullptr, &result));
+  return Tensor(result);
 }
 
 Tensor or_empty(const std::optional<Tensor>& t, const Tensor& like) {

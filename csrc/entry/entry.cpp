@@ -114,12 +114,14 @@ Choice choose(const Operands& t, int64_t rows, bool training, int64_t requested,
   const py::object answer = decide(t.x, t.weight, t.down, t.core, t.up, rows, training, requested);
   Choice choice;
   if (!answer.is_none()) {
-    const auto [forward, backward] = answer.cast<std::pair<py::object, py::object>>();
+    const auto [forward, backward, cast_weight] =
+        answer.cast<std::tuple<py::object, py::object, bool>>();
     if (PyCallable_Check(forward.ptr()) != 0) {
       choice.python = python_backend(forward, backward);
     } else {
       choice = {true, forward.cast<int64_t>(), backward.cast<int64_t>()};
     }
+    choice.cast_weight = cast_weight;
   }
   if (table.size() >= kMostChoices) table.clear();
   table.emplace(key, choice);
@@ -146,8 +148,9 @@ OptionalTensor unpack_optional(py::handle argument) {
 }
 
 // requested: a code for the backend and strategy in the call, for `decide` to read.
-// decide: returns the native operators' (forward, backward) strategies, or the (forward, backward)
-// functions of a backend in Python, or None where ops/functional.py should take the call.
+// decide: returns (forward, backward, cast_weight), the first two being the native operators'
+// strategies or the functions of a backend in Python, or None where ops/functional.py should take
+// the call.
 OptionalTensor try_run(py::handle x_argument, py::handle weight, py::handle bias, py::handle down,
                        py::handle core, py::handle up, int64_t requested,
                        const py::function& decide) {
@@ -178,9 +181,11 @@ OptionalTensor try_run(py::handle x_argument, py::handle weight, py::handle bias
 
   if (x.dim() != 2) t.x = t.x.reshape({rows, K});
   if (choice.native) t.x = with_contiguous_rows(t.x);
+  const bool frozen_in_training = needs != 0 && !(needs & kNeedWeight);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   std::optional<py::gil_scoped_release> no_gil;
   if (choice.native) no_gil.emplace();
+  if (choice.cast_weight && frozen_in_training) t.weight = t.weight.to(t.x.scalar_type());
   Tensor y =
       needs == 0 ? std::get<0>(run_forward(choice, t, false)) : run_with_node(choice, t, needs);
   if (x.dim() != 2) {

@@ -11,6 +11,7 @@ struct Choice {
   bool native = false;
   int64_t forward_strategy = -1, backward_strategy = -1;
   const PythonBackend* python = nullptr;
+  bool cast_weight = false;  // give both passes a frozen weight in x's dtype
 };
 
 // (y [M, N], P [M, Ra] if `save_p`, else undefined or empty), below autograd.

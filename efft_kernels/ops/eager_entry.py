@@ -66,12 +66,16 @@ def _decide(
     rows: int,
     training: bool,
     requested: int,
-) -> tuple[int, int] | tuple[Forward, Backward] | None:
+) -> tuple[int, int, bool] | tuple[Forward, Backward, bool] | None:
     """What runs this kind of call.
 
+    On a GPU under autocast a wider weight is cast once, and that cast serves both passes, as that
+    of a frozen nn.Linear does. `merged` starts from the weight itself instead.
+
     Returns:
-        (forward, backward): codes of strategies for the native operators, or functions of a backend
-        in Python. None where the two passes have different backends.
+        (forward, backward, cast weight): codes of strategies for the native operators, or functions
+        of a backend in Python; whether they are given the weight in x's dtype where it needs no
+        gradient. None where the two passes have different backends.
 
     Raises:
         RuntimeError, ValueError: as `dispatch.select`.
@@ -81,13 +85,17 @@ def _decide(
     problem = cost_model.Problem.of(x, weight, down, core, up, training=training)
     problem = problem._replace(M=rows)
     module, forward = dispatch.select(backend, strategy, problem, x)
+    wider = problem.weight_bytes > problem.compute_bytes
+    cast_weight = x.is_cuda and wider and forward != "merged"
     in_backward = problem._replace(training=True, backward=True)
+    if cast_weight:
+        in_backward = in_backward._replace(weight_bytes=problem.compute_bytes)
     other, backward = dispatch.select(backend, strategy, in_backward, x)
     if other is not module:
         return None
     if module.NATIVE and not module.out_of_reach(problem):
-        return STRATEGY_CODES[forward], STRATEGY_CODES[backward]
-    return _callables(module, forward, backward)
+        return STRATEGY_CODES[forward], STRATEGY_CODES[backward], cast_weight
+    return *_callables(module, forward, backward), cast_weight
 
 
 @cache  # csrc/entry never frees a pair that it was given

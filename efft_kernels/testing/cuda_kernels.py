@@ -2,8 +2,9 @@
 
     sm90-bf16-192-16-C    the sm_90a GEMM: 192 columns a tile, 16 of P beside them, w in rows of C
     sm80-bf16-128-I       the general GEMM: tiles of 128 × 128, w in rows of I
-    thin-bf16-32, thin_grad-bf16-32, tall_grad-bf16-32    the passes, with their padded rank
-    fold, merge, reduce, unfold
+    thin-bf16-32, tall_grad-bf16-32, thin_grad-bf16       the passes, with their padded rank
+    thin-bf16-32-odd                                      rows that are not of whole 16 bytes
+    fold-f32, merge-f32, unfold-f32, reduce               the small ones, with what they read
 
 In the forward w lies in rows of I, in dX in rows of C (csrc/cuda/gemm/sm90.cuh).
 """
@@ -24,11 +25,15 @@ from ..ops.backends import native_library
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 # Parts of a kernel's C++ name, mangled or as a profiler shows it.
-_KERNEL = re.compile(r"(gemm_sm90|gemm_sm80|thin|tall_grad|reduce|fold|merge|unfold)_kernel")
-_DTYPE = re.compile(r"__nv_bfloat16|__half")
+_PASSES = ("thin", "thin_grad", "tall_grad")
+_KERNEL = re.compile(
+    rf"(gemm_sm90|gemm_sm80|{'|'.join(_PASSES)}|reduce|fold|merge|unfold)_kernel"
+    r"(?:(?:<|I)\d*(__nv_bfloat16|__half|f))?"
+)
+_DTYPES = {"__nv_bfloat16": "bf16", "__half": "f16", "f": "f32"}
 _CONFIG = re.compile(r"Config(?:<|ILi)(\d+)(?:(?:, |ELi)(\d+))?")
 _LAYOUT = re.compile(r"WLayout[)E](\d)")
-_GRAD = re.compile(r", true>|Lb1E")
+_WHOLE = re.compile(r", true>|Lb1E")
 
 
 def kernel_of(name: str) -> str | None:
@@ -41,14 +46,14 @@ def kernel_of(name: str) -> str | None:
     if match is None or "efft_kernels" not in name:
         return None
     parts = [match[1].removeprefix("gemm_")]
-    if match[1] == "thin" and _GRAD.search(name):
-        parts = ["thin_grad"]
-    if dtype := _DTYPE.search(name):
-        parts.append("f16" if dtype[0] == "__half" else "bf16")
+    if match[2]:
+        parts.append(_DTYPES[match[2]])
     if config := _CONFIG.search(name):
         parts += [number for number in config.groups() if number is not None]
     if layout := _LAYOUT.search(name):
         parts.append("IC"[int(layout[1])])
+    if match[1] in _PASSES and not _WHOLE.search(name):
+        parts.append("odd")
     return "-".join(parts)
 
 

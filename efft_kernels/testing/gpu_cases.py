@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..ops.backends.cuda_cost import ONE_PASS_RANK
 from ..ops.backends.fallback import padded_rank
 from .cuda_kernels import DTYPES
 from .operands import NAMES, Shape, operands_and_dy
@@ -65,29 +66,36 @@ class Case:
         """The CUDA kernels that it takes, in their order; empty for Triton's."""
         if self.backend != "cuda":
             return []
-        R, dtype = padded_rank(self.shape.Ra), DTYPES[self.dtype]
-        one_pass = R <= 32
-        thin, tall_grad = f"thin-{dtype}-{R}", f"tall_grad-{dtype}-{R}"
-        thin_grad = f"thin_grad-{dtype}-{R}" if one_pass else thin
-        grad_x_and_dy = [tall_grad] if one_pass else [tall_grad, tall_grad]
-        last = ["reduce", "unfold"]
-        if self.strategy == "merged":
-            merge = ["fold", "merge"]
-            return ["fold", thin, *merge, "fold", thin_grad, *merge, *grad_x_and_dy, *last]
+        s, R, dtype = self.shape, padded_rank(self.shape.Ra), DTYPES[self.dtype]
+        fold = "fold-f32" if self.wide else f"fold-{dtype}"
+        merge = "merge-f32" if self.wide else f"merge-{dtype}"
+        unfold = fold.replace("fold", "unfold")
 
-        cast = ["merge"] if self.wide else []
+        def named(kernel: str, *columns: int) -> str:
+            return f"{kernel}-odd" if any(c % 8 for c in columns) else kernel
+
+        p_pass = named(f"thin-{dtype}-{R}", s.K)
+        s_pass = named(f"thin_grad-{dtype}" if R == ONE_PASS_RANK else f"thin-{dtype}-{R}", s.N)
+        d_down = named(f"tall_grad-{dtype}-{R}", s.K, s.Ra)
+        d_b = named(f"tall_grad-{dtype}-{R}", s.N, s.Ra)
+        after = [d_down, "reduce"] if R == ONE_PASS_RANK else [d_down, d_b, "reduce"]
+        last = [unfold] if s.core else []
+        if self.strategy == "merged":
+            merged = [fold, merge]
+            return [fold, p_pass, *merged, fold, s_pass, *merged, *after, *last]
+
+        cast = ["merge-f32"] if self.wide else []
         plan = []
         for gemm, layout in zip(self.gemms, "IC", strict=True):
             kind, block = gemm.split("-")
             p_in_gemm = self.strategy == "fused" and kind == "sm90" and R == 16
             p_cols = [] if kind == "sm80" else ["16" if p_in_gemm else "0"]
-            backward = layout == "C"
-            plan += [*cast, "fold"]
+            plan += [*cast, fold]
             if not p_in_gemm:
-                plan.append(thin_grad if backward else thin)
+                plan.append(p_pass if layout == "I" else s_pass)
             plan.append("-".join([kind, dtype, block, *p_cols, layout]))
-            if backward:
-                plan += [tall_grad, tall_grad] if p_in_gemm else grad_x_and_dy
+            if layout == "C":
+                plan += [d_down, d_b, "reduce"] if p_in_gemm else after
         return plan + last
 
     def operands(self, device: str) -> tuple[Tensor | None, ...]:
@@ -152,7 +160,9 @@ def _cuda_cases() -> list[Case]:
             ("Hopper 128", _NARROW_TILES, _H128),
             ("Hopper 128 r57", replace(_NARROW_TILES, Ra=57, shared=False), _H128),
             ("Hopper 192", _WIDE_TILES, _H192),
+            ("Hopper 128 r64", replace(_NARROW_TILES, Ra=64), _H128),
             ("Hopper 192 r29", replace(_WIDE_TILES, Ra=29), _H192),
+            ("Hopper 192 r32", replace(_WIDE_TILES, Ra=32), _H192),
             ("Hopper 192 r128, no bias", replace(_WIDE_TILES, Ra=128, bias=False), _H192),
         ):
             cases.append(Case(label, shape, dtype, "split", gemms=gemms))

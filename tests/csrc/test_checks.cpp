@@ -1,5 +1,7 @@
 // The argument checks: what is right passes; what is wrong is named, with what was expected.
 
+#include <vector>
+
 #include "csrc/cuda/checks.h"
 #include "expect.h"
 
@@ -7,11 +9,10 @@ using namespace efft_kernels::cuda;
 
 static TensorInfo tensor(const char* name, std::vector<int64_t> shape,
                          const char* dtype = "bfloat16") {
-  TensorInfo t{name, true, dtype, "cuda:0"};
-  t.stride.assign(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) t.stride[i - 1] = t.stride[i] * shape[i];
-  t.shape = std::move(shape);
-  return t;
+  std::vector<int64_t> stride(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) stride[i - 1] = stride[i] * shape[i];
+  return {
+      name, true, dtype, "cuda:0", {shape.data(), shape.size()}, {stride.data(), stride.size()}};
 }
 
 static Problem forward() {

@@ -42,6 +42,8 @@ static void block_shapes() {
   for (const int c : {768, 2304, 3072}) EXPECT(sm90_block_c(12608, c, 132) == 192, "%d columns", c);
   for (const int c : {128, 256, 512, 1024})
     EXPECT(sm90_block_c(12608, c, 132) == 128, "%d columns", c);
+  for (const int c : {768, 2304, 3072}) EXPECT(sm90_cluster(c, 192, 132) == 2, "%d columns", c);
+  EXPECT(sm90_cluster(576, 192, 132) == 1 && sm90_cluster(768, 192, 1) == 1, "no pairs");
   EXPECT(enough_tiles_for_sm90(12608, 768, 132), "a full GPU");
   EXPECT(!enough_tiles_for_sm90(197, 768, 132), "one image");
   EXPECT(sm80_block(12608, 2304, 108) == 128 && sm80_block(197, 768, 108) == 64, "edges");

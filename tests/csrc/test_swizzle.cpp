@@ -123,21 +123,26 @@ static void tensor_core_product(const char* what) {
       [&](int l, int j) { return kBFromRows ? b[j][l] : b[l][j]; });
 }
 
-// One box of TMA with SWIZZLE_128B: lines of 64 elements one after another from `to`,
-// each 16-byte chunk at its address XORed; zeros beyond the tensor.
+static uint32_t swizzled_address(uint32_t address, uint32_t line_bytes) {
+  return line_bytes == 32 ? swizzle_32b(address) : swizzle_128b(address);
+}
+
+// One box of TMA with SWIZZLE_128B or SWIZZLE_32B: lines of as many bytes one after another from
+// `to`, each 16-byte chunk at its address XORed; zeros beyond the tensor.
 static void load_box(std::vector<int>& smem, uint32_t to, const Rows& tensor, int row, int col,
-                     int box_rows) {
+                     int box_rows, int line_bytes = 128) {
   for (int r = 0; r < box_rows; ++r) {
-    for (int c = 0; c < 64; ++c) {
+    for (int c = 0; c < line_bytes / 2; ++c) {
       const bool inside =
           row + r < static_cast<int>(tensor.size()) && col + c < static_cast<int>(tensor[0].size());
-      smem.at(swizzle_128b(to + r * 128 + c * 2) / 2) = inside ? tensor[row + r][col + c] : 0;
+      smem.at(swizzled_address(to + r * line_bytes + c * 2, line_bytes) / 2) =
+          inside ? tensor[row + r][col + c] : 0;
     }
   }
 }
 
 // Reads a wgmma operand as its descriptor says. K-major: line mn of the slabs, 16 elements from the
-// address. MN-major: line k, 64 columns per chunk.
+// address. MN-major: line k, 64 columns per chunk, or 16 with SWIZZLE_32B (type 3).
 struct Descriptor {
   uint32_t address, chunk_bytes, slab_bytes, swizzle;
   explicit Descriptor(uint64_t d)
@@ -147,10 +152,11 @@ struct Descriptor {
         swizzle(static_cast<uint32_t>(d >> 62)) {}
 
   uint32_t element(int mn, int k, bool k_major) const {
-    const uint32_t at =
-        k_major ? address + mn / 8 * slab_bytes + mn % 8 * 128 + k * 2
-                : address + mn / 64 * chunk_bytes + mn % 64 * 2 + k / 8 * slab_bytes + k % 8 * 128;
-    return swizzle_128b(at) / 2;
+    const int line = swizzle == 3 ? 32 : 128;
+    const uint32_t at = k_major ? address + mn / 8 * slab_bytes + mn % 8 * line + k * 2
+                                : address + mn / (line / 2) * chunk_bytes + mn % (line / 2) * 2 +
+                                      k / 8 * slab_bytes + k % 8 * line;
+    return swizzled_address(at, line) / 2;
   }
 };
 
@@ -173,7 +179,8 @@ static void wgmma_stage(const char* what) {
       load_box(memory, base + Config::kABytes + chunk * Config::kChunkBytes, w, 0, chunk * 64, 64);
   }
   if (kPCols)
-    load_box(memory, base + Config::kABytes + Config::kWBytes, thin, 0, 0, kRowsOfI ? kPCols : 64);
+    load_box(memory, base + Config::kABytes + Config::kWBytes, thin, 0, 0, kRowsOfI ? kPCols : 64,
+             kRowsOfI ? 128 : 32);
 
   const auto w_at = [&](int i, int c) {
     if (i >= i_count) return 0;
@@ -186,18 +193,23 @@ static void wgmma_stage(const char* what) {
     const uint64_t w_first =
         wgmma_descriptor(smem + Config::kABytes, kRowsOfI ? 16 : Config::kChunkBytes, kSlabBytes);
     const uint64_t at = descriptor_step(stage * Config::kStageBytes);
-    Rows d(64, std::vector<int>(Config::kMmaC, 0));
+    const uint64_t thin_in = wgmma_descriptor_32b(smem + Config::kABytes + Config::kWBytes);
+    constexpr int kColumns = kBlockC + kPCols;
+    Rows d(64, std::vector<int>(kColumns, 0));
     for (int k = 0; k < 4; ++k) {
       const Descriptor da(a_first + at + k * descriptor_step(32));
       const Descriptor dw(w_first + at + k * descriptor_step(kRowsOfI ? 32 : 2 * kSlabBytes));
-      EXPECT(da.swizzle == 1 && dw.swizzle == 1, "SWIZZLE_128B");
+      const Descriptor dt(thin_in + at + k * descriptor_step(16 * 32));
+      EXPECT(da.swizzle == 1 && dw.swizzle == 1 && dt.swizzle == 3, "SWIZZLE_128B and 32B");
       for (int r = 0; r < 64; ++r)
-        for (int c = 0; c < Config::kMmaC; ++c)
+        for (int c = 0; c < kColumns; ++c)
           for (int l = 0; l < 16; ++l)
-            d[r][c] += memory.at(da.element(r, l, true)) * memory.at(dw.element(c, l, kRowsOfI));
+            d[r][c] += memory.at(da.element(r, l, true)) *
+                       memory.at(c < Config::kMmaC ? dw.element(c, l, kRowsOfI)
+                                                   : dt.element(c - Config::kMmaC, l, false));
     }
     expect_product(
-        what, d, 64, Config::kMmaC, i_count,
+        what, d, 64, kColumns, i_count,
         [&](int r, int i) { return consumer * 64 + r < m ? a[consumer * 64 + r][i] : 0; }, w_at);
   }
 }
@@ -281,9 +293,9 @@ int main() {
   wgmma_stage<192, 0, WLayout::kRowsOfI>("wgmma 192, rows of I");
   wgmma_stage<192, 0, WLayout::kRowsOfC>("wgmma 192, rows of C");
   wgmma_stage<128, 16, WLayout::kRowsOfI>("wgmma 144, rows of I");
-  wgmma_stage<128, 16, WLayout::kRowsOfC>("wgmma 144, rows of C");
+  wgmma_stage<128, 16, WLayout::kRowsOfC>("wgmma 128 and 16, rows of C");
   wgmma_stage<192, 16, WLayout::kRowsOfI>("wgmma 208, rows of I");
-  wgmma_stage<192, 16, WLayout::kRowsOfC>("wgmma 208, rows of C");
+  wgmma_stage<192, 16, WLayout::kRowsOfC>("wgmma 192 and 16, rows of C");
   accumulators_are_operands();
   stored_piece();
   swizzle_is_a_permutation<16>();

@@ -29,6 +29,8 @@ static void limits() {
   refused("boxes without rows", [](auto& p) { p.box_rows = 0; });
   refused("a box row beyond the swizzle", [](auto& p) { p.box_cols = 72; });
   refused("a box row of 8 bytes", [](auto& p) { p.box_cols = 4; });
+  refused("a swizzle of 64 bytes", [](auto& p) { p.swizzle_bytes = 64; });
+  refused("a box row beyond a narrow swizzle", [](auto& p) { p.swizzle_bytes = 32; });
   TensorMapParams small = valid();
   small.cols = 16;
   small.row_bytes = 32;
@@ -55,8 +57,8 @@ static void boxes_fill_stages() {
   g.out = at(m, c);
   const GemmMapParams maps = gemm_map_params(g, kBlockC);
   const int w_boxes = kRowsOfI ? 1 : kBlockC / 64;
-  EXPECT(static_cast<int>(box_bytes(maps.a)) == Config::kABytes, "a");
-  EXPECT(static_cast<int>(box_bytes(maps.p)) == Config::kABytes, "P takes a's place");
+  EXPECT(static_cast<int>(box_bytes(maps.a)) == Config::kHalfABytes, "half of a");
+  EXPECT(static_cast<int>(box_bytes(maps.p)) == Config::kHalfABytes, "P takes a's place");
   EXPECT(static_cast<int>(box_bytes(maps.w)) * w_boxes == Config::kWBytes, "w");
   EXPECT(static_cast<int>(box_bytes(maps.thin_out)) * w_boxes == Config::kWBytes, "thin_out");
   if (kPCols) EXPECT(static_cast<int>(box_bytes(maps.thin_in)) == Config::kThinInBytes, "thin_in");

@@ -22,8 +22,8 @@ int main() {
         EXPECT(splits.count * splits.rows >= m, "m %ld is covered", static_cast<long>(m));
         EXPECT((splits.count - 1) * splits.rows < m, "m %ld: none empty", static_cast<long>(m));
         EXPECT(splits.count <= 65535, "a grid's second dim");
-        const int64_t programs = thin_programs(m, multiprocessors);
-        EXPECT(programs >= 1 && programs <= ceil_div(m, kPassRows), "programs of m %ld",
+        const int64_t programs = thin_grad_programs(m, multiprocessors);
+        EXPECT(programs >= 1 && programs <= ceil_div(m, kOnePassRows), "programs of m %ld",
                static_cast<long>(m));
       }
     }

@@ -114,6 +114,15 @@ def test_cuda_has_p_in_the_loop_on_sm_90_alone():
     assert names("A100") == names("B200") == ["fold", "thin", "gemm"]
 
 
+@pytest.mark.parametrize("sizes", [(768, 2304), (768, 768), (768, 3072), (3072, 768)], ids=str)
+def test_cuda_computes_p_in_the_loop_of_the_forward_and_s_before_that_of_dx(sizes):
+    """As measured on an H100."""
+    for backward, best in ((False, "fused"), (True, "split")):
+        problem = QKV._replace(K=sizes[0], N=sizes[1], backward=backward)
+        predicted, _ = cost_model.candidates(problem, cuda_backend, DEVICES["H100"])
+        assert min(predicted, key=predicted.__getitem__) == best
+
+
 def test_arithmetic_of_one_forward_on_cuda():
     """12608 by 2304 are 9 waves of tiles with 192 columns, to which P adds 16."""
     fold, gemm = cuda_backend.launches(QKV, "fused", DEVICES["H200"])

@@ -103,9 +103,15 @@ SM90 = "low_rank_gemm_sm90_kernel"
         (
             "void efft_kernels::cuda::(anonymous namespace)::thin_kernel<__nv_bfloat16,"
             " efft_kernels::cuda::PassConfig<32>, true>(efft_kernels::cuda::ThinParameters)",
-            "thin_grad-bf16-32",
+            "thin-bf16-32",
         ),
-        ("efft_kernels::cuda::(anonymous namespace)::unfold_kernel(int, int)", "unfold"),
+        (
+            "_ZN12efft_kernels4cuda41_GLOBAL__N__ab_12_thin_grad_cu_cd16thin_grad_kernelI6__halfLb0EEEv"
+            "NS1_18ThinGradParametersE",
+            "thin_grad-f16-odd",
+        ),
+        ("void efft_kernels::cuda::(anonymous namespace)::fold_kernel<float>(int)", "fold-f32"),
+        ("efft_kernels::cuda::(anonymous namespace)::reduce_kernel(int, int)", "reduce"),
         ("_fold_kernel", None),
         ("void at::native::vectorized_elementwise_kernel<4>(int)", None),
     ],

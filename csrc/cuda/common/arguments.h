@@ -48,7 +48,7 @@ struct GemmChoice {
   int block;
 };
 
-// S = tall·thin_in; with `p`, in the same pass, the partial sums of tall^T·P.
+// S = tall·thin_in.
 struct ThinArguments {
   Dtype dtype;
   Matrix tall;     // [M, C]
@@ -56,8 +56,17 @@ struct ThinArguments {
   Matrix s;        // [M, R or rank]: out
   Matrix s_copy;   // [M, rank]: out as well, or null
   int rank;        // columns of s beyond it are stored as zeros
-  Matrix p;        // [M, rank] or null
-  float* partial;  // [programs, C, R]: out, with p
+};
+
+// The same, and in the same pass the partial sums of tall^T·P. R is kOnePassRank.
+struct ThinGradArguments {
+  Dtype dtype;
+  Matrix tall;     // [M, C]
+  Matrix thin_in;  // [C, R], zero beyond the rank
+  Matrix p;        // [M, rank]
+  Matrix s;        // [M, R]: out
+  int rank;        // columns of s beyond it are stored as zeros
+  float* partial;  // [programs, C, R]: out
   int64_t programs;
 };
 
@@ -120,12 +129,12 @@ struct MergeArguments {
 // the latter summed over g where `up` is shared. Either output may be null.
 struct UnfoldArguments {
   const float* d_b;  // [N, Ra]
-  Strided core;      // [G, Ra, Rb] or null
+  Strided core;      // [G, Ra, Rb]
   Strided up;        // [G, N/G, Rb], stride 0 along a shared first dim
   int64_t slices, slice_n;
   int ra, rb;
   bool shared;
-  Dtype out_dtype;
+  Dtype dtype;   // of core and up, and of their gradients
   void* d_core;  // [G, Ra, Rb]: out
   void* d_up;    // [1 or G, N/G, Rb]: out
 };

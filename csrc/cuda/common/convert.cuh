@@ -43,4 +43,21 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(both);
 }
 
+// The neighbours that `pack` put together.
+template <class T>
+__device__ __forceinline__ void unpack(float (&pair)[2], uint32_t both);
+
+template <>
+__device__ __forceinline__ void unpack<__half>(float (&pair)[2], uint32_t both) {
+  const float2 values = __half22float2(reinterpret_cast<const __half2&>(both));
+  pair[0] = values.x;
+  pair[1] = values.y;
+}
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(float (&pair)[2], uint32_t both) {
+  const float2 values = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(both));
+  pair[0] = values.x;
+  pair[1] = values.y;
+}
+
 }  // namespace efft_kernels::cuda

@@ -3,18 +3,27 @@
 #include "common/arguments.h"
 #include "common/convert.cuh"
 
-// Numbers of a type known at run time: for the small kernels, where a branch costs nothing.
+// Numbers of a type known at run time, for the small kernels. What they read is of the type that
+// they are compiled for: loads behind a branch each wait for the one before.
 namespace efft_kernels::cuda {
 
-__device__ __forceinline__ float load_as_float(const void* data, Dtype dtype, int64_t index) {
+// `launch.operator()<T>()` for a dtype known at run time.
+template <class Launch>
+cudaError_t for_dtype(Dtype dtype, const Launch& launch) {
   switch (dtype) {
     case Dtype::kHalf:
-      return to_float(static_cast<const __half*>(data)[index]);
+      return launch.template operator()<__half>();
     case Dtype::kBfloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
+      return launch.template operator()<__nv_bfloat16>();
     default:
-      return static_cast<const float*>(data)[index];
+      return launch.template operator()<float>();
   }
+}
+
+// Element (i, j, 0) of a tensor of type T.
+template <class T>
+__device__ __forceinline__ const T* address_of(const Strided& t, int64_t i, int64_t j) {
+  return static_cast<const T*>(t.data) + i * t.stride[0] + j * t.stride[1];
 }
 
 __device__ __forceinline__ void store_from_float(void* data, Dtype dtype, int64_t index,
@@ -29,10 +38,6 @@ __device__ __forceinline__ void store_from_float(void* data, Dtype dtype, int64_
     default:
       static_cast<float*>(data)[index] = value;
   }
-}
-
-__device__ __forceinline__ float load_at(const Strided& t, int64_t i, int64_t j, int64_t k) {
-  return load_as_float(t.data, t.dtype, i * t.stride[0] + j * t.stride[1] + k * t.stride[2]);
 }
 
 }  // namespace efft_kernels::cuda

@@ -41,4 +41,27 @@ cudaError_t launch_with_smem(dim3 grid, int threads, int smem_bytes, cudaStream_
   return launch_kernel(kKernel, grid, threads, smem_bytes, stream, parameters...);
 }
 
+// The same in clusters of `cluster` successive blocks.
+template <auto kKernel, class... Parameters>
+cudaError_t launch_clusters(int grid, int cluster, int threads, int smem_bytes, cudaStream_t stream,
+                            Parameters... parameters) {
+  static std::atomic<uint64_t> prepared{0};
+  if (const cudaError_t error = allow_smem(kKernel, smem_bytes, prepared); error != cudaSuccess)
+    return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void* pointers[] = {static_cast<void*>(&parameters)...};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kKernel), pointers);
+}
+
 }  // namespace efft_kernels::cuda

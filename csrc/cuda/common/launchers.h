@@ -14,6 +14,8 @@ cudaError_t launch_gemm_sm80(const GemmArguments& g, int block, cudaStream_t str
 
 cudaError_t launch_thin(const ThinArguments& t, int rank_padded, cudaStream_t stream);
 
+cudaError_t launch_thin_grad(const ThinGradArguments& t, cudaStream_t stream);
+
 cudaError_t launch_tall_grad(const TallGradArguments& t, int rank_padded, cudaStream_t stream);
 
 // One or two sums in one launch; `second` may have no parts.

@@ -4,21 +4,46 @@
 
 #include <cstdint>
 
-// The instructions of sm_90 that have no C++ spelling: barriers in shared memory, TMA,
+// The instructions of sm_90 that have no C++ spelling: clusters, barriers in shared memory, TMA,
 // stmatrix and the register counts of warpgroups.
 namespace efft_kernels::cuda {
+
+// This block's number in its cluster.
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// A barrier among all threads of the cluster; whole warps. It orders no writes of data.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// Makes the initialised barriers visible to TMA.
+// Makes the initialised barriers visible to TMA and, before cluster_sync, to the cluster.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// At the barrier with this address in block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
@@ -50,6 +75,17 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(col), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same into every block of the cluster whose bit is set in `blocks`, to the same address there
+// and counted at that block's barrier.
+__device__ __forceinline__ void load_box_multicast(uint32_t to, const CUtensorMap* map, int32_t row,
+                                                   int32_t col, uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(col), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
 

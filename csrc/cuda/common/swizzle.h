@@ -56,6 +56,11 @@ EFFT_HOST_DEVICE constexpr uint32_t swizzle_128b(uint32_t address) {
   return address ^ ((address >> 7 & 7) << 4);
 }
 
+// SWIZZLE_32B: bit 4 XORed with bit 7, for rows of 32 bytes from a multiple of 256 on.
+EFFT_HOST_DEVICE constexpr uint32_t swizzle_32b(uint32_t address) {
+  return address ^ ((address >> 7 & 1) << 4);
+}
+
 // wgmma's descriptor of a SWIZZLE_128B operand in shared memory. With a row of 128 bytes called a
 // line and 8 lines a slab, `slab_bytes` lead from slab to slab: along m or n where lines run along
 // k (K-major), along k where they run along n (MN-major). `chunk_bytes` lead from 64 columns to the
@@ -65,6 +70,13 @@ EFFT_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t address, uint32_t 
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) |
          static_cast<uint64_t>(chunk_bytes >> 4) << 16 |
          static_cast<uint64_t>(slab_bytes >> 4) << 32 | static_cast<uint64_t>(1) << 62;
+}
+
+// The same for 16 columns of a SWIZZLE_32B operand whose lines of 32 bytes run along n (MN-major).
+EFFT_HOST_DEVICE constexpr uint64_t wgmma_descriptor_32b(uint32_t address) {
+  constexpr uint32_t kSlabBytes = 8 * 32;
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(1) << 16 |
+         static_cast<uint64_t>(kSlabBytes >> 4) << 32 | static_cast<uint64_t>(3) << 62;
 }
 
 // What is added to a descriptor to move its address.

@@ -1,3 +1,4 @@
+#include "common/dependent_launch.cuh"
 #include "common/dynamic_dtype.cuh"
 #include "common/launch_kernel.cuh"
 #include "common/launchers.h"
@@ -11,9 +12,11 @@ namespace {
 
 constexpr int kFoldThreads = 256;
 
-// A thread per element of B, then of `down`. Neighbours share a row of `up`.
+// A thread per element of B, then of `down`. Neighbours share a row of `up`. T: of all three.
+template <class T>
 __global__ void __launch_bounds__(kFoldThreads)
     fold_kernel(const __grid_constant__ FoldArguments f, int32_t b_count, int32_t down_count) {
+  let_next_kernel_start();
   const int32_t index = static_cast<int32_t>(blockIdx.x) * kFoldThreads + threadIdx.x;
   if (index < b_count) {
     const int32_t n = index / f.rank_padded;
@@ -22,12 +25,14 @@ __global__ void __launch_bounds__(kFoldThreads)
     const int32_t in_slice = n % static_cast<int32_t>(f.slice_n);
     float sum = 0.0f;
     if (a < f.ra) {
+      const T* const up = address_of<T>(f.up, g, in_slice);
       if (f.core.data == nullptr) {
-        sum = load_at(f.up, g, in_slice, a);
+        sum = to_float(up[a * f.up.stride[2]]);
       } else {
-#pragma unroll 4
+        const T* const core = address_of<T>(f.core, g, a);
+#pragma unroll 8
         for (int b = 0; b < f.rb; ++b)
-          sum += load_at(f.up, g, in_slice, b) * load_at(f.core, g, a, b);
+          sum += to_float(up[b * f.up.stride[2]]) * to_float(core[b * f.core.stride[2]]);
       }
     }
     store_from_float(f.b, f.out_dtype, index, sum);
@@ -39,7 +44,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   const int32_t width = f.transpose_down ? static_cast<int32_t>(f.k) : f.rank_padded;
   const int32_t k = f.transpose_down ? rest % width : rest / width;
   const int32_t a = f.transpose_down ? rest / width : rest % width;
-  const float value = a < f.ra ? load_at(f.down, k, a, 0) : 0.0f;
+  const float value = a < f.ra ? to_float(*address_of<T>(f.down, k, a)) : 0.0f;
   const int64_t to = f.transpose_down ? a * f.down_stride + k : k * f.down_stride + a;
   store_from_float(f.down_out, f.out_dtype, to, value);
 }
@@ -52,8 +57,11 @@ cudaError_t launch_fold(const FoldArguments& f, cudaStream_t stream) {
   const int64_t blocks = ceil_div(b_count + down_count, kFoldThreads);
   if (blocks == 0) return cudaSuccess;
   if (!fits_int32(b_count + down_count + kFoldThreads)) return cudaErrorInvalidValue;
-  return launch_kernel(fold_kernel, dim3(static_cast<unsigned>(blocks)), kFoldThreads, 0, stream, f,
-                       static_cast<int32_t>(b_count), static_cast<int32_t>(down_count));
+  return for_dtype(f.down.dtype, [&]<class T>() {
+    return launch_kernel(fold_kernel<T>, dim3(static_cast<unsigned>(blocks)), kFoldThreads, 0,
+                         stream, f, static_cast<int32_t>(b_count),
+                         static_cast<int32_t>(down_count));
+  });
 }
 
 }  // namespace efft_kernels::cuda

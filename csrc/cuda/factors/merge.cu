@@ -12,6 +12,7 @@ constexpr int kMergeTile = 64;
 constexpr int kMergeRank = 16;
 
 // 64 × 64 elements of W + B·down^T per block, 4 × 4 per thread, 16 columns apart.
+template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const __grid_constant__ MergeArguments m, int32_t tiles_k) {
   __shared__ float b_tile[kMergeRank][kMergeTile + 1];
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     for (int j = 0; j < 4; ++j) {
       const int64_t n = n0 + ty + i * 16;
       const int64_t k = k0 + tx + j * 16;
-      sum[i][j] = n < m.n && k < m.k ? load_at(m.weight, n, k, 0) : 0.0f;
+      sum[i][j] = n < m.n && k < m.k ? to_float(*address_of<T>(m.weight, n, k)) : 0.0f;
     }
   }
   for (int r0 = 0; m.b != nullptr && r0 < m.rank_padded; r0 += kMergeRank) {
@@ -67,8 +68,10 @@ cudaError_t launch_merge(const MergeArguments& m, cudaStream_t stream) {
   const int64_t tiles_k = ceil_div(m.k, kMergeTile);
   const int64_t blocks = ceil_div(m.n, kMergeTile) * tiles_k;
   if (blocks == 0) return cudaSuccess;
-  return launch_kernel(merge_kernel, dim3(static_cast<unsigned>(blocks)), kMergeThreads, 0, stream,
-                       m, static_cast<int32_t>(tiles_k));
+  return for_dtype(m.weight.dtype, [&]<class T>() {
+    return launch_kernel(merge_kernel<T>, dim3(static_cast<unsigned>(blocks)), kMergeThreads, 0,
+                         stream, m, static_cast<int32_t>(tiles_k));
+  });
 }
 
 }  // namespace efft_kernels::cuda

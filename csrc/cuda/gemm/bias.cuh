@@ -8,9 +8,13 @@ namespace efft_kernels::cuda {
 struct Bias {
   const void* data;  // [C] of T or float, or null
   bool is_float;
+  bool pairs;  // the address is aligned to two elements
 };
 
-inline Bias bias_of(const GemmArguments& g) { return {g.bias, g.bias_dtype == Dtype::kFloat}; }
+inline Bias bias_of(const GemmArguments& g) {
+  const bool is_float = g.bias_dtype == Dtype::kFloat;
+  return {g.bias, is_float, reinterpret_cast<uintptr_t>(g.bias) % (is_float ? 8 : 4) == 0};
+}
 
 // The bias of columns `col` and `col` + 1 of `c`; zero beyond them and where there is none.
 template <class T, class Index>
@@ -22,6 +26,37 @@ __device__ __forceinline__ void load_bias(float (&pair)[2], const Bias& bias, In
     if (col + e < c)
       pair[e] = bias.is_float ? static_cast<const float*>(bias.data)[col + e]
                               : to_float(static_cast<const T*>(bias.data)[col + e]);
+  }
+}
+
+// The bias of columns `col` + 8·i and their right neighbours, for even `col` and `c`: all loads
+// before the first use.
+template <class T, int kCount>
+__device__ __forceinline__ void load_bias_pairs(float (&pairs)[kCount][2], const Bias& bias,
+                                                int col, int c) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pairs[i][0] = pairs[i][1] = 0.0f;
+  if (bias.data == nullptr) return;
+  if (!bias.pairs) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) load_bias<T>(pairs[i], bias, col + 8 * i, c);
+  } else if (bias.is_float) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (col + 8 * i >= c) continue;
+      const float2 pair =
+          *reinterpret_cast<const float2*>(static_cast<const float*>(bias.data) + col + 8 * i);
+      pairs[i][0] = pair.x;
+      pairs[i][1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (col + 8 * i >= c) continue;
+      const uint32_t pair =
+          *reinterpret_cast<const uint32_t*>(static_cast<const T*>(bias.data) + col + 8 * i);
+      unpack<T>(pairs[i], pair);
+    }
   }
 }
 

@@ -39,31 +39,36 @@ struct Sm90Config {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
 
-  static constexpr int kMmaC = kBlockC + kPCols;  // columns of one wgmma
+  // MN-major, thin_in's columns have a wgmma of their own: one of 192 columns and a part of a chunk
+  // of 64 took half as long again.
+  static constexpr bool kPApart = kComputeP && kLayout == WLayout::kRowsOfC;
+  static constexpr int kMmaC = kPApart ? kBlockC : kBlockC + kPCols;  // columns of one wgmma
+  static constexpr int kAccumulators = (kBlockC + kPCols) / 2;
   static constexpr int kABytes = kBlockM * kLineBytes;
+  static constexpr int kHalfABytes = kABytes / 2;  // a consumer's rows, and a box
   static constexpr int kWBytes = kBlockC * kLineBytes;
-  // Rows of I: kPCols lines more. Rows of C: one more chunk of 64 columns, zeros beyond the rank.
-  static constexpr int kThinInBytes =
-      !kComputeP ? 0 : (kLayout == WLayout::kRowsOfI ? kPCols : kBlockI) * kLineBytes;
+  // Rows of I: kPCols lines more. Rows of C: kBlockI lines of kPCols columns.
+  static constexpr int kThinInBytes = kPCols * kBlockI * 2;
   static constexpr int kStageBytes = kABytes + kWBytes + kThinInBytes;
   static constexpr int kChunkBytes = kBlockI * kLineBytes;  // 64 columns of w in rows of C
 
-  // The epilogue's pieces of 64 rows and 64 columns, two per consumer.
+  // The epilogue's pieces of 64 rows and 64 columns; a consumer has room for one.
+  static constexpr int kPieces = kBlockC / 64;
   static constexpr int kPieceBytes = 64 * kLineBytes;
-  static constexpr int kStagingBytes = kConsumers * 2 * kPieceBytes;
+  static constexpr int kStagingBytes = kConsumers * kPieceBytes;
 
   static constexpr int kBarrierBytes = 256;
-  static constexpr int kAlignment = 1024;
+  static constexpr int kAlignment = 1024;  // of shared memory as the kernel declares it
   static constexpr int kStagesThatFit =
-      (kSm90SmemLimit - kAlignment - kBarrierBytes - kStagingBytes) / kStageBytes;
+      (kSm90SmemLimit - kBarrierBytes - kStagingBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
-  static constexpr int kSmemBytes =
-      kAlignment + kStages * kStageBytes + kStagingBytes + kBarrierBytes;
+  static constexpr int kSmemBytes = kStages * kStageBytes + kStagingBytes + kBarrierBytes;
 
   static_assert(kBlockC % 64 == 0 && kMmaC <= 256 && kPCols % 16 == 0, "a shape of wgmma");
   static_assert(kStageBytes % kSlabBytes == 0, "every operand starts at a swizzle period");
   static_assert(2 * kStages * 8 <= kBarrierBytes, "two barriers per stage");
   static_assert(kStages >= 3, "loads need to run ahead");
+  static_assert(kPieces <= kStages && kHalfABytes == kPieceBytes, "the last tile's store");
   static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 64 * 1024,
                 "the register file");
 };
@@ -88,10 +93,12 @@ inline GemmMapParams gemm_map_params(const GemmArguments& g, int block_c) {
   const bool rows_of_i = g.layout == WLayout::kRowsOfI;
   const int w_rows = rows_of_i ? block_c : kSm90BlockI;
   GemmMapParams maps;
-  maps.a = map_params(g.a, 64, kSm90BlockM);
+  maps.a = map_params(g.a, 64, kSm90BlockM / 2);
   maps.w = map_params(g.w, 64, w_rows);
-  maps.thin_in = map_params(g.thin_in, 64, rows_of_i ? kComputePRank : kSm90BlockI);
-  maps.p = map_params(g.p, 64, kSm90BlockM);
+  maps.thin_in = rows_of_i ? map_params(g.thin_in, 64, kComputePRank)
+                           : map_params(g.thin_in, kComputePRank, kSm90BlockI);
+  if (!rows_of_i) maps.thin_in.swizzle_bytes = 2 * kComputePRank;
+  maps.p = map_params(g.p, 64, kSm90BlockM / 2);
   maps.thin_out = map_params(g.thin_out, 64, w_rows);
   maps.out = map_params(g.out, 64, 64);
   return maps;

@@ -8,7 +8,7 @@
 
 namespace efft_kernels::cuda {
 
-// Fills `map` for 16-bit elements of `dtype`, SWIZZLE_128B, zeros beyond the tensor. The driver's
+// Fills `map` for 16-bit elements of `dtype`, zeros beyond the tensor. The driver's
 // function is looked up at run time, so that the library loads where there is no driver.
 cudaError_t encode_tensor_map(const TensorMapParams& params, Dtype dtype, CUtensorMap* map);
 

@@ -41,4 +41,10 @@ constexpr TileOrder tile_order(int64_t m, int64_t c, int block_m, int block_c) {
   return {static_cast<int32_t>(ceil_div(m, block_m)), static_cast<int32_t>(ceil_div(c, block_c))};
 }
 
+// How many blocks, side by side along C, load the rows of `a` that they share for each other. Two
+// where each has a tile at all times.
+constexpr int sm90_cluster(int64_t c, int block_c, int multiprocessors) {
+  return ceil_div(c, block_c) % 2 == 0 && multiprocessors >= 2 ? 2 : 1;
+}
+
 }  // namespace efft_kernels::cuda

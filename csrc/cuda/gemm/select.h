@@ -54,7 +54,7 @@ inline GemmChoice choose_gemm(const GemmArguments& g, const Device& device) {
 }
 
 // Whether the GEMM's loop can compute P as well: on sm_90a, for the one rank whose instructions
-// (144 and 208 columns) are built. On sm_80 four warps side by side would each compute all of P,
+// are built. On sm_80 four warps side by side would each compute all of P,
 // half as many matrix instructions again.
 constexpr bool can_compute_p(const GemmChoice& choice, int rank_padded) {
   return choice.sm90 && rank_padded == kComputePRank;

@@ -17,7 +17,9 @@
 #include "gemm/sm90.h"
 
 // out = a·w + bias + P·thin_out^T on Hopper. One warpgroup loads by TMA (a single thread issues),
-// two multiply by wgmma, and `out` is stored once.
+// two multiply by wgmma, and `out` is stored once: a tile's accumulators, rounded, are kept in
+// registers and go to memory while the next tile is multiplied. Where the tiles along C are even in
+// number, two blocks take neighbours: of the rows of `a` that they share, each loads half for both.
 //
 // W, B and down are one bordered matrix, [[W, B], [down^T, 0]]. The forward multiplies by its rows,
 // dX by its columns, so that for either one both thin factors lie in memory as w does:
@@ -27,8 +29,9 @@
 //
 // P read (kPCols = 0): the loop over I goes on over the rank, a's tiles from P and w's from
 // thin_out. P computed in the GEMM's loop: every w tile has kPCols more columns, thin_in's, in the
-// same wgmma; a wgmma of their own would read a's tile again. After the loop their accumulators,
-// rounded, are P and the left operand (in registers) of the product with one more tile, thin_out.
+// forward in the same wgmma, as one of their own reads a's tile again. After the loop their
+// accumulators, rounded, are P and the left operand (in registers) of the product with one more
+// tile, thin_out.
 namespace efft_kernels::cuda {
 
 namespace gmma = cute::SM90::GMMA;
@@ -48,10 +51,12 @@ struct Wgmma;  // ::Shared and ::Registers: where the left operand is
     using Registers = gmma::MMA_64x##N##x16_F32##NAME##NAME##_RS<gmma::Major::K, kMajor>; \
   };
 
+EFFT_WGMMA_SHARED(__nv_bfloat16, BF16, 16)
 EFFT_WGMMA_BOTH(__nv_bfloat16, BF16, 128)
 EFFT_WGMMA_BOTH(__nv_bfloat16, BF16, 192)
 EFFT_WGMMA_SHARED(__nv_bfloat16, BF16, 144)
 EFFT_WGMMA_SHARED(__nv_bfloat16, BF16, 208)
+EFFT_WGMMA_SHARED(__half, F16, 16)
 EFFT_WGMMA_BOTH(__half, F16, 128)
 EFFT_WGMMA_BOTH(__half, F16, 192)
 EFFT_WGMMA_SHARED(__half, F16, 144)
@@ -60,10 +65,11 @@ EFFT_WGMMA_SHARED(__half, F16, 208)
 #undef EFFT_WGMMA_SHARED
 #undef EFFT_WGMMA_BOTH
 
-template <class Op, int kCount, size_t... kIndex>
+// Into the accumulators from kFirst on.
+template <class Op, int kFirst, int kCount, size_t... kIndex>
 __device__ __forceinline__ void wgmma_shared(float (&acc)[kCount], uint64_t a, uint64_t b,
                                              gmma::ScaleOut scale, std::index_sequence<kIndex...>) {
-  Op::fma(a, b, acc[kIndex]..., scale);
+  Op::fma(a, b, acc[kFirst + kIndex]..., scale);
 }
 
 template <class Op, int kCount, size_t... kIndex>
@@ -83,7 +89,8 @@ template <int kCount>
 using Steps = std::integral_constant<int, kCount>;
 
 struct Sm90Parameters {
-  TileOrder order;
+  TileOrder order;  // of tiles, or of pairs of neighbours along C
+  int32_t cluster;  // blocks that share rows of a: 1 or 2
   int32_t m, c;
   int32_t tiles_i;     // tiles of the loop over I
   int32_t rank_steps;  // P read: 16 columns each, a power of two
@@ -97,16 +104,48 @@ struct Sm90Parameters {
 template <class Config>
 struct Sm90Smem {
   uint32_t stages;  // tiles of a, of w and, where P is computed, of thin_in
-  uint32_t pieces;  // of `out`, on their way from the accumulators to memory
+  uint32_t pieces;  // of `out`, on their way from registers to memory: one per consumer
   uint32_t full;    // barriers: a stage's tiles have arrived
   uint32_t empty;   // barriers: a stage's readers are done
 
   __device__ __forceinline__ explicit Sm90Smem(uint32_t first)
-      : stages(static_cast<uint32_t>(round_up(first, Config::kAlignment))),
+      : stages(first),
         pieces(stages + Config::kStages * Config::kStageBytes),
         full(pieces + Config::kStagingBytes),
         empty(full + Config::kStages * 8) {}
 };
+
+// A block's place among those that share rows of `a`.
+struct Sm90Place {
+  int first;   // tile, or pair of tiles
+  int stride;  // from one tile of the block to the next
+  int cluster, rank;
+
+  __device__ __forceinline__ explicit Sm90Place(int cluster_)
+      : first(blockIdx.x / cluster_),
+        stride(gridDim.x / cluster_),
+        cluster(cluster_),
+        rank(cluster_ == 1 ? 0 : cluster_rank()) {}
+
+  __device__ __forceinline__ Tile tile(const TileOrder& order, int index) const {
+    const Tile tile = order.at(index);
+    return {tile.row, tile.col * cluster + rank};
+  }
+};
+
+// The loads of the tile of `a`, or of P, at (row, col).
+template <class Config>
+__device__ __forceinline__ void load_a(uint32_t to, const CUtensorMap* map, int row, int col,
+                                       uint32_t barrier, const Sm90Place& place) {
+  constexpr int kRows = Config::kBlockM / 2;
+  if (place.cluster == 2) {
+    load_box_multicast(to + place.rank * Config::kHalfABytes, map, row + place.rank * kRows, col,
+                       barrier, 0b11);
+  } else {
+    load_box(to, map, row, col, barrier);
+    load_box(to + Config::kHalfABytes, map, row + kRows, col, barrier);
+  }
+}
 
 // The loads of w's tile, or of thin_out's, at (i, c).
 template <class Config>
@@ -121,10 +160,11 @@ __device__ __forceinline__ void load_w(uint32_t to, const CUtensorMap* map, int 
   }
 }
 
-// One thread: loads the stages of all tiles of the block, as soon as each is free.
+// One thread: loads the stages of all tiles of the block, as soon as each is free: in both blocks
+// of a pair, as both are written to.
 template <class Config>
 __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Parameters& g,
-                                        const Sm90Smem<Config>& smem, int tiles) {
+                                        const Sm90Smem<Config>& smem, const Sm90Place& place) {
   Ring<Config::kStages> ring;
   // Until the stage is free; then what is about to be loaded into it is announced.
   const auto next_stage = [&](uint32_t bytes) {
@@ -132,8 +172,8 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Paramete
     barrier_arrive_expect(smem.full + ring.stage * 8, bytes);
     return smem.stages + ring.stage * Config::kStageBytes;
   };
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = g.order.at(index);
+  for (int index = place.first; index < g.order.count(); index += place.stride) {
+    const Tile tile = place.tile(g.order, index);
     const int row = tile.row * Config::kBlockM;
     const int c = tile.col * Config::kBlockC;
 
@@ -142,7 +182,7 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Paramete
       const int i = t * Config::kBlockI;
       const uint32_t to = next_stage(Config::kStageBytes);
       const uint32_t barrier = smem.full + ring.stage * 8;
-      load_box(to, &maps.a, row, i, barrier);
+      load_a<Config>(to, &maps.a, row, i, barrier, place);
       load_w<Config>(to + Config::kABytes, &maps.w, i, c, barrier);
       if constexpr (Config::kComputeP) {
         const uint32_t thin_in = to + Config::kABytes + Config::kWBytes;
@@ -164,7 +204,7 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Paramete
       for (int step = 0; step < g.rank_steps; step += 4) {
         const uint32_t to = next_stage(Config::kABytes + Config::kWBytes);
         const uint32_t barrier = smem.full + ring.stage * 8;
-        load_box(to, &maps.p, row, step * 16, barrier);
+        load_a<Config>(to, &maps.p, row, step * 16, barrier, place);
         load_w<Config>(to + Config::kABytes, &maps.thin_out, step * 16, c, barrier);
         ring.advance();
       }
@@ -178,7 +218,7 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Paramete
 // product.
 template <class T, class Config>
 __device__ __forceinline__ void round_p(uint32_t (&p)[Config::kPCols / 16][4],
-                                        const float (&acc)[Config::kMmaC / 2],
+                                        const float (&acc)[Config::kAccumulators],
                                         const Sm90Parameters& g, int row, bool store) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -203,55 +243,41 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[Config::kPCols / 16][4],
   }
 }
 
-// The epilogue: a consumer's 64 rows of `out` at (row, c), plus bias, in pieces of 64 columns
-// through shared memory. `piece`: which of the consumer's two buffers is next.
+// A consumer's 64 rows of `out` plus bias, rounded: per piece of 64 columns the registers that
+// stmatrix takes.
 template <class T, class Config>
-__device__ __forceinline__ void store_out(const GemmMaps& maps, const Sm90Parameters& g,
-                                          float (&acc)[Config::kMmaC / 2], int row, int c,
-                                          uint32_t pieces, int& piece, int consumer) {
-  const int thread = threadIdx.x % 128;
-  const int warp = thread / 32;
-  const int lane = thread % 32;
+__device__ __forceinline__ void round_out(uint32_t (&out)[Config::kPieces][16],
+                                          const float (&acc)[Config::kAccumulators],
+                                          const float (&bias)[Config::kBlockC / 8][2]) {
 #pragma unroll
-  for (int first = 0; first < Config::kBlockC; first += 64) {
-    const uint32_t buffer = pieces + piece * Config::kPieceBytes;
-    if (thread == 0) wait_stores_read<1>();
-    warpgroup_sync(1 + consumer);
-#pragma unroll
-    for (int block = 0; block < 8; block += 2) {
-      uint32_t packed[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int local = first + (block + half) * 8;
-        float* const value = acc + local / 2;
-        float bias[2];
-        load_bias<T>(bias, g.bias, c + local + accumulator_col(lane, 0), g.c);
-        packed[half * 2] = pack<T>(value[0] + bias[0], value[1] + bias[1]);
-        packed[half * 2 + 1] = pack<T>(value[2] + bias[0], value[3] + bias[1]);
-      }
-      const LaneAddress at = stored_blocks(lane);
-      store_matrices(buffer + 2 * swizzled<64>(warp * 16 + at.row, block + at.chunk), packed[0],
-                     packed[1], packed[2], packed[3]);
-    }
-    fence_to_tma();
-    warpgroup_sync(1 + consumer);
-    if (thread == 0) {
-      if (row < g.m && c + first < g.c) store_box(&maps.out, row, c + first, buffer);
-      commit_stores();
-    }
-    piece ^= 1;
+  for (int block = 0; block < Config::kBlockC / 8; ++block) {
+    const float* const value = acc + block * 4;
+    uint32_t* const to = out[block / 8] + block % 8 * 2;
+    to[0] = pack<T>(value[0] + bias[block][0], value[1] + bias[block][1]);
+    to[1] = pack<T>(value[2] + bias[block][0], value[3] + bias[block][1]);
   }
+}
+
+// A piece from registers to `buffer`.
+__device__ __forceinline__ void write_piece(uint32_t buffer, const uint32_t (&piece)[16]) {
+  const int warp = threadIdx.x % 128 / 32;
+  const LaneAddress at = stored_blocks(threadIdx.x % 32);
+#pragma unroll
+  for (int block = 0; block < 8; block += 2)
+    store_matrices(buffer + 2 * swizzled<64>(warp * 16 + at.row, block + at.chunk),
+                   piece[block * 2], piece[block * 2 + 1], piece[block * 2 + 2],
+                   piece[block * 2 + 3]);
 }
 
 // A warpgroup: multiplies and stores 64 rows of all tiles of the block.
 template <class T, class Config>
 __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Parameters& g,
-                                        const Sm90Smem<Config>& smem, int tiles, int consumer) {
+                                        const Sm90Smem<Config>& smem, const Sm90Place& place,
+                                        int consumer) {
   constexpr bool kRowsOfI = Config::kLayout == WLayout::kRowsOfI;
   constexpr gmma::Major kMajor = kRowsOfI ? gmma::Major::K : gmma::Major::MN;
   using Main = Wgmma<T, Config::kMmaC, kMajor>;
   using Last = Wgmma<T, Config::kBlockC, kMajor>;
-  constexpr auto kAll = std::make_index_sequence<Config::kMmaC / 2>{};
 
   const int thread = threadIdx.x % 128;
   const int warp = thread / 32;
@@ -260,21 +286,30 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
   constexpr uint64_t kAStep = descriptor_step(32);
   constexpr uint64_t kWStep = descriptor_step(kRowsOfI ? 32 : 2 * kSlabBytes);
   const uint64_t a_first =
-      wgmma_descriptor(smem.stages + consumer * 64 * kLineBytes, 16, kSlabBytes);
+      wgmma_descriptor(smem.stages + consumer * Config::kHalfABytes, 16, kSlabBytes);
   const uint64_t w_first = wgmma_descriptor(smem.stages + Config::kABytes,
                                             kRowsOfI ? 16 : Config::kChunkBytes, kSlabBytes);
-  const uint32_t pieces = smem.pieces + consumer * 2 * Config::kPieceBytes;
+  constexpr uint64_t kThinInStep = descriptor_step(16 * 2 * kComputePRank);
+  const uint64_t thin_in_first =
+      wgmma_descriptor_32b(smem.stages + Config::kABytes + Config::kWBytes);
+  const uint32_t buffer = smem.pieces + consumer * Config::kPieceBytes;
   const auto release = [&](int stage) {
-    if (lane == 0) barrier_arrive(smem.empty + stage * 8);
+    if (lane < place.cluster) barrier_arrive_at(smem.empty + stage * 8, lane);
   };
   Ring<Config::kStages> ring;
-  int piece = 0;
+  // The tile before this one: its rounded output, not yet stored.
+  uint32_t out[Config::kPieces][16];
+  int out_row = -1;
+  int out_c = 0;
+  // One thread's share of storing a piece that the warpgroup has written.
+  const auto store = [&](int piece, uint32_t from) {
+    if (out_row < g.m && out_c + piece * 64 < g.c)
+      store_box(&maps.out, out_row, out_c + piece * 64, from);
+    commit_stores();
+  };
 
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = g.order.at(index);
-    const int row = tile.row * Config::kBlockM + consumer * 64;
-    const int c = tile.col * Config::kBlockC;
-    float acc[Config::kMmaC / 2];
+  for (int index = place.first; index < g.order.count(); index += place.stride) {
+    float acc[Config::kAccumulators];
     int previous = -1;
 
     // One wgmma group is always in flight: the stage before it is released when it is issued.
@@ -285,10 +320,16 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       fence_accumulators(acc);
       cute::warpgroup_arrive();
 #pragma unroll
-      for (int k = 0; k < decltype(steps)::value; ++k)
-        wgmma_shared<typename Main::Shared>(acc, a_first + at + k * kAStep,
-                                            w_first + at + k * kWStep,
-                                            k == 0 ? first : gmma::ScaleOut::One, kAll);
+      for (int k = 0; k < decltype(steps)::value; ++k) {
+        const uint64_t a = a_first + at + k * kAStep;
+        const gmma::ScaleOut scale = k == 0 ? first : gmma::ScaleOut::One;
+        wgmma_shared<typename Main::Shared, 0>(acc, a, w_first + at + k * kWStep, scale,
+                                               std::make_index_sequence<Config::kMmaC / 2>{});
+        if constexpr (Config::kPApart)
+          wgmma_shared<typename Wgmma<T, Config::kPCols, kMajor>::Shared, Config::kBlockC / 2>(
+              acc, a, thin_in_first + at + k * kThinInStep, scale,
+              std::make_index_sequence<Config::kPCols / 2>{});
+      }
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<1>();
       fence_accumulators(acc);
@@ -296,9 +337,29 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       previous = ring.stage;
       ring.advance();
     };
-    // The product: over I, then over the rank where P is read.
-    for (int t = 0; t < g.tiles_i; ++t)
-      multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
+    // The product: over I, then over the rank where P is read. Between its steps the tile before is
+    // stored, a piece at a time and evenly: TMA takes long to read one, with loads queued before
+    // it.
+    int t = 0;
+#pragma unroll
+    for (int piece = 0; piece < Config::kPieces; ++piece) {
+      const int end = g.tiles_i * (piece + 1) / Config::kPieces;
+      const auto step = [&] {
+        multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
+        ++t;
+      };
+      if (t < end) step();
+      if (out_row >= 0) {
+        if (thread == 0) wait_stores_read<0>();
+        warpgroup_sync(1 + consumer);
+        write_piece(buffer, out[piece]);
+        fence_to_tma();
+        warpgroup_sync(1 + consumer);
+        if (thread == 0) store(piece, buffer);
+      }
+#pragma unroll 1
+      while (t < end) step();
+    }
     if constexpr (!Config::kComputeP) {
       if (g.rank_steps == 1) {
         multiply(Steps<1>{}, gmma::ScaleOut::One);
@@ -309,6 +370,12 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
           multiply(Steps<4>{}, gmma::ScaleOut::One);
       }
     }
+    // Before the wait, so that it covers what these take.
+    const Tile tile = place.tile(g.order, index);
+    const int row = tile.row * Config::kBlockM + consumer * 64;
+    const int c = tile.col * Config::kBlockC;
+    float bias[Config::kBlockC / 8][2];
+    load_bias_pairs<T>(bias, g.bias, c + accumulator_col(lane, 0), g.c);
     cute::warpgroup_wait<0>();
     fence_accumulators(acc);
     release(previous);
@@ -336,9 +403,27 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       ring.advance();
     }
 
-    store_out<T, Config>(maps, g, acc, row, c, pieces, piece, consumer);
+    round_out<T, Config>(out, acc, bias);
+    out_row = row;
+    out_c = c;
   }
-  if (thread == 0) wait_stores_read<0>();
+  if (out_row < 0) return;
+
+  // The last tile goes through the stages, which nothing is loaded into any more: only this
+  // consumer has read its rows of `a`.
+  warpgroup_sync(1 + consumer);
+  const auto free_rows = [&](int piece) {
+    return smem.stages + piece * Config::kStageBytes + consumer * Config::kHalfABytes;
+  };
+#pragma unroll
+  for (int piece = 0; piece < Config::kPieces; ++piece) write_piece(free_rows(piece), out[piece]);
+  fence_to_tma();
+  warpgroup_sync(1 + consumer);
+  if (thread == 0) {
+#pragma unroll
+    for (int piece = 0; piece < Config::kPieces; ++piece) store(piece, free_rows(piece));
+    wait_stores_read<0>();
+  }
 }
 
 template <class T, class Config>
@@ -347,26 +432,30 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                               const __grid_constant__ Sm90Parameters g) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const Sm90Smem<Config> smem(smem_address(dynamic_smem()));
+  const Sm90Place place(g.cluster);
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
+    if (smem.stages % Config::kAlignment != 0) __trap();
     prefetch_map(&maps.a);
     prefetch_map(&maps.w);
     for (int i = 0; i < Config::kStages; ++i) {
       barrier_init(smem.full + i * 8, 1);
-      barrier_init(smem.empty + i * 8, Config::kConsumers * 4);  // one arrival per warp
+      barrier_init(smem.empty + i * 8, g.cluster * Config::kConsumers * 4);  // one per warp
     }
     barrier_init_fence();
   }
-  __syncthreads();
+  cluster_sync();
 
-  const int tiles = g.order.count();
   if (warpgroup == 0) {
     give_registers_back<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Config>(maps, g, smem, tiles);
+    if (threadIdx.x == 0) produce<Config>(maps, g, smem, place);
   } else {
     take_registers<Config::kConsumerRegisters>();
-    consume<T, Config>(maps, g, smem, tiles, warpgroup - 1);
+    consume<T, Config>(maps, g, smem, place, warpgroup - 1);
   }
+  // The other block's arrivals need this one's barriers.
+  __syncwarp();
+  cluster_sync();
 #endif
 }
 
@@ -374,7 +463,9 @@ template <class T, class Config>
 cudaError_t launch_sm90(const GemmArguments& g, const GemmMaps& maps, const Device& device,
                         cudaStream_t stream) {
   Sm90Parameters parameters{};
-  parameters.order = tile_order(g.a.rows, g.out.cols, Config::kBlockM, Config::kBlockC);
+  const int cluster = sm90_cluster(g.out.cols, Config::kBlockC, device.multiprocessors);
+  parameters.order = tile_order(g.a.rows, g.out.cols, Config::kBlockM, Config::kBlockC * cluster);
+  parameters.cluster = cluster;
   parameters.m = static_cast<int32_t>(g.a.rows);
   parameters.c = static_cast<int32_t>(g.out.cols);
   parameters.tiles_i = static_cast<int32_t>(ceil_div(g.a.cols, Config::kBlockI));
@@ -384,9 +475,10 @@ cudaError_t launch_sm90(const GemmArguments& g, const GemmMaps& maps, const Devi
   parameters.p_out = Config::kComputeP ? g.p.data : nullptr;
   parameters.p_stride = g.p.stride;
   const int count = parameters.order.count();
-  const int grid = count < device.multiprocessors ? count : device.multiprocessors;
-  return launch_with_smem<low_rank_gemm_sm90_kernel<T, Config>>(
-      dim3(grid), Config::kThreads, Config::kSmemBytes, stream, maps, parameters);
+  const int most = device.multiprocessors / cluster;
+  return launch_clusters<low_rank_gemm_sm90_kernel<T, Config>>(
+      cluster * (count < most ? count : most), cluster, Config::kThreads, Config::kSmemBytes,
+      stream, maps, parameters);
 }
 
 template <class T, int kBlockC, int kPCols>

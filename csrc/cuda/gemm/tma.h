@@ -14,18 +14,18 @@ struct TensorMapParams {
   uint64_t row_bytes = 0;  // from one row to the next
   uint32_t box_cols = 0;
   uint32_t box_rows = 0;
+  uint32_t swizzle_bytes = 128;  // of SWIZZLE_128B, or 32
 };
 
 constexpr uint64_t kElementBytes = 2;
-constexpr uint64_t kSwizzleBytes = 128;
 
 // A box arrives whole: what lies beyond the tensor is written as zeros and counted as well.
 constexpr uint32_t box_bytes(const TensorMapParams& p) {
   return static_cast<uint32_t>(p.box_cols * p.box_rows * kElementBytes);
 }
 
-// Why TMA cannot take the map; empty if it can. Limits of cuTensorMapEncodeTiled with
-// SWIZZLE_128B. Rows that overlap or repeat (expanded tensors) are legal there, but refused here.
+// Why TMA cannot take the map; empty if it can. Limits of cuTensorMapEncodeTiled. Rows that overlap
+// or repeat (expanded tensors) are legal there, but refused here.
 inline std::string tensor_map_error(const TensorMapParams& p) {
   const auto got = [](const char* what, uint64_t value) {
     return std::string(what) + ", got " + std::to_string(value);
@@ -41,8 +41,10 @@ inline std::string tensor_map_error(const TensorMapParams& p) {
   if (p.box_cols == 0 || p.box_cols > 256) return got("box_cols must be in [1, 256]", p.box_cols);
   if (p.box_cols * kElementBytes % 16)
     return got("a box row must be a multiple of 16 bytes, in elements of 2", p.box_cols);
-  if (p.box_cols * kElementBytes > kSwizzleBytes)
-    return got("a box row must hold at most 128 bytes, in elements of 2", p.box_cols);
+  if (p.swizzle_bytes != 128 && p.swizzle_bytes != 32)
+    return got("swizzle_bytes must be 128 or 32", p.swizzle_bytes);
+  if (p.box_cols * kElementBytes > p.swizzle_bytes)
+    return got("a box row must hold at most swizzle_bytes, in elements of 2", p.box_cols);
   return {};
 }
 

@@ -23,14 +23,16 @@ constexpr int64_t aligned_row(int64_t columns) { return round_up(columns, 8); }
 constexpr int kPassRows = 64;
 constexpr int kPassCols = 64;
 
-// S and the partial sums of d_B from one pass over dY. A block leaves C·R floats, written and read
-// again, for 64·C halves it reads. Up to 264 blocks those stay in L2 at R = 16 and 32 (39 and 78 MB
-// at C = 2304); a second pass over dY costs less beyond.
-constexpr bool one_pass_gradient(int rank_padded) { return rank_padded <= 32; }
+// S and the partial sums of d_B come from one pass over dY at this rank alone. A block leaves C·R
+// floats, which are written and read again, for the 128·C halves that it reads: half as many bytes
+// at R = 16, as many at R = 32, where a second pass over dY costs no more.
+constexpr int kOnePassRank = 16;
+constexpr int kOnePassRows = 128;
+constexpr bool one_pass_gradient(int rank_padded) { return rank_padded == kOnePassRank; }
 
 // Programs of the one-pass kernel: each adds its row blocks into its own partial sum, in order.
-constexpr int64_t thin_programs(int64_t m, int multiprocessors) {
-  const int64_t blocks = ceil_div(m, kPassRows);
+constexpr int64_t thin_grad_programs(int64_t m, int multiprocessors) {
+  const int64_t blocks = ceil_div(m, kOnePassRows);
   return blocks < 2 * multiprocessors ? blocks : 2 * multiprocessors;
 }
 

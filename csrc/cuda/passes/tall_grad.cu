@@ -12,10 +12,11 @@ struct TallGradParameters {
   int64_t rows_per_split;
 };
 
-template <class T, class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+template <class T, class Config, bool kWhole>
+__global__ void __launch_bounds__(Config::kThreads, 1)
     tall_grad_kernel(const __grid_constant__ TallGradParameters t) {
 #if __CUDA_ARCH__ >= 800
+  let_next_kernel_start();
   constexpr int kRank = Config::kRank;
   const uint32_t smem = smem_address(dynamic_smem());
   const int warp = threadIdx.x / 32;
@@ -26,17 +27,20 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int tiles =
       static_cast<int>(ceil_div(left < t.rows_per_split ? left : t.rows_per_split, Config::kRows));
 
-  const auto load = [&](int tile, uint32_t to) {
-    const int64_t row = first_row + static_cast<int64_t>(tile) * Config::kRows;
-    load_tile<T, Config::kRows, Config::kCols, Config::kThreads>(to, t.tall, row, col);
-    load_tile<T, Config::kRows, kRank, Config::kThreads>(to + Config::kTallElements * 2, t.thin,
-                                                         row, 0);
+  TileWalk<T, Config::kRows, Config::kCols, Config::kThreads, Walk::kDown, kWhole> tall(
+      t.tall, first_row, col);
+  TileWalk<T, Config::kRows, kRank, Config::kThreads, Walk::kDown, kWhole> thin(t.thin, first_row,
+                                                                                0);
+  const auto load = [&](int, uint32_t to) {
+    tall.load_next(to);
+    thin.load_next(to + Config::kTallElements * 2);
   };
   prefetch<Config>(smem, tiles, load);
+  const Product<T, Config, true> product;
   float acc[kRank / 8][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {
     const uint32_t tall_tile = next_stage<Config>(smem, tile, tiles, load);
-    add_product<T, Config, true>(acc, tall_tile, tall_tile + Config::kTallElements * 2);
+    product.add(acc, tall_tile, tall_tile + Config::kTallElements * 2);
   }
   wait_copies<0>();
 #pragma unroll
@@ -56,14 +60,16 @@ __global__ void __launch_bounds__(Config::kThreads)
 }  // namespace
 
 cudaError_t launch_tall_grad(const TallGradArguments& t, int rank_padded, cudaStream_t stream) {
-  return for_dtype_and_rank(t.dtype, rank_padded, [&]<class T, int kRank>() {
-    using Config = PassConfig<kRank>;
-    const dim3 grid(static_cast<unsigned>(ceil_div(t.tall.cols, Config::kCols)),
-                    static_cast<unsigned>(t.splits));
-    return launch_with_smem<tall_grad_kernel<T, Config>>(
-        grid, Config::kThreads, Config::kSmemBytes, stream,
-        TallGradParameters{operand(t.tall), operand(t.thin), t.partial, t.rows_per_split});
-  });
+  const TallGradParameters parameters{operand(t.tall), operand(t.thin), t.partial,
+                                      t.rows_per_split};
+  return for_pass(t.dtype, rank_padded, parameters.tall.whole() && parameters.thin.whole(),
+                  [&]<class T, int kRank, bool kWhole>() {
+                    using Config = PassConfig<kRank>;
+                    const dim3 grid(static_cast<unsigned>(ceil_div(t.tall.cols, Config::kCols)),
+                                    static_cast<unsigned>(t.splits));
+                    return launch_with_smem<tall_grad_kernel<T, Config, kWhole>>(
+                        grid, Config::kThreads, Config::kSmemBytes, stream, parameters);
+                  });
 }
 
 }  // namespace efft_kernels::cuda

@@ -9,6 +9,12 @@ from .fallback import padded_rank
 MAX_RANK = 128
 # The padded rank whose instructions (144 and 208 columns) the sm_90a GEMM has for P in its loop.
 RANK_IN_GEMM = 16
+# What the loop that computes S as well makes of dX's GEMM: the mean of ViT-B's four layers with 64
+# images in bfloat16 on an H100, 1.28 to 1.52 (benchmarks/gpu/kernel_times.py). In the forward the
+# loop takes P along for the share of its columns.
+DX_WITH_S = 1.42
+# The padded rank at which one pass over dY makes S and the partial sums of d_B (passes/sizes.h).
+ONE_PASS_RANK = 16
 
 
 def excluded(problem: Problem, strategy: str) -> str | None:
@@ -38,13 +44,13 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     fold = Launch("fold", 0, stored + (K + N) * R * b)
     cast = [] if wb == b else [Launch("cast", 0, N * K * (wb + b))]
     # wgmma takes the R columns of P along with a tile's own.
-    share = R / block if p_in_gemm and block else 0
+    share = R / block if p_in_gemm and block and not problem.backward else 0
     moved = (M * (inner + columns) + N * K + (columns + (inner if p_in_gemm else 0)) * R) * b
     gemm = Launch(
         "gemm",
         2 * M * N * K * (1 + share) + 2 * M * columns * R,
         moved + saved + (0 if problem.backward else N * b),
-        device.gemm_efficiency,
+        device.gemm_efficiency / (DX_WITH_S if problem.backward and p_in_gemm else 1),
     )
     fold_float = Launch("fold", 0, stored + (K + N) * R * 4)
     merge = Launch("merge", 0, N * K * (wb + b) + (K + N) * R * 4)
@@ -56,9 +62,9 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
             return [fold_down, thin, *merged] if problem.training else merged
         return [*cast, fold, gemm] if p_in_gemm else [*cast, fold, thin, gemm]
 
-    # d_B's partial sums come from the pass that makes S where that is one pass (passes/sizes.h).
-    one_pass = R <= 32 and not p_in_gemm
-    programs = min(-(-M // 64), 2 * device.multiprocessors)
+    # d_B's partial sums come from the pass that makes S where that is one pass.
+    one_pass = R == ONE_PASS_RANK and not p_in_gemm
+    programs = min(-(-M // 128), 2 * device.multiprocessors)
     dy_parts = programs if one_pass else _splits(M, N, device.multiprocessors)
     x_parts = _splits(M, K, device.multiprocessors)
     grad_x = Launch("tall_grad", 2 * M * K * R, M * (K + rank) * b + x_parts * K * R * 4)

@@ -13,9 +13,10 @@
 #include <random>
 #include <vector>
 
-// A model of one multiprocessor: the threads of a block are fibers of one host thread, switched in
-// a random order wherever a kernel waits. Asynchronous operations take effect as early or as late
-// as their documentation allows (`eager`), so that a missing wait and an early release both show.
+// A model of the multiprocessors of one cluster: the threads of its blocks are fibers of one host
+// thread, switched in a random order wherever a kernel waits. Asynchronous operations take effect
+// as early or as late as their documentation allows (`eager`), so that a missing wait and an early
+// release both show.
 namespace model {
 
 [[noreturn]] inline void fail(const char* what) {
@@ -81,9 +82,14 @@ struct Block {
   std::vector<std::function<void()>> loads;  // by TMA, in flight
   bool eager = false;
   int64_t progress = 0;
-  std::mt19937 random;
   ucontext_t scheduler;
   Thread* current = nullptr;
+
+  bool running() const {
+    for (const Thread& t : threads)
+      if (!t.done) return true;
+    return false;
+  }
 };
 
 inline Block*& block_pointer() {
@@ -91,6 +97,21 @@ inline Block*& block_pointer() {
   return pointer;
 }
 inline Block& block() { return *block_pointer(); }
+
+inline std::vector<Block>& cluster() {
+  static std::vector<Block> blocks;
+  return blocks;
+}
+
+// Runs `f` as if in another block.
+template <class F>
+void in_block(Block& other, F f) {
+  Block* const here = block_pointer();
+  block_pointer() = &other;
+  f();
+  block_pointer() = here;
+}
+
 inline Thread& current_thread() { return *block().current; }
 inline Warp& current_warp() { return block().warps[current_thread().index / 32]; }
 inline int lane() { return current_thread().index % 32; }
@@ -115,6 +136,9 @@ inline void meet(Rendezvous& r, int count) {
 }
 
 inline void sync_block() { meet(block().named[0], static_cast<int>(block().threads.size())); }
+inline void sync_cluster() {
+  meet(cluster()[0].named[-1], static_cast<int>(cluster().size() * block().threads.size()));
+}
 inline void sync_warp() { meet(current_warp().meeting, 32); }
 
 inline uint8_t* smem_at(uint32_t address, size_t bytes) {
@@ -161,9 +185,8 @@ inline void entry() {
   yield();
 }
 
-inline void run_block(Block& b, int threads) {
+inline void start_threads(Block& b, int threads) {
   constexpr size_t kStackBytes = 256 * 1024;
-  block_pointer() = &b;
   b.threads = std::vector<Thread>(threads);
   b.warps = std::vector<Warp>((threads + 31) / 32);
   for (int i = 0; i < threads; ++i) {
@@ -177,61 +200,83 @@ inline void run_block(Block& b, int threads) {
     t.context.uc_link = &b.scheduler;
     makecontext(&t.context, entry, 0);
   }
+}
+
+inline void run_cluster(int threads, std::mt19937& random) {
+  std::vector<Block>& blocks = cluster();
+  for (Block& b : blocks) start_threads(b, threads);
+  const int count = threads * static_cast<int>(blocks.size());
+  const auto progress = [&] {
+    int64_t sum = 0;
+    for (const Block& b : blocks) sum += b.progress;
+    return sum;
+  };
+  const auto any_warp = [&] { return static_cast<int>(random() % (count / 16 + 1)); };
   int idle_rounds = 0;
-  int slow_warp = static_cast<int>(b.random() % (2 * b.warps.size()));
+  int slow_warp = any_warp();
   bool running = true;
   while (running) {
     running = false;
-    const int64_t before = b.progress;
+    const int64_t before = progress();
     // One warp is slow for a while, so that the others run ahead as far as they may.
-    if (b.random() % 512 == 0) slow_warp = static_cast<int>(b.random() % (2 * b.warps.size()));
-    const bool skip_slow = b.random() % 16 != 0;
-    const int first = static_cast<int>(b.random() % threads);
-    const int step = b.random() % 2 ? 1 : threads - 1;
-    for (int i = 0, at = first; i < threads; ++i, at = (at + step) % threads) {
-      Thread& t = b.threads[at];
+    if (random() % 512 == 0) slow_warp = any_warp();
+    const bool skip_slow = random() % 16 != 0;
+    const int first = static_cast<int>(random() % count);
+    const int step = random() % 2 ? 1 : count - 1;
+    for (int i = 0, at = first; i < count; ++i, at = (at + step) % count) {
+      Block& b = blocks[at / threads];
+      Thread& t = b.threads[at % threads];
       if (t.done) continue;
       running = true;
       if (skip_slow && at / 32 == slow_warp) continue;
+      block_pointer() = &b;
       b.current = &t;
       swapcontext(&b.scheduler, &t.context);
     }
     // TMA delivers in any order, some time.
-    while (!b.loads.empty() && (b.random() % 2 || b.progress == before)) {
-      const size_t pick = b.random() % b.loads.size();
-      const auto load = b.loads[pick];
-      b.loads.erase(b.loads.begin() + static_cast<int64_t>(pick));
-      load();
-      ++b.progress;
+    for (Block& b : blocks) {
+      block_pointer() = &b;
+      while (!b.loads.empty() && (random() % 2 || progress() == before)) {
+        const size_t pick = random() % b.loads.size();
+        const auto load = b.loads[pick];
+        b.loads.erase(b.loads.begin() + static_cast<int64_t>(pick));
+        load();
+        ++b.progress;
+      }
     }
-    if (b.progress != before)
+    if (progress() != before)
       idle_rounds = 0;
     else if (!skip_slow)
       ++idle_rounds;
     check(idle_rounds < 8, "every thread waits: a deadlock");
   }
-  check(b.loads.empty(), "loads in flight at the end of a block");
-  for (Thread& t : b.threads)
-    check(t.stores.empty() && t.open_stores.empty() && t.products.empty(),
-          "operations in flight at the end of a thread");
+  for (const Block& b : blocks) {
+    check(b.loads.empty(), "loads in flight at the end of a block");
+    for (const Thread& t : b.threads)
+      check(t.stores.empty() && t.open_stores.empty() && t.products.empty(),
+            "operations in flight at the end of a thread");
+  }
 }
 
 template <class Kernel>
-void run_grid(Kernel kernel, dim3 grid, int threads, int smem_bytes) {
+void run_grid(Kernel kernel, dim3 grid, int threads, int smem_bytes, unsigned cluster_size = 1) {
   static unsigned launches = 0;
   const unsigned seed = 7919 * ++launches;
   body() = kernel;
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      Block b;
-      b.index = make_uint3(x, y, 0);
-      b.grid = grid;
-      // Uninitialised memory is NaN in both 16-bit types and in float.
-      b.smem.assign(smem_bytes, 0xff);
-      b.unfenced.assign(smem_bytes / 16 + 1, 0);
-      b.eager = settings().eager;
-      b.random.seed(seed + x * 977 + y);
-      run_block(b, threads);
+    for (unsigned x = 0; x < grid.x; x += cluster_size) {
+      cluster() = std::vector<Block>(cluster_size);
+      for (unsigned rank = 0; rank < cluster_size; ++rank) {
+        Block& b = cluster()[rank];
+        b.index = make_uint3(x + rank, y, 0);
+        b.grid = grid;
+        // Uninitialised memory is NaN in both 16-bit types and in float.
+        b.smem.assign(smem_bytes, 0xff);
+        b.unfenced.assign(smem_bytes / 16 + 1, 0);
+        b.eager = settings().eager;
+      }
+      std::mt19937 random(seed + x * 977 + y);
+      run_cluster(threads, random);
     }
   }
 }

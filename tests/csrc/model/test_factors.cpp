@@ -85,6 +85,7 @@ static void factors(int64_t k, int64_t slices, int64_t slice_n, int ra, int rb, 
   EXPECT(launch_merge(m, nullptr) == cudaSuccess, "launch");
   expect_equal("W", merged, [&](int64_t r, int64_t c) { return weight.value(r, c); });
 
+  if (!has_core) return;  // d_up is d_B
   auto d_b = Stored<float>::random(n, ra, 5, 0, 0, 3);
   Stored<float> d_core(slices * ra, rb), d_up(shared ? slice_n : n, rb);
   UnfoldArguments u{};
@@ -96,27 +97,24 @@ static void factors(int64_t k, int64_t slices, int64_t slice_n, int ra, int rb, 
   u.ra = ra;
   u.rb = rb;
   u.shared = shared;
-  u.out_dtype = Dtype::kFloat;
-  u.d_core = has_core ? d_core.matrix().data : nullptr;
+  u.dtype = Dtype::kFloat;
+  u.d_core = d_core.matrix().data;
   u.d_up = d_up.matrix().data;
   EXPECT(launch_unfold(u, nullptr) == cudaSuccess, "launch");
-  if (has_core)
-    expect_equal("d_core", d_core, [&](int64_t r, int64_t column) {
-      double sum = 0;
-      for (int64_t i = 0; i < slice_n; ++i) {
-        const int64_t row = r / ra * slice_n + i;
-        sum += d_b.value(row, r % ra) * up_value(row, column);
-      }
-      return sum;
-    });
+  expect_equal("d_core", d_core, [&](int64_t r, int64_t column) {
+    double sum = 0;
+    for (int64_t i = 0; i < slice_n; ++i) {
+      const int64_t row = r / ra * slice_n + i;
+      sum += d_b.value(row, r % ra) * up_value(row, column);
+    }
+    return sum;
+  });
   expect_equal("d_up", d_up, [&](int64_t r, int64_t column) {
     double sum = 0;
     for (int64_t g = 0; g < slices; ++g) {
       if (!shared && g != r / slice_n) continue;
       const int64_t row = shared ? g * slice_n + r : r;
-      for (int a = 0; a < ra; ++a)
-        sum += d_b.value(row, a) *
-               (has_core ? core.value(g * ra + a, column) : (a == column ? 1.0 : 0.0));
+      for (int a = 0; a < ra; ++a) sum += d_b.value(row, a) * core.value(g * ra + a, column);
     }
     return sum;
   });
@@ -127,5 +125,9 @@ int main() {
   factors(83, 3, 37, 5, 11, true, false);
   factors(97, 2, 23, 3, 3, false, false);
   factors(37, 1, 131, 17, 33, true, true);
+  // Rows by fours; 1031 and 600 rows are two batches of a thread, of eight and of four.
+  factors(17, 2, 150, 20, 12, true, true);
+  factors(17, 1, 1031, 8, 4, true, false);
+  factors(17, 1, 600, 3, 4, true, false);
   return failures() != 0;
 }

@@ -4,6 +4,7 @@
 #include "passes/reduce.cu"
 #include "passes/tall_grad.cu"
 #include "passes/thin.cu"
+#include "passes/thin_grad.cu"
 
 using namespace efft_kernels::cuda;
 
@@ -12,10 +13,11 @@ constexpr Dtype kDtype = std::is_same_v<T, __half>          ? Dtype::kHalf
                          : std::is_same_v<T, __nv_bfloat16> ? Dtype::kBfloat16
                                                             : Dtype::kFloat;
 
+// `programs`: of the pass that makes both sums; none: S alone.
 template <class T>
-static void passes(int64_t m, int64_t c, int rank, bool aligned, bool grad, int64_t programs,
-                   bool eager) {
+static void passes(int64_t m, int64_t c, int rank, bool aligned, int64_t programs, bool eager) {
   model::settings() = {eager};
+  const bool grad = programs > 0;
   const int rank_padded = padded_rank(rank);
   auto tall = Stored<T>::random(m, c, 1, aligned ? aligned_row(c) + 8 : c, aligned ? 0 : 3);
   auto thin_in = Stored<T>::random(c, rank_padded, 2);
@@ -36,19 +38,18 @@ static void passes(int64_t m, int64_t c, int rank, bool aligned, bool grad, int6
     };
   };
   std::vector<float> partial(programs * c * rank_padded, std::nanf(""));
-  ThinArguments t{};
-  t.dtype = kDtype<T>;
-  t.tall = tall.matrix();
-  t.thin_in = thin_in.matrix();
-  t.s = s.matrix();
-  t.s_copy = s_copy.matrix();
-  t.rank = rank;
-  t.programs = programs;
   if (grad) {
-    t.p = p.matrix();
-    t.partial = partial.data();
+    EXPECT(launch_thin_grad({kDtype<T>, tall.matrix(), thin_in.matrix(), p.matrix(), s.matrix(),
+                             rank, partial.data(), programs},
+                            nullptr) == cudaSuccess,
+           "launch");
+    expect_equal("S", s, s_value);
+    s = Stored<T>(m, rank_padded);
   }
-  EXPECT(launch_thin(t, rank_padded, nullptr) == cudaSuccess, "launch");
+  EXPECT(
+      launch_thin({kDtype<T>, tall.matrix(), thin_in.matrix(), s.matrix(), s_copy.matrix(), rank},
+                  rank_padded, nullptr) == cudaSuccess,
+      "launch");
   expect_equal("S", s, s_value);
   expect_equal("S, copied", s_copy, s_value);
 
@@ -72,16 +73,43 @@ static void passes(int64_t m, int64_t c, int rank, bool aligned, bool grad, int6
   d_b.expect_margins_untouched("d_b");
 }
 
+// More parts than a thread has loads in flight.
+static void many_parts(int64_t parts, int64_t c, int rank) {
+  const int rank_padded = padded_rank(rank);
+  auto partial = Stored<float>::random(parts, c * rank_padded, 4);
+  Stored<float> out(c, rank);
+  const ReduceArguments r{static_cast<float*>(partial.matrix().data),
+                          parts,
+                          c,
+                          rank_padded,
+                          out.matrix().data,
+                          rank,
+                          Dtype::kFloat};
+  EXPECT(launch_reduce({}, r, nullptr) == cudaSuccess, "launch");
+  expect_equal("sum", out, [&](int64_t row, int64_t column) {
+    double sum = 0;
+    for (int64_t i = 0; i < parts; ++i) sum += partial.value(i, row * rank_padded + column);
+    return sum;
+  });
+}
+
 int main() {
+  many_parts(261, 5, 13);
   for (const bool eager : {true, false}) {
     for (const bool aligned : {true, false}) {
-      passes<__nv_bfloat16>(67, 71, 7, aligned, true, 2, eager);
-      passes<__half>(331, 250, 16, aligned, true, 2, eager);  // row blocks in turn
-      passes<__half>(150, 133, 29, aligned, true, 3, eager);
-      passes<__nv_bfloat16>(129, 97, 33, aligned, false, 3, eager);
-      passes<__half>(65, 300, 128, aligned, false, 2, eager);
+      passes<__nv_bfloat16>(67, 71, 7, aligned, 1, eager);
+      passes<__half>(331, 250, 16, aligned, 2, eager);  // row blocks in turn
+      passes<__half>(150, 133, 29, aligned, 0, eager);
+      passes<__nv_bfloat16>(129, 97, 33, aligned, 0, eager);
+      passes<__half>(65, 300, 128, aligned, 0, eager);
     }
-    passes<__half>(1, 1, 1, false, true, 1, eager);
+    // Whole 16 bytes everywhere, with ragged tiles.
+    passes<__nv_bfloat16>(331, 200, 8, true, 3, eager);
+    passes<__half>(200, 264, 16, true, 1, eager);
+    passes<__nv_bfloat16>(131, 328, 32, true, 0, eager);
+    passes<__half>(67, 136, 64, true, 0, eager);
+    passes<__nv_bfloat16>(193, 72, 128, true, 0, eager);
+    passes<__half>(1, 1, 1, false, 1, eager);
   }
   return failures() != 0;
 }

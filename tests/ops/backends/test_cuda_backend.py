@@ -280,6 +280,30 @@ def test_under_autocast(shape, strategy):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
 
 
+@on_gpu
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_under_autocast_a_frozen_float32_weight_is_cast_once(strategy):
+    """The forward's cast is what the backward reads, as in torch's own linear; `merged` starts from
+    the weight itself.
+    """
+    x, weight, bias, *factors = draw(WIDE, torch.float32)[:-1]
+    leaves = [t.requires_grad_() for t in (x, *factors)]
+    saved = []
+    with (
+        torch.autocast("cuda", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        y = low_rank_linear(leaves[0], weight, bias, *leaves[1:], backend="cuda", strategy=strategy)
+    weights = [t.dtype for t in saved if t.shape == weight.shape]
+    assert weights == [torch.float32 if strategy == "merged" else torch.bfloat16]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    wanted = reference.low_rank_linear(exact[0], weight.double(), bias.double(), *exact[1:])
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, leaves, dy)
+    for got, want in zip(grads, torch.autograd.grad(wanted, exact, dy.double()), strict=True):
+        assert relative_error(got, want) < 2e-2
+
+
 def leaves_and_dy():
     """(operands that require grad but for the weight, dy) of a bfloat16 step."""
     *tensors, dy = draw(replace(WIDE, Rb=16), torch.bfloat16)

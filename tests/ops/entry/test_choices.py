@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from efft_kernels import low_rank_linear
 from efft_kernels.ops import cost_model, eager_entry
-from efft_kernels.ops.backends import cpp_backend
+from efft_kernels.ops.backends import cpp_backend, torch_backend
 
 from .both_ways import assert_identical, on_both_ways, operands, step
 
@@ -44,7 +45,7 @@ class TestRememberedChoices:
         assert asked == [(11, False), (11, True), (6, False), (11, False), (11, False)]
         *native_ones, (_, _, in_python) = decisions
         assert all(isinstance(part, int) for _, _, answer in native_ones for part in answer)
-        assert all(map(callable, in_python)), "torch takes float16"
+        assert all(map(callable, in_python[:2])), "torch takes float16"
 
     def test_forgotten_when_told(self, decisions):
         for _ in range(2):
@@ -77,7 +78,7 @@ class TestRememberedChoices:
         )
         low_rank_linear(**tensors)
         assert len(decisions) == 2
-        assert decisions[1][2] == (cpp_backend.STRATEGY_CODES[other], predicted[1])
+        assert decisions[1][2] == (cpp_backend.STRATEGY_CODES[other], *predicted[1:])
 
     def test_refusals_are_not_remembered(self, decisions):
         for _ in range(2):
@@ -110,7 +111,45 @@ class TestRememberedChoices:
         found, expected = on_both_ways(lambda: step(operands()))
         assert called == ["forward", "backward"] * 2 and len(python_calls) == 1
         torch.testing.assert_close([t.shape for t in found], [t.shape for t in expected])
-        assert all(map(callable, decisions[0][2]))
+        assert all(map(callable, decisions[0][2][:2]))
+
+    @pytest.mark.parametrize(
+        ("device", "weight_dtype", "strategy", "cast"),
+        [
+            ("cuda", torch.float32, "split", True),
+            ("cuda", torch.float32, "merged", False),  # it adds to the float32 weight
+            ("cuda", torch.bfloat16, "split", False),
+            ("cpu", torch.float32, "split", False),
+        ],
+    )
+    def test_a_wider_weight_is_cast_once_on_a_gpu(
+        self, monkeypatch, device, weight_dtype, strategy, cast
+    ):
+        asked = []
+
+        def select(backend, wanted, problem, x):
+            asked.append((problem.backward, problem.weight_bytes))
+            return torch_backend, wanted
+
+        monkeypatch.setattr(eager_entry.dispatch, "select", select)
+        with FakeTensorMode():
+            x, weight, down, core, up = (
+                torch.empty(size, device=device, dtype=dtype)
+                for size, dtype in (
+                    ((11, 7), torch.bfloat16),
+                    ((15, 7), weight_dtype),
+                    ((7, 3), torch.float32),
+                    ((3, 3, 2), torch.float32),
+                    ((1, 5, 2), torch.float32),
+                )
+            )
+            code = eager_entry._BACKEND_CODES["torch"] + eager_entry._STRATEGIES.index(strategy)
+            answer = eager_entry._decide(x, weight, down, core, up, 11, True, code)
+        assert answer is not None and answer[2] is cast
+        assert asked == [
+            (False, weight_dtype.itemsize),
+            (True, 2 if cast else weight_dtype.itemsize),
+        ]
 
     def test_more_kinds_of_call_than_are_kept(self, decisions):
         t = operands((1,), k=2)

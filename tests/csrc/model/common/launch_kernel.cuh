@@ -19,4 +19,13 @@ cudaError_t launch_with_smem(dim3 grid, int threads, int smem_bytes, cudaStream_
   return launch_kernel(kKernel, grid, threads, smem_bytes, stream, parameters...);
 }
 
+template <auto kKernel, class... Parameters>
+cudaError_t launch_clusters(int grid, int cluster, int threads, int smem_bytes, cudaStream_t,
+                            Parameters... parameters) {
+  model::check(grid > 0 && grid % cluster == 0, "a grid of whole clusters");
+  model::run_grid([&] { kKernel(parameters...); }, dim3(static_cast<unsigned>(grid)), threads,
+                  smem_bytes, cluster);
+  return cudaSuccess;
+}
+
 }  // namespace efft_kernels::cuda

@@ -22,6 +22,10 @@ inline void copy_async(uint32_t to, const void* from, int bytes) {
   }
 }
 
+inline void copy_async_or_zero(uint32_t to, const void* from, bool zero) {
+  copy_async(to, from, zero ? 0 : 16);
+}
+
 inline void commit_copies() {
   auto& thread = model::current_thread();
   thread.copies.push_back(std::move(thread.open_copies));

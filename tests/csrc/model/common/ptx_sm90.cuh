@@ -4,8 +4,12 @@
 #include "gemm/tma.h"
 #include "gpu.h"
 
-// sm_90's barriers and TMA on the model. A CUtensorMap holds its TensorMapParams.
+// sm_90's clusters, barriers and TMA on the model. A CUtensorMap holds its TensorMapParams.
 namespace efft_kernels::cuda {
+
+inline int cluster_rank() { return static_cast<int>(&model::block() - model::cluster().data()); }
+
+inline void cluster_sync() { model::sync_cluster(); }
 
 inline model::Barrier& barrier_at(uint32_t address) {
   model::check(address % 8 == 0, "a barrier at an unaligned address");
@@ -22,6 +26,14 @@ inline void barrier_init_fence() {}
 inline void barrier_arrive(uint32_t barrier) {
   --barrier_at(barrier).pending;
   barrier_at(barrier).complete();
+}
+
+inline void barrier_arrive_at(uint32_t barrier, int rank) {
+  model::in_block(model::cluster().at(rank), [=] {
+    model::check(barrier_at(barrier).arrivals > 0, "an arrival at a barrier not initialised");
+    model::check(model::block().running(), "an arrival in a block that has ended");
+    barrier_arrive(barrier);
+  });
 }
 
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
@@ -46,8 +58,9 @@ inline TensorMapParams params_of(const CUtensorMap* map) {
 inline void load_box(uint32_t to, const CUtensorMap* map, int32_t row, int32_t col,
                      uint32_t barrier) {
   const TensorMapParams p = params_of(map);
-  model::check(to % 1024 == 0, "a box of 128-byte rows must start at a swizzle period");
-  model::check(p.box_cols == 64, "rows of 128 bytes");
+  const uint32_t line = p.swizzle_bytes;
+  model::check(to % (8 * line) == 0, "a box must start at a swizzle period");
+  model::check(p.box_cols * 2 == line, "rows of the swizzle's width");
   const auto load = [=] {
     for (uint32_t r = 0; r < p.box_rows; ++r) {
       for (uint32_t c = 0; c < p.box_cols; ++c) {
@@ -59,7 +72,8 @@ inline void load_box(uint32_t to, const CUtensorMap* map, int32_t row, int32_t c
                       reinterpret_cast<const uint8_t*>(p.address) +
                           static_cast<uint64_t>(at_row) * p.row_bytes + at_col * 2,
                       2);
-        std::memcpy(model::smem_at(swizzle_128b(to + r * 128 + c * 2), 2), &value, 2);
+        const uint32_t at = to + r * line + c * 2;
+        std::memcpy(model::smem_at(line == 32 ? swizzle_32b(at) : swizzle_128b(at), 2), &value, 2);
       }
     }
     barrier_at(barrier).bytes -= box_bytes(p);
@@ -70,6 +84,14 @@ inline void load_box(uint32_t to, const CUtensorMap* map, int32_t row, int32_t c
   } else {
     model::block().loads.push_back(load);
   }
+}
+
+inline void load_box_multicast(uint32_t to, const CUtensorMap* map, int32_t row, int32_t col,
+                               uint32_t barrier, uint16_t blocks) {
+  for (size_t rank = 0; rank < model::cluster().size(); ++rank)
+    if (blocks >> rank & 1)
+      model::in_block(model::cluster()[rank], [&] { load_box(to, map, row, col, barrier); });
+  model::check(blocks >> model::cluster().size() == 0, "a block beyond the cluster");
 }
 
 inline void store_box(const CUtensorMap* map, int32_t row, int32_t col, uint32_t from) {

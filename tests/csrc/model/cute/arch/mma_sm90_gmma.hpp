@@ -31,12 +31,17 @@ namespace SM90::GMMA {
 enum class Major { K = 0, MN = 1 };
 enum class ScaleOut { Zero = 0, One = 1 };
 
-// One element of an operand behind a SWIZZLE_128B descriptor.
+// One element of an operand behind a descriptor: SWIZZLE_128B, or MN-major SWIZZLE_32B.
 inline uint16_t operand_element(uint64_t d, int mn, int k, Major major) {
   const auto address = static_cast<uint32_t>(d & 0x3fff) << 4;
   const auto chunk = static_cast<uint32_t>(d >> 16 & 0x3fff) << 4;
   const auto slab = static_cast<uint32_t>(d >> 32 & 0x3fff) << 4;
-  model::check(d >> 62 == 1, "SWIZZLE_128B");
+  if (d >> 62 == 3) {
+    model::check(major == Major::MN, "SWIZZLE_32B, MN-major");
+    return model::element_at(efft_kernels::cuda::swizzle_32b(
+        address + mn / 16 * chunk + mn % 16 * 2 + k / 8 * slab + k % 8 * 32));
+  }
+  model::check(d >> 62 == 1, "SWIZZLE_128B or SWIZZLE_32B");
   const uint32_t at = major == Major::K
                           ? address + mn / 8 * slab + mn % 8 * 128 + k * 2
                           : address + mn / 64 * chunk + mn % 64 * 2 + k / 8 * slab + k % 8 * 128;
@@ -127,10 +132,12 @@ struct Registers {
   template <Major kA, Major kB>                                  \
   using MMA_64x##N##x16_F32##NAME##NAME##_RS = Registers<T, N, kB>;
 
+MODEL_WGMMA(__nv_bfloat16, BF16, 16)
 MODEL_WGMMA(__nv_bfloat16, BF16, 128)
 MODEL_WGMMA(__nv_bfloat16, BF16, 144)
 MODEL_WGMMA(__nv_bfloat16, BF16, 192)
 MODEL_WGMMA(__nv_bfloat16, BF16, 208)
+MODEL_WGMMA(__half, F16, 16)
 MODEL_WGMMA(__half, F16, 128)
 MODEL_WGMMA(__half, F16, 144)
 MODEL_WGMMA(__half, F16, 192)
