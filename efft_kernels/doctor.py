@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, available_backends, low_rank_linear, reference
-from .ops.backends import native_library
+from .ops.backends import REGISTRY, native_library
 from .testing.operands import FACTORS, Shape, leaves
 from .testing.operands import operands as draw_operands
 
@@ -141,17 +141,31 @@ def _devices() -> list[str]:
 
 def _trial(backend: str) -> str | None:
     """None if the backend computes a small forward and backward as the reference does."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    operands: Any = leaves(draw_operands(TRIAL, torch.float32, device=device), FACTORS)
-    expected = reference.low_rank_linear(**operands).detach()
     try:
+        device, dtype = _place_of(backend)
+        operands: Any = leaves(draw_operands(TRIAL, dtype, device=device), FACTORS)
+        wide: Any = {name: None if t is None else t.float() for name, t in operands.items()}
+        expected = reference.low_rank_linear(**wide).detach()
         y = low_rank_linear(*operands.values(), backend=backend)
         y.sum().backward()
     except Exception as error:  # whatever a compiler, a driver or a loader raises is the finding
         lines = str(error).strip().splitlines()
         return f"a trial run failed: {type(error).__name__}: {lines[0] if lines else ''}"
-    # Relative to the largest output, wide enough for TF32 tensor cores.
+    # Relative to the largest output, wide enough for bfloat16 and for TF32 tensor cores.
     deviation = ((y.detach() - expected).abs().max() / expected.abs().max()).item()
     if not deviation < 1e-2:
         return f"a trial run was wrong: it deviates from the reference by {deviation:.1e}"
     return None
+
+
+def _place_of(backend: str) -> tuple[str, torch.dtype]:
+    """The device and the dtype of the backend's trial: its own, a GPU and float32 if it has the
+    choice.
+    """
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if backend not in REGISTRY:  # the reference takes everything
+        return here, torch.float32
+    devices = REGISTRY[backend].devices
+    device = "cpu" if devices is not None and here not in devices else here
+    dtypes = sorted(REGISTRY[backend].load().DTYPES, key=lambda dtype: dtype != torch.float32)
+    return device, dtypes[0]

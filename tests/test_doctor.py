@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from efft_kernels import doctor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def test_the_torch_backend_is_found_usable() -> None:
@@ -30,6 +35,64 @@ def test_a_backend_that_fails_or_lies_is_reported(monkeypatch: pytest.MonkeyPatc
     assert "deviates from the reference by 1.0e+00" in str(diagnosis.backends["reference"])
     assert not diagnosis.healthy
     assert diagnosis.to_json()["backends"]["torch"]["usable"] is False
+
+
+@pytest.mark.parametrize(
+    ("devices", "dtypes", "with_gpu", "expected"),
+    [
+        (None, FLOATS, False, ("cpu", torch.float32)),
+        (None, FLOATS, True, ("cuda", torch.float32)),
+        (("cpu",), FLOATS, True, ("cpu", torch.float32)),
+        (("cuda",), FLOATS, True, ("cuda", torch.float32)),
+        (("cuda",), FLOATS[:2], True, ("cuda", torch.float16)),
+        (("cuda",), FLOATS, False, ("cpu", torch.float32)),  # an interpreter of GPU kernels
+    ],
+    ids=str,
+)
+def test_a_backend_is_tried_where_and_with_what_it_takes(
+    devices: tuple[str, ...] | None,
+    dtypes: tuple[torch.dtype, ...],
+    with_gpu: bool,
+    expected: tuple[str, torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Entry:
+        def load(self) -> SimpleNamespace:
+            return SimpleNamespace(DTYPES=dtypes)
+
+    entry: Any = Entry()
+    entry.devices = devices
+    monkeypatch.setattr(doctor, "REGISTRY", {"own": entry})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
+    assert doctor._place_of("own") == expected
+    assert doctor._place_of("reference") == ("cuda" if with_gpu else "cpu", torch.float32)
+
+
+def test_every_backend_takes_the_operands_of_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU as well: none is tried on a device or in a dtype that it rejects."""
+    for with_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=with_gpu: found)
+        for name, entry in doctor.REGISTRY.items():
+            device, dtype = doctor._place_of(name)
+            assert dtype in entry.load().DTYPES
+            assert entry.devices is None or device in entry.devices or not with_gpu
+
+
+def test_a_half_precision_backend_is_tried_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = {}
+
+    def recording(*operands: torch.Tensor, backend: str) -> torch.Tensor:
+        seen[backend] = {t.dtype for t in operands}
+        return doctor.reference.low_rank_linear(*operands)
+
+    half = SimpleNamespace(DTYPES=FLOATS[:2])
+    entry: Any = SimpleNamespace(devices=("cpu",), load=lambda: half)
+    monkeypatch.setattr(doctor, "REGISTRY", {"torch": entry})
+    monkeypatch.setattr(doctor, "low_rank_linear", recording)
+    assert doctor._trial("torch") is None
+    assert seen == {"torch": {torch.float16}}
 
 
 def test_the_native_libraries_are_listed_with_what_they_were_built_with(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import os
 import shutil
 import signal
@@ -31,8 +32,17 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[2]
 HALVES = ("first", "second")
 TOTAL_S = 285.0
+# Where CUDA's tools lie if not on the PATH.
+TOOL_FOLDERS = (
+    "/usr/local/cuda/bin",
+    "/usr/local/cuda-*/bin",
+    "/opt/nvidia/nsight-compute/*",
+    "/usr/local/cuda*/nsight-compute-*",
+)
 # A stage that has less than this left is not started.
 LEAST_S = 5.0
+# A rehearsal runs on processors, perhaps few and busy ones.
+DRY_PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,9 @@ class Stage:
         half: "first" or "second".
         limit_s: seconds after which it is killed.
         command: its arguments; "{python}" and "{results}" are replaced, "{cores}" by the number of
-            processes that the machine has cores for.
+            processes that the machine has cores for, "{tool}" by the path of what it needs.
         dry: the same for a machine without a GPU; None only prints `command`.
-        needs: a program that must be on the PATH; where it is not, the stage is skipped by name.
+        needs: a program, on the PATH or among CUDA's; without it the stage is skipped by name.
     """
 
     name: str
@@ -131,29 +141,41 @@ def run(
     which: Callable[[str], str | None] | None = None,
 ) -> list[Outcome]:
     """Run all stages, one after the other, within `total_s` seconds together."""
-    which = which or shutil.which
+    which = which or find_tool
     start = time.monotonic()
     outcomes: list[Outcome] = []
     for stage in stages:
         left = total_s - (time.monotonic() - start)
-        command = _filled(stage.dry if dry and stage.dry is not None else stage.command, results)
-        log.write(f"\n== {stage.name}, at most {min(stage.limit_s, max(left, 0)):.0f} s")
+        tool = which(stage.needs) if stage.needs else None
+        rehearsed = dry and stage.dry is not None
+        command = filled(stage.dry if rehearsed else stage.command, results, tool or stage.needs)
+        limit = min(stage.limit_s * (DRY_PATIENCE if dry else 1), max(left, 0))
+        log.write(f"\n== {stage.name}, at most {limit:.0f} s")
         if dry and stage.dry is None:
             outcome = Outcome(stage.name, "skipped", 0.0, "would run: " + " ".join(command))
-        elif stage.needs and which(stage.needs) is None:
-            outcome = Outcome(stage.name, "skipped", 0.0, f"{stage.needs} is not on the PATH")
+        elif stage.needs and tool is None and not rehearsed:
+            outcome = Outcome(stage.name, "skipped", 0.0, f"{stage.needs} is not on this machine")
         elif left < LEAST_S:
             outcome = Outcome(stage.name, "FAILED", 0.0, f"not run: the {total_s:.0f} s are over")
         else:
-            outcome = run_stage(stage, command, min(stage.limit_s, left), log)
+            outcome = run_stage(stage, command, limit, log)
         outcomes.append(outcome)
         log.write(str(outcome))
     return outcomes
 
 
-def _filled(command: Iterable[str], results: Path) -> list[str]:
+def find_tool(name: str) -> str | None:
+    """The path of a program on the PATH or in one of `TOOL_FOLDERS`, there the newest."""
+    found = [path for folder in TOOL_FOLDERS for path in sorted(glob.glob(f"{folder}/{name}"))]
+    return shutil.which(name) or next(
+        (path for path in reversed(found) if os.access(path, os.X_OK)), None
+    )
+
+
+def filled(command: Iterable[str] | None, results: Path, tool: str | None = None) -> list[str]:
+    """The command with what its placeholders stand for."""
     values = {"python": sys.executable, "results": str(results), "cores": str(os.cpu_count() or 1)}
-    return [argument.format(**values) for argument in command]
+    return [argument.format(**values, tool=tool) for argument in command or ()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,12 +4,15 @@
     python -m benchmarks.gpu.smoke --only "cuda Hopper 192"  # cases whose name holds the text
     python -m benchmarks.gpu.smoke --list                    # every kernel, and which cases take it
     python -m benchmarks.gpu.smoke --device cpu              # a rehearsal: plain torch, fewer rows
+    compute-sanitizer --tool memcheck python -m benchmarks.gpu.smoke --inline --only "cuda K tail"
 
 The cases of efft_kernels/testing/gpu_cases.py, most of them with whole numbers, so that results are
 compared bit for bit with the reference in float64. Every output starts as NaN. Cases run in child
 processes: one that hangs or loses its CUDA context costs seconds, and the next child goes on behind
 it. The CUDA backend comes first; then the Triton backend, in several processes, as compiling takes
-most of its time. Each row is written as soon as its case is done.
+most of its time. Each row is written as soon as its case is done. `--inline` runs the cases in this
+process and does not look at which kernels ran, because a sanitizer and the profiler exclude each
+other.
 
 Verdicts: ok; WRONG, a result is not the reference's; PLAN, other kernels ran than were expected;
 ERROR, an exception; HANG, the GPU did not finish; DIED, the process ended; LIMIT, a case took too
@@ -31,6 +34,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,10 +64,13 @@ COLUMNS = (
     *("expected_plan", "plan_seen", "verdict", "wrong", "seconds"),
 )
 HANG_SECONDS = 8.0  # for the GPU to finish what one forward or backward launched
+SANITIZED_HANG_SECONDS = 300.0  # the same under a sanitizer, which slows kernels 50 times
 CASE_SECONDS = 40.0  # for a whole case, compilation included
 START_SECONDS = 90.0  # for a child to import torch and to start its first case
 REHEARSAL_ROWS = 131  # at most so many rows without a GPU
 HANG_CODE, DEAD_CODE = 3, 4
+# Deterministic algorithms, which come with poisoned memory, ask cuBLAS for it.
+WORKSPACE = ":4096:8"
 
 Row = dict[str, Any]
 
@@ -75,18 +82,19 @@ def tell(**message: Any) -> None:
     print(json.dumps(message), flush=True)
 
 
-def wait_for_gpu(what: str) -> None:
-    """Until everything launched has run. Where that takes too long the process ends: whatever
-    would be cleaned up on the way out, the profiler for one, waits for the GPU as well.
+def wait_for_gpu(what: str, limit: float = HANG_SECONDS) -> None:
+    """Until everything launched has run. Where that takes longer than `limit` seconds the process
+    ends: whatever would be cleaned up on the way out, the profiler for one, waits for the GPU as
+    well.
     """
     if not torch.cuda.is_available():
         return
     event = torch.cuda.Event()
     event.record()
-    end = time.monotonic() + HANG_SECONDS
+    end = time.monotonic() + limit
     while not event.query():
         if time.monotonic() > end:
-            tell(row={"verdict": "HANG", "wrong": f"no end of {what} in {HANG_SECONDS:.0f} s"})
+            tell(row={"verdict": "HANG", "wrong": f"no end of {what} in {limit:.0f} s"})
             os._exit(HANG_CODE)
         time.sleep(0.001)
 
@@ -107,14 +115,16 @@ def difference(name: str, value: Tensor, exact: Tensor) -> str | None:
     )
 
 
-def results_of(case: Case, backend: Any, operands: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """y, p and the gradients of NEEDS by a backend, each waited for."""
+def results_of(
+    case: Case, backend: Any, operands: Sequence[Tensor | None], limit: float = HANG_SECONDS
+) -> dict[str, Tensor]:
+    """y, p and the gradients of NEEDS by a backend, each waited for `limit` seconds at most."""
     *tensors, dy = operands
     x, weight, _, down, core, up = tensors
     y, p = backend.forward(*tensors, save_p=True, strategy=case.strategy)
-    wait_for_gpu("forward")
+    wait_for_gpu("forward", limit)
     grads = backend.backward(dy, x, weight, p, down, core, up, needs=NEEDS, strategy=case.strategy)
-    wait_for_gpu("backward")
+    wait_for_gpu("backward", limit)
     found = {"y": y, "p": p}
     return found | {n: g for n, g in zip(NAMES, grads, strict=True) if g is not None}
 
@@ -137,8 +147,14 @@ def wrong_results(
     return [text for text in found if text is not None]
 
 
-def run_case(case: Case, device: str) -> Row:
-    """The row of one case. Raises whatever the backend raises."""
+def run_case(case: Case, device: str, *, sanitized: bool = False) -> Row:
+    """The row of one case. Raises whatever the backend raises.
+
+    Args:
+        case: one of CASES.
+        device: "cuda", or "cpu" for a rehearsal.
+        sanitized: do not record which kernels run, and wait longer for them.
+    """
     rehearsal = device == "cpu"
     if rehearsal:
         case = replace(case, shape=replace(case.shape, M=min(case.shape.M, REHEARSAL_ROWS)))
@@ -146,16 +162,18 @@ def run_case(case: Case, device: str) -> Row:
     if (reason := backend.unavailable()) is not None:
         raise RuntimeError(reason)
     operands = case.operands(device)
-    wait_for_gpu("drawing operands")
-    with recorded_launches() as launches, poisoned_allocations(warn_only=True):
-        results = results_of(case, backend, operands)
+    limit = SANITIZED_HANG_SECONDS if sanitized else HANG_SECONDS
+    wait_for_gpu("drawing operands", limit)
+    recording = nullcontext([]) if sanitized else recorded_launches()
+    with recording as launches, poisoned_allocations(warn_only=True):
+        results = results_of(case, backend, operands, limit)
     if case.backend == "cuda":
         seen = [kernel for kernel in map(kernel_of, launches) if kernel is not None]
     else:
         seen = [name for name in launches if name.startswith("_")]
     wrong = wrong_results(case, results, operands, rehearsal)
     verdict = "WRONG" if wrong else "ok"
-    if plans_are_known() and case.plan and seen != case.plan:
+    if not sanitized and plans_are_known() and case.plan and seen != case.plan:
         verdict = "WRONG" if wrong else "PLAN"
         wrong.append(f"took {' '.join(seen) or 'no known kernel'}, not {' '.join(case.plan)}")
     return {"plan_seen": " ".join(seen), "verdict": verdict, "wrong": "; ".join(wrong)}
@@ -173,6 +191,22 @@ def run_child(indices: Sequence[int], device: str) -> None:
             tell(row={"verdict": "ERROR", "wrong": f"{type(error).__name__}: {error}"[:600]})
             if device == "cuda" and context_is_dead():
                 os._exit(DEAD_CODE)
+
+
+def run_inline(indices: Sequence[int], device: str, report: Report, end: float) -> None:
+    """Run the cases in this process until `end`, by time.monotonic."""
+    warnings.simplefilter("ignore")
+    for index in indices:
+        start = time.monotonic()
+        if start >= end or (device == "cuda" and context_is_dead()):
+            row = {"verdict": "MISSED", "wrong": "never started"}
+        else:
+            try:
+                row = run_case(CASES[index], device, sanitized=True)
+            except Exception as error:
+                traceback.print_exc()
+                row = {"verdict": "ERROR", "wrong": f"{type(error).__name__}: {error}"[:600]}
+        report.add(index, row, time.monotonic() - start)
 
 
 def context_is_dead() -> bool:
@@ -252,8 +286,7 @@ def run_lane(
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            # Deterministic algorithms, which come with poisoned memory, ask cuBLAS for it.
-            env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+            env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": WORKSPACE},
         )
         lines = _lines_of(child)
         began = in_case = timed_out = False
@@ -342,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="kernels and the cases that take them")
     parser.add_argument("--seconds", type=float, default=150, help="for everything")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="Triton's children")
+    parser.add_argument("--inline", action="store_true", help="no children, for a sanitizer")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.list:
@@ -357,6 +391,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     report = Report(options.out, device)
     chosen = [i for i, case in enumerate(CASES) if any(t in case.name for t in options.only)]
+    if options.inline:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = WORKSPACE
+        run_inline(chosen, options.device, report, end)
+        return 0 if report.summarise() else 1
     for backend, jobs in (("cuda", 1), ("triton", options.jobs)):
         lanes = lanes_of([i for i in chosen if CASES[i].backend == backend], jobs)
         with ThreadPoolExecutor(len(lanes) or 1) as pool:

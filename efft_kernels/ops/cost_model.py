@@ -2,15 +2,16 @@
 measured.
 
 For each of its strategies a backend gives the plan of a call: its list of launches, each with the
-FLOPs it must do and the bytes it must move. A launch takes the longer of the two times plus its
-start-up; a strategy takes the sum. Where benchmark rows of the same device say otherwise
-(`add_measured`), they decide.
+FLOPs it must do and the bytes it must move. A launch takes the longer of the two times, what a
+matrix product stores after its loop, and its start-up; a strategy takes the sum. Where benchmark
+rows of the same device say otherwise (`add_measured`), they decide.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -70,14 +71,14 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """The peaks a prediction divides by: FLOP/s, bytes/s, seconds."""
+    """What a prediction divides by: FLOP/s, bytes/s, seconds."""
 
     name: str
-    half_flops: float  # matrix products of 16-bit operands
-    float_flops: float  # matrix products of float32 operands
+    half_flops: float  # the library's matrix products of 16-bit operands, apart from their stores
+    float_flops: float  # of float32 operands
     bandwidth: float
-    launch_s: float  # from one kernel's end to the next one's start
-    gemm_efficiency: float  # share of the library's GEMM rate that our GEMMs reach
+    store_bandwidth: float  # of a matrix product's result, which its loop does not hide
+    launch_s: float  # what a kernel takes however little it does, and the gap before the next
     tile_columns: int  # output columns per tile of the Triton GEMM
     # What P in that GEMM's loop costs at least, in columns of the main product.
     thin_columns: int
@@ -89,24 +90,33 @@ class Device:
     source: str = "datasheet"
 
 
-# Peaks: H200 measured on one machine (8192³ bf16 product on random data, device-to-device copy);
-# the others are datasheet figures times the shares that the H200 reached of its own (0.8 of the
-# rate, 0.9 of the bandwidth). gemm_efficiency and launch_s are assumptions until
-# benchmarks/gpu_check.sh has run. thin_columns: on sm_80 the rows of `a` are in registers already,
-# so a thin product costs its own columns; on sm_90 every wgmma reads them from shared memory again
-# (64×16 elements, 16 to 20 cycles, as long as 64 to 80 more columns); on sm_100 the matrix unit is
+# H100: fitted to ViT-B's eight products (64 images, bf16) by the library and to the fastest copies;
+# a graph's launches are 0.26 us apart. H200: the same chip, its bandwidth measured by a copy. The
+# others are datasheet figures times the shares that these reach of their own. What each backend's
+# kernels reach of it stands with its launches; `python -m benchmarks.predictions --measured FILE`
+# sets both against a file of benchmarks/gpu/kernel_times.py. thin_columns: on sm_80 the rows of `a`
+# are in registers already, so a thin product costs its own columns; on sm_90 every wgmma reads them
+# from shared memory again, measured as long as 30 to 100 more columns; on sm_100 the matrix unit is
 # twice as fast and the read as long.
 DEVICES = {
-    "A100": Device("A100", 250e12, 125e12, 1.8e12, 2e-6, 0.90, 128, 16, 108),
-    "H100": Device("H100", 788e12, 390e12, 3.0e12, 2e-6, 0.85, 256, 72, 132, sm90=True),
-    "H200": Device(
-        "H200", 788e12, 390e12, 4.3e12, 2e-6, 0.85, 256, 72, 132, sm90=True, source="peaks measured"
+    "A100": Device("A100", 265e12, 132e12, 1.8e12, 3.0e12, 2.5e-6, 128, 16, 108),
+    "H100": Device(
+        *("H100", 832e12, 412e12, 3.0e12, 5.0e12, 2.5e-6, 256, 96, 132),
+        sm90=True,
+        source="measured",
     ),
-    "B200": Device("B200", 1800e12, 900e12, 7.2e12, 2e-6, 0.80, 256, 128, 148),
+    "H200": Device(
+        *("H200", 832e12, 412e12, 4.3e12, 5.0e12, 2.5e-6, 256, 96, 132),
+        sm90=True,
+        source="measured on an H100, bandwidth on an H200",
+    ),
+    "B200": Device("B200", 1900e12, 950e12, 7.2e12, 12e12, 2.5e-6, 256, 128, 148),
     # Plain torch on a few cores. thin_efficiency: products with 16 columns against square ones.
     # merge_cost: within a step the weight is not in cache and its sum is memory fresh from the
     # system; a merge took 2.6 ns an element against 0.4 of an update (ViT-S, 394 rows, 1 thread).
-    "CPU": Device("CPU", 60e9, 100e9, 20e9, 5e-6, 1.0, 64, 1, 2, 0.25, 6.0, source="assumed"),
+    "CPU": Device(
+        *("CPU", 60e9, 100e9, 20e9, math.inf, 5e-6, 64, 1, 2, 0.25, 6.0), source="assumed"
+    ),
 }
 
 
@@ -119,12 +129,17 @@ class Launch(NamedTuple):
     flops: float
     bytes_moved: int
     efficiency: float = 1.0  # of the device's matrix rate
+    memory_efficiency: float = 1.0  # of its bandwidth
+    stored: int = 0  # of the bytes, those that a matrix product stores after its loop
+    latency_s: float = 0.0  # of loads that wait for each other
 
 
 def library_gemm(problem: Problem) -> Launch:
     """The frozen layer's product by the vendor's library: y, or dX in the backward."""
     M, K, N, *_ = problem
-    return Launch("library gemm", 2 * M * N * K, (M * (N + K) + N * K) * problem.compute_bytes)
+    b, columns = problem.compute_bytes, problem.K if problem.backward else problem.N
+    moved = (M * (N + K) + N * K) * b
+    return Launch("library gemm", 2 * M * N * K, moved, stored=M * columns * b)
 
 
 class Priced(Protocol):
@@ -168,7 +183,12 @@ def seconds(launches: Iterable[Launch], problem: Problem, device: Device) -> flo
     """The predicted time of launches run one after another."""
     rate = device.half_flops if problem.compute_bytes == 2 else device.float_flops
     return sum(
-        max(launch.flops / (rate * launch.efficiency), launch.bytes_moved / device.bandwidth)
+        max(
+            launch.flops / (rate * launch.efficiency),
+            launch.bytes_moved / (device.bandwidth * launch.memory_efficiency),
+        )
+        + launch.stored / device.store_bandwidth
+        + launch.latency_s
         + device.launch_s
         for launch in launches
     )
@@ -283,4 +303,4 @@ def floor_seconds(problem: Problem, device: Device) -> float:
     """The frozen layer's own product (y, or dX in the backward) at the library's rate: what no
     adapter goes below.
     """
-    return seconds([library_gemm(problem)], problem, device) - device.launch_s
+    return seconds([library_gemm(problem)], problem, device)

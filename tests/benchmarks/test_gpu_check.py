@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.gpu import check
 from benchmarks.gpu.check import Log, Stage
 from benchmarks.gpu.stages import STAGES
+from efft_kernels.testing.gpu_cases import CUDA_CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +84,24 @@ def test_what_does_not_fit_into_the_time_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_program_skips_its_stage_by_name(tmp_path: Path) -> None:
     outcomes, _ = run(tmp_path, Stage("profile", "second", 5, python("1"), needs="no-such-tool"))
-    assert (outcomes[0].verdict, outcomes[0].why) == ("skipped", "no-such-tool is not on the PATH")
+    why = "no-such-tool is not on this machine"
+    assert (outcomes[0].verdict, outcomes[0].why) == ("skipped", why)
+
+
+def test_a_program_is_found_beside_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("2024", "2025"):
+        tool = tmp_path / version / "no-such-tool"
+        tool.parent.mkdir()
+        tool.write_text("#!/bin/sh\necho profiled $1\n")
+        tool.chmod(0o755)
+    monkeypatch.setattr(check, "TOOL_FOLDERS", ("/no/such/folder", f"{tmp_path}/*"))
+    assert check.find_tool("no-such-tool") == f"{tmp_path}/2025/no-such-tool"
+    assert check.find_tool("no-other-tool") is None
+    stage = Stage("profile", "second", 5, ("{tool}", "rows"), needs="no-such-tool")
+    outcomes, log = run(tmp_path, stage)
+    assert outcomes[0].verdict == "ok" and "profiled rows" in log
 
 
 def test_dry_prints_what_only_a_gpu_can_run(tmp_path: Path) -> None:
@@ -105,6 +126,47 @@ def test_the_stages_of_a_half(half: str) -> None:
         if argument.startswith("{results}/")
     }
     assert len(written) <= 7  # and check.log
+
+
+class Parsed(BaseException):
+    """A module's parser took its arguments."""
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{stage.half} {stage.name}{' dry' * (command is stage.dry)}")
+    for stage in STAGES
+    for command in (stage.command, stage.dry)
+    if command is not None and "-m" in command
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_stage_has_the_options_of_its_module(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its main goes as far as the parser, with the arguments that the stage gives."""
+    _, module, *arguments = check.filled(command[command.index("-m") - 1 :], tmp_path)[1:]
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser, *given: Any) -> None:
+        _, others = parse(parser, *given)
+        if module == "benchmarks.parallel_tests":
+            assert others[:2] == ["-m", "gpu"]
+            others = [path for path in others[2:] if not (ROOT / path).exists()]
+        assert not others
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(Parsed):
+        runpy.run_module(module, run_name="__main__")
+
+
+def test_the_sanitizers_cases_exist() -> None:
+    (stage,) = (stage for stage in STAGES if stage.name == "compute-sanitizer memcheck")
+    wanted = stage.command[stage.command.index("--only") + 1 :]
+    assert set(wanted) <= {case.name for case in CUDA_CASES}
 
 
 @pytest.mark.slow

@@ -50,6 +50,28 @@ def test_a_rehearsal_writes_a_row_for_each_case(tmp_path: Path) -> None:
     assert (last["backend"], last["expected_plan"]) == ("triton", "")
 
 
+def test_inline_needs_no_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A case that raises does not stop the next; what there is no time for is named."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setattr(smoke, "run_lane", None)
+    monkeypatch.setattr(smoke, "recorded_launches", None)
+    out, taken = tmp_path / "rows.csv", smoke.run_case
+
+    def failing(case: Any, device: str, **options: Any) -> smoke.Row:
+        if "r29" in case.name:
+            raise RuntimeError("no kernel image")
+        return taken(case, device, **options)
+
+    monkeypatch.setattr(smoke, "run_case", failing)
+    arguments = ["--device", "cpu", "--inline", "--out", str(out), "--only", "cuda general 64 "]
+    assert smoke.main(arguments) == 1
+    assert {row["verdict"] for row in csv.DictReader(out.open())} == {"ok", "ERROR"}
+    assert smoke.main([*arguments, "--seconds", "0"]) == 1
+    assert {row["verdict"] for row in csv.DictReader(out.open())} == {"MISSED"}
+
+
 def test_a_child_that_dies_costs_one_case() -> None:
     died = child(begin(0), OK, begin(1), "os._exit(7)")
     assert verdicts([0, 1, 2], died, child(begin(2), OK)) == ["ok", "DIED", "ok"]

@@ -9,6 +9,14 @@ from .fallback import padded_rank
 MAX_RANK = 128
 # The padded rank whose instructions (144 and 208 columns) the sm_90a GEMM has for P in its loop.
 RANK_IN_GEMM = 16
+# Shares of the device's rates, for a GEMM of the library's: ViT-B's layers with 64 images in
+# bfloat16 on an H100. The general GEMM is assumed: mma.sync has about 0.6 of wgmma's rate.
+SM90_GEMM = 0.95
+GENERAL_GEMM = {True: 0.55, False: 0.85}  # by Device.sm90
+PASS_MEMORY = 0.73
+MERGE_MEMORY = 0.56
+# Loads that wait for each other. That of unfold is assumed.
+FOLD_S, UNFOLD_S = 1.5e-6, 4e-6
 # What the loop that computes S as well makes of dX's GEMM: the mean of ViT-B's four layers with 64
 # images in bfloat16 on an H100, 1.28 to 1.52 (benchmarks/gpu/kernel_times.py). In the forward the
 # loop takes P along for the share of its columns.
@@ -26,8 +34,7 @@ def excluded(problem: Problem, strategy: str) -> str | None:
 
 def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     """The launches of one call, as csrc/cuda/ops.cpp orders them. The factors are always folded,
-    and a weight wider than x is cast first. The GEMM is taken to reach the rate of the Triton one,
-    until it has been measured.
+    and a weight wider than x is cast first.
     """
     if problem.rank > MAX_RANK or 0 in (problem.M, problem.K, problem.N):
         return torch_backend.launches(problem, strategy, device)
@@ -41,8 +48,14 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     saved = M * rank * b if problem.training or not p_in_gemm else 0
     stored = (K + N + G * rank) * rank * f
 
-    fold = Launch("fold", 0, stored + (K + N) * R * b)
-    cast = [] if wb == b else [Launch("cast", 0, N * K * (wb + b))]
+    def fold(moved: int) -> Launch:
+        return Launch("fold", 0, moved, latency_s=FOLD_S)
+
+    def over_rows(name: str, flops: float, moved: int) -> Launch:
+        return Launch(name, flops, moved, memory_efficiency=PASS_MEMORY)
+
+    fold_both = fold(stored + (K + N) * R * b)
+    cast = [] if wb == b else [Launch("cast", 0, N * K * (wb + b), 1.0, MERGE_MEMORY)]
     # wgmma takes the R columns of P along with a tile's own.
     share = R / block if p_in_gemm and block and not problem.backward else 0
     moved = (M * (inner + columns) + N * K + (columns + (inner if p_in_gemm else 0)) * R) * b
@@ -50,35 +63,39 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
         "gemm",
         2 * M * N * K * (1 + share) + 2 * M * columns * R,
         moved + saved + (0 if problem.backward else N * b),
-        device.gemm_efficiency / (DX_WITH_S if problem.backward and p_in_gemm else 1),
+        (SM90_GEMM if device.sm90 and block else GENERAL_GEMM[device.sm90])
+        / (DX_WITH_S if problem.backward and p_in_gemm else 1),
+        stored=M * columns * b,
     )
-    fold_float = Launch("fold", 0, stored + (K + N) * R * 4)
-    merge = Launch("merge", 0, N * K * (wb + b) + (K + N) * R * 4)
+    fold_float = fold(stored + (K + N) * R * 4)
+    merge = Launch("merge", 0, N * K * (wb + b) + (K + N) * R * 4, 1.0, MERGE_MEMORY)
     merged = [fold_float, merge, library_gemm(problem)]
-    thin = Launch("thin", 2 * M * inner * R, (M * (inner + R) + inner * R) * b)
+    thin = over_rows("thin", 2 * M * inner * R, (M * (inner + R) + inner * R) * b)
     if not problem.backward:
         if strategy == "merged":
-            fold_down = Launch("fold", 0, K * (rank * f + R * b))
+            fold_down = fold(K * (rank * f + R * b))
             return [fold_down, thin, *merged] if problem.training else merged
-        return [*cast, fold, gemm] if p_in_gemm else [*cast, fold, thin, gemm]
+        return [*cast, fold_both, gemm] if p_in_gemm else [*cast, fold_both, thin, gemm]
 
     # d_B's partial sums come from the pass that makes S where that is one pass.
     one_pass = R == ONE_PASS_RANK and not p_in_gemm
     programs = min(-(-M // 128), 2 * device.multiprocessors)
     dy_parts = programs if one_pass else _splits(M, N, device.multiprocessors)
     x_parts = _splits(M, K, device.multiprocessors)
-    grad_x = Launch("tall_grad", 2 * M * K * R, M * (K + rank) * b + x_parts * K * R * 4)
-    grad_dy = Launch("tall_grad", 2 * M * N * R, M * (N + rank) * b + dy_parts * N * R * 4)
+    grad_x = over_rows("tall_grad", 2 * M * K * R, M * (K + rank) * b + x_parts * K * R * 4)
+    grad_dy = over_rows("tall_grad", 2 * M * N * R, M * (N + rank) * b + dy_parts * N * R * 4)
     if one_pass:
-        thin = Launch(
+        thin = over_rows(
             "thin_grad", 4 * M * N * R, thin.bytes_moved + M * rank * b + dy_parts * N * R * 4
         )
-    reduce = Launch("reduce", 0, (dy_parts * N + x_parts * K) * R * 4 + N * rank * 4 + K * rank * f)
-    unfold = Launch("unfold", 0, N * rank * 4 + 2 * (N + G * rank) * rank * f)
+    reduce = over_rows(
+        "reduce", 0, (dy_parts * N + x_parts * K) * R * 4 + N * rank * 4 + K * rank * f
+    )
+    unfold = Launch("unfold", 0, N * rank * 4 + 2 * (N + G * rank) * rank * f, latency_s=UNFOLD_S)
     after = [grad_x, *([] if one_pass else [grad_dy]), reduce, unfold]
     if strategy == "merged":
-        return [fold, thin, *merged, *after]
-    return [*cast, fold, *([] if p_in_gemm else [thin]), gemm, *after]
+        return [fold_both, thin, *merged, *after]
+    return [*cast, fold_both, *([] if p_in_gemm else [thin]), gemm, *after]
 
 
 def _sm90_columns(m: int, columns: int, multiprocessors: int) -> int | None:
