@@ -166,7 +166,7 @@ class _KeptGraph(torch.autograd.Function):
 
 
 def _own_saved_tensors() -> contextlib.AbstractContextManager[Any]:
-    """Keep saved tensors from hooks: a checkpoint's would run the model again to bring them back."""
+    """Keep what is saved from hooks: a checkpoint's would run the model again to bring it back."""
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)

@@ -273,12 +273,15 @@ class TensorTrainGroup(FactorGroup):
         """Dropout's factors for a family's kept factor [sites, D, r], the other one [T, D, r],
         which a site's cores share, and its cores [T, r1, r2]."""
         sites, total = len(family.sites), sum(family.sites.values())
-        u = (family.u_rows[1] - family.u_rows[0], self.U.shape[1])
-        kept, other = (u, self.V.shape) if family.keeps_u else (self.V.shape, u)
-        shapes = (sites, *kept), (sites, *other), (total, u[1], self.V.shape[1])
+        (start, stop), (r1, r2) = family.u_rows, (self.U.shape[1], self.V.shape[1])
+
+        def mask(*shape: int) -> Tensor:
+            return F.dropout(self.U.new_ones(shape), rate)
+
         with torch.no_grad():
-            kept, other, core = (F.dropout(self.U.new_ones(shape), rate) for shape in shapes)
-            return kept, family.per_core(other), core
+            u, v = mask(sites, stop - start, r1), mask(sites, *self.V.shape)
+            kept, other = (u, v) if family.keeps_u else (v, u)
+            return kept, family.per_core(other), mask(total, r1, r2)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(p.shape)}" for name, p in self.named_parameters())
