@@ -202,8 +202,7 @@ def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFF
     set_qkv_bias_separate(model, attachment.separated_bias, True)
     model.add_module(BANK_NAME, bank)
     if any(bank.group(site.name).joint for site in attachment.sites):
-        model.register_forward_pre_hook(bank.joint_factors.open)
-        model.register_forward_hook(bank.joint_factors.close, always_call=True)
+        bank.joint_factors.watch(model)
     share_inputs(model, bank, attachment.sites)
 
 

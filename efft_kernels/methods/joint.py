@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,22 @@ Compute = Callable[..., tuple[Tensor, ...]]
 class _Held(NamedTuple):
     """The factors of one group, and what they were made from."""
 
-    sources: list[tuple[nn.Parameter | None, int]]  # with their versions
-    stream: object
     factors: dict[str, Factors]
+    sources: list[tuple[nn.Parameter | None, int | None]]  # with their versions
+    stream: object
+
+    @classmethod
+    def of(cls, group: FactorGroup, dropout: bool) -> _Held:
+        parameters = group._parameters.values()
+        sources = [(p, None if p is None else _version(p)) for p in parameters]
+        return cls(group.joint_factors(dropout), sources, _stream(group))
+
+    def are_fresh(self, group: FactorGroup) -> bool:
+        """Whether the group still has the very parameters and nobody wrote to them."""
+        return all(
+            p is now and (p is None or version is None or p._version == version)
+            for (p, version), now in zip(self.sources, group._parameters.values(), strict=True)
+        )
 
 
 class JointFactors:
@@ -39,6 +52,11 @@ class JointFactors:
 
     def __reduce__(self) -> Any:
         return JointFactors, ()
+
+    def watch(self, model: nn.Module) -> None:
+        """Compute factors once in each of the model's forwards, by hooks on it."""
+        model.register_forward_pre_hook(self.open)
+        model.register_forward_hook(self.close, always_call=True)
 
     def open(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
@@ -58,16 +76,15 @@ class JointFactors:
         """
         if not group.joint or torch.compiler.is_compiling() or self._now is None:
             return None
-        circumstances, held_groups = self._now
+        circumstances, groups = self._now
         if circumstances != _circumstances() or _is_traced():
             return None
-        held = held_groups.get((group, dropout))
-        sources = [(p, _version(p)) for p in group._parameters.values()]
-        stream = _stream(sources)
-        if held is None or not _same(held.sources, sources):
-            held = _Held(sources, stream, group.joint_factors(dropout))
-            held_groups[group, dropout] = held
-        return held.factors[site] if held.stream == stream else None
+        held = groups.get((group, dropout))
+        if held is None or not held.are_fresh(group):
+            groups[group, dropout] = held = _Held.of(group, dropout)
+        elif held.stream is not None and held.stream != _stream(group):
+            return None
+        return held.factors[site]
 
 
 def _circumstances() -> object:
@@ -89,18 +106,14 @@ def _is_traced() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
 
 
-def _version(parameter: Tensor | None) -> int:
+def _version(tensor: Tensor) -> int | None:
     """How often it was written in place; for inference tensors nobody counts."""
-    return 0 if parameter is None or parameter.is_inference() else parameter._version
+    return None if tensor.is_inference() else tensor._version
 
 
-def _same(held: Sequence[tuple[Any, int]], now: Sequence[tuple[Any, int]]) -> bool:
-    return all(a is b and m == n for (a, m), (b, n) in zip(held, now, strict=True))
-
-
-def _stream(sources: Sequence[tuple[Tensor | None, int]]) -> object:
+def _stream(group: FactorGroup) -> object:
     """The present stream: nothing would make another one wait for what was computed here."""
-    device = next((p.device for p, _ in sources if p is not None), None)
+    device = next((p.device for p in group._parameters.values() if p is not None), None)
     return None if device is None or device.type != "cuda" else torch.cuda.current_stream(device)
 
 
