@@ -15,6 +15,7 @@ from ..ops.checks import FLOAT_DTYPES
 from .adapter_file import Header, factor_key, module_key, shorten, write_adapter_file
 from .architectures import set_qkv_bias_separate, unshare
 from .attachment import BANK_NAME, Attachment, find_bank
+from .chained import find_chain, unchain
 from .description import Description
 
 
@@ -112,6 +113,7 @@ class Adapter:
             RuntimeError: it was detached before.
         """
         attachment = self._attachment
+        unchain(self.model)
         for name, layer in self.layers().items():
             self.model.set_submodule(name, layer.to_linear())
         unshare(self.model)
@@ -189,9 +191,13 @@ class Adapter:
         """What was grouped with what: one row a linear, and each group's parameters.
 
         Returns:
-            `rows` and `groups` as plain data; printed with rich it is a table.
+            `rows` and `groups` as plain data, and which linears may run in a chain; printed with
+            rich it is a table.
         """
         layers = self.layers()
+        chained = find_chain(self.model)
+        sites = chained.sites() if chained else self.bank.unchained or "blocks were replaced"
+        alone, sites = (sites, frozenset[str]()) if isinstance(sites, str) else (None, sites)
         rows = [
             {
                 "name": site.name,
@@ -202,6 +208,7 @@ class Adapter:
                 "out_features": site.out_features,
                 "group": self.bank.group_of[site.name],
                 "rank": layers[site.name].current_factors().down.shape[1],
+                "fused": "chain" if site.name in sites else "alone",
             }
             for site in self.sites
         ]
@@ -209,7 +216,7 @@ class Adapter:
             name: {key: list(parameter.shape) for key, parameter in group.named_parameters()}
             for name, group in self.bank.named_children()
         }
-        return Description(str(self.method), rows, groups)
+        return Description(str(self.method), rows, groups, alone)
 
     def __repr__(self) -> str:
         return (

@@ -43,9 +43,15 @@ class AttachedBank(FactorBank):
         sites: as in FactorBank.
         attachment: what `attach` did.
 
+    Attributes:
+        unchained: why `attach` left the model's blocks to run one module after the other; None
+            where they may run as a chain.
+
     Raises:
         ValueError: a group named like one of the bank's own attributes.
     """
+
+    unchained: str | None = None
 
     def __init__(
         self, groups: Mapping[str, FactorGroup], sites: Mapping[str, str], attachment: Attachment

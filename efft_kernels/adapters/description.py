@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -18,16 +19,21 @@ class Description:
     Attributes:
         method: the method's configuration as text.
         rows: one per linear: name, role, block, stage, in_features, out_features, group, rank (Ra,
-            the width of its fold).
+            the width of its fold), fused ("chain": where the circumstances allow it its block runs
+            as part of a chain; "alone").
         groups: group name → parameter name → shape.
+        alone: why no linear is in a chain; None where some are.
     """
 
     method: str
     rows: list[dict[str, Any]]
     groups: dict[str, dict[str, list[int]]]
+    alone: str | None = None
 
     def __rich__(self) -> Table:
-        table = Table(title=self.method)
+        chained = [row["name"] for row in self.rows if row.get("fused") == "chain"]
+        fused = f"in a chain: {_summary(chained)}" if chained else f"no chain: {self.alone}"
+        table = Table(title=self.method, caption=escape(fused), caption_justify="left")
         for header in ("group", "parameters", "shapes", "linears", "rank"):
             table.add_column(
                 header, justify="right" if header in ("parameters", "rank") else "left"

@@ -140,7 +140,7 @@ def _select_backend(backend: str, x: Tensor, problem: cost_model.Problem) -> Imp
 _NULL_CONTEXT: AbstractContextManager[Any] = nullcontext()
 
 
-def _launch_context(device: torch.device) -> AbstractContextManager[Any]:
+def launch_context(device: torch.device) -> AbstractContextManager[Any]:
     """What a backend is called in: without autocast, as every cast is written out, and with x's
     own device as the current one, on which Triton launches.
     """
@@ -189,7 +189,7 @@ def _fwd(
     backend = _without_tangents(backend, (x, weight, bias, down, core, up))
     problem = cost_model.Problem.of(x, weight, down, core, up, training=save_p)
     module, strategy = select(backend, strategy, problem, x)
-    with _launch_context(x.device):
+    with launch_context(x.device):
         y, p = module.forward(x, weight, bias, down, core, up, save_p=save_p, strategy=strategy)
     return y, _empty_if_none(p, x)
 
@@ -208,7 +208,7 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     problem = cost_model.Problem.of(dy, weight, down, core, up, training=True, backward=True)
     module, strategy = select(backend, strategy, problem, dy)
-    with _launch_context(dy.device):
+    with launch_context(dy.device):
         dx, d_weight, d_bias, d_down, d_core, d_up = module.backward(
             dy, x, weight, p, down, core, up, needs=tuple(needs), strategy=strategy
         )

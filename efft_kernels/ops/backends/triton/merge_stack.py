@@ -1,9 +1,14 @@
-"""The merged weights of all layers of one kind in one launch: W + B·down^T.
+"""The merged weights of all layers of one kind: W + B·down^T, in a few launches.
 
-Formed in float32 and rounded once. Bytes moved: L·N·K read and written, and the factors.
+The weights are read where they lie, in their own dtype: the sum is formed in float32 and rounded
+once, so that an increment below half an ulp of a rounded W is not lost. A launch takes up to
+`WEIGHTS` layers, and knows their weights by their addresses alone. Bytes moved: L·N·K read and
+written, and the factors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,13 +20,18 @@ from . import tuning
 from .launch_cache import CachedLaunch, CallCache, once
 from .norm import _factor
 
+WEIGHTS = 4
+
 
 @triton.jit
 def _merge_stack_kernel(
-    weight_ptr,  # [L, N, K], contiguous
-    b_ptr,  # [L, N, ra], contiguous
-    down_ptr,  # [L, K, ra], contiguous
-    out_ptr,  # [L, N, K], contiguous
+    weight_0_ptr,  # [N, K] each, contiguous
+    weight_1_ptr,
+    weight_2_ptr,
+    weight_3_ptr,
+    b_ptr,  # [layers, N, ra], contiguous
+    down_ptr,  # [layers, K, ra], contiguous
+    out_ptr,  # [layers, N, K], contiguous
     N,
     K,
     ra,
@@ -33,39 +43,52 @@ def _merge_stack_kernel(
     """A [BLOCK_N, BLOCK_K] tile of one layer."""
     tiles_k = tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0)
-    layer = tl.program_id(1).to(tl.int64)
+    layer = tl.program_id(1)
+    weight_ptr = weight_0_ptr
+    if layer == 1:
+        weight_ptr = weight_1_ptr
+    if layer == 2:
+        weight_ptr = weight_2_ptr
+    if layer == 3:
+        weight_ptr = weight_3_ptr
     offs_n = (pid // tiles_k) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = (pid % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_a = tl.arange(0, RA)
     inside = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    offs = layer * N * K + offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
+    offs = offs_n[:, None].to(tl.int64) * K + offs_k[None, :]
     weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = b_ptr.dtype.element_ty
-    b = _factor(b_ptr + layer * N * ra, offs_n, offs_a, ra, N, dtype)
-    down = _factor(down_ptr + layer * K * ra, offs_k, offs_a, ra, K, dtype)
+    first = layer.to(tl.int64)
+    b = _factor(b_ptr + first * N * ra, offs_n, offs_a, ra, N, dtype)
+    down = _factor(down_ptr + first * K * ra, offs_k, offs_a, ra, K, dtype)
     merged = weight + tl.dot(b, tl.trans(down), input_precision=PRECISION)
-    tl.store(out_ptr + offs, merged.to(out_ptr.dtype.element_ty), mask=inside)
+    out_ptrs = out_ptr + first * N * K + offs
+    tl.store(out_ptrs, merged.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_merge_stack(
-    weight: Tensor,  # [L, N, K]
+    weights: Sequence[Tensor],  # L of [N, K]
     b: Tensor,  # [L, N, Ra]
     down: Tensor,  # [L, K, Ra]
     cache: CallCache | None = None,
 ) -> Tensor:
     """W + B·down^T [L, N, K] in B's dtype; all contiguous."""
-    launch = once(cache, "merge_stack", _prepare_merge_stack, weight, b)
-    out = torch.empty_like(weight, dtype=b.dtype)
-    launch((weight, b, down), (out,))
+    n, k = weights[0].shape
+    out = b.new_empty(len(weights), n, k)
+    for first in range(0, len(weights), WEIGHTS):
+        part = slice(first, first + WEIGHTS)
+        own = weights[part]
+        launch = once(cache, f"merge_stack {len(own)}", _prepare_merge_stack, k, b[part])
+        padded = (*own, *[own[-1]] * (WEIGHTS - len(own)))
+        launch((*padded, b[part], down[part], out[part]))
     return out
 
 
 _CONFIG = (64, 64, 4)  # rows, columns, warps
 
 
-def _prepare_merge_stack(weight: Tensor, b: Tensor) -> CachedLaunch:
-    layers, n, k = weight.shape
-    ra = b.shape[2]
+def _prepare_merge_stack(k: int, b: Tensor) -> CachedLaunch:
+    layers, n, ra = b.shape
     block_n, block_k, num_warps = _CONFIG
     return CachedLaunch(
         _merge_stack_kernel,

@@ -1,0 +1,336 @@
+"""A timm VisionTransformer's blocks run as a chain (ops/chains.py) where that computes the same.
+
+`chain` puts a `forward` on the instance that holds the blocks. At each call it looks at the model
+and the circumstances, and where the chain does not do, the blocks run one after the other as ever.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..nn import FactorBank, FusedEFFTLinear
+from ..ops import chains
+from ..ops.backends.chain_steps import Norm
+from ..ops.backends.torch_backend import fold
+
+FUSE = ("auto", "off")
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Block(NamedTuple):
+    """What the chain reads of one block."""
+
+    norm1: nn.LayerNorm
+    attn: Any
+    qkv: FusedEFFTLinear
+    proj: FusedEFFTLinear
+    norm2: nn.LayerNorm
+    fc1: FusedEFFTLinear
+    fc2: FusedEFFTLinear
+
+    @property
+    def linears(self) -> tuple[FusedEFFTLinear, ...]:
+        return self.qkv, self.proj, self.fc1, self.fc2
+
+
+class _Parts:
+    """The modules inside the blocks and all that must stay as it was when they were looked at."""
+
+    def __init__(self, blocks: nn.Sequential, bank: FactorBank) -> None:
+        """Raises _Unlike."""
+        _check_blocks(blocks)
+        self.blocks = [
+            _Block(b.norm1, b.attn, b.attn.qkv, b.attn.proj, b.norm2, b.mlp.fc1, b.mlp.fc2)  # type: ignore[arg-type]
+            for b in blocks
+        ]
+        self.linears = [linear for block in self.blocks for linear in block.linears]
+        if any(linear._bank != (bank,) for linear in self.linears):
+            raise _Unlike("a linear reads its factors from elsewhere")
+        self.groups = list({id(g): g for g in (bank.group(s._site) for s in self.linears)}.values())
+        with torch.no_grad():
+            ranks = [linear.current_factors().down.shape[1] for linear in self.linears]
+        if any(len(set(ranks[place::4])) > 1 for place in range(4)):
+            raise _Unlike("linears of one kind have different ranks")
+        self.rank = max(ranks)
+        self.heads = self.blocks[0].attn.num_heads
+        # What `changed` compares: tables that are looked up once and are the modules' own.
+        modules = [module for module in blocks.modules() if module is not blocks]
+        self._modules = modules
+        self._types = [type(module) for module in modules]
+        self._forwards = [(kind, kind.forward) for kind in {*self._types, nn.Sequential}]
+        self._tables = [getattr(module, name) for module in (*modules, blocks) for name in _HOOKS]
+        self._children = [(m._modules, tuple(m._modules.values())) for m in (*modules, blocks)]
+        self._dropouts = [module for module in modules if type(module) is nn.Dropout]
+        self._gelus = [module for module in modules if type(module) is nn.GELU]
+        self._norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
+
+    def changed(self) -> str | None:
+        """What makes the blocks differ from timm's own by now."""
+        if any(self._tables) or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+            return "a module of the blocks has hooks, or all modules have"
+        if any(tuple(now.values()) != then for now, then in self._children) or (
+            [type(module) for module in self._modules] != self._types
+        ):
+            return "a module of the blocks was replaced"
+        if any("forward" in module.__dict__ for module in self._modules) or any(
+            kind.forward is not forward for kind, forward in self._forwards
+        ):
+            return "a module of the blocks has a forward of its own"
+        if any(dropout.p for dropout in self._dropouts):
+            return "a dropout of the blocks is on"
+        if any(gelu.approximate != "none" for gelu in self._gelus):
+            return "a GELU of the blocks is no exact one"
+        if any(norm.__dict__.get("_fast_norm") for norm in self._norms):
+            return "timm's fast norm is on"
+        if not all(block.attn.fused_attn for block in self.blocks):
+            return "an attention of the blocks is not the fused one"
+        return None
+
+    def unfit(self, x: Tensor) -> str | None:
+        """Why the parameters or the adapter's state do not let a chain run over x."""
+        for parameter in self._frozen():
+            if parameter.requires_grad:
+                return "a weight, bias or norm of the blocks trains"
+            if (
+                type(parameter) is not nn.Parameter
+                or parameter.dtype != x.dtype
+                or parameter.device != x.device
+                or not parameter.is_contiguous()
+            ):
+                return f"a weight of the blocks is no plain {x.dtype} on {x.device}"
+        first = self.linears[0]
+        for linear in self.linears:
+            if linear.merged:
+                return "the adapter is merged"
+            if linear.backend != "auto" or linear.strategy != "auto":
+                return "a linear has a backend or a strategy of its own"
+            if linear.training != first.training:
+                return "linears differ in their mode of training"
+        if first._bank[0].tasks is not None:
+            return "a batch of several tasks is run"
+        if first.training and any(group.activation_dropout for group in self.groups):
+            return "the method drops entries of x·down·core"
+        return None
+
+    def _frozen(self) -> Iterator[nn.Parameter]:
+        for module in (*self._norms, *self.linears):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    yield parameter
+
+    def layers(self) -> list[chains.Layer]:
+        """The blocks with the factors of this call, asked for in the order in which the linears
+        would ask, so that dropout draws the same masks."""
+        return [
+            chains.Layer(
+                _norm(block.norm1),
+                _adapted(block.qkv),
+                _adapted(block.proj),
+                _norm(block.norm2),
+                _adapted(block.fc1),
+                _adapted(block.fc2),
+                self.heads,
+            )
+            for block in self.blocks
+        ]
+
+
+def _adapted(linear: FusedEFFTLinear) -> chains.Adapted:
+    down, core, up = linear._bank[0].factors(linear._site, linear.training)
+    return chains.Adapted(linear.weight, linear.bias, down, fold(core, up))
+
+
+def _norm(module: nn.LayerNorm) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
+
+
+class ChainedBlocks:
+    """The forward of an nn.Sequential of blocks.
+
+    It follows deepcopy and pickle: a copy runs its own blocks.
+
+    Args:
+        blocks: the blocks.
+        bank: the factors of their linears.
+    """
+
+    def __init__(self, blocks: nn.Sequential, bank: FactorBank) -> None:
+        self.__setstate__({"blocks": blocks, "bank": bank})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"blocks": self._blocks(), "bank": self._bank}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The blocks hold this object: a reference back would keep their memory until a collection.
+        self._blocks = weakref.ref(state["blocks"])
+        self._bank = state["bank"]
+        self._parts: _Parts | str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the blocks make of the stream [images, tokens, K]."""
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            found = self._engine(input)
+            if not isinstance(found, str):
+                engine, parts = found
+                with torch.autocast(input.device.type, enabled=False):
+                    layers = parts.layers()
+                return chains.run_chain(input, layers, engine)
+        out: Tensor = nn.Sequential.forward(self._blocks(), input)  # type: ignore[arg-type]
+        return out
+
+    def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
+        """What runs the chain over x, or why it does not run; what is quickly seen comes first."""
+        if reason := chains.watched():
+            return reason
+        parts = self._look()
+        if isinstance(parts, str):
+            return parts
+        engine = chains.engine_for(x, parts.heads, parts.rank)
+        if isinstance(engine, str):
+            return engine
+        return parts.unfit(x) or parts.changed() or (engine, parts)
+
+    def _look(self) -> _Parts | str:
+        """The parts of the blocks, or what sets them apart from those that a chain knows."""
+        if self._parts is None:
+            blocks: Any = self._blocks()
+            try:
+                self._parts = _Parts(blocks, self._bank)
+            except _Unlike as unlike:
+                self._parts = str(unlike)
+        return self._parts
+
+    def sites(self) -> frozenset[str] | str:
+        """The sites in the chain, or what in the model keeps it from running at present."""
+        parts = self._look()
+        if isinstance(parts, str):
+            return parts
+        return parts.changed() or frozenset(linear._site for linear in parts.linears)
+
+
+class _Unlike(Exception):
+    """In what a model differs from those that a chain knows."""
+
+
+def chain(model: nn.Module, bank: FactorBank) -> str | None:
+    """Let the blocks of an adapted model run as a chain.
+
+    Returns:
+        Why they cannot, in which case the model is left alone; else None.
+    """
+    if type(model) is not getattr(_timm(), "VisionTransformer", None):
+        return f"{type(model).__name__} is not timm's VisionTransformer"
+    blocks: Any = model.blocks
+    if "forward" in blocks.__dict__:
+        return "blocks has a forward of its own"
+    chained = ChainedBlocks(blocks, bank)
+    parts = chained._look()
+    if isinstance(parts, str):
+        return parts
+    blocks.forward = chained.forward
+    return None
+
+
+def find_chain(model: nn.Module) -> ChainedBlocks | None:
+    """What `chain` put on the model's blocks, if it is still there."""
+    forward = getattr(getattr(model, "blocks", None), "__dict__", {}).get("forward")
+    chained = getattr(forward, "__self__", None)
+    return chained if isinstance(chained, ChainedBlocks) else None
+
+
+def unchain(model: nn.Module) -> None:
+    """Take away what `chain` put there."""
+    if find_chain(model) is not None:
+        del model.blocks.forward  # type: ignore[union-attr]
+
+
+def _timm() -> Any:
+    """timm's module of the vision transformer, which a model of it has imported; else None."""
+    return sys.modules.get("timm.models.vision_transformer")
+
+
+def _check_blocks(blocks: Any) -> None:
+    """Raise _Unlike unless every module inside is one that the chain computes."""
+    timm = _timm()
+    if type(blocks) is not nn.Sequential or not len(blocks):
+        raise _Unlike("blocks is no plain nn.Sequential")
+    norms = (nn.LayerNorm, timm.LayerNorm)
+    kinds: dict[type, dict[str, tuple[type, ...]]] = {
+        timm.Block: {
+            "norm1": norms,
+            "attn": (timm.Attention,),
+            "ls1": (nn.Identity,),
+            "drop_path1": (nn.Identity,),
+            "norm2": norms,
+            "mlp": (timm.Mlp,),
+            "ls2": (nn.Identity,),
+            "drop_path2": (nn.Identity,),
+        },
+        timm.Attention: {
+            "qkv": (FusedEFFTLinear,),
+            "q_norm": (nn.Identity,),
+            "k_norm": (nn.Identity,),
+            "attn_drop": (nn.Dropout,),
+            "norm": (nn.Identity,),
+            "proj": (FusedEFFTLinear,),
+            "proj_drop": (nn.Dropout,),
+        },
+        timm.Mlp: {
+            "fc1": (FusedEFFTLinear,),
+            "act": (nn.GELU,),
+            "drop1": (nn.Dropout,),
+            "norm": (nn.Identity,),
+            "fc2": (FusedEFFTLinear,),
+            "drop2": (nn.Dropout,),
+        },
+    }
+    for place, block in blocks.named_children():
+        if type(block) is not timm.Block:
+            raise _Unlike(f"blocks.{place} is a {type(block).__name__}, not timm's Block")
+        for name, module in block.named_modules():
+            where = f"blocks.{place}.{name}".rstrip(".")
+            children = kinds.get(type(module), {})
+            for child, found in module._modules.items():
+                if type(found) not in children.get(child, ()):
+                    raise _Unlike(f"{where}.{child} is a {type(found).__name__}")
+            if children and set(children) - set(module._modules) - {"norm"}:
+                raise _Unlike(f"{where} is not put together like timm's")
+            if "forward" in module.__dict__ or not _has_own_forward(type(module)):
+                raise _Unlike(f"the forward of {where} was replaced")
+        _check_sizes(block, f"blocks.{place}", blocks[0])
+
+
+def _has_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether the class's forward is the one that was written in it, or in a class above it."""
+    forward = kind.forward
+    named = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+    return named in {f"{above.__module__}.{above.__qualname__}.forward" for above in kind.__mro__}
+
+
+def _check_sizes(block: Any, where: str, first: Any) -> None:
+    k = first.norm1.normalized_shape[0]
+    attn, mlp = block.attn, block.mlp
+    shapes = [tuple(linear.weight.shape) for linear in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)]
+    hidden = first.mlp.fc1.out_features
+    if shapes != [(3 * k, k), (k, k), (hidden, k), (k, hidden)] or attn.num_heads != (
+        first.attn.num_heads
+    ):
+        raise _Unlike(f"{where} has other sizes than the first block")
+    for norm in (block.norm1, block.norm2):
+        if norm.normalized_shape != (k,) or norm.weight is None or norm.bias is None:
+            raise _Unlike(f"a norm of {where} is not one of {k} weights and biases")
+    if k % attn.num_heads or getattr(attn, "gate", None) is not None:
+        raise _Unlike(f"the attention of {where} is not the plain one")

@@ -1,0 +1,419 @@
+"""A ViT's adapted blocks as a chain: each half of a block is one operator.
+
+With z the residual stream and y what the half before still has to add to it:
+
+    attention half    z' = z + y    x̂ = norm(z')    q, k, v = x̂·W_qkv^T    o = attention(q, k, v)
+                      y' = o·W_proj^T
+    MLP half          z' = z + y    x̂ = norm(z')    h = x̂·W_1^T    y' = gelu(h)·W_2^T
+
+Every W is merged, W = W0 + B·down^T, for all layers at once: the GEMMs are the library's own and
+adapters cost nothing in them. Left are the thin products of the gradients, with P = x·down and
+S = dY·B:
+
+    d_B = dY^T·P    d_down = x^T·S
+
+P of a linear after a norm is made by the norm; the others are passes over their x. In the backward,
+S and d_B of qkv come with the copy of the gradients of q, k and v into one matrix. x̂ is made again
+from z', gelu(h) from h: of their size nothing is kept that a frozen block does not keep.
+
+`backends/chain_steps.py` says what each step between the GEMMs computes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
+
+from .backends.chain_steps import Norm, Normed, TorchSteps, aten
+from .backends.fallback import too_old
+from .checks import HALF_DTYPES, autocast_enabled
+from .dispatch import available_backends, launch_context, requested_backend
+
+MAX_RANK = 128  # that the kernels take
+
+
+class Attention(NamedTuple):
+    """An attention kernel: q, k, v → (o, what the backward needs), and its gradient."""
+
+    forward: Callable[..., tuple[Tensor, tuple[Any, ...]]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    o, *kept, _ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return o, tuple(kept)
+
+
+def _cudnn_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: Any) -> Any:
+    lse, cum_q, cum_k, max_q, max_k, seed, offset = kept
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        do, q, k, v, o, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, False
+    )
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    o, *kept, _ = aten._scaled_dot_product_flash_attention(q, k, v)
+    return o, tuple(kept)
+
+
+def _flash_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: Any) -> Any:
+    lse, cum_q, cum_k, max_q, max_k, seed, offset = kept
+    return aten._scaled_dot_product_flash_attention_backward(
+        do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset
+    )
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return o, (lse,)
+
+
+def _cpu_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: Any) -> Any:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, q, k, v, o, *kept, 0.0, False
+    )
+
+
+ATTENTION = {
+    SDPBackend.CUDNN_ATTENTION: Attention(_cudnn, _cudnn_grad),
+    SDPBackend.FLASH_ATTENTION: Attention(_flash, _flash_grad),
+}
+CPU_ATTENTION = Attention(_cpu, _cpu_grad)
+
+
+# What runs a chain
+
+
+class Engine(NamedTuple):
+    """What a chain runs with."""
+
+    steps: TorchSteps
+    attention: Attention
+    dtype: torch.dtype  # of the GEMMs
+
+
+def engine_for(x: Tensor, heads: int, rank: int) -> Engine | str:
+    """What runs a chain over x, or why it should not run as one.
+
+    Args:
+        x: [images, tokens, K], the stream before the first block.
+        heads: of the attention.
+        rank: the largest of its linears.
+    """
+    if type(x) is not Tensor or x.dim() != 3 or not x.numel():
+        return "the blocks' input is no plain tensor [images, tokens, K]"
+    if not x.is_cuda:
+        return f"the blocks' input is on {x.device}, and the chain is for CUDA"
+    if x.dtype != torch.float32:
+        return f"the blocks' input is {x.dtype}, and the chain's is float32"
+    dtype = torch.get_autocast_dtype("cuda") if autocast_enabled("cuda") else x.dtype
+    if dtype not in HALF_DTYPES:
+        return "autocast to float16 or bfloat16 is off"
+    backend = requested_backend("auto")
+    if backend != "auto":
+        return f"backend {backend!r} was asked for"
+    reason = _triton() or too_old(x.get_device())
+    if reason is not None:
+        return reason
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms were asked for"
+    attention = _attention_for(x, heads, dtype)
+    if attention is None:
+        return "torch chooses neither cuDNN's nor FlashAttention's kernel for these heads"
+    from .backends.triton.chain import MAX_WIDTH
+
+    k = x.shape[2]
+    if k > MAX_WIDTH or rank > MAX_RANK:
+        return f"the kernels take a width of {MAX_WIDTH} and a rank of {MAX_RANK}, not {k}, {rank}"
+    return Engine(_steps(k, rank, x.get_device()), attention, dtype)
+
+
+@functools.cache
+def _triton() -> str | None:
+    """Why Triton cannot run here."""
+    return available_backends()["triton"]
+
+
+@functools.cache
+def _steps(k: int, rank: int, index: int) -> TorchSteps:
+    from .backends.triton.chain import TritonSteps, configs_for
+
+    return TritonSteps(configs_for(k, rank, index))
+
+
+def _attention_for(x: Tensor, heads: int, dtype: torch.dtype) -> Attention | None:
+    """The kernel that torch's own attention would run, if a chain can."""
+    images, tokens, k = x.shape
+    head = k // heads
+    if k % heads or head % 8:
+        return None
+    like = torch.empty(images, tokens, 3, heads, head, dtype=dtype, device=x.device)
+    q, key, v = like.requires_grad_().permute(2, 0, 3, 1, 4).unbind()
+    return ATTENTION.get(SDPBackend(torch._fused_sdp_choice(q, key, v)))
+
+
+def watched() -> str | None:
+    """What looks at each operator of the model now, or changes it; None where nothing does."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a transform of torch.func or forward-mode differentiation is at work"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a dispatch or function mode is on"
+    if torch.jit.is_tracing():
+        return "torch.jit traces the model"
+    return None
+
+
+# The halves
+
+
+class Linear(NamedTuple):
+    """An adapted linear of one layer in one step."""
+
+    weight: Tensor  # [N, K], merged
+    bias: Tensor | None  # [N]
+    down: Tensor  # [K, r], in the GEMMs' dtype
+    b: Tensor  # [N, r]
+
+
+class Half(NamedTuple):
+    """All that a half of a block needs beside its differentiable inputs."""
+
+    engine: Engine
+    norm: Norm
+    first: Linear  # qkv or fc1
+    second: Linear  # proj or fc2
+    images: int
+    heads: int
+
+
+def _keep(ctx: Any, half: Half, normed: Normed, *more: Any) -> None:
+    """Save the tensors that the backward reads; whatever is no tensor lies beside them."""
+    ctx.engine, ctx.eps = half.engine, half.norm.eps
+    ctx.images, ctx.heads = half.images, half.heads
+    ctx.others = [None if isinstance(t, Tensor) else t for t in more]
+    ctx.save_for_backward(
+        half.first.weight,
+        half.second.weight,
+        half.first.b,
+        half.second.b,
+        half.norm.weight,
+        half.norm.bias,
+        normed.z,
+        normed.mean,
+        normed.rstd,
+        normed.p,
+        *[t if isinstance(t, Tensor) else None for t in more],
+    )
+
+
+class _Kept(NamedTuple):
+    """What `_keep` saved, but for `more`."""
+
+    w_first: Tensor
+    w_second: Tensor
+    b_first: Tensor
+    b_second: Tensor
+    norm: Norm
+    z: Tensor
+    mean: Tensor
+    rstd: Tensor
+    p_first: Tensor
+
+
+def _kept(ctx: Any) -> tuple[_Kept, list[Any]]:
+    """What `_keep` saved, and `more`."""
+    w1, w2, b1, b2, weight, bias, z, mean, rstd, p, *saved = ctx.saved_tensors
+    more = [o if t is None else t for t, o in zip(saved, ctx.others, strict=True)]
+    return _Kept(w1, w2, b1, b2, Norm(weight, bias, ctx.eps), z, mean, rstd, p), more
+
+
+def _stream_grad(
+    ctx: Any, kept: _Kept, dz: Tensor, dx: Callable[[], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of z and y from x̂'s and that of the stream after the half."""
+    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+        return None, None
+    dz_in, dy_in = ctx.engine.steps.norm_grad(
+        dx(), kept.z, kept.mean, kept.rstd, kept.norm, dz.contiguous()
+    )
+    return dz_in, dy_in if ctx.needs_input_grad[1] else None
+
+
+Backward = Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]
+
+
+def _once(backward: Backward) -> Backward:
+    """A backward that is called as the kernels are, and whose results have no derivative."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dz: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with launch_context(dy.device), torch.no_grad():
+            found = backward(ctx, dz, dy.contiguous())
+        if not torch.is_grad_enabled():
+            return found
+        error = torch._C._functions.DelayedError(
+            "chained blocks have no second derivative: attach the adapter with fuse='off'",
+            len(found),
+        )
+        leaves = [None if t is None else t.detach().requires_grad_() for t in found]
+        return tuple(error(*leaves))
+
+    return run
+
+
+class AttentionHalf(torch.autograd.Function):
+    """(z, y, down and B of qkv and of proj, Half) → (z', y')."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        half: Half = rest[-1]
+        (steps, attention, dtype), qkv, proj = half.engine, half.first, half.second
+        normed = steps.norm(z, y, half.norm, qkv.down, dtype)
+        x = F.linear(normed.out, qkv.weight, qkv.bias)
+        o, kept = attention.forward(*_split_heads(x, half.images, half.heads))
+        rows = _rows(o)
+        _keep(ctx, half, normed, steps.thin(rows, proj.down), x, o, *kept)
+        return normed.z, F.linear(rows, proj.weight, proj.bias)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dz: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        steps, attention, _ = ctx.engine
+        kept, (p_proj, x, o, *of_attention) = _kept(ctx)
+        s_proj, d_b_proj = steps.thin_grad(dy, kept.b_second, p_proj)
+        d_down_proj = steps.tall_grad(_rows(o), s_proj)
+        do = _heads(dy @ kept.w_second, ctx.images, ctx.heads)
+        qkv = _split_heads(x, ctx.images, ctx.heads)
+        parts = [_rows(part) for part in attention.backward(do, *qkv, o, *of_attention)]
+        copy = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dx, s, d_b = steps.gather_grad(parts, kept.b_first, kept.p_first, copy)
+        d_down = steps.norm_down_grad(kept.z, kept.mean, kept.rstd, kept.norm, s)
+        streams = _stream_grad(ctx, kept, dz, lambda: dx @ kept.w_first)
+        return *streams, d_down, d_b, d_down_proj, d_b_proj, None
+
+
+class MlpHalf(torch.autograd.Function):
+    """(z, y, down and B of fc1 and of fc2, Half) → (z', y')."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        half: Half = rest[-1]
+        (steps, _, dtype), fc1, fc2 = half.engine, half.first, half.second
+        normed = steps.norm(z, y, half.norm, fc1.down, dtype)
+        h = F.linear(normed.out, fc1.weight, fc1.bias)
+        a, p = steps.gelu(h, fc2.down)
+        _keep(ctx, half, normed, p, h)
+        return normed.z, F.linear(a, fc2.weight, fc2.bias)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dz: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        steps = ctx.engine.steps
+        kept, (p2, h) = _kept(ctx)
+        s2, d_b2 = steps.thin_grad(dy, kept.b_second, p2)
+        dh, s1, d_b1, d_down2 = steps.gelu_grad(
+            dy @ kept.w_second, h, s2, kept.b_first, kept.p_first
+        )
+        d_down1 = steps.norm_down_grad(kept.z, kept.mean, kept.rstd, kept.norm, s1)
+        streams = _stream_grad(ctx, kept, dz, lambda: dh @ kept.w_first)
+        return *streams, d_down1, d_b1, d_down2, d_b2, None
+
+
+def _heads(x: Tensor, images: int, heads: int) -> Tensor:
+    """[M, K] as [images, heads, tokens, K / heads]."""
+    return x.view(images, -1, heads, x.shape[1] // heads).transpose(1, 2)
+
+
+def _split_heads(x: Tensor, images: int, heads: int) -> list[Tensor]:
+    """q, k and v of a qkv [M, 3·K], by heads."""
+    return [_heads(part, images, heads) for part in x.chunk(3, 1)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The inverse of `_heads`, without a copy where the rows lie together."""
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+# The chain
+
+
+class Adapted(NamedTuple):
+    """An adapted linear of one layer as the model has it."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+    down: Tensor  # [K, r], differentiable
+    b: Tensor  # [N, r], differentiable
+
+
+class Layer(NamedTuple):
+    """One block."""
+
+    norm1: Norm
+    qkv: Adapted
+    proj: Adapted
+    norm2: Norm
+    fc1: Adapted
+    fc2: Adapted
+    heads: int
+
+
+def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:
+    """The stream after all layers, as x is: their frozen modules and those only in x's dtype.
+
+    Args:
+        x: [images, tokens, K].
+        layers: at least one; a kind of linear has one rank in all of them.
+        engine: what it runs with.
+    """
+    images, z = x.shape[0], x.flatten(0, 1).contiguous()
+    with launch_context(x.device):
+        biases = _in_dtype([a.bias for layer in layers for a in _linears(layer)], engine.dtype)
+        kinds = zip(*map(_linears, layers), strict=True)
+        stacks = [
+            _stack(kind, biases[place::4], engine) for place, kind in enumerate(kinds)
+        ]  # by kind, then layer
+        y = None
+        for layer, qkv, proj, fc1, fc2 in zip(layers, *stacks, strict=True):
+            for of, norm, first, second, given in (
+                (AttentionHalf, layer.norm1, qkv, proj, (layer.qkv, layer.proj)),
+                (MlpHalf, layer.norm2, fc1, fc2, (layer.fc1, layer.fc2)),
+            ):
+                half = Half(engine, norm, first, second, images, layer.heads)
+                factors = [t for adapted in given for t in (adapted.down, adapted.b)]
+                z, y = of.apply(z, y, *factors, half)
+        assert y is not None
+        return (z + y).view(x.shape)
+
+
+def _linears(layer: Layer) -> tuple[Adapted, Adapted, Adapted, Adapted]:
+    return layer.qkv, layer.proj, layer.fc1, layer.fc2
+
+
+@torch.no_grad()
+def _stack(kind: Sequence[Adapted], biases: Sequence[Tensor | None], engine: Engine) -> list[Linear]:
+    """One kind of linear in all layers."""
+    down, b = (
+        torch.stack(parts).to(engine.dtype)
+        for parts in ([a.down for a in kind], [a.b for a in kind])
+    )
+    merged = engine.steps.merge([a.weight for a in kind], b, down)
+    stacks = zip(merged.unbind(), biases, down.unbind(), b.unbind(), strict=True)
+    return [Linear(*own) for own in stacks]
+
+
+@torch.no_grad()
+def _in_dtype(vectors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """All the vectors in `dtype`, at once."""
+    given = [v for v in vectors if v is not None]
+    if not given:
+        return list(vectors)
+    cast = iter(torch.cat(given).to(dtype).split([v.numel() for v in given]))
+    return [None if v is None else next(cast) for v in vectors]
