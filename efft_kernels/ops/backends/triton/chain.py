@@ -55,7 +55,7 @@ def configs_for(k: int, rank: int, index: int | None) -> Configs:
 
     tiles = tuning.cdiv(k, block_c)
     return Configs(
-        NormConfig(16, 64 if wide else 256, k <= 1024, 4),
+        NormConfig(16, 128 if wide else 256, True, 8 if wide or k > 768 else 4),
         NormConfig(4, 256, True, 4),
         PassConfig(64, block_c, parts(tiles), 4, 3),
         PassConfig(64, block_c, parts(3 * tiles), 4, 3),

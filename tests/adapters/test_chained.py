@@ -1,0 +1,724 @@
+"""A ViT whose blocks run as a chain, against the model whose blocks run one module after the other.
+
+On the CPU plain torch stands in for what runs a chain on a GPU, in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import checkpoint
+
+from efft_kernels import (
+    EFFT1,
+    EFFT2,
+    Adapter,
+    AdapterSet,
+    FacTTK,
+    FacTTT,
+    KAdaptation,
+    LoRA,
+    attach,
+    load,
+)
+from efft_kernels.adapters import chained
+from efft_kernels.ops import chains
+from efft_kernels.ops.backends.chain_steps import TorchSteps
+from efft_kernels.ops.backends.torch_backend import fold
+from efft_kernels.testing.error_budget import BUDGET, worst_ratio
+
+EFFT = EFFT2(rank=3, dropout=0.0, scale=0.7)
+NOISY = EFFT2(rank=3, dropout=0.3, scale=0.7)
+METHODS = [
+    EFFT1(rank=3, dropout=0.0, scale=0.7),
+    EFFT,
+    EFFT2(rank=(3, 2), ffn_rank=4, dropout=0.0, learn_scale=True, cores="shared"),
+    NOISY,
+    FacTTT(rank=(2, 3), dropout=0.0),
+    FacTTK(rank=3, layer_rank=4, dropout=0.0),
+    LoRA(rank=2, matrices=None),
+    LoRA(rank=2, matrices=("q", "v", "o", "fc1", "fc2")),
+    KAdaptation(products=2, matrices=None),
+]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The chains that ran. What runs one takes tensors of the CPU, in any dtype."""
+
+    def engine_for(x, heads, rank):
+        return chains.Engine(TorchSteps(), chains.CPU_ATTENTION, x.dtype)
+
+    def run_chain(*arguments):
+        found.append(arguments)
+        return run(*arguments)
+
+    found, run = [], chains.run_chain
+    monkeypatch.setattr(chains, "engine_for", engine_for)
+    monkeypatch.setattr(chains, "run_chain", run_chain)
+    return found
+
+
+@pytest.fixture
+def models(make_vit, randomize):
+    """(a chained model, the same attached with fuse="off"), in float64 and training."""
+
+    def make(method=EFFT, depth=2, **options):
+        pair = []
+        for fuse in ("auto", "off"):
+            model = make_vit(dtype=torch.float64, depth=depth)
+            adapter = attach(model, method, fuse=fuse, **options)
+            torch.manual_seed(5)
+            randomize(adapter)
+            pair.append(model)
+        return pair
+
+    return make
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 8, 8, dtype=torch.float64)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def step(model, images):
+    """The output and all gradients; the masks of dropout are the same in every call."""
+    torch.manual_seed(11)
+    model.zero_grad()
+    y = model(images)
+    y.tanh().sum().backward()
+    return [y.detach(), *(p.grad for p in trained(model))]
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert b.norm() > 1e-6
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_is_the_model_of_lone_linears(models, images, runs, method):
+    model, twin = models(method)
+    close(step(model, images), step(twin, images))
+    assert len(runs) == 1
+
+
+class TestTraining:
+    def test_patch_embedding_trains_too(self, models, images, runs):
+        model, twin = models(modules_to_train=("head", "patch_embed"))
+        close(step(model, images), step(twin, images))
+        assert len(runs) == 1
+
+    def test_gradient_of_the_images(self, models, images, runs):
+        results = [
+            torch.autograd.grad(model(x).tanh().sum(), [x])
+            for model, x in zip(models(), (images.clone().requires_grad_(),) * 2, strict=True)
+        ]
+        close(*results)
+
+    def test_accumulation_over_forwards(self, models, images, runs):
+        results = []
+        for model in models():
+            for part in images.split([1, 2]):
+                model(part).tanh().sum().backward()
+            results.append([p.grad for p in trained(model)])
+        close(*results)
+        assert len(runs) == 2
+
+    def test_two_forwards_before_one_backward(self, models, images, runs):
+        results = []
+        for model in models():
+            (model(images).tanh() * model(images.flip(0)).tanh()).sum().backward()
+            results.append([p.grad for p in trained(model)])
+        close(*results)
+
+    def test_backward_again(self, models, images, runs):
+        results = []
+        for model in models():
+            loss = model(images).tanh().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+            results.append([p.grad for p in trained(model)])
+        close(*results)
+
+    def test_optimizer_steps_between_forwards(self, models, images, runs):
+        results = []
+        for model in models():
+            optimizer = torch.optim.AdamW(trained(model), lr=0.1)
+            for _ in range(3):
+                step(model, images)
+                optimizer.step()
+            results.append(step(model, images))
+        close(*results)
+
+    def test_eval_with_gradients(self, models, images, runs):
+        model, twin = (model.eval() for model in models(NOISY))
+        close(step(model, images), step(twin, images))
+        assert len(runs) == 1
+
+    def test_blocks_called_by_themselves(self, models, runs):
+        x = torch.randn(2, 5, 12, dtype=torch.float64)
+        model, twin = models()
+        torch.testing.assert_close(model.blocks(x), twin.blocks(x))
+        assert len(runs) == 1
+
+    def test_frozen_weights_that_change_in_place(self, models, images, runs):
+        model, twin = models()
+        step(model, images)
+        for one in (model, twin):
+            with torch.no_grad():
+                one.blocks[0].attn.qkv.weight.mul_(1.5)
+                one.blocks[1].norm2.bias.add_(0.5)
+        close(step(model, images), step(twin, images))
+
+    def test_weights_that_are_loaded_or_replaced(self, models, images, runs, make_vit, randomize):
+        other = make_vit(dtype=torch.float64, seed=8)
+        randomize(attach(other, EFFT))
+        expected = step(other, images)
+        for assign in (False, True):
+            model, _ = models()
+            step(model, images)
+            model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+            for p, q in zip(model.parameters(), other.parameters(), strict=True):
+                p.requires_grad_(q.requires_grad)
+            close(step(model, images), expected)
+        assert len(runs) == 5
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpoint_around_the_blocks(self, models, images, runs, reentrant):
+        results = []
+        for model in models(NOISY):
+            blocks = model.blocks
+            model.norm_pre = nn.Identity()
+            x = model.patch_embed(images) + model.pos_embed[:, 1:]
+            x.requires_grad_()
+            torch.manual_seed(3)
+            y = checkpoint(blocks, x, use_reentrant=reentrant)
+            y.tanh().sum().backward()
+            results.append([y.detach(), *(p.grad for p in model.factor_bank.parameters())])
+        close(*results)
+        assert len(runs) == (1 if reentrant else 2)  # a reentrant one goes forward without
+
+
+# Everything that sends a call to the modules themselves. Each yields while it is so.
+
+
+@contextlib.contextmanager
+def hooked(model, register, *, of="blocks.1.mlp", hook=lambda *_: None):
+    handle = getattr(model.get_submodule(of), register)(hook)
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def all_hooked(model, register):
+    handle = getattr(torch_module, register)(lambda *_: None)
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def setting(model, of, name, value):
+    owner = model.get_submodule(of)
+    before = getattr(owner, name)
+    setattr(owner, name, value(before) if callable(value) else value)
+    yield
+    setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def forward_of_its_own(model):
+    block = model.blocks[0]
+    block.forward = functools.partial(type(block).forward, block)
+    yield
+    del block.forward
+
+
+@contextlib.contextmanager
+def forward_of_the_class(model):
+    kind = type(model.blocks[0].attn)
+    original = kind.forward
+    kind.forward = lambda self, *args, **options: original(self, *args, **options)
+    yield
+    kind.forward = original
+
+
+@contextlib.contextmanager
+def trainable(model, name):
+    parameter = model.get_parameter(name).requires_grad_()
+    yield
+    parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def strided(model, name):
+    parameter = model.get_parameter(name)
+    before = parameter.data
+    parameter.data = before.mT.contiguous().mT
+    yield
+    parameter.data = before
+
+
+@contextlib.contextmanager
+def evaluating(model, of):
+    module = model.get_submodule(of).eval()
+    yield
+    module.train()
+
+
+@contextlib.contextmanager
+def checkpointing(model):
+    model.set_grad_checkpointing()
+    yield
+    model.set_grad_checkpointing(False)
+
+
+@contextlib.contextmanager
+def mode(model, kind):
+    if kind == "function":
+        with torch.device("cpu"):
+            yield
+    else:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False):
+            yield
+
+
+OTHERWISE = {
+    "pre-hook": lambda m: hooked(m, "register_forward_pre_hook"),
+    "hook": lambda m: hooked(m, "register_forward_hook", of="blocks.0.norm1"),
+    "hook of the blocks": lambda m: hooked(m, "register_forward_hook", of="blocks"),
+    "backward hook": lambda m: hooked(m, "register_full_backward_hook", of="blocks.1.attn"),
+    "backward pre-hook": lambda m: hooked(m, "register_full_backward_pre_hook"),
+    "hook of all": lambda m: all_hooked(m, "register_module_forward_hook"),
+    "pre-hook of all": lambda m: all_hooked(m, "register_module_forward_pre_hook"),
+    "backward hook of all": lambda m: all_hooked(m, "register_module_full_backward_hook"),
+    "backward pre-hook of all": lambda m: all_hooked(m, "register_module_full_backward_pre_hook"),
+    "another block": lambda m: setting(m, "blocks", "1", copy.deepcopy),
+    "another norm": lambda m: setting(m, "blocks.0", "norm1", nn.LayerNorm(12).double()),
+    "layer scale": lambda m: setting(m, "blocks.0", "ls1", nn.Dropout(0.0)),
+    "forward of a module": forward_of_its_own,
+    "forward of a class": forward_of_the_class,
+    "dropout": lambda m: setting(m, "blocks.0.mlp.drop1", "p", 0.5),
+    "dropout of attention": lambda m: setting(m, "blocks.1.attn.attn_drop", "p", 0.5),
+    "unfused attention": lambda m: setting(m, "blocks.1.attn", "fused_attn", False),
+    "GELU by tanh": lambda m: setting(m, "blocks.1.mlp.act", "approximate", "tanh"),
+    "fast norm": lambda m: setting(m, "blocks.1.norm1", "_fast_norm", True),
+    "trainable weight": lambda m: trainable(m, "blocks.0.mlp.fc1.weight"),
+    "trainable bias": lambda m: trainable(m, "blocks.0.attn.proj.bias"),
+    "trainable norm": lambda m: trainable(m, "blocks.1.norm2.weight"),
+    "strided weight": lambda m: strided(m, "blocks.1.mlp.fc2.weight"),
+    "backend": lambda m: setting(m, "blocks.1.mlp.fc2", "backend", "torch"),
+    "strategy": lambda m: setting(m, "blocks.1.mlp.fc2", "strategy", "split"),
+    "one linear in eval": lambda m: evaluating(m, "blocks.0.attn.qkv"),
+    "no gradients": lambda m: torch.no_grad(),
+    "inference": lambda m: torch.inference_mode(),
+    "checkpoints": checkpointing,
+    "function mode": lambda m: mode(m, "function"),
+    "dispatch mode": lambda m: mode(m, "dispatch"),
+}
+
+
+@pytest.mark.parametrize("otherwise", OTHERWISE.values(), ids=OTHERWISE)
+def test_the_modules_run_where_the_chain_does_not_do(models, images, runs, otherwise):
+    model, twin = models()
+    results = []
+    for one in (model, twin):
+        with otherwise(one):
+            torch.manual_seed(0)
+            results.append(one(images))
+            if results[-1].requires_grad:
+                results[-1].tanh().sum().backward()
+                results.append([p.grad for p in one.factor_bank.parameters()])
+    assert not runs
+    found, expected = results[: len(results) // 2], results[len(results) // 2 :]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    model(images)
+    assert len(runs) == 1
+
+
+def test_dropout_of_the_projection(models, images, runs):
+    model, _ = models(FacTTT(rank=3, dropout=0.2))
+    model(images)
+    assert not runs
+    model.eval()(images)
+    assert len(runs) == 1
+
+
+class TestTransforms:
+    def test_parameters_of_the_blocks_from_outside(self, models, images, runs):
+        model, twin = models()
+        own = {n: p.detach() * 1.1 for n, p in model.named_parameters() if "mlp.fc1.w" in n}
+        results = [torch.func.functional_call(one, own, images) for one in (model, twin)]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert not runs
+
+    def test_factors_from_outside(self, models, images, runs):
+        results = []
+        for model in models():
+            own = {n: p.detach() * 1.1 for n, p in model.factor_bank.named_parameters()}
+            own = {f"factor_bank.{n}": p.requires_grad_() for n, p in own.items()}
+            y = torch.func.functional_call(model, own, images)
+            results.append(torch.autograd.grad(y.tanh().sum(), own.values()))
+        close(*results)
+
+    def test_torch_func(self, models, images, runs):
+        model, twin = models()
+        results = []
+        for one in (model, twin):
+            own = {n: p.detach() for n, p in one.factor_bank.named_parameters()}
+            names = [f"factor_bank.{n}" for n in own]
+
+            def loss(values, one=one, names=names):
+                given = dict(zip(names, values, strict=True))
+                return torch.func.functional_call(one, given, images).tanh().sum()
+
+            results.append(torch.func.grad(loss)(list(own.values())))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert not runs
+
+    def test_forward_mode(self, models, images, runs):
+        results = []
+        for model in models():
+            y = torch.func.jvp(model, (images,), (images.flip(0),))
+            results.append(y)
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert not runs
+
+    def test_compiled(self, models, images, runs):
+        model, twin = models()
+        expected = step(twin, images)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(11)
+        y = compiled(images)
+        y.tanh().sum().backward()
+        close([y.detach(), *(p.grad for p in trained(model))], expected)
+        assert not runs
+
+    def test_traced(self, models, images, runs):
+        model, twin = (one.eval() for one in models())
+        traced = torch.jit.trace(model, images, check_trace=False)
+        torch.testing.assert_close(traced(images), twin(images))
+        assert not runs
+
+    def test_second_derivatives_are_refused(self, models, images, runs):
+        model, _ = models()
+        x = images.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="fuse='off'"):
+            dx.pow(2).sum().backward()
+
+    def test_attention_mask(self, models, images, runs):
+        mask = torch.zeros(5, 5, dtype=torch.float64)
+        results = [one.forward_features(images, attn_mask=mask) for one in models()]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert not runs
+
+
+class TestTheModelIsTheSame:
+    def test_keys_modules_and_output(self, models, images, runs):
+        model, twin = models()
+        assert model.state_dict().keys() == twin.state_dict().keys()
+        assert [(n, type(m)) for n, m in model.named_modules()] == [
+            (n, type(m)) for n, m in twin.named_modules()
+        ]
+        seen = []
+        for one in (model, twin):
+            one.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            one(images)
+        assert seen[0].dtype == seen[1].dtype and seen[0].shape == seen[1].shape
+        assert len(runs) == 1
+
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+    )
+    def test_a_copy_runs_its_own_blocks(self, models, images, runs, copied):
+        model, twin = models()
+        if copied is copy.deepcopy:
+            model(images)  # it keeps what it found out about the modules
+        clone = copied(model)
+        del model
+        gc.collect()
+        runs.clear()
+        close(step(clone, images), step(twin, images))
+        with torch.no_grad():
+            for one in (clone, twin):
+                one.blocks[0].mlp.fc1.weight.mul_(1.5)
+                next(one.factor_bank.parameters()).mul_(1.5)
+        close(step(clone, images), step(twin, images))
+        assert len(runs) == 2
+
+    def test_its_memory_is_freed_without_a_collection(self, models, images, runs):
+        model, _ = models()
+        step(model, images)
+        runs.clear()
+        gone = weakref.ref(model.blocks[0].attn.qkv.weight)
+        gc.disable()
+        try:
+            del model
+            assert gone() is None
+        finally:
+            gc.enable()
+
+    def test_detach(self, models, images, runs):
+        model, _ = models()
+        Adapter(model).detach()
+        assert "forward" not in model.blocks.__dict__
+        model(images)
+        assert not runs
+
+    def test_attached_again(self, models, images, runs):
+        model, _ = models()
+        Adapter(model).detach()
+        attach(model, LoRA(rank=2, matrices=None))
+        model(images)
+        assert len(runs) == 1
+
+    def test_merge_and_unmerge(self, models, images, runs):
+        model, twin = models()
+        expected = step(twin, images)
+        Adapter(model).merge()
+        torch.testing.assert_close(model.eval()(images), expected[0])
+        assert not runs
+        Adapter(model).unmerge()
+        close(step(model.train(), images), expected)
+        assert len(runs) == 1
+
+    def test_a_batch_of_several_tasks(self, make_vit, runs, tmp_path, randomize):
+        paths = {}
+        for name in "ab":
+            model = make_vit()
+            adapter = attach(model, EFFT)
+            randomize(adapter)
+            adapter.save(paths.setdefault(name, tmp_path / f"{name}.safetensors"))
+        model = make_vit().eval()
+        served = AdapterSet.load(model, paths)
+        with served.tasks(["a", "b"]):
+            y = model(torch.randn(2, 3, 8, 8))
+        assert y.shape == (2, 5) and not runs
+
+
+class TestAttach:
+    @pytest.mark.parametrize("fuse", ["on", None, True])
+    def test_an_unknown_fuse(self, make_vit, fuse):
+        model = make_vit()
+        with pytest.raises(ValueError, match=r"fuse must be one of \('auto', 'off'\)"):
+            attach(model, EFFT, fuse=fuse)
+        assert not hasattr(model, "factor_bank")
+
+    def test_load(self, models, images, runs, make_vit, tmp_path):
+        Adapter(models()[0]).save(tmp_path / "a.safetensors")
+        for fuse, count in (("auto", 1), ("off", 0)):
+            model = make_vit(dtype=torch.float64)
+            load(model, tmp_path / "a.safetensors", fuse=fuse)
+            model(images)
+            assert len(runs) == count
+            runs.clear()
+
+    @pytest.mark.parametrize(
+        ("options", "attaching", "why"),
+        [
+            ({"distilled": True}, {}, "VisionTransformerDistilled is not timm's"),
+            ({"qk_norm": True}, {}, "blocks.0.attn.q_norm is a LayerNorm"),
+            ({"init_values": 0.1}, {}, "blocks.0.ls1 is a LayerScale"),
+            ({"drop_path_rate": 0.1}, {}, "blocks.1.drop_path1 is a DropPath"),
+            ({"act_layer": nn.SiLU}, {}, "blocks.0.mlp.act is a SiLU"),
+            ({}, {"targets": "mhsa"}, "blocks.0.mlp.fc1 is a Linear"),
+            ({}, {"layers": [1]}, "blocks.0.attn.qkv is a Linear"),
+            ({}, {"method": LoRA(rank=2)}, "blocks.0.attn.proj is a Linear"),
+            ({}, {"fuse": "off"}, "fuse='off'"),
+        ],
+        ids=lambda value: str(value),
+    )
+    def test_what_a_chain_does_not_know(self, make_vit, options, attaching, why):
+        model = make_vit(**options)
+        description = attach(model, **{"method": EFFT, **attaching}).describe()
+        assert "forward" not in model.blocks.__dict__
+        assert why in description.alone
+        assert {row["fused"] for row in description.rows} == {"alone"}
+        assert f"no chain: {description.alone}" in " ".join(str(description).split())
+
+    def test_a_forward_of_the_users(self, make_vit):
+        model = make_vit()
+        own = model.blocks.forward = functools.partial(nn.Sequential.forward, model.blocks)
+        adapter = attach(model, EFFT)
+        assert adapter.describe().alone == "blocks has a forward of its own"
+        adapter.detach()
+        assert model.blocks.forward is own
+
+    def test_a_patched_class(self, make_vit, monkeypatch):
+        model = make_vit()
+        monkeypatch.setattr(type(model.blocks[0].mlp), "forward", lambda self, x: x)
+        assert "forward of blocks.0.mlp" in attach(model, EFFT).describe().alone
+
+    def test_a_subclassed_block(self, make_vit):
+        model = make_vit()
+
+        class Own(type(model.blocks[0])):
+            pass
+
+        model.blocks[1].__class__ = Own
+        assert "blocks.1 is a Own" in attach(model, EFFT).describe().alone
+
+    def test_describe_tells_what_is_in_the_chain(self, make_vit):
+        model = make_vit()
+        adapter = attach(model, EFFT)
+        description = adapter.describe()
+        assert description.alone is None
+        assert {row["fused"] for row in description.rows} == {"chain"}
+        assert "in a chain: 8: blocks.*.attn.qkv" in str(description)
+        model.blocks[0].register_forward_hook(lambda *_: None)
+        assert "hooks" in adapter.describe().alone
+        model.blocks = nn.Sequential(*model.blocks)
+        assert "replaced" in adapter.describe().alone
+
+    def test_factors_are_asked_for_in_the_models_order(self, models, images, runs):
+        model, _ = models()
+        asked = []
+        bank = model.factor_bank
+        factors = bank.factors
+        bank.factors = lambda site, dropout: asked.append(site) or factors(site, dropout)
+        model(images)
+        assert asked == [site.name for site in bank.attachment.sites]
+        assert len(runs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+class TestOnAGpu:
+    SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 5, "num_heads": 3}
+
+    @pytest.fixture
+    def ran(self, monkeypatch):
+        found, run = [], chains.run_chain
+
+        def run_chain(*arguments):
+            found.append(arguments)
+            return run(*arguments)
+
+        monkeypatch.setattr(chains, "run_chain", run_chain)
+        return found
+
+    @pytest.fixture
+    def make(self, make_vit, randomize):
+        def make(method=EFFT, fuse="auto", **options):
+            model = make_vit(**(self.SIZES | options)).cuda()
+            adapter = attach(model, method, fuse=fuse)
+            torch.manual_seed(5)
+            randomize(adapter)
+            return model
+
+        return make
+
+    @pytest.fixture
+    def batch(self):
+        return torch.randn(3, 3, 32, 32, device="cuda")
+
+    def results(self, model, batch, dtype):
+        torch.manual_seed(11)
+        model.zero_grad()
+        enabled = dtype != torch.float64
+        with torch.autocast("cuda", torch.bfloat16 if not enabled else dtype, enabled=enabled):
+            y = model(batch)
+        y.float().tanh().mean().backward() if enabled else y.tanh().mean().backward()
+        return [y.detach(), *(p.grad for p in model.factor_bank.parameters())]
+
+    @pytest.mark.parametrize("method", METHODS, ids=str)
+    def test_within_the_error_budget(self, make, batch, ran, dtype, method):
+        if method is NOISY:
+            pytest.skip("the masks of float64 are others")
+        model, twin = make(method), make(method, fuse="off")
+        exact = self.results(copy.deepcopy(twin).double(), batch.double(), torch.float64)
+        for layer in Adapter(twin).layers().values():
+            layer.backend = "torch"
+        plain = self.results(twin, batch, dtype)
+        found = self.results(model, batch, dtype)
+        assert len(ran) == 1
+        assert worst_ratio(found, plain, exact) <= BUDGET
+
+    def test_in_a_cuda_graph(self, make, batch, ran, dtype):
+        model = make()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.results(model, batch, dtype)
+        torch.cuda.current_stream().wait_stream(side)
+        model.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.autocast("cuda", dtype):
+            y = model(batch)
+            grads = torch.autograd.grad(y.float().tanh().mean(), model.factor_bank.parameters())
+        with torch.no_grad():  # a replay reads what the weights and factors are by then
+            for p in (*model.factor_bank.parameters(), model.blocks[4].mlp.fc1.weight):
+                p.mul_(1.25)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert len(ran) == 3
+        expected = self.results(model, batch, dtype)
+        torch.testing.assert_close([y, *grads], expected, rtol=0, atol=0)
+
+    def test_two_forwards_before_one_backward(self, make, batch, ran, dtype):
+        model = make()
+        parts = []
+        for part in (batch, batch.flip(0)):
+            parts.append([g for g in self.results(model, part, dtype)[1:]])
+        model.zero_grad()
+        with torch.autocast("cuda", dtype):
+            losses = [model(part).float().tanh().mean() for part in (batch, batch.flip(0))]
+        sum(losses).backward()
+        assert len(ran) == 4
+        for p, a, b in zip(model.factor_bank.parameters(), *parts, strict=True):
+            torch.testing.assert_close(p.grad, a + b, rtol=1e-4, atol=1e-5)
+
+    def test_saves_what_the_frozen_model_saves(self, make, make_vit, ran, dtype):
+        images = torch.randn(8, 3, 224, 224, device="cuda")
+        sizes = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "num_heads": 6, "depth": 3}
+        frozen = make_vit(**(self.SIZES | sizes)).cuda().requires_grad_(False)
+        frozen.pos_embed.requires_grad_()
+        saved = [saved_bytes(model, images, dtype) for model in (make(**sizes), frozen)]
+        assert len(ran) == 1
+        assert saved[0] <= 1.03 * saved[1]
+
+    def test_does_not_synchronise(self, make, batch, ran, dtype):
+        model = make()
+        self.results(model, batch, dtype)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.results(model, batch, dtype)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(ran) == 2
+
+
+def saved_bytes(model, images, dtype):
+    """Of all tensors kept for the backward, each storage once, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autocast("cuda", dtype):
+            model(images)
+    return sum(nbytes for _, nbytes in kept.values())

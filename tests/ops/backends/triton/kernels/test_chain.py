@@ -1,0 +1,116 @@
+"""The steps of a chain, against the same steps of plain torch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
+from efft_kernels.ops.backends.triton.chain import Configs, TritonSteps, configs_for
+from efft_kernels.ops.backends.triton.configs import PassConfig
+from efft_kernels.ops.backends.triton.merge_stack import launch_merge_stack
+from efft_kernels.ops.backends.triton.norm import NormConfig
+from efft_kernels.testing.error_budget import assert_within_budget
+
+M, K, C, R = 37, 41, 53, 5
+# Several tiles in every direction.
+SMALL = Configs(
+    norm=NormConfig(16, 16, True, 4),
+    norm_grad=NormConfig(4, 16, True, 4),
+    norm_down_grad=PassConfig(32, 16, 2, 4, 1),
+    gather=PassConfig(32, 16, 2, 4, 1),
+)
+
+
+def steps_of(index):
+    """(step, its operands by name; those of the stream are float32)."""
+    return {
+        "merge": (
+            lambda s, o, _: s.merge([o["W_z"], 2 * o["W_z"]] * 3, o["B_stack"], o["down_stack"])
+        ),
+        "first norm": lambda s, o, d: s.norm(o["z"], None, norm(o), o["down"], d),
+        "norm": lambda s, o, d: s.norm(o["z"], o["y"], norm(o), o["down"], d),
+        "norm_grad": lambda s, o, _: s.norm_grad(o["y"], *normed(o), norm(o), o["dz"]),
+        "norm_down_grad": lambda s, o, _: s.norm_down_grad(*normed(o), norm(o), o["s"]),
+        "thin": lambda s, o, _: s.thin(o["y"], o["down"]),
+        "thin_grad": lambda s, o, _: s.thin_grad(o["h"], o["B"], o["s"]),
+        "tall_grad": lambda s, o, _: s.tall_grad(o["y"], o["s"]),
+        "gather_grad": lambda s, o, _: s.gather_grad(parts(o), o["B_qkv"], o["s"], True),
+        "gather_grad, no copy": lambda s, o, _: s.gather_grad(parts(o), o["B_qkv"], o["s"], False),
+        "gelu": lambda s, o, _: s.gelu(o["h"], o["B"]),
+        "gelu_grad": lambda s, o, _: s.gelu_grad(o["da"], o["h"], o["s"], o["B"], o["s"]),
+    }[index]
+
+
+def operands(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {
+        "z": (M, K), "dz": (M, K), "w_z": (K,), "b_z": (K,), "W_z": (C, K), "y": (M, K),
+        "down": (K, R), "s": (M, R), "h": (M, C), "da": (M, C), "B": (C, R), "B_qkv": (3 * K, R),
+        "qkv": (M, 3 * K), "B_stack": (6, C, R), "down_stack": (6, K, R),
+    }  # fmt: skip
+    return {
+        name: torch.randn(size, generator=generator).to(
+            device, torch.float32 if name in ("z", "dz") or name.endswith("_z") else dtype
+        )
+        for name, size in sizes.items()
+    }
+
+
+def norm(o):
+    return Norm(o["w_z"], o["b_z"], 1e-6)
+
+
+def normed(o):
+    z = o["z"]
+    _, mean, rstd = torch.ops.aten.native_layer_norm(z, [K], *norm(o))
+    return z, mean, rstd
+
+
+def parts(o):
+    return o["qkv"].chunk(3, 1)
+
+
+def tensors(found):
+    found = found if isinstance(found, tuple) else (found,)
+    return {str(i): t for i, t in enumerate(found) if t is not None}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "merge", "first norm", "norm", "norm_grad", "norm_down_grad", "thin", "thin_grad",
+        "tall_grad", "gather_grad", "gather_grad, no copy", "gelu", "gelu_grad",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("configs", [SMALL, configs_for(K, R, None)], ids=["small", "default"])
+def test_is_the_step_of_plain_torch(step, configs, dtype, device):
+    call, o = steps_of(step), operands(dtype, device)
+    doubled = {name: t.double() for name, t in o.items()}
+    exact = tensors(call(TorchSteps(), doubled, torch.float64))
+    plain = tensors(call(TorchSteps(), o, dtype))
+    found = tensors(call(TritonSteps(configs), o, dtype))
+    assert found.keys() == plain.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == plain[name].dtype
+        assert tensor.numel() == plain[name].numel()
+        own = {name: tensor.view(exact[name].shape)}
+        assert_within_budget(own, {name: plain[name]}, {name: exact[name]})
+
+
+def test_merges_from_the_weights_as_they_are_stored(device):
+    """An increment below half an ulp of the rounded weight counts where W's own digits do."""
+    weight = torch.full((1, 16), 1 + 3 * 2**-12, device=device)  # 1 in float16
+    b = torch.ones(1, 1, 1, device=device, dtype=torch.float16)
+    down = torch.full((1, 16, 1), 2.0**-11, device=device, dtype=torch.float16)
+    assert launch_merge_stack([weight], b, down).eq(1 + 2**-10).all()
+
+
+@pytest.mark.parametrize("layers", [1, 4, 7])
+def test_merges_each_layer_from_its_own_weight(layers, device):
+    weights = [torch.full((24, 40), float(i), device=device) for i in range(layers)]
+    weights[-1] = torch.full((24 * 40 + 1,), layers - 1.0, device=device)[1:].view(24, 40)
+    b = torch.ones(layers, 24, 3, device=device, dtype=torch.float16)
+    down = torch.ones(layers, 40, 3, device=device, dtype=torch.float16)
+    for merged, weight in zip(launch_merge_stack(weights, b, down), weights, strict=True):
+        assert merged.eq(weight + 3).all()
