@@ -43,9 +43,10 @@ class Configs(NamedTuple):
 CANDIDATES: dict[str, list[Any]] = {
     "norm": [
         NormConfig(16, 256, True, 4),
-        NormConfig(16, 128, True, 4),
-        NormConfig(16, 256, True, 8),
-        NormConfig(32, 128, False, 8),
+        NormConfig(16, 128, True, 8),
+        NormConfig(16, 256, True, 8, max_registers=128),
+        NormConfig(32, 128, False, 8, max_registers=128),
+        NormConfig(16, 64, False, 4),
     ],
     "norm_grad": [
         NormConfig(4, 256, True, 4),
