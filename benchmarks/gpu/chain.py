@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efft_kernels.methods.lora import LoRAGroup
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.nn import FactorBank, FusedEFFTLinear
 from efft_kernels.ops.backends.torch_backend import fold
@@ -430,6 +431,9 @@ def _norm(module: Any) -> Norm:
 def stacked_factors(bank: FactorBank, sites: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(down [L, K, r], B [L, N, r]) of sites of one kind, differentiable, in a few launches."""
     group = bank.group(sites[0])
+    if isinstance(group, LoRAGroup) and group.slices == 1:
+        groups: list[Any] = [bank.group(site) for site in sites]
+        return torch.cat([g.A for g in groups]).mT, torch.cat([g.B for g in groups]) * group.scale
     if not isinstance(group, TensorTrainGroup):
         factors = [bank.group(site).factors(site, False) for site in sites]
         downs, folds = zip(*((f.down, fold(f.core, f.up)) for f in factors), strict=True)
