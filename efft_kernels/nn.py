@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
+from .methods.joint import JointFactors
 from .methods.tensor_train import Placement, TensorTrainGroup
 from .ops.backends.torch_backend import fold
 from .ops.layer import adapted_linear
@@ -43,6 +44,7 @@ class FactorBank(nn.Module):
         super().__init__()
         self.group_of = dict(sites)
         self.tasks: TaskBatch | None = None
+        self.joint_factors = JointFactors()
         for name, group in groups.items():
             if hasattr(self, name):
                 raise ValueError(
@@ -58,6 +60,21 @@ class FactorBank(nn.Module):
         """The group that holds a site's factors."""
         group: Any = self._modules[self.group_of[site]]
         return group  # type: ignore[no-any-return]
+
+    def factors(self, site: str, dropout: bool) -> Factors:
+        """The operands for one site, from all its group's at once where the model's forward runs.
+
+        Args:
+            site: the site's name.
+            dropout: apply the method's dropout (training).
+        """
+        group = self.group(site)
+        # Dropout on x·down·core needs the core by itself.
+        if not (dropout and group.activation_dropout):
+            joint = self.joint_factors.get(group, site, dropout)
+            if joint is not None:
+                return joint
+        return group.factors(site, dropout)
 
     def task_factors(self, site: str) -> Factors:
         """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site for every task of the present
@@ -261,11 +278,14 @@ class FusedEFFTLinear(nn.Linear):
                     " to train, or eval() to use the merged weight"
                 )
             return F.linear(input, self.weight, self.bias)
-        tasks = self._bank[0].tasks if self._bank else None
-        if tasks is None:
+        bank = self._bank[0] if self._bank else None
+        tasks = None if bank is None else bank.tasks
+        if bank is None:
             down, core, up = self.current_factors(self.training)
+        elif tasks is None:
+            down, core, up = bank.factors(self._site, self.training)
         else:
-            down, core, up = self._bank[0].task_factors(self._site)
+            down, core, up = bank.task_factors(self._site)
         return adapted_linear(
             input,
             self.weight,

@@ -201,6 +201,8 @@ def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFF
         model.set_submodule(name, layer)
     set_qkv_bias_separate(model, attachment.separated_bias, True)
     model.add_module(BANK_NAME, bank)
+    if any(bank.group(site.name).joint for site in attachment.sites):
+        bank.joint_factors.watch(model)
     share_inputs(model, bank, attachment.sites)
 
 

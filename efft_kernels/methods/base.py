@@ -80,9 +80,11 @@ class FactorGroup(nn.Module, ABC):
             sites (U and V of a tensor); what analysis compares.
         activation_dropout: probability of dropping an entry of the rank-r activation in training
             (FacT); the layer applies it, since it acts on x·down.
+        joint: whether there are `joint_factors`.
     """
 
     factor_matrices: ClassVar[tuple[str, ...]] = ()
+    joint: ClassVar[bool] = False
     activation_dropout: float = 0.0
 
     def forward(self, site: str, dropout: bool) -> Factors:
@@ -100,6 +102,20 @@ class FactorGroup(nn.Module, ABC):
         Returns:
             down [K, Ra], core [G, Ra, Rb] or None, up [1 or G, N/G, Rb].
         """
+
+    def joint_factors(self, dropout: bool) -> dict[str, Factors]:
+        """Site → its operands, computed for all sites at once, with the core folded into up.
+
+        For groups whose sites share parameters; `joint` says so. Losses of several sites may go
+        backward through them one after the other (`joint.keep_graph`).
+
+        Args:
+            dropout: as in `factors`.
+
+        Returns:
+            down [K, Ra], None, up [G, N/G, Ra].
+        """
+        raise NotImplementedError
 
     def down_key(self, site: str) -> Hashable | None:
         """Sites with the same key share their `down`; None where the site shares it with none."""

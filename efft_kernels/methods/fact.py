@@ -141,3 +141,9 @@ class TuckerGroup(TensorTrainGroup):
 
     def cores(self, first: int, count: int) -> Tensor:
         return torch.einsum("nt,tab->nab", self.P[first : first + count], self.core)
+
+    def _core_parameters(self) -> tuple[Tensor, ...]:
+        return self.P, self.core
+
+    def _all_cores(self, *parameters: Tensor) -> Tensor:
+        return torch.einsum("nt,tab->nab", *parameters)

@@ -7,7 +7,7 @@ core.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -29,6 +29,7 @@ from .base import (
     check_ranks,
     require_roles,
 )
+from .joint import keep_graph
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,59 @@ class CoreIndex:
         return self._first[key]
 
 
+class _Family(NamedTuple):
+    """The sites whose factors one batched product makes: they use the same rows of U, on one side.
+
+    The factor that stays as it is stands on the one side of the product with x, the fold of the
+    other one with the cores on the other.
+    """
+
+    keeps_u: bool  # whether it is U that stays as it is; else V
+    folds_down: bool  # whether the fold is `down`, stacked along x, and V is `up`
+    u_rows: tuple[int, int]
+    sites: dict[str, int]  # site → how many cores it takes
+    cores: tuple[slice, ...]  # these cores one after another,
+    times: int  # all this often
+
+    @classmethod
+    def of(cls, places: Mapping[str, Placement]) -> _Family:
+        first = next(iter(places.values()))
+        indices = [p.first_core + i for p in places.values() for i in range(p.slices)]
+        n = len(indices)
+        period = next(p for p in range(1, n + 1) if indices == indices[:p] * (n // p))
+        return cls(
+            keeps_u=first.stacked == "out" and first.u_side == "in",
+            folds_down=first.stacked == "in",
+            u_rows=first.u_rows,
+            sites={site: place.slices for site, place in places.items()},
+            cores=tuple(_progressions(indices[:period])),
+            times=n // period,
+        )
+
+    def pick(self, cores: Tensor) -> Tensor:
+        """The cores of every site, [T, r1, r2]."""
+        picked = [cores[run] for run in self.cores]
+        joined = picked[0] if len(picked) == 1 else torch.cat(picked)
+        return joined if self.times == 1 else joined.repeat(self.times, 1, 1)
+
+    def per_core(self, per_site: Tensor) -> Tensor:
+        """[sites, ...] → [T, ...], each as often as its site has cores."""
+        pieces = zip(per_site.unbind(), self.sites.values(), strict=True)
+        return torch.cat([piece.expand(count, *piece.shape) for piece, count in pieces])
+
+
+def _progressions(indices: Sequence[int]) -> Iterator[slice]:
+    """The indices as slices, as few as one pass finds."""
+    start = 0
+    while start < len(indices):
+        stop, first = start + 1, indices[start]
+        step = max(indices[stop] - first, 1) if stop < len(indices) else 1
+        while stop < len(indices) and indices[stop] == first + (stop - start) * step:
+            stop += 1
+        yield slice(first, indices[stop - 1] + 1, step)
+        start = stop
+
+
 class TensorTrainGroup(FactorGroup):
     """U [D1, r1], V [D2, r2], core Σ [n, r1, r2] and a scale s, a float or a learnable scalar.
 
@@ -93,6 +147,7 @@ class TensorTrainGroup(FactorGroup):
     """
 
     factor_matrices: ClassVar[tuple[str, ...]] = ("U", "V")
+    joint: ClassVar[bool] = True
 
     U: nn.Parameter
     V: nn.Parameter
@@ -119,6 +174,10 @@ class TensorTrainGroup(FactorGroup):
         # Settled here: torch.compile would guard a comparison in factors(), vmap refuse it.
         self._scaled = learn_scale or self.initial_scale != 1.0
         self._whole = {name for name, p in self.placements.items() if p.u_rows == (0, dims[0])}
+        families: dict[object, dict[str, Placement]] = {}
+        for name, p in self.placements.items():
+            families.setdefault((p.u_side, p.u_rows, p.stacked), {})[name] = p
+        self._families = [_Family.of(places) for places in families.values()]
         self.dropout = dropout
         self.activation_dropout = activation_dropout
         self.U = nn.Parameter(torch.empty(dims[0], rank[0]))
@@ -143,6 +202,15 @@ class TensorTrainGroup(FactorGroup):
         """Σ_first ... Σ_(first+count-1), [count, r1, r2], without scale and dropout."""
         return self.core[first : first + count]
 
+    def _core_parameters(self) -> tuple[Tensor, ...]:
+        """What `_all_cores` takes."""
+        return (self.core,)
+
+    def _all_cores(self, *parameters: Tensor) -> Tensor:
+        """Every Σ_i, [n, r1, r2], without scale and dropout."""
+        (core,) = parameters
+        return core
+
     def down_key(self, site: str) -> tuple[object, ...] | None:
         place = self.placements[site]
         if place.stacked == "in":
@@ -165,6 +233,55 @@ class TensorTrainGroup(FactorGroup):
         if place.u_side == "in":
             return Factors(u, core, v.unsqueeze(0))
         return Factors(v, core.mT, u.unsqueeze(0))
+
+    def joint_factors(self, dropout: bool) -> dict[str, Factors]:
+        rate = self.dropout if dropout else 0.0
+        masks = [self._masks(family, rate) for family in self._families] if rate else []
+        scale = (self.scale,) if isinstance(self.scale, Tensor) else ()
+
+        def compute(u: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            cores = self._all_cores(*rest[len(scale) :])
+            if self._scaled:
+                cores = cores * (rest[0] if scale else self.initial_scale)
+            stacks: list[Tensor] = []
+            for i, family in enumerate(self._families):
+                rows = u[slice(*family.u_rows)]
+                kept, other = (rows, v) if family.keeps_u else (v, rows)
+                matrices = family.pick(cores)
+                kept = kept.expand(len(family.sites), -1, -1)
+                other = other.expand(matrices.shape[0], -1, -1)
+                if masks:
+                    kept, other, matrices = (
+                        t * m for t, m in zip((kept, other, matrices), masks[i], strict=True)
+                    )
+                stacks += kept, torch.bmm(other, matrices.mT if family.keeps_u else matrices)
+            return tuple(stacks)
+
+        stacks = iter(keep_graph(compute, self.U, self.V, *scale, *self._core_parameters()))
+        factors: dict[str, Factors] = {}
+        for family in self._families:
+            kept, folded = next(stacks).unbind(), next(stacks).split(list(family.sites.values()))
+            for site, plain, fold in zip(family.sites, kept, folded, strict=True):
+                factors[site] = (
+                    Factors(fold.flatten(0, 1), None, plain.unsqueeze(0))
+                    if family.folds_down
+                    else Factors(plain, None, fold)
+                )
+        return factors
+
+    def _masks(self, family: _Family, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Dropout's factors for a family's kept factor [sites, D, r], the other one [T, D, r],
+        which a site's cores share, and its cores [T, r1, r2]."""
+        sites, total = len(family.sites), sum(family.sites.values())
+        (start, stop), (r1, r2) = family.u_rows, (self.U.shape[1], self.V.shape[1])
+
+        def mask(*shape: int) -> Tensor:
+            return F.dropout(self.U.new_ones(shape), rate)
+
+        with torch.no_grad():
+            u, v = mask(sites, stop - start, r1), mask(sites, *self.V.shape)
+            kept, other = (u, v) if family.keeps_u else (v, u)
+            return kept, family.per_core(other), mask(total, r1, r2)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(p.shape)}" for name, p in self.named_parameters())

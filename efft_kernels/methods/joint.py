@@ -1,0 +1,185 @@
+"""A group's factors for all its sites at once, computed once in each forward of the model.
+
+Every linear of a group would otherwise fold its core by itself, and autograd would add up the
+gradients of the shared factors linear by linear. What is computed at once lives only while the
+model's own forward runs: hooks on the model open and close it, so nothing outlives an optimizer's
+step, a change of parameters or the capture of a CUDA graph. A linear that is called otherwise, or
+under other circumstances than the model, takes its factors alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .base import FactorGroup, Factors
+
+Compute = Callable[..., tuple[Tensor, ...]]
+
+
+class _Held(NamedTuple):
+    """The factors of one group, and what they were made from."""
+
+    factors: dict[str, Factors]
+    sources: list[tuple[nn.Parameter | None, int | None]]  # with their versions
+    stream: object
+
+    @classmethod
+    def of(cls, group: FactorGroup, dropout: bool) -> _Held:
+        parameters = group._parameters.values()
+        sources = [(p, None if p is None else _version(p)) for p in parameters]
+        return cls(group.joint_factors(dropout), sources, _stream(group))
+
+    def are_fresh(self, group: FactorGroup) -> bool:
+        """Whether the group still has the very parameters and nobody wrote to them."""
+        return all(
+            p is now and (p is None or version is None or p._version == version)
+            for (p, version), now in zip(self.sources, group._parameters.values(), strict=True)
+        )
+
+
+class JointFactors:
+    """The factors of whole groups, between `open` and `close`."""
+
+    def __init__(self) -> None:
+        # One attribute, so that a thread never takes what another one's forward holds.
+        self._now: tuple[object, dict[tuple[FactorGroup, bool], _Held]] | None = None
+
+    def __reduce__(self) -> Any:
+        return JointFactors, ()
+
+    def watch(self, model: nn.Module) -> None:
+        """Compute factors once in each of the model's forwards, by hooks on it."""
+        model.register_forward_pre_hook(self.open)
+        model.register_forward_hook(self.close, always_call=True)
+
+    def open(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the model."""
+        self._now = None if torch.compiler.is_compiling() else (_circumstances(), {})
+
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model; runs after an exception too."""
+        self._now = None
+
+    def get(self, group: FactorGroup, site: str, dropout: bool) -> Factors | None:
+        """The operands for one site, or None where it should ask the group for its own.
+
+        Args:
+            group: the site's group.
+            site: the site's name.
+            dropout: apply the method's dropout (training).
+        """
+        if not group.joint or torch.compiler.is_compiling() or self._now is None:
+            return None
+        circumstances, groups = self._now
+        if circumstances != _circumstances() or _is_traced():
+            return None
+        held = groups.get((group, dropout))
+        if held is None or not held.are_fresh(group):
+            groups[group, dropout] = held = _Held.of(group, dropout)
+        elif held.stream is not None and held.stream != _stream(group):
+            return None
+        return held.factors[site]
+
+
+def _circumstances() -> object:
+    """What has to be the same where factors are made and where they are used.
+
+    A checkpointed segment runs without gradients, or under hooks that take what it saves, and is
+    run again in backward: its linears must do the same both times, and draw the same masks.
+    """
+    return (
+        threading.get_ident(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+        torch._C._current_graph_task_id(),
+    )
+
+
+def _is_traced() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often it was written in place; for inference tensors nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _stream(group: FactorGroup) -> object:
+    """The present stream: nothing would make another one wait for what was computed here."""
+    device = next((p.device for p in group._parameters.values() if p is not None), None)
+    return None if device is None or device.type != "cuda" else torch.cuda.current_stream(device)
+
+
+def keep_graph(compute: Compute, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """compute(*inputs), through which backward may go any number of times.
+
+    Each linear alone has a graph of its own down to the parameters, so that the losses of two parts
+    of a model can go backward one after the other. They still can where the parts share this.
+
+    Args:
+        compute: differentiable torch that gives the same results when it is run again.
+        inputs: what it is differentiated by.
+
+    Raises:
+        RuntimeError: in backward, when an input has been changed in place since.
+    """
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            return _KeptGraph.apply(compute, *inputs)  # type: ignore[no-any-return]
+        return compute(*inputs)
+
+
+class _KeptGraph(torch.autograd.Function):
+    """Holds a graph of its own from detached inputs, which its backward does not free."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Compute, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.compute, ctx.inputs = compute, inputs
+        ctx.versions = [_version(t) for t in inputs]
+        ctx.leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        with torch.enable_grad(), _own_saved_tensors():
+            ctx.outputs = compute(*ctx.leaves)
+        outputs = tuple(t.detach() for t in ctx.outputs)
+        pairs = zip(outputs, ctx.outputs, strict=True)
+        ctx.mark_non_differentiable(*(out for out, inner in pairs if not inner.requires_grad))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.versions != [_version(t) for t in ctx.inputs]:
+            raise RuntimeError(
+                "an adapter's factor was modified by an inplace operation between forward and"
+                " backward: run the forward again"
+            )
+        needs = ctx.needs_input_grad[1:]
+        again = torch.is_grad_enabled()  # create_graph: a second derivative goes through the inputs
+        with torch.autocast(ctx.inputs[0].device.type, enabled=False):
+            outputs = ctx.compute(*ctx.inputs) if again else ctx.outputs
+            sources = ctx.inputs if again else ctx.leaves
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [output for output, _ in pairs],
+                    [source for source, need in zip(sources, needs, strict=True) if need],
+                    [grad for _, grad in pairs],
+                    retain_graph=True,
+                    create_graph=again,
+                    allow_unused=True,
+                )
+            )
+        return None, *(next(found) if need else None for need in needs)
+
+
+def _own_saved_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Keep what is saved from hooks: a checkpoint's would run the model again to bring it back."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)

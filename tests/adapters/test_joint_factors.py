@@ -1,0 +1,667 @@
+"""Factors made once in a model's forward, against the model whose linears make their own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from efft_kernels import EFFT1, EFFT2, Adapter, FacTTK, FacTTT, KAdaptation, LoRA, attach
+from efft_kernels import nn as efft_nn
+from efft_kernels.methods.joint import JointFactors, keep_graph
+from efft_kernels.methods.tensor_train import TensorTrainGroup
+
+METHODS = [
+    EFFT1(rank=3, dropout=0.0, scale=0.7),
+    EFFT2(rank=(3, 2), dropout=0.0, scale=0.7, learn_scale=True),
+    EFFT2(rank=3, ffn_rank=2, dropout=0.0, scale=1.0),
+    EFFT2(rank=2, dropout=0.0, scale=0.7, cores="shared"),
+    FacTTT(rank=(2, 3), dropout=0.0, scale=0.7),
+    FacTTK(rank=3, layer_rank=4, dropout=0.0, learn_scale=True),
+]
+EFFT = EFFT2(rank=3, dropout=0.0, scale=0.7)
+NOISY = EFFT2(rank=3, dropout=0.5, scale=0.7)
+
+
+def stop_sharing(model):
+    """The model's linears make their own factors from here on."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook.__self__, JointFactors):
+                del hooks[key]
+                model._forward_hooks_always_called.pop(key, None)
+    return model
+
+
+@pytest.fixture
+def models(make_vit, randomize):
+    """(a model, its twin whose linears make their own factors), in float64."""
+
+    def make(method=EFFT, depth=2):
+        model = make_vit(dtype=torch.float64, depth=depth)
+        randomize(attach(model, method))
+        return model, stop_sharing(copy.deepcopy(model))
+
+    return make
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How often factors were made: {"joint": calls for a group, "alone": calls for a site}."""
+    counts = {"joint": 0, "alone": 0}
+
+    def count(name, kind):
+        real = getattr(TensorTrainGroup, name)
+
+        def counting(self, *args):
+            counts[kind] += 1
+            return real(self, *args)
+
+        monkeypatch.setattr(TensorTrainGroup, name, counting)
+
+    count("joint_factors", "joint")
+    count("factors", "alone")
+    return counts
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 8, 8, dtype=torch.float64)
+
+
+def factors(model):
+    return list(model.factor_bank.parameters())
+
+
+def gradients(model):
+    found = [p.grad for p in factors(model)]
+    model.zero_grad()
+    return found
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert b.norm() > 1e-6
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def is_closed(model):
+    return model.factor_bank.joint_factors._now is None
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_is_the_model_whose_linears_make_their_own(models, images, made, method):
+    results = []
+    for model in models(method):
+        x = images.clone().requires_grad_()
+        y = model(x).tanh()
+        results.append([y, *torch.autograd.grad(y.sum(), [x, *factors(model)])])
+    groups = 1 if isinstance(method, EFFT1 | FacTTT | FacTTK) else 2
+    assert made == {"joint": groups, "alone": 8}
+    close(*results)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@sdpa_kernel(SDPBackend.MATH)  # the others have none
+def test_second_derivatives(models, images, method):
+    results = []
+    for model in models(method):
+        first = torch.autograd.grad(model(images).tanh().sum(), factors(model), create_graph=True)
+        penalty = sum(grad.pow(2).sum() for grad in first)
+        results.append(torch.autograd.grad(penalty, factors(model)))
+    close(*results)
+
+
+def test_linears_of_parts_of_a_block(models, images, made, make_vit, randomize):
+    """Cores that are not evenly spaced in the group's tensor, and groups of one linear."""
+    for targets in (["attn.proj"], ["blocks.0.attn.qkv", "blocks.2.attn.proj", "fc2"]):
+        model = make_vit(dtype=torch.float64, depth=3)
+        randomize(attach(model, EFFT, targets=targets))
+        twin = stop_sharing(copy.deepcopy(model))
+        results = []
+        for one in (model, twin):
+            one(images).tanh().sum().backward()
+            results.append(gradients(one))
+        close(*results)
+
+
+@pytest.mark.parametrize("kind", [LoRA(rank=2), KAdaptation(products=2)], ids=lambda m: m.name)
+def test_methods_without_shared_factors_are_left_alone(make_vit, kind):
+    model = make_vit()
+    attach(model, kind)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+class TestTraining:
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+    @pytest.mark.parametrize("foreach", [True, False])
+    def test_optimizer_steps_between_forwards(self, models, images, kind, foreach):
+        pair = models()
+        for model in pair:
+            optimizer = kind(factors(model), lr=0.1, foreach=foreach)
+            for _ in range(3):
+                model(images).tanh().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        close(factors(pair[0]), factors(pair[1]))
+
+    def test_two_forwards_and_one_backward(self, models, images):
+        results = []
+        for model in models():
+            (model(images).tanh().sum() + model(2 * images).tanh().sum()).backward()
+            results.append(gradients(model))
+        close(*results)
+
+    def test_two_forwards_then_two_backwards(self, models, images):
+        results = []
+        for model in models():
+            losses = [model(images).tanh().sum(), model(2 * images).tanh().sum()]
+            for loss in losses:
+                loss.backward()
+            results.append(gradients(model))
+        close(*results)
+
+    def test_second_backward_of_a_kept_graph(self, models, images):
+        model, _ = models()
+        loss = model(images).tanh().sum()
+        loss.backward(retain_graph=True)
+        once = gradients(model)
+        loss.backward()
+        close(gradients(model), once)
+
+    def test_losses_of_separate_parts_go_backward_by_themselves(self, models, images):
+        """No retain_graph: the parts' graphs have nothing but the factors in common."""
+        results = []
+        for model in models():
+            seen = []
+
+            def cut(block, args, output, seen=seen):
+                seen.append(output)
+                return output.detach()
+
+            for block in model.blocks:
+                block.register_forward_hook(cut)
+            model(images)
+            for output in seen:
+                output.tanh().sum().backward()
+            results.append(gradients(model))
+        close(*results)
+
+    def test_backward_after_a_change_of_the_factors_is_refused(self, models, images):
+        model, _ = models()
+        loss = model(images).tanh().sum()
+        with torch.no_grad():
+            model.factor_bank.mhsa.core.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_change_within_a_forward(self, models, images):
+        results = []
+        for model in models():
+
+            def change(block, args, model=model):
+                for parameter in factors(model):
+                    parameter.mul_(1.5)
+
+            model.blocks[1].register_forward_pre_hook(change)
+            with torch.no_grad():
+                results.append([model(images)])
+        close(*results)
+
+    @pytest.mark.parametrize("frozen", ["U", "V", "core", "all"])
+    def test_frozen_factors(self, models, images, monkeypatch, frozen):
+        needed = set()
+        real = efft_nn.adapted_linear
+
+        def recording(x, weight, bias, down, core, up, **options):
+            needed.add((down.requires_grad, up.requires_grad))
+            return real(x, weight, bias, down, core, up, **options)
+
+        monkeypatch.setattr(efft_nn, "adapted_linear", recording)
+        results = []
+        for model in models(EFFT2(rank=3, dropout=0.0), depth=2):
+            for name, parameter in model.factor_bank.named_parameters():
+                parameter.requires_grad_(frozen != "all" and not name.endswith(frozen))
+            model(images).tanh().sum().backward()
+            results.append([p.grad for p in factors(model) if p.requires_grad])
+            if frozen == "all":
+                assert needed == {(False, False)}
+            if frozen == "core":
+                assert needed == {(True, True)}
+        close(*results)
+
+    def test_batched_gradients(self, models, images):
+        rows = torch.randn(4, 3, 5, dtype=torch.float64)
+        results = []
+        for model in models():
+            y = model(images)
+            results.append(torch.autograd.grad(y, factors(model), rows, is_grads_batched=True))
+        close(*results)
+
+    def test_dropout_where_some_linears_are_in_eval(self, models, images, made):
+        model, _ = models(NOISY)
+        model.train().blocks[0].eval()
+        quiet = copy.deepcopy(model).eval()
+        seen = []
+        for one in (model, quiet):
+            one.blocks[0].register_forward_hook(lambda m, args, y: seen.append(y))
+            seen.append(one(images))
+        assert made == {"joint": 6, "alone": 0}
+        assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[1], seen[3])
+
+
+class TestDropout:
+    def test_masks(self, models):
+        """Each linear has masks of its own, which keep half of the entries and double them."""
+        model, _ = models(NOISY, depth=40)
+        group = model.factor_bank.mhsa
+        with torch.no_grad():
+            downs = torch.stack([f.down for f in group.joint_factors(True).values()])
+        dropped = downs == 0
+        assert torch.equal(downs[~dropped], (2 * group.U).expand_as(downs)[~dropped])
+        assert 0.45 < dropped.double().mean() < 0.55
+        assert dropped.double().mean(0).sub(0.5).abs().max() < 0.25
+        assert not torch.equal(dropped[0], dropped[1])
+
+    def test_slices_share_the_mask_of_v(self, models):
+        model, _ = models(NOISY)
+        group = model.factor_bank.mhsa
+        (family,) = group._families
+        u, v, core = group._masks(family, 0.5)
+        assert list(family.sites.values()) == [3, 1, 3, 1]
+        assert u.shape == (4, 12, 3) and v.shape == (8, 12, 3) and core.shape == (8, 3, 3)
+        sites = [v[:3], v[3:4], v[4:7], v[7:]]
+        assert all(torch.equal(masks, masks[:1].expand_as(masks)) for masks in sites)
+        assert not torch.equal(v[0], v[3])
+
+    def test_is_drawn_anew_in_each_forward(self, models, images):
+        model, _ = models(NOISY)
+        model.train()
+        torch.manual_seed(1)
+        first, second = model(images), model(images)
+        torch.manual_seed(1)
+        assert torch.equal(model(images), first)
+        assert (first - second).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("method", [NOISY, EFFT1(rank=3, dropout=0.3)], ids=lambda m: m.name)
+    def test_gradients_are_those_of_the_masked_forward(self, models, images, method):
+        model, _ = models(method)
+        model.train()
+
+        def loss():
+            torch.manual_seed(2)
+            return model(images).tanh().sum()
+
+        for parameter, grad in zip(
+            factors(model), torch.autograd.grad(loss(), factors(model)), strict=True
+        ):
+            direction = torch.randn_like(parameter)
+            values = []
+            with torch.no_grad():
+                for step in (1e-5, -2e-5):
+                    parameter.add_(direction, alpha=step)
+                    values.append(loss())
+                parameter.add_(direction, alpha=1e-5)
+            slope = (values[0] - values[1]) / 2e-5
+            torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-5, atol=1e-7)
+
+    @sdpa_kernel(SDPBackend.MATH)
+    def test_second_derivatives_repeat_the_masks(self, models, images):
+        model, _ = models(NOISY)
+        model.train()
+        torch.manual_seed(2)
+        y = model(images).tanh().sum()
+        first = torch.autograd.grad(y, factors(model), create_graph=True)
+        for again, grad in zip(
+            torch.autograd.grad(y, factors(model), retain_graph=True), first, strict=True
+        ):
+            torch.testing.assert_close(grad, again, rtol=1e-10, atol=1e-12)
+
+
+def run_blocks_again(model, which, use_reentrant):
+    """Checkpoint the model's blocks of these indices."""
+    for i in which:
+        block = model.blocks[i]
+        block.forward = lambda x, attn_mask=None, inner=block.forward: checkpoint(
+            inner, x, use_reentrant=use_reentrant
+        )
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+class TestCheckpointing:
+    @pytest.mark.parametrize("which", [(0,), (1,), (0, 1, 2)], ids=str)
+    def test_of_blocks(self, models, images, which, use_reentrant):
+        results = []
+        model, twin = models(depth=3)
+        run_blocks_again(model, which, use_reentrant)
+        for one in (model, twin):
+            x = images.clone().requires_grad_()
+            one(x).tanh().sum().backward()
+            results.append([x.grad, *gradients(one)])
+        close(*results)
+
+    def test_of_the_model(self, models, images, made, use_reentrant):
+        results = []
+        model, twin = models()
+        for one in (model, twin):
+            x = images.clone().requires_grad_()
+            checkpoint(one, x, use_reentrant=use_reentrant).tanh().sum().backward()
+            results.append([x.grad, *gradients(one)])
+        assert made == {"joint": 4, "alone": 16}  # each runs twice, not more often
+        close(*results)
+
+    def test_two_forwards_before_backward(self, models, images, use_reentrant):
+        results = []
+        model, twin = models()
+        run_blocks_again(model, (0,), use_reentrant)
+        for one in (model, twin):
+            x = images.clone().requires_grad_()
+            (one(x).tanh().sum() + one(2 * x).tanh().sum()).backward()
+            results.append([x.grad, *gradients(one)])
+        close(*results)
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_repeats_the_masks(self, models, images, monkeypatch, whole, use_reentrant):
+        model, _ = models(NOISY, depth=3)
+        model.train()
+        if not whole:
+            run_blocks_again(model, (0, 2), use_reentrant)
+        seen = {}
+        real = efft_nn.adapted_linear
+
+        def recording(x, weight, bias, down, core, up, **options):
+            b = up if core is None else torch.matmul(up, core.mT)
+            seen.setdefault(id(weight), []).append((down.detach().clone(), b.detach().clone()))
+            return real(x, weight, bias, down, core, up, **options)
+
+        monkeypatch.setattr(efft_nn, "adapted_linear", recording)
+        x = images.clone().requires_grad_()
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if whole else model(x)
+        torch.randn(5)
+        y.tanh().sum().backward()
+        twice = [calls for calls in seen.values() if len(calls) == 2]
+        assert len(twice) >= (12 if whole else 8) - 1  # a segment's last linear need not run again
+        for first, again in twice:
+            torch.testing.assert_close(first, again, rtol=1e-12, atol=1e-12)
+
+    def test_backward_within_a_forward(self, models, images, use_reentrant):
+        """As of a model that returns the gradient of an energy."""
+
+        class Force(nn.Module):
+            def __init__(self, vit):
+                super().__init__()
+                self.vit = vit
+                self.blocks = vit.blocks
+
+            def forward(self, x):
+                energy = self.vit(x).tanh().sum()
+                energy.backward()
+                return x.grad
+
+        results = []
+        model, twin = models()
+        run_blocks_again(model, (0,), use_reentrant)
+        for one in (model, twin):
+            force = Force(one)
+            if one is model:
+                one.factor_bank.joint_factors.watch(force)
+            x = images.clone().requires_grad_()
+            results.append([force(x), *gradients(one)])
+        close(*results)
+
+
+def test_frees_what_a_forward_made(models, images):
+    model, _ = models()
+    gc.collect()
+    gc.disable()
+    try:
+        seen = []
+        handle = model.blocks[0].attn.qkv.register_forward_hook(
+            lambda layer, args, y: seen.extend(
+                weakref.ref(held.factors["blocks.0.attn.qkv"].up)
+                for (group, _), held in model.factor_bank.joint_factors._now[1].items()
+                if "blocks.0.attn.qkv" in held.factors
+            )
+        )
+        loss = model(images).sum()
+        assert is_closed(model) and len(seen) == 1
+        loss.backward()
+        del loss
+        assert seen[0]() is None
+        handle.remove()
+    finally:
+        gc.enable()
+
+
+class TestUnderOtherCircumstances:
+    def test_part_of_a_model_alone(self, models, images, made):
+        model, twin = models()
+        tokens = torch.randn(2, 5, 12, dtype=torch.float64)
+        for call in (
+            lambda m: m.forward_features(images),
+            lambda m: m.blocks[1](tokens),
+            lambda m: m.blocks[0].attn.qkv(tokens),
+        ):
+            close([call(model)], [call(twin)])
+        assert made["joint"] == 0
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_without_gradients(self, models, images, made, mode):
+        model, twin = models()
+        with mode():
+            found, expected = model(images), twin(images)
+        assert made == {"joint": 2, "alone": 8} and not found.requires_grad
+        close([found], [expected])
+        model(images).sum().backward()  # nothing of it is left
+
+    def test_parameters_made_in_inference_mode(self, make_vit, images, randomize):
+        with torch.inference_mode():
+            model = make_vit(dtype=torch.float64)
+            randomize(attach(model, EFFT))
+            twin = stop_sharing(copy.deepcopy(model))
+            close([model(images)], [twin(images)])
+
+    def test_gradients_of_a_part(self, models, images):
+        results = []
+        for model in models():
+            first = model.blocks[0].forward
+            model.blocks[0].forward = torch.no_grad()(lambda x, first=first, **_: first(x))
+            model(images).tanh().sum().backward()
+            results.append(gradients(model))
+        close(*results)
+
+    def test_after_an_error(self, models, images):
+        model, twin = models()
+
+        def fail(*_):
+            raise KeyError("stop")
+
+        handle = model.blocks[1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyError):
+            model(images)
+        assert is_closed(model)
+        handle.remove()
+        close([model(images)], [twin(images)])
+
+    def test_functional_call(self, models, images):
+        results = []
+        for model in models():
+            values = {
+                name: (2 * parameter).detach().requires_grad_()
+                for name, parameter in model.factor_bank.named_parameters(prefix="factor_bank")
+            }
+            before = model(images)
+            y = torch.func.functional_call(model, values, (images,))
+            grads = torch.autograd.grad(y.tanh().sum(), list(values.values()))
+            assert not torch.allclose(before, y)
+            results.append([before, y, model(images), *grads])
+        close(*results)
+
+    @sdpa_kernel(SDPBackend.MATH)
+    def test_gradients_through_a_training_step(self, models, images):
+        """Parameters that are themselves functions of others, as in meta-learning."""
+        results = []
+        for model in models():
+            values = dict(model.factor_bank.named_parameters(prefix="factor_bank"))
+            inner = torch.func.functional_call(model, values, (images,)).tanh().sum()
+            grads = torch.autograd.grad(inner, list(values.values()), create_graph=True)
+            stepped = {
+                name: value - 0.1 * grad
+                for (name, value), grad in zip(values.items(), grads, strict=True)
+            }
+            outer = torch.func.functional_call(model, stepped, (2 * images,)).tanh().sum()
+            results.append(torch.autograd.grad(outer, list(values.values())))
+        close(*results)
+
+    def test_per_sample_gradients(self, models, images):
+        results = []
+        for model in models():
+            values = dict(model.factor_bank.named_parameters(prefix="factor_bank"))
+
+            def loss(values, row, model=model):
+                return torch.func.functional_call(model, values, (row[None],)).tanh().sum()
+
+            per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, images)
+            results.append(list(per_sample.values()))
+        close(*results)
+
+    def test_compiled(self, models, images):
+        results = []
+        for model in models():
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            results.append(torch.autograd.grad(compiled(images).tanh().sum(), factors(model)))
+        close(*results)
+
+    def test_compiled_blocks(self, models, images):
+        results = []
+        for model in models():
+            model.blocks[0].compile(fullgraph=True, backend="aot_eager")
+            results.append(torch.autograd.grad(model(images).tanh().sum(), factors(model)))
+        close(*results)
+
+    def test_threads(self, models, images):
+        model, twin = models(depth=3)
+        expected = [twin(k * images).detach() for k in range(1, 5)]
+        barrier, found = threading.Barrier(4), {}
+
+        def work(k):
+            barrier.wait()
+            for _ in range(5):
+                y = model(k * images)
+                y.sum().backward()
+            found[k] = y.detach()
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        close([found[k] for k in range(1, 5)], expected)
+
+    def test_saved_tensors_on_hooks(self, models, images):
+        results = []
+        for model in models():
+            with torch.autograd.graph.save_on_cpu():
+                loss = model(images).tanh().sum()
+            loss.backward()
+            results.append(gradients(model))
+        close(*results)
+
+    def test_merged(self, models, images):
+        model, twin = models()
+        adapter = Adapter(model.eval())
+        adapter.merge()
+        close([model(images)], [twin.eval()(images)])
+        adapter.unmerge()
+        close([model(images)], [twin(images)])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_under_autocast_the_fold_is_float32(self, models, images, dtype, monkeypatch):
+        model, twin = (one.float() for one in models())
+        kinds = set()
+        real = efft_nn.adapted_linear
+
+        def recording(x, weight, bias, down, core, up, **options):
+            kinds.add((down.dtype, up.dtype))
+            return real(x, weight, bias, down, core, up, **options)
+
+        monkeypatch.setattr(efft_nn, "adapted_linear", recording)
+        results = []
+        for one in (model, twin):
+            with torch.autocast("cpu", dtype):
+                one(images.float()).float().tanh().sum().backward()
+            results.append(gradients(one))
+        assert kinds == {(torch.float32, torch.float32)}
+        for found, expected in zip(*results, strict=True):
+            assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+class TestCopies:
+    def test_hooks_follow(self, models, images):
+        model, twin = models()
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            hooks = (*copied._forward_hooks.values(), *copied._forward_pre_hooks.values())
+            assert len(hooks) == 2
+            assert all(hook.__self__ is copied.factor_bank.joint_factors for hook in hooks)
+            with torch.no_grad():
+                for parameter in factors(copied):
+                    parameter.mul_(2.0)
+            assert not torch.allclose(copied(images), model(images))
+        close([model(images)], [twin(images)])
+
+    def test_within_a_forward(self, models, images):
+        model, twin = models()
+        copies = []
+        model.blocks[1].register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(model)))
+        model(images)
+        assert is_closed(copies[0])
+        close([copies[0](images)], [twin(images)])
+
+    def test_detach_removes_the_hooks(self, models):
+        model, _ = models()
+        Adapter(model).detach()
+        assert not model._forward_hooks and not model._forward_pre_hooks
+        assert not model._forward_hooks_always_called
+
+
+class TestKeepGraph:
+    def test_gradgradcheck(self):
+        def compute(a, b, c):
+            return torch.bmm(a.expand(3, -1, -1), b * c), a.sin()
+
+        shapes = (5, 2), (3, 2, 2), ()
+        inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+        assert torch.autograd.gradcheck(lambda *t: keep_graph(compute, *t), inputs)
+        assert torch.autograd.gradgradcheck(lambda *t: keep_graph(compute, *t), inputs)
+
+    def test_outputs_that_nothing_needs(self):
+        a, b = (torch.randn(3, requires_grad=needed) for needed in (True, False))
+        x, y = keep_graph(lambda a, b: (a * b, 2 * b), a, b)
+        assert x.requires_grad and not y.requires_grad
+        x.sum().backward()
+        assert torch.equal(a.grad, b) and b.grad is None
+
+    def test_one_of_several_outputs(self):
+        a, b = (torch.randn(3, requires_grad=True) for _ in range(2))
+        x, _ = keep_graph(lambda a, b: (a * 2, b * 3), a, b)
+        assert torch.autograd.grad(x.sum(), (a, b), allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_every_choice_of_cores(count):
+    """Whatever cores the sites take, in whatever order."""
+    from efft_kernels.methods.tensor_train import Placement, _Family
+
+    cores = torch.randn(4, 2, 3)
+    for indices in itertools.islice(itertools.product(range(4), repeat=count), 0, None, 7):
+        places = {str(i): Placement(first, 1, "in", (0, 5)) for i, first in enumerate(indices)}
+        assert torch.equal(_Family.of(places).pick(cores), cores[list(indices)])
