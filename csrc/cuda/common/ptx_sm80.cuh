@@ -14,11 +14,12 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int by
                : "memory");
 }
 
-// 16 bytes to shared memory: those at `from`, or zeros, and `from` is not read.
+// 16 bytes to shared memory: those at `from`, or zeros, and `from` is not read. L2 may fetch the
+// 256 bytes around them: for passes over all of a matrix.
 __device__ __forceinline__ void copy_async_or_zero(uint32_t to, const void* from, bool zero) {
   asm volatile(
       "{\n.reg .pred zero;\nsetp.ne.b32 zero, %2, 0;\n"
-      "cp.async.cg.shared.global [%0], [%1], 16, zero;\n}" ::"r"(to),
+      "cp.async.cg.shared.global.L2::256B [%0], [%1], 16, zero;\n}" ::"r"(to),
       "l"(from), "r"(static_cast<int>(zero))
       : "memory");
 }

@@ -8,6 +8,20 @@
 // stmatrix and the register counts of warpgroups.
 namespace efft_kernels::cuda {
 
+// True in one thread of the warp, always the same; all of them call. The compiler knows that it is
+// one, so that what only it does needs no loop over threads (twelve instructions a TMA load).
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, one;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // This block's number in its cluster.
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
@@ -15,8 +29,9 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// A barrier among all threads of the cluster; whole warps. It orders no writes of data.
+// A barrier among all threads of the cluster. It orders no writes of data.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();  // the instructions are for whole warps
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

@@ -53,9 +53,9 @@ inline GemmChoice choose_gemm(const GemmArguments& g, const Device& device) {
   return {false, sm80_block(m, c, device.multiprocessors)};
 }
 
-// Whether the GEMM's loop can compute P as well: on sm_90a, for the one rank whose instructions
-// are built. On sm_80 four warps side by side would each compute all of P,
-// half as many matrix instructions again.
+// Whether the GEMM's loop can compute P as well: on sm_90a, for the one rank whose instructions are
+// built. On sm_80 four warps side by side would each compute all of P, half as many matrix
+// instructions again.
 constexpr bool can_compute_p(const GemmChoice& choice, int rank_padded) {
   return choice.sm90 && rank_padded == kComputePRank;
 }

@@ -160,8 +160,8 @@ __device__ __forceinline__ void load_w(uint32_t to, const CUtensorMap* map, int 
   }
 }
 
-// One thread: loads the stages of all tiles of the block, as soon as each is free: in both blocks
-// of a pair, as both are written to.
+// One thread, by elect_one: loads the stages of all tiles of the block, as soon as each is free: in
+// both blocks of a pair, as both are written to.
 template <class Config>
 __device__ __forceinline__ void produce(const GemmMaps& maps, const Sm90Parameters& g,
                                         const Sm90Smem<Config>& smem, const Sm90Place& place) {
@@ -448,13 +448,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (warpgroup == 0) {
     give_registers_back<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Config>(maps, g, smem, place);
+    if (threadIdx.x < 32 && elect_one()) produce<Config>(maps, g, smem, place);
   } else {
     take_registers<Config::kConsumerRegisters>();
     consume<T, Config>(maps, g, smem, place, warpgroup - 1);
   }
   // The other block's arrivals need this one's barriers.
-  __syncwarp();
   cluster_sync();
 #endif
 }

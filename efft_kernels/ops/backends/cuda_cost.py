@@ -94,8 +94,8 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     unfold = Launch("unfold", 0, N * rank * 4 + 2 * (N + G * rank) * rank * f, latency_s=UNFOLD_S)
     after = [grad_x, *([] if one_pass else [grad_dy]), reduce, unfold]
     if strategy == "merged":
-        return [fold_both, thin, *merged, *after]
-    return [*cast, fold_both, *([] if p_in_gemm else [thin]), gemm, *after]
+        return [fold_both, thin, *after, *merged]
+    return [*cast, fold_both, *([gemm, *after] if p_in_gemm else [thin, *after, gemm])]
 
 
 def _sm90_columns(m: int, columns: int, multiprocessors: int) -> int | None:

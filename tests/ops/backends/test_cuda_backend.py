@@ -197,6 +197,8 @@ def test_tile_borders(tile, shift, strategy):
 def test_every_layout(shape, layout, strategy):
     *tensors, dy = draw(shape, torch.float16)
     x, weight, bias, down, core, up = tensors
+    # Expanded rows are all the same, and so many of them would sum to more than float16 holds.
+    dy = dy / 64
     x, weight, down, up, dy = (LAYOUTS[layout](t) for t in (x, weight, down, up[0], dy))
     changed = (x, weight, bias, down, core.mT.contiguous().mT, up[None], dy)
     results_within_budget(backend, changed, strategy)

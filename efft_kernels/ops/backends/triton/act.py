@@ -156,7 +156,7 @@ def _act_bwd_kernel(
     dout_ptr,  # [M, C]
     h_ptr,  # [M, C]
     s_ptr,  # [M, ra], or None
-    down_ptr,  # [C, ra]
+    down_ptr,  # [C, ra], or None: dout is da
     thin_ptr,  # [M, rb], or None
     up_ptr,  # [C, rb]
     dh_ptr,  # [M, C]: out, may be dout
@@ -187,7 +187,8 @@ def _act_bwd_kernel(
     offs_a = tl.arange(0, RA)
     offs_b = tl.arange(0, RB)
     if s_ptr is not None:
-        down = _factor(down_ptr, offs_c, offs_a, ra, C, dtype)
+        if down_ptr is not None:
+            down = _factor(down_ptr, offs_c, offs_a, ra, C, dtype)
         d_down = tl.zeros((BLOCK_C, RA), dtype=tl.float32)
     if thin_ptr is not None:
         up = _factor(up_ptr, offs_c, offs_b, rb, C, dtype)
@@ -205,7 +206,8 @@ def _act_bwd_kernel(
         # da and d_down
         if s_ptr is not None:
             s = _thin_rows(s_ptr, offs_m, in_m, offs_a, ra)
-            da += tl.dot(s, tl.trans(down), input_precision=PRECISION)
+            if down_ptr is not None:
+                da += tl.dot(s, tl.trans(down), input_precision=PRECISION)
             d_down = tl.dot(tl.trans(a.to(dtype)), s, d_down, input_precision=PRECISION)
         # dh, Q and d_up
         dh = (da * slope).to(dtype)
@@ -323,28 +325,29 @@ def launch_act_bwd(
 
     Args:
         dout, h, s, down, thin, up: contiguous.
+        down: None where dout has that term already.
         act: one of ACTIVATIONS.
         in_place: dh takes dout's place.
     """
     m, c = h.shape
     dh = dout if in_place else torch.empty_like(dout)
-    launch, row_parts = once(cache, "act_bwd", _prepare_act_bwd, h, down, up, act, config)
+    launch, row_parts = once(cache, "act_bwd", _prepare_act_bwd, h, s, up, act, config)
     q = d_up = d_down = None
     if up is not None:
         rank_b = padded_rank(up.shape[1])
         q = h.new_empty(launch.grid[0], m, rank_b, dtype=torch.float32)
         d_up = h.new_empty(row_parts, c, rank_b, dtype=torch.float32)
-    if down is not None:
-        d_down = h.new_empty(row_parts, c, padded_rank(down.shape[1]), dtype=torch.float32)
+    if s is not None:
+        d_down = h.new_empty(row_parts, c, padded_rank(s.shape[1]), dtype=torch.float32)
     launch((dout, h, s, down, thin, up, dh), (q, d_up, d_down))
     return ActBwd(dh, q, d_up, d_down)
 
 
 def _prepare_act_bwd(
-    h: Tensor, down: Tensor | None, up: Tensor | None, act: str, config: ActConfig
+    h: Tensor, s: Tensor | None, up: Tensor | None, act: str, config: ActConfig
 ) -> tuple[CachedLaunch, int]:
     m, c = h.shape
-    ra = 1 if down is None else down.shape[1]
+    ra = 1 if s is None else s.shape[1]
     rb = 1 if up is None else up.shape[1]
     rows = tuning.cdiv(tuning.cdiv(m, config.parts), config.block_m) * config.block_m
     row_parts = tuning.cdiv(m, rows)

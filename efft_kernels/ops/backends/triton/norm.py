@@ -89,28 +89,11 @@ def _norm_fwd_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = offs_m < M
     offs_b = tl.arange(0, RB)
-    rows_ptr = x_ptr
-    # z, which is read again below. T·up^T has its columns first: with a few rows first, every warp
-    # would hold all columns.
-    if y_ptr is not None:
-        if thin_ptr is not None:
-            in_t = in_m[:, None] & (offs_b < rb)[None, :]
-            t = tl.load(thin_ptr + offs_m[:, None] * rb + offs_b[None, :], mask=in_t, other=0.0)
-        for c in range(0, K, BLOCK_C):
-            offs_c = c + tl.arange(0, BLOCK_C)
-            inside = in_m[:, None] & (offs_c < K)[None, :]
-            offs = offs_m[:, None] * K + offs_c[None, :]
-            x = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-            y = tl.load(y_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-            if thin_ptr is not None:
-                up = _factor(up_ptr, offs_c, offs_b, rb, K, t.dtype)
-                y += tl.trans(tl.dot(up, tl.trans(t), input_precision=PRECISION))
-            z = x + y * _vector(gamma_ptr, offs_c, K, 1.0)
-            tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=inside)
-        tl.debug_barrier()
-        rows_ptr = z_ptr
-    # Element by element, the sums of z's distance to the mean of the row's first columns. That mean
-    # is near enough: (mean - shift)² is at most K / BLOCK_C times the variance.
+    # z, and element by element the sums of its distance to the mean of the row's first columns. That
+    # mean is near enough: (mean - shift)² is at most K / BLOCK_C times the variance.
+    if thin_ptr is not None:
+        in_t = in_m[:, None] & (offs_b < rb)[None, :]
+        t = tl.load(thin_ptr + offs_m[:, None] * rb + offs_b[None, :], mask=in_t, other=0.0)
     shift = tl.zeros((BLOCK_M, 1), dtype=tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
@@ -118,8 +101,17 @@ def _norm_fwd_kernel(
     for c in tl.static_range(0, K, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C)
         inside = in_m[:, None] & (offs_c < K)[None, :]
-        z_ptrs = rows_ptr + offs_m[:, None] * K + offs_c[None, :]
-        z = tl.load(z_ptrs, mask=inside, other=0.0).to(tl.float32)
+        offs = offs_m[:, None] * K + offs_c[None, :]
+        z = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        if y_ptr is not None:
+            y = tl.load(y_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+            if thin_ptr is not None:
+                # Columns first: with a few rows first, every warp would hold all columns.
+                up = _factor(up_ptr, offs_c, offs_b, rb, K, t.dtype)
+                y += tl.trans(tl.dot(up, tl.trans(t), input_precision=PRECISION))
+            z_stored = (z + y * _vector(gamma_ptr, offs_c, K, 1.0)).to(z_ptr.dtype.element_ty)
+            tl.store(z_ptr + offs, z_stored, mask=inside)
+            z = z_stored.to(tl.float32)
         if mean_ptr is not None:
             if c == 0:
                 shift = tl.sum(z, axis=1, keep_dims=True) / min(K, BLOCK_C)
@@ -130,6 +122,11 @@ def _norm_fwd_kernel(
         squares += shifted * shifted
         if HOLD:
             held += (z,)  # type: ignore[assignment]
+    rows_ptr = x_ptr
+    if y_ptr is not None:
+        rows_ptr = z_ptr
+        if not HOLD:
+            tl.debug_barrier()  # z is read again below, perhaps by other threads
     mean_square = tl.sum(squares, axis=1, keep_dims=True) / K
     if mean_ptr is not None:
         distance = tl.sum(total, axis=1, keep_dims=True) / K
@@ -196,6 +193,7 @@ def _norm_bwd_kernel(
     down_ptr,  # [K, ra]
     residual_ptr,  # [M, K], or None
     dz_ptr,  # [M, K]: out, may be residual
+    dy_ptr,  # [M, K]: out, dz once more in another dtype, or None
     d_down_ptr,  # [programs, K, RA] float32: out, or None
     M,
     ra,
@@ -270,6 +268,8 @@ def _norm_bwd_kernel(
             if residual_ptr is not None:
                 dz += tl.load(residual_ptr + offs, mask=inside, other=0.0).to(tl.float32)
             tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+            if dy_ptr is not None:
+                tl.store(dy_ptr + offs, dz.to(dy_ptr.dtype.element_ty), mask=inside)
     if d_down_ptr is not None:
         for c in tl.static_range(0, K, BLOCK_C):
             offs_c = c + tl.arange(0, BLOCK_C)
@@ -414,8 +414,9 @@ def _prepare_norm_fwd(
 class NormBwd(NamedTuple):
     """Outputs of `launch_norm_bwd`."""
 
-    dz: Tensor  # [M, K]
+    dz: Tensor  # [M, K] in z's dtype
     d_down: Tensor | None  # partial sums [programs, K, RA], float32
+    dy: Tensor | None  # [M, K]: dz in dout's dtype
 
 
 def launch_norm_bwd(
@@ -430,6 +431,7 @@ def launch_norm_bwd(
     residual: Tensor | None,  # [M, K]
     *,
     down_grad: bool = True,
+    branch_grad: bool = False,
     config: NormConfig,
     cache: CallCache | None = None,
 ) -> NormBwd:
@@ -438,18 +440,20 @@ def launch_norm_bwd(
     Args:
         dout, z, weight, bias, s, down, residual: contiguous.
         down_grad: with S, partial sums of x̂^T·S as well.
+        branch_grad: dz in dout's dtype as well: what the GEMMs of the branch before take.
     """
     m, k = z.shape
     blocks = tuning.cdiv(m, config.block_m)
     programs = min(blocks, config.programs or blocks)
     ra = 1 if s is None else s.shape[1]
     dz = torch.empty_like(z)
+    dy = torch.empty_like(dout) if branch_grad else None
     d_down = None
     if s is not None and down_grad:
         d_down = z.new_empty(programs, k, padded_rank(ra), dtype=torch.float32)
     launch = once(cache, "norm_bwd", _prepare_norm_bwd, dout, ra, programs, config)
-    launch((dout, z, mean, rstd, weight, bias, s, down, residual), (dz, d_down))
-    return NormBwd(dz, d_down)
+    launch((dout, z, mean, rstd, weight, bias, s, down, residual), (dz, dy, d_down))
+    return NormBwd(dz, d_down, dy)
 
 
 def _prepare_norm_bwd(dout: Tensor, ra: int, programs: int, config: NormConfig) -> CachedLaunch:

@@ -7,6 +7,8 @@
 // sm_90's clusters, barriers and TMA on the model. A CUtensorMap holds its TensorMapParams.
 namespace efft_kernels::cuda {
 
+inline bool elect_one() { return model::lane() == 0; }
+
 inline int cluster_rank() { return static_cast<int>(&model::block() - model::cluster().data()); }
 
 inline void cluster_sync() { model::sync_cluster(); }

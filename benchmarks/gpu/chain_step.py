@@ -1,0 +1,293 @@
+"""A whole training step of a ViT whose blocks are two operators each, beside the frozen floor.
+
+    python -m benchmarks.gpu.chain_step [--images 64] [--rank 16] [--variants REGEX]
+        [--modes eager graph] [--rounds 10] [--no-steps] [--profile CSV] [--out CSV]
+    python -m benchmarks.gpu.chain_step --compile    # no GPU: registers and stack of every launch
+
+The step and the modes are those of `step.py`, and so is the gate: logits and factor gradients
+within twice plain torch's error, both against float64. The operators are in `chain.py`.
+
+First every launch by itself at the model's sizes, against the same step in torch: microseconds with
+a cold L2 cache and the relative difference of the results. Then whole steps, by variant:
+
+torch       the operators in plain torch: what their arrangement alone gives
+passes      Triton launches; GELU is torch's, with passes of their own for the thin products
+act         GELU's kernels carry the thin products of fc1 and fc2
+three       `passes`, but dx̂ of qkv is three GEMMs: nothing is copied
+flash       `passes` with FlashAttention 2 in place of cuDNN's attention
+
+Triton's launches are compiled beforehand, in processes that start before CUDA does. `--device cpu`
+walks through all of it with a tiny model in Triton's interpreter, in float16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from .. import peers
+from ..lib.rows import STEP_COLUMNS, STEP_CSV, Row, append_rows
+from ..lib.timing import interleave
+from ..peers import FLOOR, PEFT_LORA, Peer
+from ..whole_model import Gate, draw_batch, make_base
+from . import step
+from .between import Usage, compiled_by
+from .chain import ATTENTION, ChainedViT, TorchKernels
+from .chain_triton import INTERPRETER, ActConfig, Configs, Shape, TritonKernels, steps
+
+MODEL = "vit_base_patch16_224"
+PASSES = Configs()
+ACT = PASSES._replace(gelu=ActConfig(64, 32, 8, 4, 2), gelu_grad=ActConfig(64, 64, 11, 4, 2))
+
+
+class Variant(NamedTuple):
+    """How a chained model runs."""
+
+    name: str
+    kernels: Callable[[], TorchKernels]
+    attention: str = "cudnn"
+    method: str = "EFFT2"
+
+    # What step.Bench asks of an entry.
+    backend = ""
+    strategy = "auto"
+
+    def build(self, base: nn.Module, rank: int) -> Peer:
+        peer = peers.build(self.method, base, rank)
+        model = ChainedViT(peer.model, self.kernels(), ATTENTION[self.attention])
+        return Peer(self.name, model, peer.method, peer.factors)
+
+
+def configurations(device: str) -> dict[str, Configs]:
+    """Block shapes by name."""
+    if device == "cpu":
+        return {"passes": INTERPRETER._replace(gelu=None, gelu_grad=None), "act": INTERPRETER}
+    return {"passes": PASSES, "act": ACT}
+
+
+def variants(device: str) -> list[Variant]:
+    """What is measured, what teaches most first."""
+    found = configurations(device)
+    attention = "cudnn" if device == "cuda" else "cpu"
+    passes, act = (functools.partial(TritonKernels, found[name]) for name in ("passes", "act"))
+    three = functools.partial(TritonKernels, found["passes"], copy_gradient=False)
+    return [
+        Variant("EFFT2 [chain passes]", passes, attention),
+        Variant("EFFT2 [chain act]", act, attention),
+        Variant("EFFT2 [chain torch]", TorchKernels, attention),
+        Variant("EFFT2 [chain three]", three, attention),
+        Variant("EFFT2 [chain flash]", passes, "flash" if device == "cuda" else "cpu"),
+        Variant("LoRA [chain passes]", passes, attention, "LoRA"),
+        Variant("LoRA [chain act]", act, attention, "LoRA"),
+    ]
+
+
+# Compiling ahead
+
+
+def _compile(configs: Configs, name: str, shape: Shape, arch: int) -> Usage:
+    kernels = TritonKernels(configs)
+    return compiled_by(steps(kernels, shape, "meta", torch.bfloat16)[name], arch)
+
+
+def compile_all(shape: Shape, arch: int, processes: int) -> bool:
+    """Compile every launch into Triton's cache on disk, and print registers and stack.
+
+    Returns:
+        Whether all compiled.
+    """
+    done: set[str] = set()
+    whole = True
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
+        jobs = {
+            (label, name): pool.submit(_compile, configs, name, shape, arch)
+            for label, configs in configurations("cuda").items()
+            for name in steps(TorchKernels(), shape, "meta", torch.bfloat16)
+            if label == "passes" or "gelu" in name
+        }
+        for (label, name), job in jobs.items():
+            usage = job.result()
+            text = usage if isinstance(usage, str) else "  ".join(map(_usage, usage))
+            whole &= not isinstance(usage, str)
+            if text not in done:
+                print(f"compiled {label:7} {name:20} {text}", flush=True)
+            done.add(text)
+    return whole
+
+
+def _usage(one: Any) -> str:
+    return f"{one.kernel}: {one.registers} registers, {one.stack_bytes} B stack;"
+
+
+# Every launch by itself
+
+
+def measure_steps(shape: Shape, device: str, rounds: int) -> None:
+    """Print each step's microseconds in torch and in Triton, and how far their results are apart."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    of: dict[str, TorchKernels] = {"torch": TorchKernels()}
+    of |= {name: TritonKernels(configs) for name, configs in configurations(device).items()}
+    made = {}
+    for name, kernels in of.items():
+        torch.manual_seed(0)  # the same operands for all
+        made[name] = steps(kernels, shape, device, dtype)
+    for what in made["torch"]:
+        names = [name for name in of if name != "act" or "gelu" in what]
+        try:
+            with torch.no_grad():
+                results = {name: _tensors(made[name][what]()) for name in names}
+                apart = {name: _distance(results[name], results["torch"]) for name in names[1:]}
+                del results
+                timings = interleave(
+                    {name: made[name][what] for name in names},
+                    seconds=0.0,
+                    device=device,
+                    graphs=device == "cuda",
+                    fewest_rounds=rounds,
+                    warm_ups=1 if device == "cuda" else 0,
+                )
+        except Exception as error:  # one launch must not stop the others
+            print(f"{what:20} FAILED: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            continue
+        cells = [f"{name} {1e3 * timings.time(name).p50:8.1f}" for name in names]
+        errors = [f"{name} {value:.1e}" for name, value in apart.items()]
+        print(f"{what:20} µs: {'  '.join(cells)}   apart: {'  '.join(errors)}", flush=True)
+    made.clear()
+    step.release(device)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
+
+
+def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference of two results."""
+    pairs = [(f.float().flatten(), e.float().flatten()) for f, e in zip(found, expected, strict=True)]
+    return max(float((f - e).norm() / e.norm()) for f, e in pairs)
+
+
+# The command
+
+
+def tiny_base() -> nn.Module:
+    """A ViT that the interpreter can do."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=11
+    )
+    model.requires_grad_(False)
+    model.get_classifier().requires_grad_()
+    whole: nn.Module = model.train()
+    return whole
+
+
+def shape_of(base: Any, images: int, rank: int) -> Shape:
+    K = base.embed_dim
+    return Shape(images * step.tokens(base), K, base.blocks[0].mlp.fc1.out_features, rank, len(base.blocks))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--variants", default="", help="a regular expression on their names")
+    parser.add_argument("--modes", nargs="+", choices=step.MODES, default=("graph", "eager"))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--no-steps", action="store_true", help="leave out the launches alone")
+    parser.add_argument("--no-peers", action="store_true", help="leave out PEFT and EFFT2 [cuda]")
+    parser.add_argument("--seconds", type=float, default=100.0, help="start no variant after these")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="append the kernels to a CSV")
+    parser.add_argument("--out", type=Path, default=STEP_CSV)
+    parser.add_argument("--compile", action="store_true", help="only compile, and print registers")
+    parser.add_argument("--arch", type=int, default=90, help="compiled ahead for this GPU")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    start = time.perf_counter()
+    cuda = options.device == "cuda"
+    if options.compile or cuda:
+        shape = Shape(options.images * 197, 768, 3072, options.rank, 12)
+        whole = compile_all(shape, options.arch, options.processes)
+        print(f"{time.perf_counter() - start:4.0f} s  compiled", flush=True)
+        if options.compile:
+            return 0 if whole else 1
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+        os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]])
+    if cuda:
+        base = make_base(MODEL, "cuda")
+        batch = draw_batch(base, options.images, "cuda")
+    else:
+        base, batch = tiny_base(), (torch.randn(3, 3, 32, 32), torch.randint(11, (3,)))
+        step.AMP = torch.float16  # the interpreter multiplies no bfloat16
+        options.modes, options.rank, options.rounds = ("eager",), 5, 1
+    shape = shape_of(base, len(batch[0]), options.rank)
+    if not options.no_steps:
+        measure_steps(shape, options.device, options.rounds)
+    rows: list[Row] = []
+
+    def write(row: Row) -> None:
+        append_rows(options.out, STEP_COLUMNS, [row])
+        rows.append(row)
+        seconds = time.perf_counter() - start
+        print(f"{seconds:4.0f} s  {row['impl']}, {row['mode']}: {step._time_cell(row)}", flush=True)
+
+    bench = step.Bench(
+        base,
+        batch,
+        options.rank,
+        options.device,
+        options.rounds,
+        options.modes,
+        case={
+            "model": MODEL if cuda else "tiny",
+            "dtype": f"{str(step.AMP).removeprefix('torch.')} autocast",
+            "frozen_dtype": "float32",
+            "batch": len(batch[0]),
+            "r": options.rank,
+        },
+        gate=Gate(base, options.rank, batch, step.AMP),
+        write=write,
+    )
+    chosen = [v for v in variants(options.device) if re.search(options.variants, v.name)]
+    others = [] if options.no_peers else [step.Entry("EFFT2", "cuda" if cuda else "torch")]
+    others += [] if options.no_peers else [step.Entry(PEFT_LORA)]
+    todo: list[Any] = [step.Entry(FLOOR), *chosen[:2], *others, *chosen[2:]]
+    measured = []
+    for entry in todo:
+        if time.perf_counter() - start > options.seconds:
+            print(f"{entry.name}: skipped, {options.seconds:.0f} s are over", flush=True)
+            continue
+        peer = bench.run(entry)
+        if peer is not None and (entry.name == FLOOR or entry in chosen[:2]):
+            measured.append(peer)
+        del peer
+    kernels = step.profile_all(bench, measured, options.profile) if options.profile else []
+    Console(width=None if sys.stdout.isatty() else 160).print(step.summary(rows, kernels))
+    for name, what in bench.failures:
+        print(f"FAILED {name}: {what}", flush=True)
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
