@@ -55,8 +55,8 @@ def test_measured_kernels_stand_beside_their_prediction(
     append_rows(path, COLUMNS, kernel_rows())
     out = shown(capsys, "--measured", str(path), "--markdown")
     assert f"{H100}: measured / predicted us" in out
-    assert "| fc2 | forward | cuda:fused | 92 | 92 |" in out
-    assert "thin 38 / 38, gemm 84 / 82" in out
+    assert "| fc2 | forward | cuda:fused | 92 | 91 |" in out
+    assert "thin 38 / 35, gemm 84 / 82" in out
     assert out.splitlines()[-1] == "1 of 1 picks were the fastest"
 
 
