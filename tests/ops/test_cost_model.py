@@ -37,7 +37,9 @@ def test_merged_is_never_picked_for_half_precision_weights(training, backward):
 
 def test_merged_is_picked_for_float32_weights_under_autocast():
     """The cast is made anyway, and adding ΔW in float32 before it is nearly free."""
-    e = explain(12608, 768, 2304, 3, 16, device="H200", weight_dtype=torch.float32)
+    e = explain(
+        *(12608, 768, 2304, 3, 16), device="H200", weight_dtype=torch.float32, backend="triton"
+    )
     assert e.chosen == "merged"
 
 
@@ -219,6 +221,23 @@ def test_explanation_reads_as_text():
     assert "[12608, 768] x [768 -> 2304], G=3, rank 16" in text
     assert "the least predicted time" in text
     assert "merged  ruled out: the weight is stored in half precision" in text
+
+
+def test_what_is_explained_is_the_backend_that_auto_takes():
+    def backend(device, dtype, **changes):
+        return explain(12608, 768, 2304, device=device, dtype=dtype, **changes).backend
+
+    assert backend("H100", torch.bfloat16) == backend("H100", torch.float16) == "cuda"
+    assert backend("H100", torch.float32) == "triton"
+    assert backend("CPU", torch.float32) == "cpp"
+    assert explain(197, 768, 3072, device="CPU", dtype=torch.float32).backend == "torch"
+    assert backend("H100", torch.bfloat16, backend="triton") == "triton"
+
+
+def test_without_its_library_another_backend_is_explained(monkeypatch):
+    monkeypatch.setattr(cpp_backend, "unavailable", lambda: "not built")
+    assert explain(12608, 768, 2304, dtype=torch.float32).backend == "torch"
+    assert explain(12608, 768, 2304, dtype=torch.float32, device="CPU").backend == "cpp"
 
 
 def test_explain_names_what_is_wrong():
