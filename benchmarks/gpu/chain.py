@@ -1,19 +1,21 @@
-"""A ViT whose adapters ride in the kernels between its GEMMs: the two halves of a block as operators.
+"""A ViT whose adapters ride in the kernels between its GEMMs: a block as two operators.
 
 With z the residual stream and y what the half before still has to add to it:
 
-    attention half    z' = z + y    x̂ = norm(z')    q, k, v = x̂·Wqkv'^T    y' = attention(q, k, v)·Wproj'^T
-    MLP half          z' = z + y    x̂ = norm(z')    h = x̂·W1'^T            y' = gelu(h)·W2'^T
+    attention half    z' = z + y    x̂ = norm(z')    q, k, v = x̂·W_qkv^T    o = attention(q, k, v)
+                      y' = o·W_proj^T
+    MLP half          z' = z + y    x̂ = norm(z')    h = x̂·W_1^T    y' = gelu(h)·W_2^T
 
-W' = W + B·down^T is the merged weight, of all layers at once, so every GEMM is the library's own and
-adapters cost nothing in it. Left are the thin products of the gradients, with P = x·down and S = dY·B:
+Every W is merged, W = W0 + B·down^T, for all layers at once: the GEMMs are the library's own and
+adapters cost nothing in them. Left are the thin products of the gradients, with P = x·down and
+S = dY·B:
 
     d_B = dY^T·P    d_down = x^T·S
 
-P of a linear after a norm is made by the norm, P of fc2 by the activation, and proj's is a pass over
-the attention's output. In the backward, S and d_B of qkv come with the copy of the three gradients
-of attention into one matrix. x̂ is made again from z', gelu(h) from h: nothing of their size is kept
-beyond what a frozen block keeps.
+P of a linear after a norm is made by the norm, P of fc2 by the activation, and proj's is a pass
+over attention's output. In the backward, S and d_B of qkv come with the copy of the gradients of q,
+k and v into one matrix. x̂ is made again from z', gelu(h) from h: of their size nothing is kept that
+a frozen block does not keep.
 
 `TorchKernels` says what each step computes; `chain_triton.TritonKernels` does the same in launches.
 """
@@ -63,7 +65,9 @@ class TorchKernels:
         """W + B·down^T for stacks [L, N, K], [L, N, r], [L, K, r]."""
         return torch.baddbmm(weight, b, down.mT)
 
-    def norm(self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor | None, dtype: Any) -> Normed:
+    def norm(
+        self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor | None, dtype: Any
+    ) -> Normed:
         """z + y, its norm x̂ in `dtype`, P = x̂·down and the statistics."""
         z = z if y is None else z + y
         out, mean, rstd = aten.native_layer_norm(z, [z.shape[1]], norm.weight, norm.bias, norm.eps)
@@ -71,16 +75,31 @@ class TorchKernels:
         return Normed(z, out, None if down is None else out @ down, mean, rstd)
 
     def norm_grad(
-        self, dout: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, residual: Tensor | None
+        self,
+        dout: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: Norm,
+        residual: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The stream's gradient, and the same in dout's dtype for the branch."""
         dz = aten.native_layer_norm_backward(
-            dout.to(z.dtype), z, [z.shape[1]], mean, rstd, norm.weight, norm.bias, [True, False, False]
+            dout.to(z.dtype),
+            z,
+            [z.shape[1]],
+            mean,
+            rstd,
+            norm.weight,
+            norm.bias,
+            [True, False, False],
         )[0]
         dz = dz if residual is None else dz + residual
         return dz, dz.to(dout.dtype)
 
-    def norm_down_grad(self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor) -> Tensor:
+    def norm_down_grad(
+        self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor
+    ) -> Tensor:
         """x̂^T·S, with x̂ made again."""
         n = (z - mean.view(-1, 1)) * rstd.view(-1, 1)
         return self.tall_grad((n * norm.weight + norm.bias).to(s.dtype), s)
@@ -372,9 +391,7 @@ class ChainedViT(nn.Module):
                     images,
                     block.attn.num_heads,
                 )
-                z, y = of.apply(
-                    z, y, first.down[i], first.b[i], second.down[i], second.b[i], half
-                )
+                z, y = of.apply(z, y, first.down[i], first.b[i], second.down[i], second.b[i], half)
         out: Tensor = FinalNorm.apply(z, y, _norm(self.model.norm), self._kernels)
         return out
 

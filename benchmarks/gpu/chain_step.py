@@ -7,14 +7,16 @@
 The step and the modes are those of `step.py`, and so is the gate: logits and factor gradients
 within twice plain torch's error, both against float64. The operators are in `chain.py`.
 
-First every launch by itself at the model's sizes, against the same step in torch: microseconds with
-a cold L2 cache and the relative difference of the results. Then whole steps, by variant:
+First every launch by itself at the model's sizes and in several block shapes, beside the same step
+in torch: microseconds with a cold L2 cache, and the relative difference of the results. Then whole
+steps, by variant:
 
 torch       the operators in plain torch: what their arrangement alone gives
-passes      Triton launches; GELU is torch's, with passes of their own for the thin products
-act         GELU's kernels carry the thin products of fc1 and fc2
-three       `passes`, but dx̂ of qkv is three GEMMs: nothing is copied
-flash       `passes` with FlashAttention 2 in place of cuDNN's attention
+best        Triton launches, each in the block shape that was fastest by itself
+passes      the same, but GELU is torch's and its linears' thin products are passes of their own
+act         the same, but GELU's kernels carry those products
+three       `best`, but dx̂ of qkv is three GEMMs: nothing is copied
+flash       `best` with FlashAttention 2 in place of cuDNN's attention
 
 Triton's launches are compiled beforehand, in processes that start before CUDA does. `--device cpu`
 walks through all of it with a tiny model in Triton's interpreter, in float16.
@@ -23,7 +25,6 @@ walks through all of it with a tiny model in Triton's interpreter, in float16.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 import sys
@@ -45,13 +46,22 @@ from ..lib.timing import interleave
 from ..peers import FLOOR, PEFT_LORA, Peer
 from ..whole_model import Gate, draw_batch, make_base
 from . import step
-from .between import Usage, compiled_by
+from .between import Usage, compiled_by, label
 from .chain import ATTENTION, ChainedViT, TorchKernels
-from .chain_triton import INTERPRETER, ActConfig, Configs, Shape, TritonKernels, steps
+from .chain_triton import (
+    CANDIDATES,
+    INTERPRETER,
+    ActConfig,
+    Configs,
+    Shape,
+    TritonKernels,
+    steps,
+)
 
 MODEL = "vit_base_patch16_224"
-PASSES = Configs()
-ACT = PASSES._replace(gelu=ActConfig(64, 32, 8, 4, 2), gelu_grad=ActConfig(64, 64, 11, 4, 2))
+ACT = Configs(gelu=ActConfig(64, 32, 8, 4, 2), gelu_grad=ActConfig(64, 64, 11, 4, 2))
+LONGEST_COMPILATION = 60.0  # seconds, of all launches together
+FARTHEST = 0.03  # a launch's results from torch's, relative; both round to bfloat16
 
 
 class Variant(NamedTuple):
@@ -72,28 +82,41 @@ class Variant(NamedTuple):
         return Peer(self.name, model, peer.method, peer.factors)
 
 
-def configurations(device: str) -> dict[str, Configs]:
-    """Block shapes by name."""
-    if device == "cpu":
-        return {"passes": INTERPRETER._replace(gelu=None, gelu_grad=None), "act": INTERPRETER}
-    return {"passes": PASSES, "act": ACT}
-
-
-def variants(device: str) -> list[Variant]:
+def variants(device: str, best: Configs) -> list[Variant]:
     """What is measured, what teaches most first."""
-    found = configurations(device)
     attention = "cudnn" if device == "cuda" else "cpu"
-    passes, act = (functools.partial(TritonKernels, found[name]) for name in ("passes", "act"))
-    three = functools.partial(TritonKernels, found["passes"], copy_gradient=False)
+    act_default = ACT if device == "cuda" else INTERPRETER
+
+    def kernels(configs: Configs, *, copy_gradient: bool = True) -> Callable[[], TorchKernels]:
+        return lambda: TritonKernels(configs, copy_gradient=copy_gradient)
+
+    passes = kernels(best._replace(gelu=None, gelu_grad=None))
+    act = kernels(act_default._replace(norm=best.norm, norm_grad=best.norm_grad))
     return [
+        Variant("EFFT2 [chain best]", kernels(best), attention),
         Variant("EFFT2 [chain passes]", passes, attention),
+        Variant("LoRA [chain best]", kernels(best), attention, "LoRA"),
         Variant("EFFT2 [chain act]", act, attention),
         Variant("EFFT2 [chain torch]", TorchKernels, attention),
-        Variant("EFFT2 [chain three]", three, attention),
-        Variant("EFFT2 [chain flash]", passes, "flash" if device == "cuda" else "cpu"),
-        Variant("LoRA [chain passes]", passes, attention, "LoRA"),
-        Variant("LoRA [chain act]", act, attention, "LoRA"),
+        Variant("EFFT2 [chain three]", kernels(best, copy_gradient=False), attention),
+        Variant("EFFT2 [chain flash]", kernels(best), "flash" if device == "cuda" else "cpu"),
     ]
+
+
+def default_configs(device: str) -> Configs:
+    return Configs() if device == "cuda" else INTERPRETER
+
+
+def candidates(what: str, device: str) -> list[Configs]:
+    """All block shapes of one launch."""
+    field = what.partition(" ")[0]
+    if field not in CANDIDATES:
+        return [default_configs(device)]
+    own = CANDIDATES[field]
+    if device == "cpu":
+        own = [None] if field.startswith("gelu") else []
+        own.append(getattr(INTERPRETER, field))
+    return [default_configs(device)._replace(**{field: config}) for config in own]
 
 
 # Compiling ahead
@@ -110,23 +133,33 @@ def compile_all(shape: Shape, arch: int, processes: int) -> bool:
     Returns:
         Whether all compiled.
     """
-    done: set[str] = set()
     whole = True
-    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
-        jobs = {
-            (label, name): pool.submit(_compile, configs, name, shape, arch)
-            for label, configs in configurations("cuda").items()
-            for name in steps(TorchKernels(), shape, "meta", torch.bfloat16)
-            if label == "passes" or "gelu" in name
-        }
-        for (label, name), job in jobs.items():
-            usage = job.result()
-            text = usage if isinstance(usage, str) else "  ".join(map(_usage, usage))
-            whole &= not isinstance(usage, str)
-            if text not in done:
-                print(f"compiled {label:7} {name:20} {text}", flush=True)
-            done.add(text)
+    until = time.perf_counter() + LONGEST_COMPILATION
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("fork"))
+    jobs = [
+        (what, configs, pool.submit(_compile, configs, what, shape, arch))
+        for what in steps(TorchKernels(), shape, "meta", torch.bfloat16)
+        for configs in candidates(what, "cuda")
+    ]
+    for what, configs, job in jobs:
+        usage: Usage
+        try:
+            usage = job.result(timeout=max(1.0, until - time.perf_counter()))
+        except Exception as error:  # then the first launch compiles it
+            usage = f"{type(error).__name__}: {error}"
+        text = usage if isinstance(usage, str) else "  ".join(map(_usage, usage))
+        whole &= not isinstance(usage, str)
+        print(f"compiled {what:20} {_label(what, configs):36} {text}", flush=True)
+    pool.shutdown(wait=False, cancel_futures=True)
     return whole
+
+
+def _label(what: str, configs: Configs) -> str:
+    """The block shape of a launch."""
+    config = getattr(configs, what.partition(" ")[0], None)
+    if config is None:
+        return "passes" if what.startswith("gelu") else ""
+    return label(config)
 
 
 def _usage(one: Any) -> str:
@@ -136,38 +169,66 @@ def _usage(one: Any) -> str:
 # Every launch by itself
 
 
-def measure_steps(shape: Shape, device: str, rounds: int) -> None:
-    """Print each step's microseconds in torch and in Triton, and how far their results are apart."""
+def measure_steps(shape: Shape, device: str, rounds: int) -> Configs:
+    """Print each launch's microseconds in torch and in all block shapes, and how far its results
+    are from torch's.
+
+    Returns:
+        The fastest block shapes.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
-    of: dict[str, TorchKernels] = {"torch": TorchKernels()}
-    of |= {name: TritonKernels(configs) for name, configs in configurations(device).items()}
-    made = {}
-    for name, kernels in of.items():
-        torch.manual_seed(0)  # the same operands for all
-        made[name] = steps(kernels, shape, device, dtype)
-    for what in made["torch"]:
-        names = [name for name in of if name != "act" or "gelu" in what]
+    best = default_configs(device)
+    for what in steps(TorchKernels(), shape, "meta", dtype):
         try:
-            with torch.no_grad():
-                results = {name: _tensors(made[name][what]()) for name in names}
-                apart = {name: _distance(results[name], results["torch"]) for name in names[1:]}
-                del results
-                timings = interleave(
-                    {name: made[name][what] for name in names},
-                    seconds=0.0,
-                    device=device,
-                    graphs=device == "cuda",
-                    fewest_rounds=rounds,
-                    warm_ups=1 if device == "cuda" else 0,
-                )
+            found = _measure_step(what, shape, device, dtype, rounds)
         except Exception as error:  # one launch must not stop the others
             print(f"{what:20} FAILED: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
-        cells = [f"{name} {1e3 * timings.time(name).p50:8.1f}" for name in names]
-        errors = [f"{name} {value:.1e}" for name, value in apart.items()]
-        print(f"{what:20} µs: {'  '.join(cells)}   apart: {'  '.join(errors)}", flush=True)
-    made.clear()
-    step.release(device)
+        field = what.partition(" ")[0]
+        if what == field and field in CANDIDATES and found is not None:
+            best = best._replace(**{field: getattr(found, field)})
+    print(f"best: {best}", flush=True)
+    return best
+
+
+def _measure_step(
+    what: str, shape: Shape, device: str, dtype: torch.dtype, rounds: int
+) -> Configs | None:
+    """The fastest of one launch's block shapes; None if none is right."""
+
+    def made(kernels: TorchKernels) -> Callable[[], Any]:
+        torch.manual_seed(0)  # the same operands for all
+        return steps(kernels, shape, device, dtype)[what]
+
+    calls = {"torch": made(TorchKernels())}
+    passed: dict[str, Configs] = {}
+    apart: dict[str, str] = {}
+    with torch.no_grad():
+        expected = _tensors(calls["torch"]())
+        for configs in candidates(what, device):
+            name = _label(what, configs) or "triton"
+            call = made(TritonKernels(configs))
+            try:
+                distance = _distance(_tensors(call()), expected)
+            except Exception as error:  # one block shape must not stop the others
+                print(f"{what:20} {name} FAILED: {str(error)[:200]}", flush=True)
+                continue
+            apart[name] = f"{distance:.0e}" if distance < FARTHEST else f"WRONG: {distance:.0e}"
+            if distance < FARTHEST:
+                passed[name], calls[name] = configs, call
+        del expected
+        timings = interleave(
+            calls,
+            seconds=0.0,
+            device=device,
+            graphs=device == "cuda",
+            fewest_rounds=rounds,
+            warm_ups=1 if device == "cuda" else 0,
+        )
+    us = {name: 1e3 * timings.time(name).p50 for name in calls}
+    cells = [f"{name} {us[name]:.1f}" for name in calls]
+    print(f"{what:20} µs: {'; '.join(cells)}   apart: {'; '.join(apart.values())}", flush=True)
+    return passed[min(passed, key=us.__getitem__)] if passed else None
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -176,7 +237,9 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative difference of two results."""
-    pairs = [(f.float().flatten(), e.float().flatten()) for f, e in zip(found, expected, strict=True)]
+    pairs = [
+        (f.float().flatten(), e.float().flatten()) for f, e in zip(found, expected, strict=True)
+    ]
     return max(float((f - e).norm() / e.norm()) for f, e in pairs)
 
 
@@ -197,7 +260,9 @@ def tiny_base() -> nn.Module:
 
 def shape_of(base: Any, images: int, rank: int) -> Shape:
     K = base.embed_dim
-    return Shape(images * step.tokens(base), K, base.blocks[0].mlp.fc1.out_features, rank, len(base.blocks))
+    return Shape(
+        images * step.tokens(base), K, base.blocks[0].mlp.fc1.out_features, rank, len(base.blocks)
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -242,8 +307,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         step.AMP = torch.float16  # the interpreter multiplies no bfloat16
         options.modes, options.rank, options.rounds = ("eager",), 5, 1
     shape = shape_of(base, len(batch[0]), options.rank)
+    best = default_configs(options.device)
     if not options.no_steps:
-        measure_steps(shape, options.device, options.rounds)
+        best = measure_steps(shape, options.device, options.rounds)
+        step.release(options.device)
+        print(f"{time.perf_counter() - start:4.0f} s  launches measured", flush=True)
     rows: list[Row] = []
 
     def write(row: Row) -> None:
@@ -269,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gate=Gate(base, options.rank, batch, step.AMP),
         write=write,
     )
-    chosen = [v for v in variants(options.device) if re.search(options.variants, v.name)]
+    chosen = [v for v in variants(options.device, best) if re.search(options.variants, v.name)]
     others = [] if options.no_peers else [step.Entry("EFFT2", "cuda" if cuda else "torch")]
     others += [] if options.no_peers else [step.Entry(PEFT_LORA)]
     todo: list[Any] = [step.Entry(FLOOR), *chosen[:2], *others, *chosen[2:]]

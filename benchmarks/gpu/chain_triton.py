@@ -39,6 +39,48 @@ class Configs(NamedTuple):
     gelu_grad: ActConfig | None = None
 
 
+# By field, the block shapes that are tried; the first is the default.
+CANDIDATES: dict[str, list[Any]] = {
+    "norm": [
+        NormConfig(16, 256, True, 4),
+        NormConfig(16, 128, True, 4),
+        NormConfig(16, 256, True, 8),
+        NormConfig(32, 128, False, 8),
+    ],
+    "norm_grad": [
+        NormConfig(4, 256, True, 4),
+        NormConfig(2, 256, True, 2),
+        NormConfig(1, 1024, True, 4),
+        NormConfig(4, 1024, True, 8),
+    ],
+    "norm_down_grad": [
+        PassConfig(64, 128, 44, 4, 3),
+        PassConfig(32, 64, 44, 4, 3),
+        PassConfig(32, 128, 44, 4, 3),
+        PassConfig(64, 128, 44, 8, 3),
+    ],
+    "gather": [
+        PassConfig(64, 128, 15, 4, 3),
+        PassConfig(64, 128, 22, 4, 3),
+        PassConfig(64, 256, 29, 8, 2),
+        PassConfig(32, 256, 29, 4, 3),
+    ],
+    "gelu": [
+        None,
+        ActConfig(64, 32, 8, 4, 2),
+        ActConfig(64, 64, 4, 4, 2),
+        ActConfig(32, 128, 4, 4, 2),
+        ActConfig(64, 128, 4, 8, 2),
+    ],
+    "gelu_grad": [
+        None,
+        ActConfig(64, 64, 11, 4, 2),
+        ActConfig(32, 64, 11, 4, 2),
+        ActConfig(32, 128, 11, 8, 2),
+        ActConfig(64, 32, 8, 4, 2),
+    ],
+}
+
 # Several tiles in every direction at the sizes that the interpreter can do.
 INTERPRETER = Configs(
     norm=NormConfig(16, 16, True, 4),
@@ -78,7 +120,9 @@ class TritonKernels(TorchKernels):
     def merge(self, weight: Tensor, b: Tensor, down: Tensor) -> Tensor:
         return launch_merge_stack(weight, b, down, self._cache("merge", weight, b))
 
-    def norm(self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor | None, dtype: Any) -> Normed:
+    def norm(
+        self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor | None, dtype: Any
+    ) -> Normed:
         cache = self._cache("norm", z, y, down)
         branch = None if y is None else Branch(y)
         got = launch_norm_fwd(
@@ -89,7 +133,13 @@ class TritonKernels(TorchKernels):
         return Normed(got.z, got.out, got.p, got.mean, got.rstd)
 
     def norm_grad(
-        self, dout: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, residual: Tensor | None
+        self,
+        dout: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: Norm,
+        residual: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         got = launch_norm_bwd(
             dout, z, mean, rstd, norm.weight, norm.bias, None, None, residual, branch_grad=True,
@@ -98,7 +148,9 @@ class TritonKernels(TorchKernels):
         assert got.dy is not None
         return got.dz, got.dy
 
-    def norm_down_grad(self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor) -> Tensor:
+    def norm_down_grad(
+        self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor
+    ) -> Tensor:
         cache = self._cache("norm_down_grad", z, s)
         partial = launch_norm_down_grad(
             z, mean, rstd, norm.weight, norm.bias, s, config=self.configs.norm_down_grad,
@@ -190,8 +242,13 @@ class Shape(NamedTuple):
     L: int
 
 
-def steps(kernels: TorchKernels, shape: Shape, device: str, dtype: Any) -> dict[str, Callable[[], Any]]:
-    """Every launch of a step at a model's sizes, on random operands or the meta device's."""
+def steps(
+    kernels: TorchKernels, shape: Shape, device: str, dtype: Any
+) -> dict[str, Callable[[], Any]]:
+    """Every launch of a step at a model's sizes, on random operands or the meta device's.
+
+    A name's first word is the field of `Configs` that the launch depends on, if it is one.
+    """
     M, K, C, r, L = shape
 
     def make(*size: int, like: Any = dtype) -> Tensor:
@@ -215,7 +272,7 @@ def steps(kernels: TorchKernels, shape: Shape, device: str, dtype: Any) -> dict[
         "thin_grad proj, fc2": lambda: kernels.thin_grad(y, down, p),
         "tall_grad proj": lambda: kernels.tall_grad(x, p),
         "gather": lambda: kernels.gather_grad((x, y, x), b_qkv, p, True),
-        "gather, no copy": lambda: kernels.gather_grad((x, y, x), b_qkv, p, False),
+        "gather (no copy)": lambda: kernels.gather_grad((x, y, x), b_qkv, p, False),
         "gelu": lambda: kernels.gelu(h, wide_down),
         "gelu_grad": lambda: kernels.gelu_grad(da, h, p, wide_down, p),
     }

@@ -89,8 +89,8 @@ def _norm_fwd_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = offs_m < M
     offs_b = tl.arange(0, RB)
-    # z, and element by element the sums of its distance to the mean of the row's first columns. That
-    # mean is near enough: (mean - shift)² is at most K / BLOCK_C times the variance.
+    # z, and element by element the sums of its distance to the mean of the row's first columns.
+    # That mean is near enough: (mean - shift)² is at most K / BLOCK_C times the variance.
     if thin_ptr is not None:
         in_t = in_m[:, None] & (offs_b < rb)[None, :]
         t = tl.load(thin_ptr + offs_m[:, None] * rb + offs_b[None, :], mask=in_t, other=0.0)
