@@ -1,8 +1,9 @@
 """What the CUDA compiler made of the kernels, read from the built library: no GPU needed.
 
 Registers, stack and shared memory of every kernel, and the instructions that belong there: wgmma
-(HGMMA) fed by TMA (UTMALDG) with registers moved between warpgroups (USETMAXREG) on sm_90a, mma (HMMA) fed by asynchronous copies (LDGSTS) elsewhere. Skipped only where
-the library could not be built; one that was built and fails is a failure.
+(HGMMA) fed by TMA (UTMALDG) with registers moved between warpgroups (USETMAXREG) on sm_90a, mma
+(HMMA) fed by asynchronous copies (LDGSTS) elsewhere. Skipped only where the library could not be
+built; one that was built and fails is a failure.
 """
 
 from __future__ import annotations

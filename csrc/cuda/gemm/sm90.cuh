@@ -250,13 +250,15 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[Config::kPCols / 16][4],
 template <class T, class Config>
 __device__ __forceinline__ void round_out(uint32_t (&out)[Config::kPieces][16],
                                           const float (&acc)[Config::kAccumulators],
-                                          const float (&bias)[Config::kBlockC / 8][2]) {
+                                          const BiasPairs<T, Config::kBlockC / 8>& bias) {
 #pragma unroll
   for (int block = 0; block < Config::kBlockC / 8; ++block) {
     const float* const value = acc + block * 4;
     uint32_t* const to = out[block / 8] + block % 8 * 2;
-    to[0] = pack<T>(value[0] + bias[block][0], value[1] + bias[block][1]);
-    to[1] = pack<T>(value[2] + bias[block][0], value[3] + bias[block][1]);
+    float pair[2];
+    bias.value(pair, block);
+    to[0] = pack<T>(value[0] + pair[0], value[1] + pair[1]);
+    to[1] = pack<T>(value[2] + pair[0], value[3] + pair[1]);
   }
 }
 
@@ -313,7 +315,7 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
     if (lane < place.cluster) barrier_arrive_at(smem.empty + stage * 8, lane);
   };
   Ring<Config::kStages> ring;
-  // The tile before this one: its rounded output, not yet stored.
+  // The tile before this one, until it is stored: its rounded output.
   uint32_t out[Config::kPieces][16];
   int out_row = -1;
   int out_c = 0;
@@ -353,18 +355,25 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
     // The product: over I, then over the rank where P is read. Between its steps the tile before is
     // stored, a piece at a time and evenly.
     int t = 0;
+    const auto step = [&] {
+      multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
+      ++t;
+    };
 #pragma unroll
     for (int piece = 0; piece < Config::kPieces; ++piece) {
       const int end = g.tiles_i * (piece + 1) / Config::kPieces;
-      const auto step = [&] {
-        multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
-        ++t;
-      };
       if (t < end) step();
       if (out_row >= 0) store(piece);
 #pragma unroll 1
-      while (t < end) step();
+      while (t < end - (piece == Config::kPieces - 1)) step();
     }
+    // As the registers of `out` are free, a step ahead of its use.
+    const Tile tile = place.tile(g.order, index);
+    out_row = tile.row * Config::kBlockM + consumer * 64;
+    out_c = tile.col * Config::kBlockC;
+    BiasPairs<T, Config::kBlockC / 8> bias;
+    bias.load(g.bias, out_c + accumulator_col(lane, 0), g.c);
+    if (t < g.tiles_i) step();
     if constexpr (!Config::kComputeP) {
       if (g.rank_steps == 1) {
         multiply(Steps<1>{}, gmma::ScaleOut::One);
@@ -375,12 +384,6 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
           multiply(Steps<4>{}, gmma::ScaleOut::One);
       }
     }
-    // Before the wait, so that it covers what these take.
-    const Tile tile = place.tile(g.order, index);
-    const int row = tile.row * Config::kBlockM + consumer * 64;
-    const int c = tile.col * Config::kBlockC;
-    float bias[Config::kBlockC / 8][2];
-    load_bias_pairs<T>(bias, g.bias, c + accumulator_col(lane, 0), g.c);
     cute::warpgroup_wait<0>();
     fence_accumulators(acc);
     release(previous);
@@ -388,7 +391,7 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
     // The low-rank product where P was computed here.
     if constexpr (Config::kComputeP) {
       uint32_t p[Config::kPCols / 16][4];
-      round_p<T, Config>(p, acc, g, row + warp * 16, g.p_out != nullptr && c == 0);
+      round_p<T, Config>(p, acc, g, out_row + warp * 16, g.p_out != nullptr && out_c == 0);
       barrier_wait(smem.full + ring.stage * 8, ring.parity);
       const uint64_t at = descriptor_step(ring.stage * Config::kStageBytes);
       fence_accumulators(acc);
@@ -409,8 +412,6 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
     }
 
     round_out<T, Config>(out, acc, bias);
-    out_row = row;
-    out_c = c;
   }
   if (out_row < 0) return;
 #pragma unroll
