@@ -605,6 +605,57 @@ class TestUnderOtherCircumstances:
             assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnGPU:
+    def pair(self, models):
+        return [model.float().cuda() for model in models()]
+
+    def close(self, found, expected):
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).norm() < 1e-3 * b.norm()
+
+    def test_captured_step(self, models, images):
+        model, twin = self.pair(models)
+        x = images.float().cuda()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                model(x).tanh().sum().backward()
+                model.zero_grad()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(x).tanh().sum().backward()
+        for _ in range(3):
+            with torch.no_grad():
+                for parameter in (*factors(model), *factors(twin)):
+                    parameter.mul_(0.8)
+            twin.zero_grad()
+            twin(x).tanh().sum().backward()
+            graph.replay()
+            self.close([p.grad for p in factors(model)], [p.grad for p in factors(twin)])
+
+    def test_part_on_another_stream(self, models, images, made):
+        model, twin = self.pair(models)
+        x = images.float().cuda()
+        expected = twin(x).detach()
+        made["alone"] = 0
+        side, inner = torch.cuda.Stream(), model.blocks[1].forward
+
+        def forward(tokens, **options):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                tokens = inner(tokens, **options)
+            torch.cuda.current_stream().wait_stream(side)
+            return tokens
+
+        model.blocks[1].forward = forward
+        self.close([model(x).detach()], [expected])
+        assert made == {"joint": 2, "alone": 4}
+
+
 class TestCopies:
     def test_hooks_follow(self, models, images):
         model, twin = models()
