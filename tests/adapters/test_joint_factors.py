@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT1, EFFT2, Adapter, FacTTK, FacTTT, KAdaptation, LoRA, attach
 from efft_kernels import nn as efft_nn
-from efft_kernels.methods.joint import JointFactors, keep_graph
+from efft_kernels.methods.joint import keep_graph
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 
 METHODS = [
@@ -34,11 +34,9 @@ NOISY = EFFT2(rank=3, dropout=0.5, scale=0.7)
 
 def stop_sharing(model):
     """The model's linears make their own factors from here on."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(hook.__self__, JointFactors):
-                del hooks[key]
-                model._forward_hooks_always_called.pop(key, None)
+    model.factor_bank.joint_factors.unwatch(model)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert not model._forward_hooks_always_called
     return model
 
 
@@ -705,6 +703,21 @@ class TestKeepGraph:
         a, b = (torch.randn(3, requires_grad=True) for _ in range(2))
         x, _ = keep_graph(lambda a, b: (a * 2, b * 3), a, b)
         assert torch.autograd.grad(x.sum(), (a, b), allow_unused=True)[1] is None
+
+    def test_without_any_gradient(self):
+        class Stop(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, grad):
+                return None
+
+        a = torch.randn(3, requires_grad=True)
+        (x,) = keep_graph(lambda a: (a * 3,), a)
+        Stop.apply(x).sum().backward()
+        assert a.grad is None
 
 
 @pytest.mark.parametrize("count", range(1, 7))
