@@ -7,8 +7,9 @@ its kernels are counted, not run. Every operator of torch that computes somethin
 launch; views and allocations count as none. On a GPU some operators take two launches and some
 none, so these numbers compare ways of adapting a model, and measure no time. The optimizer's step
 is left out, dropout is off and the scale is 1: another scale adds one launch forward and one
-backward to each linear, EFFT's factor dropout three. ViT-Ti, ViT-S and ViT-B make the same launches
-as long as `auto` takes the same strategies; the smallest is counted in a minute. Ways:
+backward to each group of linears, EFFT's factor dropout some fifty to the whole. ViT-Ti, ViT-S and
+ViT-B make the same launches as long as `auto` takes the same strategies; the smallest is counted in
+a minute. Ways:
 
     frozen, gradient to its input    the floor
     EFFT2, triton                    this package: `auto`, as on an H200

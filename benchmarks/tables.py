@@ -23,6 +23,7 @@ from .lib.operands import FLOOR as LINEAR
 from .lib.rows import (
     OPERATORS_CSV,
     ROOT,
+    STEP_CSV,
     WHOLE_MODEL_CSV,
     Row,
     columns,
@@ -234,15 +235,67 @@ def operator_summary(rows: Sequence[Row]) -> Lines:
     return lines
 
 
+# Whole steps on a GPU
+
+STEP_KEY = ("device", "model", "dtype", "frozen_dtype", "batch", "r", "mode", "impl")
+MODE_NAMES = {
+    "eager": "eager",
+    "graph": "CUDA graph",
+    "compiled": "torch.compile",
+    "compiled-graph": "torch.compile, CUDA graph",
+}
+
+
+def step_summary(rows: Sequence[Row]) -> Lines:
+    """A table for every device, model and batch: a line per peer, a column per mode."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in last_comparisons(rows, STEP_KEY):
+        groups.setdefault(tuple(row[c] for c in STEP_KEY[:6]), []).append(row)
+    lines: Lines = []
+    for group in groups.values():
+        modes = [mode for mode in MODE_NAMES if any(row["mode"] == mode for row in group)]
+        lines += [
+            f"One training step on a GPU: ms and ratio to the frozen model in the same mode."
+            f" {whole_model_title(group[0])}, weights {group[0]['frozen_dtype']}."
+            f" {where_and_when(group)}.",
+            "",
+            *markdown(
+                ["", *(MODE_NAMES[mode] for mode in modes), "saved MiB", "peak MiB"],
+                [
+                    step_cells({row["mode"]: row for row in group if row["impl"] == impl}, modes)
+                    for impl in dict.fromkeys(row["impl"] for row in group)
+                ],
+            ),
+            "",
+        ]
+    return lines
+
+
+def step_cells(own: dict[str, Row], modes: Sequence[str]) -> list[str]:
+    """One peer's line of `step_summary`; `own` are its rows by mode."""
+
+    def time(row: Row) -> str:
+        ratio = f" ({float(row['ratio_to_floor']):.2f}×)" if row["ratio_to_floor"] else ""
+        return f"{float(row['ms_p50']):.1f}{ratio}"
+
+    def memory(column: str) -> str:
+        found = [row[column] for row in own.values() if row[column]]
+        return f"{float(found[0]):,.0f}" if found else "–"
+
+    times = [time(own[mode]) if mode in own else "–" for mode in modes]
+    return [next(iter(own.values()))["impl"], *times, memory("saved_mib"), memory("peak_mem_mb")]
+
+
 # Files
 
 
-def readme_section(whole: Sequence[Row], operators: Sequence[Row]) -> str:
+def readme_section(whole: Sequence[Row], operators: Sequence[Row], steps: Sequence[Row]) -> str:
     """What stands between README's markers."""
-    lines = whole_model_summary(whole) + operator_summary(operators)
-    for rows, what in ((whole, "Whole models"), (operators, "The operator")):
+    lines = step_summary(steps) + whole_model_summary(whole) + operator_summary(operators)
+    on_gpu = ((steps, "Whole models on a GPU"), (operators, "The operator on a GPU"))
+    for rows, what in on_gpu:
         if all(is_cpu(row["device"]) for row in rows):
-            lines += [f"{what} on a GPU: not measured.", ""]
+            lines += [f"{what}: not measured.", ""]
     return "\n".join(lines).strip()
 
 
@@ -262,10 +315,10 @@ def with_section(readme: str, section: str) -> str:
     return f"{head}{BEGIN}\n\n{section}\n\n{END}{rest.partition(END)[2]}"
 
 
-def results_page(whole: Sequence[Row], operators: Sequence[Row]) -> str:
+def results_page(whole: Sequence[Row], operators: Sequence[Row], steps: Sequence[Row]) -> str:
     """Every newest row, as Markdown."""
     lines = ["# Results", ""]
-    lines += ["## Whole models", "", *whole_model_markdown(whole)]
+    lines += ["## Whole models", "", *step_summary(steps), *whole_model_markdown(whole)]
     lines += ["## The operator: times over the frozen nn.Linear's", ""]
     groups: dict[str, list[Row]] = {}
     for row in last_comparisons((r for r in operators if not is_peak(r)), OPERATOR_KEY):
@@ -281,12 +334,12 @@ def main() -> None:
     )
     parser.add_argument("--page", type=Path, help="write all tables here, and leave README alone")
     arguments = parser.parse_args()
-    whole, operators = read_rows(WHOLE_MODEL_CSV), read_rows(OPERATORS_CSV)
+    rows = [read_rows(path) for path in (WHOLE_MODEL_CSV, OPERATORS_CSV, STEP_CSV)]
     if arguments.page is not None:
-        arguments.page.write_text(results_page(whole, operators))
+        arguments.page.write_text(results_page(*rows))
         return
     try:
-        text = with_section(README.read_text(), readme_section(whole, operators))
+        text = with_section(README.read_text(), readme_section(*rows))
     except ValueError as error:
         sys.exit(f"error: {error}")
     with replacing(README) as temporary:

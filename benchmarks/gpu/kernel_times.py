@@ -14,13 +14,16 @@ leaves to the operator: a weight that it has to cast or to merge.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..lib.operands import FLOOR, Operands, call_of
@@ -59,27 +62,46 @@ def short(kernel: str) -> str:
     return re.sub(r"<.*", "", kernel)[-40:]
 
 
+def times(events: Iterable[Any]) -> Iterator[tuple[str, float]]:
+    """(kernel, microseconds that it adds) of all that ran on the GPU.
+
+    A kernel may start before the one ahead of it has ended and wait there: the time that both run
+    is the first one's.
+    """
+    on_gpu = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    covered = -math.inf
+    for event in sorted(on_gpu, key=lambda e: e.time_range.start):
+        begin, end = event.time_range.start, event.time_range.end
+        yield event.name, max(0.0, end - max(begin, covered))
+        covered = max(covered, end)
+
+
+def operator_times(profiler: Any) -> Iterator[tuple[str, float]]:
+    """(operator, microseconds without what it calls) of all that ran on the CPU."""
+    return ((event.name, event.self_cpu_time_total) for event in profiler.events() or ())
+
+
 def kernels_of(
     call: Callable[[], object], cuda: bool, repeats: int = REPEATS
 ) -> list[tuple[str, float, float]]:
-    """[(kernel, launches per call, microseconds per call), ...], the longest first."""
+    """[(kernel, launches per call, microseconds per call), ...], the longest first; the
+    microseconds add up to the time in which something ran.
+    """
     for _ in range(3):
         call()
     if cuda:
         torch.cuda.synchronize()
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+    with profile(activities=[activity], acc_events=True) as profiler:
         for _ in range(repeats):
             call()
         if cuda:
             torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
-    for event in profiler.key_averages():
-        us = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if us:
-            row = found.setdefault(event.key, [0.0, 0.0])
-            row[0] += event.count / repeats
-            row[1] += us / repeats
+    for name, us in times(profiler.events() or ()) if cuda else operator_times(profiler):
+        row = found.setdefault(name, [0.0, 0.0])
+        row[0] += 1 / repeats
+        row[1] += us / repeats
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
     return [(name, calls, us) for name, (calls, us) in ordered]
 

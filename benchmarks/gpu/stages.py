@@ -46,7 +46,10 @@ def _sanitizer(tool: str, limit_s: float) -> Stage:
 
 
 _DOCTOR = ("{python}", "-c", "from efft_kernels.cli import app; app()", "doctor")
-_TINY = ("--device", "cpu", "--model", "vit_tiny_patch16_224", "--images", "2", "--rounds", "1")
+_TINY = (
+    *("--device", "cpu", "--model", "vit_tiny_patch16_224", "--images", "1", "--rounds", "1"),
+    *("--methods", "EFFT2", "--backends", "torch"),
+)
 _LAYER = ("--device", "cpu", "--model", "ViT-Ti/16", "--images", "1", "--impl", "torch:split")
 # Of the operator rows: what `auto` takes, and each strategy that it may take.
 _OPERATORS = (
@@ -63,7 +66,10 @@ STAGES = (
         "first",
         70,
         _module("benchmarks.gpu.smoke", "--seconds", "65", "--out", "{results}/smoke.csv"),
-        dry=_module("benchmarks.gpu.smoke", "--device", "cpu", "--out", "{results}/smoke.csv"),
+        dry=_module(
+            *("benchmarks.gpu.smoke", "--device", "cpu", "--out", "{results}/smoke.csv"),
+            *("--only", "general 64", "Hopper 192", "triton odd"),
+        ),
     ),
     Stage(
         "whole step",
@@ -91,6 +97,20 @@ STAGES = (
         50,
         _module("benchmarks.gpu.kernel_times", "--out", "{results}/kernel_times.csv"),
         dry=_module("benchmarks.gpu.kernel_times", *_LAYER, "--out", "{results}/kernel_times.csv"),
+    ),
+    Stage(
+        "kernel times, float32 weights",
+        "first",
+        20,
+        _module(
+            *("benchmarks.gpu.kernel_times", "--weights", "float32", "--impl", "cuda:split"),
+            *("cuda:fused", "cuda:merged", "triton:split", "triton:merged"),
+            *("--out", "{results}/kernel_times.csv"),
+        ),
+        dry=_module(
+            *("benchmarks.gpu.kernel_times", *_LAYER, "--weights", "float32"),
+            *("--out", "{results}/kernel_times.csv"),
+        ),
     ),
     Stage("tests, CUDA C++", "second", 60, _pytest("tests/ops/backends/test_cuda_backend.py")),
     Stage("tests, Triton", "second", 80, _pytest("tests/ops/backends/triton/kernels")),

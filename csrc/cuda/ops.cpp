@@ -15,10 +15,12 @@
 //     merged  fold, merge, torch's GEMM; fold and thin where P is saved
 //   backward
 //     fused   fold, gemm (dX; S in its loop), tall_grad (x, S), tall_grad (dY, P), reduce, unfold
-//     split   fold, thin_grad (S, and d_B's partial sums), gemm (dX), tall_grad (x, S), reduce,
-//             unfold; above R = 16 thin (S) and tall_grad (dY, P) for thin_grad
+//     split   fold, thin_grad (S, and d_B's partial sums), tall_grad (x, S), reduce, unfold, gemm
+//             (dX); above R = 16 thin (S) and tall_grad (dY, P) for thin_grad
 //     merged  as split, with fold, merge and torch's GEMM for dX
 //
+// dX comes last where it can: the partial sums are still in L2 when they are added, and so is dX
+// when the layer before reads it.
 // `fused` runs as `split` where the GEMM's loop cannot compute P. A weight wider than x is cast
 // first. Without a core reduce makes d_up, and there is no unfold.
 namespace efft_kernels::cuda {
@@ -97,27 +99,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
   } else {
     std::optional<Tensor> s;  // S = dY·B, [M, R]
     std::optional<Tensor> d_b_partial, d_down_partial;
+    std::optional<Call::Folded> folded;
     std::optional<Call::Gemm> gemm;
     if (need_x && strategy != kMerged) gemm = call.choose(dy, WLayout::kRowsOfC);
     const bool compute_s =
         gemm && strategy == kFused && can_compute_p(gemm->choice, call.rank_padded);
     if (need_down || gemm) {
-      const Call::Folded folded = call.fold(call.type, {.b = true, .transpose_down = true});
+      folded = call.fold(call.type, {.b = true, .transpose_down = true});
       if (need_down || !compute_s) s = empty(dy, {call.m, call.rank_padded}, call.type);
-      if (!compute_s) {
-        const Matrix b = matrix(*folded.b);
-        if (need_factors && one_pass_gradient(call.rank_padded)) {
-          d_b_partial = call.thin_grad(dy, b, *p, *s);
-        } else {
-          call.thin(dy, b, *s);
-        }
-      }
-      if (gemm) {
-        call.launch(*gemm, folded, s, compute_s);
-        dx = gemm->out;
+      const Matrix b = matrix(*folded->b);
+      if (compute_s) {
+        call.launch(*gemm, *folded, s, true);
+      } else if (need_factors && one_pass_gradient(call.rank_padded)) {
+        d_b_partial = call.thin_grad(dy, b, *p, *s);
+      } else {
+        call.thin(dy, b, *s);
       }
     }
-    if (need_x && strategy == kMerged) dx = torch::stable::matmul(dy, call.merged_weight());
     if (need_down) d_down_partial = call.tall_grad(*x, *s);
     if (need_factors && !d_b_partial) d_b_partial = call.tall_grad(dy, *p);
     // d_B, [N, Ra]; without a core it is d_up.
@@ -125,6 +123,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
     if (need_factors && core) d_b = empty(dy, {call.n, call.ra}, ScalarType::Float);
     call.reduce(d_b_partial, d_b, d_down_partial, d_down);
     if (need_factors && core) call.unfold(*d_b, d_core, d_up);
+    if (gemm && !compute_s) call.launch(*gemm, *folded, s, false);
+    if (gemm) dx = gemm->out;
+    if (need_x && strategy == kMerged) dx = torch::stable::matmul(dy, call.merged_weight());
   }
   return {or_empty(dx, dy), or_empty(d_down, down), or_empty(d_core, up), or_empty(d_up, up)};
 }

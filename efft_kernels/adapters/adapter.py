@@ -13,7 +13,7 @@ from ..methods.base import Method, Site
 from ..nn import FusedEFFTLinear
 from ..ops.checks import FLOAT_DTYPES
 from .adapter_file import Header, factor_key, module_key, shorten, write_adapter_file
-from .architectures import set_qkv_bias_separate, unshare
+from .architectures import set_qkv_bias_separate, unshare_inputs
 from .attachment import BANK_NAME, Attachment, find_bank
 from .chained import find_chain, unchain
 from .description import Description
@@ -116,7 +116,8 @@ class Adapter:
         unchain(self.model)
         for name, layer in self.layers().items():
             self.model.set_submodule(name, layer.to_linear())
-        unshare(self.model)
+        unshare_inputs(self.model)
+        self.bank.joint_factors.unwatch(self.model)
         set_qkv_bias_separate(self.model, attachment.separated_bias, False)
         delattr(self.model, BANK_NAME)
         for name, parameter in self.model.named_parameters():

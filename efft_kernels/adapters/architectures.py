@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..methods.base import Site
-from ..methods.joint import JointFactors
 from ..nn import FactorBank, FusedEFFTLinear
 from ..ops.shared_projection import SharedInput
 
@@ -100,11 +99,11 @@ def share_inputs(model: nn.Module, bank: FactorBank, sites: Iterable[Site]) -> N
             layer.shared_input = shared
 
 
-def unshare(model: nn.Module) -> None:
-    """Remove every hook under which adapted linears share something."""
+def unshare_inputs(model: nn.Module) -> None:
+    """Remove every hook that `share_inputs` registered."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), SharedInput | JointFactors):
+                if isinstance(getattr(hook, "__self__", None), SharedInput):
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)

@@ -58,6 +58,15 @@ class JointFactors:
         model.register_forward_pre_hook(self.open)
         model.register_forward_hook(self.close, always_call=True)
 
+    def unwatch(self, model: nn.Module) -> None:
+        """Remove the hooks; torch.cuda.make_graphed_callables, for one, takes no module with any.
+        The linears make their own factors then."""
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del hooks[key]
+                    model._forward_hooks_always_called.pop(key, None)
+
     def open(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         self._now = None if torch.compiler.is_compiling() else (_circumstances(), {})
@@ -74,9 +83,12 @@ class JointFactors:
             site: the site's name.
             dropout: apply the method's dropout (training).
         """
-        if not group.joint or torch.compiler.is_compiling() or self._now is None:
+        if not group.joint or torch.compiler.is_compiling():
             return None
-        circumstances, groups = self._now
+        now = self._now
+        if now is None:
+            return None
+        circumstances, groups = now
         if circumstances != _circumstances() or _is_traced():
             return None
         held = groups.get((group, dropout))
@@ -160,6 +172,8 @@ class _KeptGraph(torch.autograd.Function):
                 " backward: run the forward again"
             )
         needs = ctx.needs_input_grad[1:]
+        if all(grad is None for grad in grads):
+            return None, *(None for _ in needs)
         again = torch.is_grad_enabled()  # create_graph: a second derivative goes through the inputs
         with torch.autocast(ctx.inputs[0].device.type, enabled=False):
             outputs = ctx.compute(*ctx.inputs) if again else ctx.outputs

@@ -64,7 +64,8 @@ def explain(
         M, K, N, G, rank: rows, in_features, out_features, slices, Ra.
         dtype: of x and y.
         device: a name of `DEVICES` ("H200", "CPU", ...); this machine's by default.
-        backend: a name of `REGISTRY`; by default "triton" on a GPU and "torch" on a CPU.
+        backend: a name of `REGISTRY`; by default what `auto` takes: of the backends that run on
+            this machine, or on the named device those that would if they were built.
         weight_dtype: of the weight as stored; `dtype` by default.
         training: whether the forward saves P.
         backward: the backward operator instead of the forward.
@@ -72,6 +73,7 @@ def explain(
     Raises:
         ValueError: no such device or backend.
     """
+    named = device is not None
     if device is None:
         peaks = cost_model.device_of("cuda" if torch.cuda.is_available() else "cpu")
     elif device in DEVICES:
@@ -79,8 +81,7 @@ def explain(
     else:
         raise ValueError(f"device must be one of {tuple(DEVICES)}, got {device!r}")
     device_type = "cpu" if peaks.name == "CPU" else "cuda"
-    backend = backend or ("torch" if device_type == "cpu" else "triton")
-    if backend not in REGISTRY:
+    if backend is not None and backend not in REGISTRY:
         raise ValueError(f"backend must be one of {tuple(REGISTRY)}, got {backend!r}")
     problem = Problem(
         M,
@@ -93,6 +94,9 @@ def explain(
         compute_bytes=dtype.itemsize,
         device_type=device_type,
         backward=backward,
+    )
+    backend = backend or next(
+        name for name in reversed(REGISTRY) if _is_taken(name, problem, dtype, built=named)
     )
     predicted, excluded = cost_model.candidates(problem, REGISTRY[backend].load(), peaks)
     here = peaks == cost_model.device_of(device_type)
@@ -110,3 +114,13 @@ def explain(
         excluded=excluded,
         floor_us=1e6 * cost_model.floor_seconds(problem, peaks),
     )
+
+
+def _is_taken(name: str, problem: Problem, dtype: torch.dtype, *, built: bool) -> bool:
+    """Whether `auto` takes the backend rather than one before it in `REGISTRY`."""
+    devices = REGISTRY[name].devices
+    if devices is not None and problem.device_type not in devices:
+        return False
+    module = REGISTRY[name].load()
+    runs = dtype in module.DTYPES and module.preferred(problem)
+    return runs and (built or module.unavailable() is None)

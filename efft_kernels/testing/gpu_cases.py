@@ -79,10 +79,10 @@ class Case:
         d_down = named(f"tall_grad-{dtype}-{R}", s.K, s.Ra)
         d_b = named(f"tall_grad-{dtype}-{R}", s.N, s.Ra)
         after = [d_down, "reduce"] if R == ONE_PASS_RANK else [d_down, d_b, "reduce"]
-        last = [unfold] if s.core else []
+        after += [unfold] if s.core else []
         if self.strategy == "merged":
             merged = [fold, merge]
-            return [fold, p_pass, *merged, fold, s_pass, *merged, *after, *last]
+            return [fold, p_pass, *merged, fold, s_pass, *after, *merged]
 
         cast = ["merge-f32"] if self.wide else []
         plan = []
@@ -90,13 +90,15 @@ class Case:
             kind, block = gemm.split("-")
             p_in_gemm = self.strategy == "fused" and kind == "sm90" and R == 16
             p_cols = [] if kind == "sm80" else ["16" if p_in_gemm else "0"]
+            main = "-".join([kind, dtype, block, *p_cols, layout])
             plan += [*cast, fold]
-            if not p_in_gemm:
-                plan.append(p_pass if layout == "I" else s_pass)
-            plan.append("-".join([kind, dtype, block, *p_cols, layout]))
-            if layout == "C":
-                plan += [d_down, d_b, "reduce"] if p_in_gemm else after
-        return plan + last
+            if layout == "I":
+                plan += [main] if p_in_gemm else [p_pass, main]
+            elif p_in_gemm:
+                plan += [main, d_down, d_b, *after[1:]]
+            else:
+                plan += [s_pass, *after, main]
+        return plan
 
     def operands(self, device: str) -> tuple[Tensor | None, ...]:
         """(x, weight, bias, down, core, up, dy), the same for the same device."""

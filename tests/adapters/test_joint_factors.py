@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT1, EFFT2, Adapter, FacTTK, FacTTT, KAdaptation, LoRA, attach
 from efft_kernels import nn as efft_nn
-from efft_kernels.methods.joint import JointFactors, keep_graph
+from efft_kernels.methods.joint import keep_graph
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 
 METHODS = [
@@ -34,11 +34,9 @@ NOISY = EFFT2(rank=3, dropout=0.5, scale=0.7)
 
 def stop_sharing(model):
     """The model's linears make their own factors from here on."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(hook.__self__, JointFactors):
-                del hooks[key]
-                model._forward_hooks_always_called.pop(key, None)
+    model.factor_bank.joint_factors.unwatch(model)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert not model._forward_hooks_always_called
     return model
 
 
@@ -605,6 +603,57 @@ class TestUnderOtherCircumstances:
             assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnGPU:
+    def pair(self, models):
+        return [model.float().cuda() for model in models()]
+
+    def close(self, found, expected):
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).norm() < 1e-3 * b.norm()
+
+    def test_captured_step(self, models, images):
+        model, twin = self.pair(models)
+        x = images.float().cuda()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                model(x).tanh().sum().backward()
+                model.zero_grad()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(x).tanh().sum().backward()
+        for _ in range(3):
+            with torch.no_grad():
+                for parameter in (*factors(model), *factors(twin)):
+                    parameter.mul_(0.8)
+            twin.zero_grad()
+            twin(x).tanh().sum().backward()
+            graph.replay()
+            self.close([p.grad for p in factors(model)], [p.grad for p in factors(twin)])
+
+    def test_part_on_another_stream(self, models, images, made):
+        model, twin = self.pair(models)
+        x = images.float().cuda()
+        expected = twin(x).detach()
+        made["alone"] = 0
+        side, inner = torch.cuda.Stream(), model.blocks[1].forward
+
+        def forward(tokens, **options):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                tokens = inner(tokens, **options)
+            torch.cuda.current_stream().wait_stream(side)
+            return tokens
+
+        model.blocks[1].forward = forward
+        self.close([model(x).detach()], [expected])
+        assert made == {"joint": 2, "alone": 4}
+
+
 class TestCopies:
     def test_hooks_follow(self, models, images):
         model, twin = models()
@@ -654,6 +703,21 @@ class TestKeepGraph:
         a, b = (torch.randn(3, requires_grad=True) for _ in range(2))
         x, _ = keep_graph(lambda a, b: (a * 2, b * 3), a, b)
         assert torch.autograd.grad(x.sum(), (a, b), allow_unused=True)[1] is None
+
+    def test_without_any_gradient(self):
+        class Stop(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 2
+
+            @staticmethod
+            def backward(ctx, grad):
+                return None
+
+        a = torch.randn(3, requires_grad=True)
+        (x,) = keep_graph(lambda a: (a * 3,), a)
+        Stop.apply(x).sum().backward()
+        assert a.grad is None
 
 
 @pytest.mark.parametrize("count", range(1, 7))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
 from benchmarks.gpu import kernel_times
 
@@ -49,3 +52,21 @@ def test_another_profiler_sees_each_call_once(
 )  # fmt: skip
 def test_a_kernel_is_named_by_its_work(kernel: str, name: str) -> None:
     assert kernel_times.short(kernel) == name
+
+
+def test_a_kernel_that_waits_for_another_adds_what_it_runs_behind_it() -> None:
+    def event(name: str, start: float, end: float, kind: DeviceType = DeviceType.CUDA) -> Any:
+        spanned = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(
+            name=name, device_type=kind, is_user_annotation=False, time_range=spanned
+        )
+
+    events = [
+        event("reduce", 25, 42),  # started under tall_grad
+        event("tall_grad", 0, 40),
+        event("copy", 30, 35),  # within it
+        event("launch", 0, 99, DeviceType.CPU),
+        event("gemm", 50, 60),
+    ]
+    found = [("tall_grad", 40), ("reduce", 2), ("copy", 0), ("gemm", 10)]
+    assert list(kernel_times.times(events)) == found

@@ -155,7 +155,7 @@ def test_every_layer_and_rank_is_in_the_sweep() -> None:
 def test_readme_section_is_idempotent_and_says_what_is_not_measured(
     whole: list[dict[str, Any]], operators: list[dict[str, Any]]
 ) -> None:
-    section = tables.readme_section(whole, operators)
+    section = tables.readme_section(whole, operators, [])
     assert "1.10× (12 MiB)" in section and "`abc1234`" in section and CPU in section
     assert "Whole models on a GPU: not measured." in section
     assert "The operator on a GPU: not measured." in section
@@ -169,10 +169,30 @@ def test_readme_section_is_idempotent_and_says_what_is_not_measured(
 
 def test_a_gpu_s_rows_get_their_own_table(whole: list[dict[str, Any]]) -> None:
     gpu = [row | {"device": "NVIDIA H200", "peak_mem_mb": "99"} for row in whole]
-    section = tables.readme_section(whole + gpu, [])
-    assert "NVIDIA H200" in section and "Whole models on a GPU" not in section
-    page = tables.results_page(whole + gpu, [])
-    assert "| 99 |" in page and "not measured" in page
+    page = tables.results_page(whole + gpu, [], [])
+    assert "NVIDIA H200" in page and "| 99 |" in page and "not measured" in page
+
+
+def test_a_gpu_s_steps_are_a_table_with_a_column_for_every_mode() -> None:
+    shared = dict.fromkeys(csv_rows.STEP_COLUMNS, "") | {
+        "model": "vit_base_patch16_224", "dtype": "bfloat16 autocast", "frozen_dtype": "float32",
+        "batch": "64", "r": "16", "device": "NVIDIA H200", "torch": "2.11", "commit": "abc1234",
+        "timestamp": "2026-11-26T12:00:00+00:00",
+    }  # fmt: skip
+    steps = [
+        shared | {"impl": impl, "mode": mode, "ms_p50": ms, "ratio_to_floor": ratio} | more
+        for impl, mode, ms, ratio, more in (
+            ("frozen", "eager", "20.5", "1.0", {"saved_mib": "2869.7", "peak_mem_mb": "3000"}),
+            ("EFFT2", "eager", "22.5", "1.098", {"saved_mib": "2900.2", "peak_mem_mb": "3100"}),
+            ("EFFT2", "graph", "19.1", "", {}),
+        )
+    ]
+    older = steps[1] | {"ms_p50": "99", "timestamp": "2026-11-25T12:00:00+00:00"}
+    section = tables.readme_section([], [], [older, *steps])
+    assert "| EFFT2 | 22.5 (1.10×) | 19.1 | 2,900 | 3,100 |" in section
+    assert "| frozen | 20.5 (1.00×) | – | 2,870 | 3,000 |" in section
+    assert "99" not in section and "weights float32. 2026-11-26, NVIDIA H200" in section
+    assert "Whole models on a GPU: not measured" not in section
 
 
 def test_readme_shows_what_the_csvs_give() -> None:
@@ -181,7 +201,7 @@ def test_readme_shows_what_the_csvs_give() -> None:
         pytest.skip("README has no benchmark markers")
     whole = csv_rows.read_rows(csv_rows.WHOLE_MODEL_CSV)
     operators = csv_rows.read_rows(csv_rows.OPERATORS_CSV)
-    section = tables.readme_section(whole, operators)
+    section = tables.readme_section(whole, operators, csv_rows.read_rows(csv_rows.STEP_CSV))
     assert tables.with_section(readme, section) == readme, "README is stale: run `make tables`"
 
 

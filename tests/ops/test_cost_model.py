@@ -37,7 +37,9 @@ def test_merged_is_never_picked_for_half_precision_weights(training, backward):
 
 def test_merged_is_picked_for_float32_weights_under_autocast():
     """The cast is made anyway, and adding ΔW in float32 before it is nearly free."""
-    e = explain(12608, 768, 2304, 3, 16, device="H200", weight_dtype=torch.float32)
+    e = explain(
+        *(12608, 768, 2304, 3, 16), device="H200", weight_dtype=torch.float32, backend="triton"
+    )
     assert e.chosen == "merged"
 
 
@@ -75,7 +77,7 @@ def test_factors_are_copied_only_where_a_kernel_cannot_read_them(strategy):
     assert names(high._replace(backward=True))[-2:] == ["unfold", "unfold"]
 
 
-AFTER = ["tall_grad", "reduce", "unfold"]  # the gradients, after the GEMM
+AFTER = ["tall_grad", "reduce", "unfold"]  # the gradients, after S
 
 
 @pytest.mark.parametrize(
@@ -89,12 +91,12 @@ AFTER = ["tall_grad", "reduce", "unfold"]  # the gradients, after the GEMM
         ("merged", {"weight_bytes": 4}, ["fold", "thin", "fold", "merge", "library gemm"]),
         ("merged", {"weight_bytes": 4, "training": False}, ["fold", "merge", "library gemm"]),
         ("fused", {"backward": True}, ["fold", "gemm", "tall_grad", *AFTER]),
-        ("split", {"backward": True}, ["fold", "thin_grad", "gemm", *AFTER]),
-        ("split", {"backward": True, "rank": 64}, ["fold", "thin", "gemm", "tall_grad", *AFTER]),
+        ("split", {"backward": True}, ["fold", "thin_grad", *AFTER, "gemm"]),
+        ("split", {"backward": True, "rank": 64}, ["fold", "thin", "tall_grad", *AFTER, "gemm"]),
         (
             "merged",
             {"backward": True},
-            ["fold", "thin_grad", "fold", "merge", "library gemm", *AFTER],
+            ["fold", "thin_grad", *AFTER, "fold", "merge", "library gemm"],
         ),
     ],
     ids=str,
@@ -219,6 +221,23 @@ def test_explanation_reads_as_text():
     assert "[12608, 768] x [768 -> 2304], G=3, rank 16" in text
     assert "the least predicted time" in text
     assert "merged  ruled out: the weight is stored in half precision" in text
+
+
+def test_what_is_explained_is_the_backend_that_auto_takes():
+    def backend(device, dtype, **changes):
+        return explain(12608, 768, 2304, device=device, dtype=dtype, **changes).backend
+
+    assert backend("H100", torch.bfloat16) == backend("H100", torch.float16) == "cuda"
+    assert backend("H100", torch.float32) == "triton"
+    assert backend("CPU", torch.float32) == "cpp"
+    assert explain(197, 768, 3072, device="CPU", dtype=torch.float32).backend == "torch"
+    assert backend("H100", torch.bfloat16, backend="triton") == "triton"
+
+
+def test_without_its_library_another_backend_is_explained(monkeypatch):
+    monkeypatch.setattr(cpp_backend, "unavailable", lambda: "not built")
+    assert explain(12608, 768, 2304, dtype=torch.float32).backend == "torch"
+    assert explain(12608, 768, 2304, dtype=torch.float32, device="CPU").backend == "cpp"
 
 
 def test_explain_names_what_is_wrong():

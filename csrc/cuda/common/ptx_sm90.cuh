@@ -104,30 +104,6 @@ __device__ __forceinline__ void load_box_multicast(uint32_t to, const CUtensorMa
       : "memory");
 }
 
-// The part of a box that lies inside the tensor.
-__device__ __forceinline__ void store_box(const CUtensorMap* map, int32_t row, int32_t col,
-                                          uint32_t from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
-                   reinterpret_cast<uint64_t>(map)),
-               "r"(col), "r"(row), "r"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void commit_stores() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until all but the latest kPending stores have read their shared memory.
-template <int kPending>
-__device__ __forceinline__ void wait_stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
-// Orders this thread's shared-memory writes before TMA's reads.
-__device__ __forceinline__ void fence_to_tma() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t r0, uint32_t r1,
                                                uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
@@ -135,9 +111,13 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t r0, ui
                : "memory");
 }
 
-// A barrier among the 128 threads of one warpgroup.
-__device__ __forceinline__ void warpgroup_sync(int id) {
-  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
 }
 
 template <int kRegisters>

@@ -52,10 +52,10 @@ struct Sm90Config {
   static constexpr int kStageBytes = kABytes + kWBytes + kThinInBytes;
   static constexpr int kChunkBytes = kBlockI * kLineBytes;  // 64 columns of w in rows of C
 
-  // The epilogue's pieces of 64 rows and 64 columns; a consumer has room for one.
+  // The epilogue's pieces of 64 columns; every warp of a consumer has room for its 16 rows of one.
   static constexpr int kPieces = kBlockC / 64;
-  static constexpr int kPieceBytes = 64 * kLineBytes;
-  static constexpr int kStagingBytes = kConsumers * kPieceBytes;
+  static constexpr int kPieceBytes = 16 * kLineBytes;
+  static constexpr int kStagingBytes = kConsumers * 4 * kPieceBytes;
 
   static constexpr int kBarrierBytes = 256;
   static constexpr int kAlignment = 1024;  // of shared memory as the kernel declares it
@@ -68,12 +68,12 @@ struct Sm90Config {
   static_assert(kStageBytes % kSlabBytes == 0, "every operand starts at a swizzle period");
   static_assert(2 * kStages * 8 <= kBarrierBytes, "two barriers per stage");
   static_assert(kStages >= 3, "loads need to run ahead");
-  static_assert(kPieces <= kStages && kHalfABytes == kPieceBytes, "the last tile's store");
   static_assert(128 * kProducerRegisters + 128 * kConsumers * kConsumerRegisters <= 64 * 1024,
                 "the register file");
 };
 
-// The GEMM's tensor maps; see sm90.cuh for who reads what.
+// The GEMM's tensor maps, see sm90.cuh for who reads what; `out` only for its limits, as its stores
+// are of 16 bytes.
 struct GemmMapParams {
   TensorMapParams a, w, thin_in, p, thin_out, out;
 };
@@ -100,7 +100,7 @@ inline GemmMapParams gemm_map_params(const GemmArguments& g, int block_c) {
   if (!rows_of_i) maps.thin_in.swizzle_bytes = 2 * kComputePRank;
   maps.p = map_params(g.p, 64, kSm90BlockM / 2);
   maps.thin_out = map_params(g.thin_out, 64, w_rows);
-  maps.out = map_params(g.out, 64, 64);
+  maps.out = map_params(g.out, 64, 16);
   return maps;
 }
 

@@ -19,7 +19,6 @@ cudaError_t launch_gemm_sm90(const GemmArguments& g, int block_c, const Device& 
   if (error == cudaSuccess && g.compute_p) error = encode(params.thin_in, &maps.thin_in);
   if (error == cudaSuccess && !g.compute_p) error = encode(params.p, &maps.p);
   if (error == cudaSuccess) error = encode(params.thin_out, &maps.thin_out);
-  if (error == cudaSuccess) error = encode(params.out, &maps.out);
   if (error != cudaSuccess) return error;
   // Nothing may refer to a kernel that is not built.
   if constexpr (kSm90IsBuilt) {

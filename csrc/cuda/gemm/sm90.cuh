@@ -98,13 +98,15 @@ struct Sm90Parameters {
   Bias bias;
   void* p_out;  // [M, rank], written where P is computed here, or null
   int64_t p_stride;
+  void* out;  // [M, C], rows aligned to 16 bytes
+  int64_t out_stride;
 };
 
 // Addresses in a block's shared memory.
 template <class Config>
 struct Sm90Smem {
   uint32_t stages;  // tiles of a, of w and, where P is computed, of thin_in
-  uint32_t pieces;  // of `out`, on their way from registers to memory: one per consumer
+  uint32_t pieces;  // of `out`, on their way from registers to memory: one per consumer's warp
   uint32_t full;    // barriers: a stage's tiles have arrived
   uint32_t empty;   // barriers: a stage's readers are done
 
@@ -248,25 +250,41 @@ __device__ __forceinline__ void round_p(uint32_t (&p)[Config::kPCols / 16][4],
 template <class T, class Config>
 __device__ __forceinline__ void round_out(uint32_t (&out)[Config::kPieces][16],
                                           const float (&acc)[Config::kAccumulators],
-                                          const float (&bias)[Config::kBlockC / 8][2]) {
+                                          const BiasPairs<T, Config::kBlockC / 8>& bias) {
 #pragma unroll
   for (int block = 0; block < Config::kBlockC / 8; ++block) {
     const float* const value = acc + block * 4;
     uint32_t* const to = out[block / 8] + block % 8 * 2;
-    to[0] = pack<T>(value[0] + bias[block][0], value[1] + bias[block][1]);
-    to[1] = pack<T>(value[2] + bias[block][0], value[3] + bias[block][1]);
+    float pair[2];
+    bias.value(pair, block);
+    to[0] = pack<T>(value[0] + pair[0], value[1] + pair[1]);
+    to[1] = pack<T>(value[2] + pair[0], value[3] + pair[1]);
   }
 }
 
-// A piece from registers to `buffer`.
-__device__ __forceinline__ void write_piece(uint32_t buffer, const uint32_t (&piece)[16]) {
-  const int warp = threadIdx.x % 128 / 32;
-  const LaneAddress at = stored_blocks(threadIdx.x % 32);
+// A warp's 16 rows of a piece to (row, c) of `out`, by way of the warp's own `buffer`, so that the
+// stores are of whole lines. Not by TMA: its fence, its queue behind the loads and a barrier among
+// the warps would be waited for between two wgmma.
+template <class T>
+__device__ __forceinline__ void store_piece(const Sm90Parameters& g, const uint32_t (&piece)[16],
+                                            int row, int c, uint32_t buffer) {
+  const int lane = threadIdx.x % 32;
+  const LaneAddress at = stored_blocks(lane);
+  __syncwarp();  // the piece before has been read
 #pragma unroll
   for (int block = 0; block < 8; block += 2)
-    store_matrices(buffer + 2 * swizzled<64>(warp * 16 + at.row, block + at.chunk),
-                   piece[block * 2], piece[block * 2 + 1], piece[block * 2 + 2],
-                   piece[block * 2 + 3]);
+    store_matrices(buffer + 2 * swizzled<64>(at.row, block + at.chunk), piece[block * 2],
+                   piece[block * 2 + 1], piece[block * 2 + 2], piece[block * 2 + 3]);
+  __syncwarp();
+  const int chunk = lane % 8;
+  const int first = row + lane / 8;
+  T* const to = static_cast<T*>(g.out) + first * g.out_stride + c + chunk * 8;
+#pragma unroll
+  for (int r = 0; r < 16; r += 4) {
+    if (first + r < g.m && c + chunk * 8 < g.c)
+      *reinterpret_cast<uint4*>(to + r * g.out_stride) =
+          load_shared(buffer + 2 * swizzled<64>(r + lane / 8, chunk));
+  }
 }
 
 // A warpgroup: multiplies and stores 64 rows of all tiles of the block.
@@ -292,20 +310,17 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
   constexpr uint64_t kThinInStep = descriptor_step(16 * 2 * kComputePRank);
   const uint64_t thin_in_first =
       wgmma_descriptor_32b(smem.stages + Config::kABytes + Config::kWBytes);
-  const uint32_t buffer = smem.pieces + consumer * Config::kPieceBytes;
+  const uint32_t buffer = smem.pieces + (consumer * 4 + warp) * Config::kPieceBytes;
   const auto release = [&](int stage) {
     if (lane < place.cluster) barrier_arrive_at(smem.empty + stage * 8, lane);
   };
   Ring<Config::kStages> ring;
-  // The tile before this one: its rounded output, not yet stored.
+  // The tile before this one, until it is stored: its rounded output.
   uint32_t out[Config::kPieces][16];
   int out_row = -1;
   int out_c = 0;
-  // One thread's share of storing a piece that the warpgroup has written.
-  const auto store = [&](int piece, uint32_t from) {
-    if (out_row < g.m && out_c + piece * 64 < g.c)
-      store_box(&maps.out, out_row, out_c + piece * 64, from);
-    commit_stores();
+  const auto store = [&](int piece) {
+    store_piece<T>(g, out[piece], out_row + warp * 16, out_c + piece * 64, buffer);
   };
 
   for (int index = place.first; index < g.order.count(); index += place.stride) {
@@ -338,28 +353,27 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
       ring.advance();
     };
     // The product: over I, then over the rank where P is read. Between its steps the tile before is
-    // stored, a piece at a time and evenly: TMA takes long to read one, with loads queued before
-    // it.
+    // stored, a piece at a time and evenly.
     int t = 0;
+    const auto step = [&] {
+      multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
+      ++t;
+    };
 #pragma unroll
     for (int piece = 0; piece < Config::kPieces; ++piece) {
       const int end = g.tiles_i * (piece + 1) / Config::kPieces;
-      const auto step = [&] {
-        multiply(Steps<4>{}, t == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One);
-        ++t;
-      };
       if (t < end) step();
-      if (out_row >= 0) {
-        if (thread == 0) wait_stores_read<0>();
-        warpgroup_sync(1 + consumer);
-        write_piece(buffer, out[piece]);
-        fence_to_tma();
-        warpgroup_sync(1 + consumer);
-        if (thread == 0) store(piece, buffer);
-      }
+      if (out_row >= 0) store(piece);
 #pragma unroll 1
-      while (t < end) step();
+      while (t < end - (piece == Config::kPieces - 1)) step();
     }
+    // As the registers of `out` are free, a step ahead of its use.
+    const Tile tile = place.tile(g.order, index);
+    out_row = tile.row * Config::kBlockM + consumer * 64;
+    out_c = tile.col * Config::kBlockC;
+    BiasPairs<T, Config::kBlockC / 8> bias;
+    bias.load(g.bias, out_c + accumulator_col(lane, 0), g.c);
+    if (t < g.tiles_i) step();
     if constexpr (!Config::kComputeP) {
       if (g.rank_steps == 1) {
         multiply(Steps<1>{}, gmma::ScaleOut::One);
@@ -370,12 +384,6 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
           multiply(Steps<4>{}, gmma::ScaleOut::One);
       }
     }
-    // Before the wait, so that it covers what these take.
-    const Tile tile = place.tile(g.order, index);
-    const int row = tile.row * Config::kBlockM + consumer * 64;
-    const int c = tile.col * Config::kBlockC;
-    float bias[Config::kBlockC / 8][2];
-    load_bias_pairs<T>(bias, g.bias, c + accumulator_col(lane, 0), g.c);
     cute::warpgroup_wait<0>();
     fence_accumulators(acc);
     release(previous);
@@ -383,7 +391,7 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
     // The low-rank product where P was computed here.
     if constexpr (Config::kComputeP) {
       uint32_t p[Config::kPCols / 16][4];
-      round_p<T, Config>(p, acc, g, row + warp * 16, g.p_out != nullptr && c == 0);
+      round_p<T, Config>(p, acc, g, out_row + warp * 16, g.p_out != nullptr && out_c == 0);
       barrier_wait(smem.full + ring.stage * 8, ring.parity);
       const uint64_t at = descriptor_step(ring.stage * Config::kStageBytes);
       fence_accumulators(acc);
@@ -404,26 +412,10 @@ __device__ __forceinline__ void consume(const GemmMaps& maps, const Sm90Paramete
     }
 
     round_out<T, Config>(out, acc, bias);
-    out_row = row;
-    out_c = c;
   }
   if (out_row < 0) return;
-
-  // The last tile goes through the stages, which nothing is loaded into any more: only this
-  // consumer has read its rows of `a`.
-  warpgroup_sync(1 + consumer);
-  const auto free_rows = [&](int piece) {
-    return smem.stages + piece * Config::kStageBytes + consumer * Config::kHalfABytes;
-  };
 #pragma unroll
-  for (int piece = 0; piece < Config::kPieces; ++piece) write_piece(free_rows(piece), out[piece]);
-  fence_to_tma();
-  warpgroup_sync(1 + consumer);
-  if (thread == 0) {
-#pragma unroll
-    for (int piece = 0; piece < Config::kPieces; ++piece) store(piece, free_rows(piece));
-    wait_stores_read<0>();
-  }
+  for (int piece = 0; piece < Config::kPieces; ++piece) store(piece);
 }
 
 template <class T, class Config>
@@ -473,6 +465,8 @@ cudaError_t launch_sm90(const GemmArguments& g, const GemmMaps& maps, const Devi
   parameters.bias = bias_of(g);
   parameters.p_out = Config::kComputeP ? g.p.data : nullptr;
   parameters.p_stride = g.p.stride;
+  parameters.out = g.out.data;
+  parameters.out_stride = g.out.stride;
   const int count = parameters.order.count();
   const int most = device.multiprocessors / cluster;
   return launch_clusters<low_rank_gemm_sm90_kernel<T, Config>>(

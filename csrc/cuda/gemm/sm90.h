@@ -14,7 +14,6 @@ struct GemmMaps {
   CUtensorMap thin_in;   // [R, I] or [I, R]
   CUtensorMap p;         // [M, rank]
   CUtensorMap thin_out;  // [C, R] or [R, C]
-  CUtensorMap out;       // [M, C]
 };
 
 cudaError_t launch_gemm_sm90_f16(const GemmArguments& g, const GemmMaps& maps, int block_c,

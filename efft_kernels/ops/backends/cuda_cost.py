@@ -13,14 +13,13 @@ RANK_IN_GEMM = 16
 # bfloat16 on an H100. The general GEMM is assumed: mma.sync has about 0.6 of wgmma's rate.
 SM90_GEMM = 0.95
 GENERAL_GEMM = {True: 0.55, False: 0.85}  # by Device.sm90
-PASS_MEMORY = 0.73
+PASS_MEMORY = 0.8
+THIN_GRAD_MEMORY = 0.95  # its partial sums stay in the L2 cache
 MERGE_MEMORY = 0.56
-# Loads that wait for each other. That of unfold is assumed.
-FOLD_S, UNFOLD_S = 1.5e-6, 4e-6
-# What the loop that computes S as well makes of dX's GEMM: the mean of ViT-B's four layers with 64
-# images in bfloat16 on an H100, 1.28 to 1.52 (benchmarks/gpu/kernel_times.py). In the forward the
-# loop takes P along for the share of its columns.
-DX_WITH_S = 1.42
+UNFOLD_S = 4e-6  # loads that wait for each other
+# What the loop that computes S as well makes of dX's GEMM: 1.08 to 1.25 in the same layers. In the
+# forward the loop takes P along for the share of its columns.
+DX_WITH_S = 1.2
 # The padded rank at which one pass over dY makes S and the partial sums of d_B (passes/sizes.h).
 ONE_PASS_RANK = 16
 
@@ -48,13 +47,10 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     saved = M * rank * b if problem.training or not p_in_gemm else 0
     stored = (K + N + G * rank) * rank * f
 
-    def fold(moved: int) -> Launch:
-        return Launch("fold", 0, moved, latency_s=FOLD_S)
+    def over_rows(name: str, flops: float, moved: int, share: float = PASS_MEMORY) -> Launch:
+        return Launch(name, flops, moved, memory_efficiency=share)
 
-    def over_rows(name: str, flops: float, moved: int) -> Launch:
-        return Launch(name, flops, moved, memory_efficiency=PASS_MEMORY)
-
-    fold_both = fold(stored + (K + N) * R * b)
+    fold_both = Launch("fold", 0, stored + (K + N) * R * b)
     cast = [] if wb == b else [Launch("cast", 0, N * K * (wb + b), 1.0, MERGE_MEMORY)]
     # wgmma takes the R columns of P along with a tile's own.
     share = R / block if p_in_gemm and block and not problem.backward else 0
@@ -67,13 +63,13 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
         / (DX_WITH_S if problem.backward and p_in_gemm else 1),
         stored=M * columns * b,
     )
-    fold_float = fold(stored + (K + N) * R * 4)
+    fold_float = Launch("fold", 0, stored + (K + N) * R * 4)
     merge = Launch("merge", 0, N * K * (wb + b) + (K + N) * R * 4, 1.0, MERGE_MEMORY)
     merged = [fold_float, merge, library_gemm(problem)]
     thin = over_rows("thin", 2 * M * inner * R, (M * (inner + R) + inner * R) * b)
     if not problem.backward:
         if strategy == "merged":
-            fold_down = fold(K * (rank * f + R * b))
+            fold_down = Launch("fold", 0, K * (rank * f + R * b))
             return [fold_down, thin, *merged] if problem.training else merged
         return [*cast, fold_both, gemm] if p_in_gemm else [*cast, fold_both, thin, gemm]
 
@@ -85,17 +81,16 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     grad_x = over_rows("tall_grad", 2 * M * K * R, M * (K + rank) * b + x_parts * K * R * 4)
     grad_dy = over_rows("tall_grad", 2 * M * N * R, M * (N + rank) * b + dy_parts * N * R * 4)
     if one_pass:
-        thin = over_rows(
-            "thin_grad", 4 * M * N * R, thin.bytes_moved + M * rank * b + dy_parts * N * R * 4
-        )
+        moved = thin.bytes_moved + M * rank * b + dy_parts * N * R * 4
+        thin = over_rows("thin_grad", 4 * M * N * R, moved, THIN_GRAD_MEMORY)
     reduce = over_rows(
         "reduce", 0, (dy_parts * N + x_parts * K) * R * 4 + N * rank * 4 + K * rank * f
     )
     unfold = Launch("unfold", 0, N * rank * 4 + 2 * (N + G * rank) * rank * f, latency_s=UNFOLD_S)
     after = [grad_x, *([] if one_pass else [grad_dy]), reduce, unfold]
     if strategy == "merged":
-        return [fold_both, thin, *merged, *after]
-    return [*cast, fold_both, *([] if p_in_gemm else [thin]), gemm, *after]
+        return [fold_both, thin, *after, *merged]
+    return [*cast, fold_both, *([gemm, *after] if p_in_gemm else [thin, *after, gemm])]
 
 
 def _sm90_columns(m: int, columns: int, multiprocessors: int) -> int | None:

@@ -39,8 +39,6 @@ struct Thread {
   std::deque<std::vector<std::function<void()>>> copies;  // committed groups
   std::vector<std::function<void()>> open_products;       // wgmma, not committed
   std::deque<std::vector<std::function<void()>>> products;
-  std::vector<std::function<void()>> open_stores;  // bulk stores
-  std::deque<std::vector<std::function<void()>>> stores;
 };
 
 struct Rendezvous {
@@ -74,7 +72,6 @@ struct Block {
   uint3 index{};
   dim3 grid;
   std::vector<uint8_t> smem;
-  std::vector<uint8_t> unfenced;  // per 16 bytes: written, not yet visible to TMA
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::map<int, Rendezvous> named;
@@ -253,8 +250,7 @@ inline void run_cluster(int threads, std::mt19937& random) {
   for (const Block& b : blocks) {
     check(b.loads.empty(), "loads in flight at the end of a block");
     for (const Thread& t : b.threads)
-      check(t.stores.empty() && t.open_stores.empty() && t.products.empty(),
-            "operations in flight at the end of a thread");
+      check(t.products.empty(), "products in flight at the end of a thread");
   }
 }
 
@@ -272,7 +268,6 @@ void run_grid(Kernel kernel, dim3 grid, int threads, int smem_bytes, unsigned cl
         b.grid = grid;
         // Uninitialised memory is NaN in both 16-bit types and in float.
         b.smem.assign(smem_bytes, 0xff);
-        b.unfenced.assign(smem_bytes / 16 + 1, 0);
         b.eager = settings().eager;
       }
       std::mt19937 random(seed + x * 977 + y);

@@ -59,7 +59,6 @@ static void gemm(WLayout layout, int block_c, bool compute_p, int64_t m, int64_t
   maps.thin_in = encoded(params.thin_in);
   maps.p = encoded(params.p);
   maps.thin_out = encoded(params.thin_out);
-  maps.out = encoded(params.out);
   EXPECT(launch_sm90<T>(g, maps, block_c, Device{blocks, 90}, nullptr) == cudaSuccess, "launch");
 
   const auto p_value = [&](int64_t r, int64_t k) {

@@ -96,67 +96,23 @@ inline void load_box_multicast(uint32_t to, const CUtensorMap* map, int32_t row,
   model::check(blocks >> model::cluster().size() == 0, "a block beyond the cluster");
 }
 
-inline void store_box(const CUtensorMap* map, int32_t row, int32_t col, uint32_t from) {
-  const TensorMapParams p = params_of(map);
-  model::check(from % 1024 == 0, "a box of 128-byte rows must start at a swizzle period");
-  for (uint32_t chunk = from / 16; chunk < (from + box_bytes(p)) / 16; ++chunk)
-    model::check(!model::block().unfenced[chunk], "a store of bytes that no fence has passed");
-  const auto store = [=] {
-    for (uint32_t r = 0; r < p.box_rows; ++r) {
-      for (uint32_t c = 0; c < p.box_cols; ++c) {
-        const int64_t at_row = int64_t{row} + r, at_col = int64_t{col} + c;
-        if (at_row >= static_cast<int64_t>(p.rows) || at_col >= static_cast<int64_t>(p.cols))
-          continue;
-        const uint16_t value = model::element_at(swizzle_128b(from + r * 128 + c * 2));
-        std::memcpy(reinterpret_cast<uint8_t*>(p.address) +
-                        static_cast<uint64_t>(at_row) * p.row_bytes + at_col * 2,
-                    &value, 2);
-      }
-    }
-  };
-  if (model::block().eager) {
-    store();
-  } else {
-    model::current_thread().open_stores.push_back(store);
-  }
-}
-
-inline void commit_stores() {
-  auto& thread = model::current_thread();
-  thread.stores.push_back(std::move(thread.open_stores));
-  thread.open_stores.clear();
-}
-
-template <int kPending>
-void wait_stores_read() {
-  model::complete(model::current_thread().stores, kPending);
-}
-
-// Passes what this thread wrote.
-inline void fence_to_tma() {
-  const int mine = model::current_thread().index + 1;
-  for (auto& writer : model::block().unfenced)
-    if (writer == mine % 255 + 1) writer = 0;
-}
-
 inline void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   model::check(address % 16 == 0, "stmatrix at an unaligned address");
   auto& warp = model::current_warp();
   const uint32_t values[4] = {r0, r1, r2, r3};
   warp.address[model::lane()] = address;
   model::sync_warp();
-  const int mine = model::current_thread().index + 1;
   for (int matrix = 0; matrix < 4; ++matrix) {
     const uint32_t to = warp.address[matrix * 8 + model::lane() / 4] + model::lane() % 4 * 4;
     std::memcpy(model::smem_at(to, 4), &values[matrix], 4);
-    model::block().unfenced[to / 16] = static_cast<uint8_t>(mine % 255 + 1);
   }
   model::sync_warp();
 }
 
-inline void warpgroup_sync(int id) {
-  model::check(id >= 1 && id < 16, "a named barrier");
-  model::meet(model::block().named[id], 128);
+inline uint4 load_shared(uint32_t address) {
+  uint4 value;
+  std::memcpy(&value, model::smem_at(address, 16), 16);
+  return value;
 }
 
 template <int kRegisters>

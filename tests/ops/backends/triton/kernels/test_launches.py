@@ -34,7 +34,7 @@ def test_launches_and_bytes_are_those_priced(strategy, device, recorded):
 
     def priced(backward):
         launches = cost.launches(problem._replace(backward=backward), strategy, h200, tiling)
-        return [(name, moved) for name, _, moved, _ in launches if name != "library gemm"]
+        return [(x.name, x.bytes_moved) for x in launches if x.name != "library gemm"]
 
     def made():
         return [(launch.name, launch.bytes_moved) for launch in recorded]

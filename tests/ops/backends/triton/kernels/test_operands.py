@@ -40,9 +40,11 @@ def test_every_layout(layout, strategy, device):
     x, weight, down, up, dy = (LAYOUTS[layout](t) for t in (x, weight, down, up[0], dy))
     changed = (x, weight, bias, down, core.mT.contiguous().mT, up[None], dy)
     contiguous = [t.contiguous() for t in changed]
-    assert_same_bits(
-        backend_results(backend, changed, strategy), backend_results(backend, contiguous, strategy)
-    )
+    got, expected = (backend_results(backend, each, strategy) for each in (changed, contiguous))
+    # The library's own product: on a GPU it sums in another order where strides differ.
+    weight, expected_weight = got.pop("weight"), expected.pop("weight")
+    assert relative_error(weight, expected_weight) < 1e-6
+    assert_same_bits(got, expected)
 
 
 @pytest.mark.parametrize("needed", ["x", "weight bias", "down", "x down", "down up", "core"])
