@@ -138,4 +138,5 @@ class LoRAGroup(FactorGroup):
         nn.init.zeros_(self.B)
 
     def factors(self, site: str, dropout: bool) -> Factors:
-        return stack_matrices(self.A.mT, self.B * self.scale, self.chosen, self.slices)
+        up = self.B if self.scale == 1.0 else self.B * self.scale
+        return stack_matrices(self.A.mT, up, self.chosen, self.slices)

@@ -287,14 +287,15 @@ class AttentionHalf(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         steps, attention, _ = ctx.engine
         kept, (p_proj, x, o, *of_attention) = _kept(ctx)
-        s_proj, d_b_proj = steps.thin_grad(dy, kept.b_second, p_proj)
-        d_down_proj = steps.tall_grad(_rows(o), s_proj)
+        s_proj, sum_b_proj = steps.thin_grad(dy, kept.b_second, p_proj)
+        sum_down_proj = steps.tall_grad(_rows(o), s_proj)
         do = _heads(dy @ kept.w_second, ctx.images, ctx.heads)
         qkv = _split_heads(x, ctx.images, ctx.heads)
         parts = [_rows(part) for part in attention.backward(do, *qkv, o, *of_attention)]
         copy = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx, s, d_b = steps.gather_grad(parts, kept.b_first, kept.p_first, copy)
-        d_down = steps.norm_down_grad(kept.z, kept.mean, kept.rstd, kept.norm, s)
+        sum_down = steps.norm_down_grad(kept.z, kept.mean, kept.rstd, kept.norm, s)
+        d_b_proj, d_down_proj, d_down = steps.finish(sum_b_proj, sum_down_proj, sum_down)
         streams = _stream_grad(ctx, kept, dz, lambda: dx @ kept.w_first)
         return *streams, d_down, d_b, d_down_proj, d_b_proj, None
 
@@ -317,11 +318,12 @@ class MlpHalf(torch.autograd.Function):
     def backward(ctx: Any, dz: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         steps = ctx.engine.steps
         kept, (p2, h) = _kept(ctx)
-        s2, d_b2 = steps.thin_grad(dy, kept.b_second, p2)
+        s2, sum_b2 = steps.thin_grad(dy, kept.b_second, p2)
         dh, s1, d_b1, d_down2 = steps.gelu_grad(
             dy @ kept.w_second, h, s2, kept.b_first, kept.p_first
         )
-        d_down1 = steps.norm_down_grad(kept.z, kept.mean, kept.rstd, kept.norm, s1)
+        sum_down1 = steps.norm_down_grad(kept.z, kept.mean, kept.rstd, kept.norm, s1)
+        d_down1, d_b2 = steps.finish(sum_down1, sum_b2)
         streams = _stream_grad(ctx, kept, dz, lambda: dh @ kept.w_first)
         return *streams, d_down1, d_b1, d_down2, d_b2, None
 

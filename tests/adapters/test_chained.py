@@ -15,6 +15,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
@@ -215,6 +216,7 @@ class TestTraining:
 
 # Everything that sends a call to the modules themselves. Each yields while it is so.
 
+COPY = object()
 
 @contextlib.contextmanager
 def hooked(model, register, *, of="blocks.1.mlp", hook=lambda *_: None):
@@ -234,7 +236,7 @@ def all_hooked(model, register):
 def setting(model, of, name, value):
     owner = model.get_submodule(of)
     before = getattr(owner, name)
-    setattr(owner, name, value(before) if callable(value) else value)
+    setattr(owner, name, copy.deepcopy(before) if value is COPY else value)
     yield
     setattr(owner, name, before)
 
@@ -308,7 +310,7 @@ OTHERWISE = {
     "pre-hook of all": lambda m: all_hooked(m, "register_module_forward_pre_hook"),
     "backward hook of all": lambda m: all_hooked(m, "register_module_full_backward_hook"),
     "backward pre-hook of all": lambda m: all_hooked(m, "register_module_full_backward_pre_hook"),
-    "another block": lambda m: setting(m, "blocks", "1", copy.deepcopy),
+    "another block": lambda m: setting(m, "blocks", "1", COPY),
     "another norm": lambda m: setting(m, "blocks.0", "norm1", nn.LayerNorm(12).double()),
     "layer scale": lambda m: setting(m, "blocks.0", "ls1", nn.Dropout(0.0)),
     "forward of a module": forward_of_its_own,
@@ -394,8 +396,8 @@ class TestTransforms:
     def test_forward_mode(self, models, images, runs):
         results = []
         for model in models():
-            y = torch.func.jvp(model, (images,), (images.flip(0),))
-            results.append(y)
+            with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
+                results.append(torch.func.jvp(model, (images,), (images.flip(0),)))
         torch.testing.assert_close(*results, rtol=0, atol=0)
         assert not runs
 
@@ -498,18 +500,18 @@ class TestTheModelIsTheSame:
         close(step(model.train(), images), expected)
         assert len(runs) == 1
 
-    def test_a_batch_of_several_tasks(self, make_vit, runs, tmp_path, randomize):
-        paths = {}
-        for name in "ab":
-            model = make_vit()
-            adapter = attach(model, EFFT)
-            randomize(adapter)
-            adapter.save(paths.setdefault(name, tmp_path / f"{name}.safetensors"))
-        model = make_vit().eval()
-        served = AdapterSet.load(model, paths)
-        with served.tasks(["a", "b"]):
-            y = model(torch.randn(2, 3, 8, 8))
-        assert y.shape == (2, 5) and not runs
+    def test_a_batch_of_several_tasks(self, models, images, runs):
+        results = []
+        for model in models():
+            tasks = AdapterSet(Adapter(model))
+            tasks.add("a")
+            tasks.add("b")
+            model.eval()
+            runs.clear()
+            with tasks.tasks("aba"):
+                results.append(model(images))
+            assert not runs
+        torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 class TestAttach:
@@ -627,7 +629,7 @@ class TestOnAGpu:
 
     @pytest.fixture
     def batch(self):
-        return torch.randn(3, 3, 32, 32, device="cuda")
+        return torch.randn(9, 3, 32, 32, device="cuda")
 
     def results(self, model, batch, dtype):
         torch.manual_seed(11)
@@ -649,7 +651,7 @@ class TestOnAGpu:
         plain = self.results(twin, batch, dtype)
         found = self.results(model, batch, dtype)
         assert len(ran) == 1
-        assert worst_ratio(found, plain, exact) <= BUDGET
+        assert worst_ratio(*map(joined, (found, plain, exact))) <= BUDGET
 
     def test_in_a_cuda_graph(self, make, batch, ran, dtype):
         model = make()
@@ -670,21 +672,20 @@ class TestOnAGpu:
         graph.replay()
         torch.cuda.synchronize()
         assert len(ran) == 3
-        expected = self.results(model, batch, dtype)
-        torch.testing.assert_close([y, *grads], expected, rtol=0, atol=0)
+        near(joined([y, *grads]), joined(self.results(model, batch, dtype)))
 
     def test_two_forwards_before_one_backward(self, make, batch, ran, dtype):
         model = make()
         parts = []
         for part in (batch, batch.flip(0)):
-            parts.append([g for g in self.results(model, part, dtype)[1:]])
+            parts.append(self.results(model, part, dtype)[1:])
         model.zero_grad()
         with torch.autocast("cuda", dtype):
             losses = [model(part).float().tanh().mean() for part in (batch, batch.flip(0))]
         sum(losses).backward()
         assert len(ran) == 4
         for p, a, b in zip(model.factor_bank.parameters(), *parts, strict=True):
-            torch.testing.assert_close(p.grad, a + b, rtol=1e-4, atol=1e-5)
+            near([p.grad], [a + b])
 
     def test_saves_what_the_frozen_model_saves(self, make, make_vit, ran, dtype):
         images = torch.randn(8, 3, 224, 224, device="cuda")
@@ -705,6 +706,18 @@ class TestOnAGpu:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert len(ran) == 2
+
+
+def joined(results):
+    """The output, and all gradients in one vector: of a scalar by itself an error is chance."""
+    y, *grads = results
+    return y, torch.cat([grad.flatten() for grad in grads])
+
+
+def near(found, expected):
+    """Within what attention's atomic additions change from run to run."""
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 0.02 * b.norm()
 
 
 def saved_bytes(model, images, dtype):

@@ -2,18 +2,22 @@
 
 `triton/chain.py` does the same in launches. x, y and the thin matrices are in the dtype of the
 GEMMs, the stream z and its gradient in the stream's, d_down and d_B in float32 or the stream's.
+
+A gradient marked as a `Sum` still has to be added up: `finish` does several in one launch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
+
+Sum = Any
 
 
 class Norm(NamedTuple):
@@ -36,6 +40,10 @@ class Normed(NamedTuple):
 
 class TorchSteps:
     """The steps in torch's operators, in any dtype and on any device."""
+
+    def finish(self, *sums: Sum) -> tuple[Tensor, ...]:
+        """The gradients of two sums, or of three, the first two of them of equal rank."""
+        return sums
 
     def merge(self, weights: Sequence[Tensor], b: Tensor, down: Tensor) -> Tensor:
         """W + B·down^T [L, N, K] in B's dtype, rounded once, for L weights [N, K] and stacks
@@ -70,9 +78,7 @@ class TorchSteps:
         dz = dz + residual
         return dz, dz.to(dout.dtype)
 
-    def norm_down_grad(
-        self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor
-    ) -> Tensor:
+    def norm_down_grad(self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor) -> Sum:
         """x̂^T·S, with x̂ made again."""
         n = (z - mean.view(-1, 1)) * rstd.view(-1, 1)
         return self.tall_grad((n * norm.weight + norm.bias).to(s.dtype), s)
@@ -81,11 +87,11 @@ class TorchSteps:
         """P = x·down."""
         return x @ down
 
-    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Sum]:
         """S = dY·B and d_B = dY^T·P."""
         return dy @ b, self.tall_grad(dy, p)
 
-    def tall_grad(self, x: Tensor, s: Tensor) -> Tensor:
+    def tall_grad(self, x: Tensor, s: Tensor) -> Sum:
         """x^T·S."""
         return (x.T @ s).to(torch.promote_types(s.dtype, torch.float32))
 
@@ -107,6 +113,8 @@ class TorchSteps:
         """dh, then S = dh·B and d_B = dh^T·P of the linear before, d_down = gelu(h)^T·s of the one
         after.
         """
-        d_down = self.tall_grad(F.gelu(h), s)
+        sum_down = self.tall_grad(F.gelu(h), s)
         dh = aten.gelu_backward(da, h)
-        return dh, *self.thin_grad(dh, b, p), d_down
+        s_in, sum_b = self.thin_grad(dh, b, p)
+        d_b, d_down = self.finish(sum_b, sum_down)
+        return dh, s_in, d_b, d_down

@@ -6,7 +6,7 @@ arithmetic, 1.6 ms a step slower on an H100 (ViT-B, 64 images) than these passes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -19,10 +19,10 @@ from . import tuning
 from .configs import PassConfig
 from .device import multiprocessors
 from .gather import launch_gather
-from .launch_cache import CallCache, cache_of
+from .launch_cache import MAX_CALLS, CallCache
 from .merge_stack import launch_merge_stack
 from .norm import Branch, NormConfig, launch_norm_bwd, launch_norm_down_grad, launch_norm_fwd
-from .reduce import launch_reduce
+from .reduce import Sum, launch_reduce
 from .thin import launch_tall_grad, launch_thin
 
 MAX_WIDTH = 2048  # of the stream: the norm's kernels go over a row in one unrolled loop
@@ -62,8 +62,17 @@ def configs_for(k: int, rank: int, index: int | None) -> Configs:
     )
 
 
+class Partial(NamedTuple):
+    """A gradient's partial sums, and its size."""
+
+    sums: Tensor  # [parts, rows, padded columns] float32, any number of axes
+    rows: int
+    columns: int
+
+
 class TritonSteps(TorchSteps):
-    """The steps as launches on the current device.
+    """The steps as launches on the current device, which is the same in all calls, as is whether
+    tensors of one size are contiguous.
 
     Args:
         configs: block shapes.
@@ -71,12 +80,29 @@ class TritonSteps(TorchSteps):
 
     def __init__(self, configs: Configs) -> None:
         self.configs = configs
+        self._caches: dict[tuple[Hashable, ...], CallCache] = {}
 
-    def _cache(self, name: str, *tensors: Tensor | None) -> CallCache:
-        return cache_of(tensors, "chain", name, self.configs)
+    def _cache(self, name: str, x: Tensor, *others: Hashable) -> CallCache:
+        key = name, x.shape, x.stride(), x.dtype, others
+        cache = self._caches.get(key)
+        if cache is None:
+            if len(self._caches) >= MAX_CALLS:
+                self._caches.clear()
+            cache = self._caches[key] = {}
+        return cache
+
+    def finish(self, *sums: Partial) -> tuple[Tensor, ...]:
+        """Two or three; of three the first two have equal columns."""
+        found = [s.sums.new_empty(s.rows, s.columns) for s in sums]
+        pairs: list[Sum] = [(s.sums, out) for s, out in zip(sums, found, strict=True)]
+        key = [(s.sums.shape, s.rows, s.columns) for s in sums]
+        first, *second, third = pairs  # the launch's first two have equal columns
+        no_sum: Sum = (None, None)
+        launch_reduce((first, *(second or [no_sum]), third), self._cache("finish", sums[0].sums, *key))
+        return tuple(found)
 
     def merge(self, weights: Sequence[Tensor], b: Tensor, down: Tensor) -> Tensor:
-        return launch_merge_stack(weights, b, down, self._cache("merge", weights[0], b))
+        return launch_merge_stack(weights, b, down, self._cache("merge", b, weights[0].dtype))
 
     def norm(
         self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype
@@ -90,7 +116,7 @@ class TritonSteps(TorchSteps):
             eps=norm.eps,
             dtype=dtype,
             config=self.configs.norm,
-            cache=self._cache(f"norm {norm.eps}", z, y, down),
+            cache=self._cache("norm", z, y is None, down.shape[1], norm.eps, dtype),
         )
         assert got.mean is not None and got.p is not None
         return Normed(got.z, got.out, got.p, got.mean, got.rstd)
@@ -110,54 +136,50 @@ class TritonSteps(TorchSteps):
             residual,
             branch_grad=True,
             config=self.configs.norm_grad,
-            cache=self._cache("norm_grad", dout, z),
+            cache=self._cache("norm_grad", dout, z.dtype),
         )
         assert got.dy is not None
         return got.dz, got.dy
 
     def norm_down_grad(
         self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor
-    ) -> Tensor:
-        cache = self._cache("norm_down_grad", z, s)
-        config = self.configs.norm_down_grad
+    ) -> Partial:
         partial = launch_norm_down_grad(
-            z, mean, rstd, norm.weight, norm.bias, s, config=config, cache=cache
+            z,
+            mean,
+            rstd,
+            norm.weight,
+            norm.bias,
+            s,
+            config=self.configs.norm_down_grad,
+            cache=self._cache("norm_down_grad", z, s.shape[1], s.dtype),
         )
-        d_down = _gradient(z, z.shape[1], s.shape[1])
-        launch_reduce(((None, None), (None, None), (partial, d_down)), cache)
-        return d_down
+        return Partial(partial, z.shape[1], s.shape[1])
 
     def thin(self, x: Tensor, down: Tensor) -> Tensor:
         p = x.new_empty(x.shape[0], down.shape[1])
-        launch_thin(x, down, None, p, None, cache=self._cache("thin", x, down))
+        launch_thin(x, down, None, p, None, cache=self._cache("thin", x, down.shape[1]))
         return p
 
-    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        cache = self._cache("thin_grad", dy, b)
-        s, d_b = torch.empty_like(p), _gradient(dy, *b.shape)
+    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Partial]:
+        s = torch.empty_like(p)
+        cache = self._cache("thin_grad", dy, b.shape[1])
         partial, _ = launch_thin(dy, b, None, s, p, cache=cache)
-        launch_reduce(((partial, d_b), (None, None), (None, None)), cache)
-        return s, d_b
+        assert partial is not None
+        return s, Partial(partial, *b.shape)
 
-    def tall_grad(self, x: Tensor, s: Tensor) -> Tensor:
-        cache = self._cache("tall_grad", x, s)
-        partial = launch_tall_grad(x, s, cache=cache)
-        found = _gradient(x, x.shape[1], s.shape[1])
-        launch_reduce(((None, None), (None, None), (partial, found)), cache)
-        return found
+    def tall_grad(self, x: Tensor, s: Tensor) -> Partial:
+        partial = launch_tall_grad(x, s, cache=self._cache("tall_grad", x, s.shape[1]))
+        return Partial(partial, x.shape[1], s.shape[1])
 
     def gather_grad(
         self, parts: Sequence[Tensor], b: Tensor, p: Tensor, copy: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        cache = self._cache("gather" if copy else "gather, no copy", parts[0], b)
         first, second, third = parts
+        cache = self._cache("gather", first, copy, b.shape[1])
         whole, s_partial, d_b_partial = launch_gather(
             (first, second, third), b, p, copy=copy, config=self.configs.gather, cache=cache
         )
-        s, d_b = torch.empty_like(p), _gradient(b, *b.shape)
+        s, d_b = torch.empty_like(p), b.new_empty(b.shape, dtype=torch.float32)
         launch_reduce(((d_b_partial, d_b), (s_partial, s), (None, None)), cache)
         return whole, s, d_b
-
-
-def _gradient(like: Tensor, *size: int) -> Tensor:
-    return like.new_empty(size, dtype=torch.float32)
