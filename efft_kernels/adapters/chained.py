@@ -6,9 +6,9 @@ and the circumstances, and where the chain does not do, the blocks run one after
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,11 @@ class _Block(NamedTuple):
     fc1: FusedEFFTLinear
     fc2: FusedEFFTLinear
 
+    @classmethod
+    def of(cls, block: Any) -> _Block:
+        attn, mlp = block.attn, block.mlp
+        return cls(block.norm1, attn, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+
     @property
     def linears(self) -> tuple[FusedEFFTLinear, ...]:
         return self.qkv, self.proj, self.fc1, self.fc2
@@ -52,40 +57,50 @@ class _Parts:
     def __init__(self, blocks: nn.Sequential, bank: FactorBank) -> None:
         """Raises _Unlike."""
         _check_blocks(blocks)
-        self.blocks = [
-            _Block(b.norm1, b.attn, b.attn.qkv, b.attn.proj, b.norm2, b.mlp.fc1, b.mlp.fc2)  # type: ignore[arg-type]
-            for b in blocks
-        ]
+        self.blocks = [_Block.of(block) for block in blocks]
         self.linears = [linear for block in self.blocks for linear in block.linears]
         if any(linear._bank != (bank,) for linear in self.linears):
             raise _Unlike("a linear reads its factors from elsewhere")
         self.groups = list({id(g): g for g in (bank.group(s._site) for s in self.linears)}.values())
-        with torch.no_grad():
-            ranks = [linear.current_factors().down.shape[1] for linear in self.linears]
-        if any(len(set(ranks[place::4])) > 1 for place in range(4)):
-            raise _Unlike("linears of one kind have different ranks")
-        self.rank = max(ranks)
         self.heads = self.blocks[0].attn.num_heads
         # What `changed` compares: tables that are looked up once and are the modules' own.
         modules = [module for module in blocks.modules() if module is not blocks]
         self._modules = modules
         self._types = [type(module) for module in modules]
-        self._forwards = [(kind, kind.forward) for kind in {*self._types, nn.Sequential}]
+        classes: set[Any] = {*self._types, nn.Sequential}
+        self._forwards = [(kind, kind.forward) for kind in classes]
         self._tables = [getattr(module, name) for module in (*modules, blocks) for name in _HOOKS]
-        self._children = [(m._modules, tuple(m._modules.values())) for m in (*modules, blocks)]
+        self._dicts = [module.__dict__ for module in modules]
+        children = [(m._modules, tuple(m._modules.values())) for m in (*modules, blocks)]
+        self._children = [(now, then) for now, then in children if then]
+        self._childless = [now for now, then in children if not then]
         self._dropouts = [module for module in modules if type(module) is nn.Dropout]
         self._gelus = [module for module in modules if type(module) is nn.GELU]
         self._norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
+        self._parametrised: list[nn.Module] = [*self._norms, *self.linears]
+
+    @functools.cached_property
+    def rank(self) -> int | str:
+        """The largest of the linears, or why they have none that a chain takes."""
+        with torch.no_grad():
+            ranks = [linear.current_factors().down.shape[1] for linear in self.linears]
+        if any(len(set(ranks[place::4])) > 1 for place in range(4)):
+            return "linears of one kind have different ranks"
+        if max(ranks) > chains.MAX_RANK:
+            return f"the kernels take a rank of {chains.MAX_RANK}, not {max(ranks)}"
+        return max(ranks)
 
     def changed(self) -> str | None:
         """What makes the blocks differ from timm's own by now."""
         if any(self._tables) or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
             return "a module of the blocks has hooks, or all modules have"
-        if any(tuple(now.values()) != then for now, then in self._children) or (
-            [type(module) for module in self._modules] != self._types
+        if (
+            any(tuple(now.values()) != then for now, then in self._children)
+            or any(self._childless)
+            or list(map(type, self._modules)) != self._types
         ):
             return "a module of the blocks was replaced"
-        if any("forward" in module.__dict__ for module in self._modules) or any(
+        if any("forward" in names for names in self._dicts) or any(
             kind.forward is not forward for kind, forward in self._forwards
         ):
             return "a module of the blocks has a forward of its own"
@@ -101,35 +116,31 @@ class _Parts:
 
     def unfit(self, x: Tensor) -> str | None:
         """Why the parameters or the adapter's state do not let a chain run over x."""
-        for parameter in self._frozen():
-            if parameter.requires_grad:
-                return "a weight, bias or norm of the blocks trains"
-            if (
-                type(parameter) is not nn.Parameter
-                or parameter.dtype != x.dtype
-                or parameter.device != x.device
-                or not parameter.is_contiguous()
-            ):
-                return f"a weight of the blocks is no plain {x.dtype} on {x.device}"
+        # One set for all: this is asked at every call.
+        found = {
+            (type(p), p.requires_grad, p.dtype, p.get_device(), p.is_contiguous())
+            for module in self._parametrised
+            for p in module._parameters.values()
+            if p is not None
+        }
+        if any(trains for _, trains, *_ in found):
+            return "a weight, bias or norm of the blocks trains"
+        if found != {(nn.Parameter, False, x.dtype, x.get_device(), True)}:
+            return f"a weight of the blocks is no plain {x.dtype} on {x.device}"
         first = self.linears[0]
-        for linear in self.linears:
-            if linear.merged:
-                return "the adapter is merged"
-            if linear.backend != "auto" or linear.strategy != "auto":
-                return "a linear has a backend or a strategy of its own"
-            if linear.training != first.training:
-                return "linears differ in their mode of training"
+        if any(linear._base_weight for linear in self.linears):
+            return "the adapter is merged"
+        if {linear.backend for linear in self.linears} | {
+            linear.strategy for linear in self.linears
+        } != {"auto"}:
+            return "a linear has a backend or a strategy of its own"
+        if any(linear.training != first.training for linear in self.linears):
+            return "linears differ in their mode of training"
         if first._bank[0].tasks is not None:
             return "a batch of several tasks is run"
         if first.training and any(group.activation_dropout for group in self.groups):
             return "the method drops entries of x·down·core"
         return None
-
-    def _frozen(self) -> Iterator[nn.Parameter]:
-        for module in (*self._norms, *self.linears):
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    yield parameter
 
     def layers(self) -> list[chains.Layer]:
         """The blocks with the factors of this call, asked for in the order in which the linears
@@ -193,15 +204,19 @@ class ChainedBlocks:
 
     def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
         """What runs the chain over x, or why it does not run; what is quickly seen comes first."""
-        if reason := chains.watched():
+        if reason := chains.refusal(x) or chains.watched():
             return reason
         parts = self._look()
         if isinstance(parts, str):
             return parts
+        if x.shape[2] != parts.linears[0].in_features:
+            return "the blocks' input has another width"
+        if reason := parts.unfit(x) or parts.changed():
+            return reason
+        if isinstance(parts.rank, str):
+            return parts.rank
         engine = chains.engine_for(x, parts.heads, parts.rank)
-        if isinstance(engine, str):
-            return engine
-        return parts.unfit(x) or parts.changed() or (engine, parts)
+        return engine if isinstance(engine, str) else (engine, parts)
 
     def _look(self) -> _Parts | str:
         """The parts of the blocks, or what sets them apart from those that a chain knows."""
@@ -218,6 +233,8 @@ class ChainedBlocks:
         parts = self._look()
         if isinstance(parts, str):
             return parts
+        if isinstance(parts.rank, str):
+            return parts.rank
         return parts.changed() or frozenset(linear._site for linear in parts.linears)
 
 

@@ -99,39 +99,41 @@ class Engine(NamedTuple):
     dtype: torch.dtype  # of the GEMMs
 
 
-def engine_for(x: Tensor, heads: int, rank: int) -> Engine | str:
-    """What runs a chain over x, or why it should not run as one.
-
-    Args:
-        x: [images, tokens, K], the stream before the first block.
-        heads: of the attention.
-        rank: the largest of its linears.
-    """
-    if type(x) is not Tensor or x.dim() != 3 or not x.numel():
+def refusal(x: Tensor) -> str | None:
+    """Why no chain runs over the stream x [images, tokens, K] here and now; None where one may."""
+    if type(x) is not Tensor or x.dim() != 3 or not x.numel() or x.is_inference():
         return "the blocks' input is no plain tensor [images, tokens, K]"
     if not x.is_cuda:
         return f"the blocks' input is on {x.device}, and the chain is for CUDA"
     if x.dtype != torch.float32:
         return f"the blocks' input is {x.dtype}, and the chain's is float32"
-    dtype = torch.get_autocast_dtype("cuda") if autocast_enabled("cuda") else x.dtype
-    if dtype not in HALF_DTYPES:
+    if not autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") not in HALF_DTYPES:
         return "autocast to float16 or bfloat16 is off"
     backend = requested_backend("auto")
     if backend != "auto":
         return f"backend {backend!r} was asked for"
-    reason = _triton() or too_old(x.get_device())
-    if reason is not None:
-        return reason
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms were asked for"
-    attention = _attention_for(x, heads, dtype)
-    if attention is None:
-        return "torch chooses neither cuDNN's nor FlashAttention's kernel for these heads"
+    return _triton() or too_old(x.get_device())
+
+
+def engine_for(x: Tensor, heads: int, rank: int) -> Engine | str:
+    """What runs a chain over x under autocast, or why nothing can.
+
+    Args:
+        x: [images, tokens, K], the stream before the first block; `refusal` lets it pass.
+        heads: of the attention.
+        rank: the largest of the chain's linears.
+    """
     from .backends.triton.chain import MAX_WIDTH
 
     k = x.shape[2]
     if k > MAX_WIDTH or rank > MAX_RANK:
         return f"the kernels take a width of {MAX_WIDTH} and a rank of {MAX_RANK}, not {k}, {rank}"
+    dtype = torch.get_autocast_dtype("cuda")
+    attention = _attention_for(x, heads, dtype)
+    if attention is None:
+        return "torch chooses neither cuDNN's nor FlashAttention's kernel for these heads"
     return Engine(_steps(k, rank, x.get_device()), attention, dtype)
 
 
@@ -263,7 +265,7 @@ def _once(backward: Backward) -> Backward:
             len(found),
         )
         leaves = [None if t is None else t.detach().requires_grad_() for t in found]
-        return tuple(error(*leaves))
+        return tuple(error(*leaves))  # type: ignore[arg-type]
 
     return run
 
@@ -400,7 +402,9 @@ def _linears(layer: Layer) -> tuple[Adapted, Adapted, Adapted, Adapted]:
 
 
 @torch.no_grad()
-def _stack(kind: Sequence[Adapted], biases: Sequence[Tensor | None], engine: Engine) -> list[Linear]:
+def _stack(
+    kind: Sequence[Adapted], biases: Sequence[Tensor | None], engine: Engine
+) -> list[Linear]:
     """One kind of linear in all layers."""
     down, b = (
         torch.stack(parts).to(engine.dtype)

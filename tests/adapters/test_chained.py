@@ -31,10 +31,8 @@ from efft_kernels import (
     attach,
     load,
 )
-from efft_kernels.adapters import chained
 from efft_kernels.ops import chains
 from efft_kernels.ops.backends.chain_steps import TorchSteps
-from efft_kernels.ops.backends.torch_backend import fold
 from efft_kernels.testing.error_budget import BUDGET, worst_ratio
 
 EFFT = EFFT2(rank=3, dropout=0.0, scale=0.7)
@@ -64,6 +62,7 @@ def runs(monkeypatch):
         return run(*arguments)
 
     found, run = [], chains.run_chain
+    monkeypatch.setattr(chains, "refusal", lambda x: None)
     monkeypatch.setattr(chains, "engine_for", engine_for)
     monkeypatch.setattr(chains, "run_chain", run_chain)
     return found
@@ -217,6 +216,7 @@ class TestTraining:
 # Everything that sends a call to the modules themselves. Each yields while it is so.
 
 COPY = object()
+
 
 @contextlib.contextmanager
 def hooked(model, register, *, of="blocks.1.mlp", hook=lambda *_: None):
@@ -421,7 +421,7 @@ class TestTransforms:
         model, _ = models()
         x = images.clone().requires_grad_()
         (dx,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="fuse='off'"):
+        with pytest.raises(RuntimeError, match=r"fuse='off'"):
             dx.pow(2).sum().backward()
 
     def test_attention_mask(self, models, images, runs):
@@ -576,6 +576,11 @@ class TestAttach:
         model.blocks[1].__class__ = Own
         assert "blocks.1 is a Own" in attach(model, EFFT).describe().alone
 
+    def test_ranks(self, make_vit, monkeypatch):
+        adapter = attach(make_vit(), EFFT)
+        monkeypatch.setattr(chains, "MAX_RANK", 2)
+        assert adapter.describe().alone == "the kernels take a rank of 2, not 3"
+
     def test_describe_tells_what_is_in_the_chain(self, make_vit):
         model = make_vit()
         adapter = attach(model, EFFT)
@@ -599,12 +604,13 @@ class TestAttach:
         assert len(runs) == 1
 
 
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 5, "num_heads": 3}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 class TestOnAGpu:
-    SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 5, "num_heads": 3}
-
     @pytest.fixture
     def ran(self, monkeypatch):
         found, run = [], chains.run_chain
@@ -619,7 +625,7 @@ class TestOnAGpu:
     @pytest.fixture
     def make(self, make_vit, randomize):
         def make(method=EFFT, fuse="auto", **options):
-            model = make_vit(**(self.SIZES | options)).cuda()
+            model = make_vit(**(SIZES | options)).cuda()
             adapter = attach(model, method, fuse=fuse)
             torch.manual_seed(5)
             randomize(adapter)
@@ -690,7 +696,7 @@ class TestOnAGpu:
     def test_saves_what_the_frozen_model_saves(self, make, make_vit, ran, dtype):
         images = torch.randn(8, 3, 224, 224, device="cuda")
         sizes = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "num_heads": 6, "depth": 3}
-        frozen = make_vit(**(self.SIZES | sizes)).cuda().requires_grad_(False)
+        frozen = make_vit(**(SIZES | sizes)).cuda().requires_grad_(False)
         frozen.pos_embed.requires_grad_()
         saved = [saved_bytes(model, images, dtype) for model in (make(**sizes), frozen)]
         assert len(ran) == 1
@@ -731,7 +737,7 @@ def saved_bytes(model, images, dtype):
             kept[storage.data_ptr()] = tensor, storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        with torch.autocast("cuda", dtype):
-            model(images)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, torch.autocast("cuda", dtype):
+        model(images)
     return sum(nbytes for _, nbytes in kept.values())

@@ -37,6 +37,7 @@ def test_rows_of_a_vit(make_vit):
             "out_features": n,
             "group": group,
             "rank": rank,
+            "fused": "chain",
         }
         for name, role, k, n, group, rank in (
             ("attn.qkv", "qkv", 12, 36, "mhsa", 3),

@@ -92,13 +92,13 @@ class TritonSteps(TorchSteps):
         return cache
 
     def finish(self, *sums: Partial) -> tuple[Tensor, ...]:
-        """Two or three; of three the first two have equal columns."""
+        """The gradients; a launch's first two of three have equal columns."""
         found = [s.sums.new_empty(s.rows, s.columns) for s in sums]
         pairs: list[Sum] = [(s.sums, out) for s, out in zip(sums, found, strict=True)]
         key = [(s.sums.shape, s.rows, s.columns) for s in sums]
-        first, *second, third = pairs  # the launch's first two have equal columns
         no_sum: Sum = (None, None)
-        launch_reduce((first, *(second or [no_sum]), third), self._cache("finish", sums[0].sums, *key))
+        first, second, third = pairs if len(pairs) == 3 else (pairs[0], no_sum, pairs[1])
+        launch_reduce((first, second, third), self._cache("finish", sums[0].sums, *key))
         return tuple(found)
 
     def merge(self, weights: Sequence[Tensor], b: Tensor, down: Tensor) -> Tensor:
