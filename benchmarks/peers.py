@@ -149,11 +149,18 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
-def build(name: str, base: nn.Module, rank: int, *, formula: Formula | None = None) -> Peer:
+def build(
+    name: str,
+    base: nn.Module,
+    rank: int,
+    *,
+    formula: Formula | None = None,
+    fuse: str = "auto",
+) -> Peer:
     """A peer over `base`, a timm model whose backbone is frozen and whose head is not.
 
     Every parameter of `base` is shared but for full fine-tuning, which gets copies. `formula`
-    makes any of this package's methods run by that formula in plain torch.
+    makes any of this package's methods run by that formula in plain torch; `fuse` is `attach`'s.
     """
     if name == FULL:
         model = copy.deepcopy(base).requires_grad_()
@@ -167,7 +174,7 @@ def build(name: str, base: nn.Module, rank: int, *, formula: Formula | None = No
     method = SAME_FUNCTION.get(name, name)
     if name == PEFT_LORA:
         return _peft_lora(model, rank)
-    adapter = attach(model, methods(rank)[method])
+    adapter = attach(model, methods(rank)[method], fuse=fuse)
     fill(dict(adapter.named_parameters()))
     formula = formula or FORMULAS.get(name)
     if formula is not None:

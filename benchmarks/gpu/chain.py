@@ -1,454 +1,361 @@
-"""A ViT whose adapters ride in the kernels between its GEMMs: a block as two operators.
+"""Every launch of a chain (efft_kernels/ops/chains.py) by itself, in several block shapes.
 
-With z the residual stream and y what the half before still has to add to it:
+    python -m benchmarks.gpu.chain [--images 64] [--rank 16] [--rounds 10]
+    python -m benchmarks.gpu.chain --compile    # no GPU: registers and stack of every launch
 
-    attention half    z' = z + y    x̂ = norm(z')    q, k, v = x̂·W_qkv^T    o = attention(q, k, v)
-                      y' = o·W_proj^T
-    MLP half          z' = z + y    x̂ = norm(z')    h = x̂·W_1^T    y' = gelu(h)·W_2^T
+At the sizes of a ViT-B, beside the same step in torch's operators: microseconds with a cold L2
+cache, and the relative difference of the results. The first shape of a launch is the shipped one.
+GELU is torch's own in the package; here its kernels, which carry the thin products along, are
+measured against it. A whole training step is measured by step.py.
 
-Every W is merged, W = W0 + B·down^T, for all layers at once: the GEMMs are the library's own and
-adapters cost nothing in them. Left are the thin products of the gradients, with P = x·down and
-S = dY·B:
-
-    d_B = dY^T·P    d_down = x^T·S
-
-P of a linear after a norm is made by the norm, P of fc2 by the activation, and proj's is a pass
-over attention's output. In the backward, S and d_B of qkv come with the copy of the gradients of q,
-k and v into one matrix. x̂ is made again from z', gelu(h) from h: of their size nothing is kept that
-a frozen block does not keep.
-
-`TorchKernels` says what each step computes; `chain_triton.TritonKernels` does the same in launches.
+Launches are compiled beforehand, in processes that start before CUDA does. `--device cpu` walks
+through all of it with a tiny model in Triton's interpreter, in float16.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import os
+import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from efft_kernels.methods.lora import LoRAGroup
-from efft_kernels.methods.tensor_train import TensorTrainGroup
-from efft_kernels.nn import FactorBank, FusedEFFTLinear
-from efft_kernels.ops.backends.torch_backend import fold
+from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 
-aten = torch.ops.aten
+from ..lib.timing import interleave
+from .between import Usage, compiled_by, label
 
-
-class Norm(NamedTuple):
-    """A LayerNorm's frozen parameters."""
-
-    weight: Tensor  # [K]
-    bias: Tensor  # [K]
-    eps: float
+MOST_COMPILING = 60.0  # seconds that a measurement waits for all launches to be compiled
+FARTHEST = 0.03  # a launch's results from torch's, relative; both round to bfloat16
 
 
-class Normed(NamedTuple):
-    """What `norm` makes of the stream z and the branch y."""
+class Shape(NamedTuple):
+    """Rows, width, hidden width, rank, layers."""
 
-    z: Tensor  # [M, K]: z + y
-    out: Tensor  # x̂ [M, K]
-    p: Tensor | None  # [M, r]
-    mean: Tensor  # [M, 1] or [M]
-    rstd: Tensor
-
-
-Sum = Any
+    M: int
+    K: int
+    C: int
+    r: int
+    L: int
 
 
-class TorchKernels:
-    """The steps between the GEMMs in plain torch. x, y and thin matrices are in the dtype of the
-    GEMMs, z and dz in the stream's, d_down and d_B in float32 or the stream's.
+TINY = Shape(51, 48, 64, 5, 5)
 
-    A `Sum` is a gradient that `finish` still has to add up, several in one launch.
+
+class Shapes(NamedTuple):
+    """Block shapes of a chain's launches and of GELU's."""
+
+    norm: Any
+    norm_grad: Any
+    norm_down_grad: Any
+    gather: Any
+    gelu: Any = None  # None: torch's activation and passes of their own
+    gelu_grad: Any = None
+
+
+def candidates(device: str) -> dict[str, list[Any]]:
+    """By field of `Shapes`, what is tried; the first is shipped."""
+    from efft_kernels.ops.backends.triton.act import ActConfig
+    from efft_kernels.ops.backends.triton.configs import PassConfig
+    from efft_kernels.ops.backends.triton.norm import NormConfig
+
+    if device == "cpu":
+        # Several tiles in every direction at the sizes that the interpreter can do.
+        return {
+            "norm": [NormConfig(16, 16, True, 4)],
+            "norm_grad": [NormConfig(4, 16, True, 4)],
+            "norm_down_grad": [PassConfig(32, 16, 2, 4, 1)],
+            "gather": [PassConfig(32, 16, 2, 4, 1)],
+            "gelu": [None, ActConfig(32, 32, 2, 4, 1)],
+            "gelu_grad": [None, ActConfig(32, 32, 2, 4, 1)],
+        }
+    return {
+        "norm": [
+            NormConfig(16, 256, True, 4),
+            NormConfig(16, 128, True, 8),
+            NormConfig(16, 256, True, 8, max_registers=128),
+            NormConfig(32, 128, False, 8, max_registers=128),
+            NormConfig(16, 64, False, 4),
+        ],
+        "norm_grad": [
+            NormConfig(4, 256, True, 4),
+            NormConfig(2, 256, True, 2),
+            NormConfig(1, 1024, True, 4),
+            NormConfig(4, 1024, True, 8),
+        ],
+        "norm_down_grad": [
+            PassConfig(64, 128, 44, 4, 3),
+            PassConfig(32, 64, 44, 4, 3),
+            PassConfig(32, 128, 66, 4, 3),
+            PassConfig(64, 128, 44, 8, 3),
+        ],
+        "gather": [
+            PassConfig(64, 128, 15, 4, 3),
+            PassConfig(64, 128, 29, 4, 3),
+            PassConfig(64, 256, 44, 8, 2),
+            PassConfig(32, 256, 29, 4, 3),
+        ],
+        "gelu": [
+            None,
+            ActConfig(64, 32, 5, 4, 2),
+            ActConfig(64, 32, 8, 4, 3),
+            ActConfig(32, 64, 4, 4, 3),
+            ActConfig(64, 64, 4, 4, 2),
+        ],
+        "gelu_grad": [
+            None,
+            ActConfig(64, 64, 8, 4, 2),
+            ActConfig(64, 64, 8, 4, 3),
+            ActConfig(32, 64, 13, 4, 3),
+            ActConfig(32, 128, 11, 8, 2),
+            ActConfig(64, 128, 11, 8, 2),
+        ],
+    }
+
+
+def make_steps(shapes: Shapes) -> TorchSteps:
+    """The steps as launches in these block shapes."""
+    from efft_kernels.ops.backends.triton.act import launch_act_bwd, launch_act_fwd
+    from efft_kernels.ops.backends.triton.chain import Configs, TritonSteps
+    from efft_kernels.ops.backends.triton.reduce import launch_reduce
+
+    nothing = (None, None)
+
+    class Steps(TritonSteps):
+        """With GELU's kernels where they have a shape."""
+
+        def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+            if shapes.gelu is None:
+                return super().gelu(h, down)
+            cache = self._cache("gelu", h)
+            got = launch_act_fwd(h, None, None, None, down, config=shapes.gelu, cache=cache)
+            assert got.p is not None
+            if got.p.dim() == 2:
+                return got.a, got.p
+            p = h.new_empty(h.shape[0], down.shape[1])
+            launch_reduce((nothing, nothing, (got.p, p)), cache)
+            return got.a, p
+
+        def gelu_grad(
+            self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            if shapes.gelu_grad is None:
+                return super().gelu_grad(da, h, s, b, p)
+            cache = self._cache("gelu_grad", h)
+            config = shapes.gelu_grad
+            got = launch_act_bwd(da, h, s, None, p, b, in_place=True, config=config, cache=cache)
+            s_in = torch.empty_like(p)
+            d_b, d_down = (h.new_empty(h.shape[1], t.shape[1], dtype=torch.float32) for t in (b, s))
+            launch_reduce(((got.d_up, d_b), (got.q, s_in), (got.d_down, d_down)), cache)
+            return got.dh, s_in, d_b, d_down
+
+    return Steps(Configs(*shapes[:4]))
+
+
+def calls(
+    steps: TorchSteps, shape: Shape, device: str, dtype: torch.dtype
+) -> dict[str, Callable[[], Any]]:
+    """Every launch of a step at a model's sizes, on random operands or the meta device's.
+
+    A name's first word is the field of `Shapes` that the launch depends on, if it is one.
     """
-
-    def finish(self, *sums: Sum) -> tuple[Tensor, ...]:
-        """The gradients."""
-        return sums
-
-    copy_gradient = True  # of attention into one matrix; otherwise one GEMM for each of its parts
-
-    def merge(self, weight: Tensor, b: Tensor, down: Tensor) -> Tensor:
-        """W + B·down^T for stacks [L, N, K], [L, N, r], [L, K, r]."""
-        return torch.baddbmm(weight, b, down.mT)
-
-    def norm(
-        self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor | None, dtype: Any
-    ) -> Normed:
-        """z + y, its norm x̂ in `dtype`, P = x̂·down and the statistics."""
-        z = z if y is None else z + y
-        out, mean, rstd = aten.native_layer_norm(z, [z.shape[1]], norm.weight, norm.bias, norm.eps)
-        out = out.to(dtype)
-        return Normed(z, out, None if down is None else out @ down, mean, rstd)
-
-    def norm_grad(
-        self,
-        dout: Tensor,
-        z: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        norm: Norm,
-        residual: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The stream's gradient, and the same in dout's dtype for the branch."""
-        dz = aten.native_layer_norm_backward(
-            dout.to(z.dtype),
-            z,
-            [z.shape[1]],
-            mean,
-            rstd,
-            norm.weight,
-            norm.bias,
-            [True, False, False],
-        )[0]
-        dz = dz if residual is None else dz + residual
-        return dz, dz.to(dout.dtype)
-
-    def norm_down_grad(self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor) -> Sum:
-        """x̂^T·S, with x̂ made again."""
-        n = (z - mean.view(-1, 1)) * rstd.view(-1, 1)
-        return self.tall_grad((n * norm.weight + norm.bias).to(s.dtype), s)
-
-    def thin(self, x: Tensor, down: Tensor) -> Tensor:
-        """P = x·down."""
-        return x @ down
-
-    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Sum]:
-        """S = dY·B and d_B = dY^T·P."""
-        return dy @ b, self.tall_grad(dy, p)
-
-    def tall_grad(self, x: Tensor, s: Tensor) -> Sum:
-        """x^T·S."""
-        return (x.T @ s).to(torch.promote_types(s.dtype, torch.float32))
-
-    def gather_grad(
-        self, parts: Sequence[Tensor], b: Tensor, p: Tensor, copy: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The parts [M, n] side by side if `copy`, and S and d_B of that matrix."""
-        whole = torch.cat(list(parts), 1)
-        return (whole if copy else None, *self.thin_grad(whole, b, p))
-
-    def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        """a = gelu(h) and P = a·down."""
-        a = F.gelu(h)
-        return a, self.thin(a, down)
-
-    def gelu_grad(
-        self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dh, then S = dh·B and d_B = dh^T·P of the linear before, d_down = gelu(h)^T·s of the one
-        after.
-        """
-        d_down = self.tall_grad(F.gelu(h), s)
-        dh = aten.gelu_backward(da, h)
-        return dh, *self.thin_grad(dh, b, p), d_down
-
-
-# Attention
-
-
-class Attention(NamedTuple):
-    """An attention kernel: q, k, v → (o, what the backward needs), and its gradient."""
-
-    forward: Callable[..., tuple[Tensor, tuple[Any, ...]]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    o, *kept, _ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    return o, tuple(kept)
-
-
-def _cudnn_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: Any) -> Any:
-    lse, cum_q, cum_k, max_q, max_k, seed, offset = kept
-    return aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, o, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, False
-    )
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    o, *kept, _ = aten._scaled_dot_product_flash_attention(q, k, v)
-    return o, tuple(kept)
-
-
-def _flash_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: Any) -> Any:
-    lse, cum_q, cum_k, max_q, max_k, seed, offset = kept
-    return aten._scaled_dot_product_flash_attention_backward(
-        do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, 0.0, False, seed, offset
-    )
-
-
-def _cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return o, (lse,)
-
-
-def _cpu_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: Any) -> Any:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        do, q, k, v, o, *kept, 0.0, False
-    )
-
-
-ATTENTION = {
-    "cudnn": Attention(_cudnn, _cudnn_grad),
-    "flash": Attention(_flash, _flash_grad),
-    "cpu": Attention(_cpu, _cpu_grad),
-}
-
-
-# The halves
-
-
-class Linear(NamedTuple):
-    """An adapted linear of one layer in one step."""
-
-    weight: Tensor  # [N, K], merged
-    bias: Tensor | None  # [N]
-    down: Tensor  # [K, r], in the GEMMs' dtype
-    b: Tensor  # [N, r]
-
-
-class Half(NamedTuple):
-    """All that a half of a block needs beside its differentiable inputs."""
-
-    kernels: TorchKernels
-    attention: Attention
-    norm: Norm
-    first: Linear  # qkv or fc1
-    second: Linear  # proj or fc2
-    images: int
-    heads: int
-
-
-def _keep(ctx: Any, half: Half, tensors: Sequence[Any]) -> None:
-    """Save `tensors` and the merged weights; whatever is no tensor lies beside them."""
-    ctx.half = half
-    ctx.others = [None if isinstance(t, Tensor) else t for t in tensors]
-    saved = [t if isinstance(t, Tensor) else None for t in tensors]
-    ctx.save_for_backward(half.first.weight, half.second.weight, *saved)
-    ctx.half = half._replace(
-        first=half.first._replace(weight=None), second=half.second._replace(weight=None)
-    )
-
-
-def _kept(ctx: Any) -> list[Any]:
-    first, second, *saved = ctx.saved_tensors
-    found = [o if t is None else t for t, o in zip(saved, ctx.others, strict=True)]
-    return [first, second, *found]
-
-
-def _stream_grad(
-    ctx: Any, dz: Tensor, dx: Callable[[], Tensor], z: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of z and y from x̂'s and that of the stream after the half."""
-    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        return None, None
-    dz_in, dy_in = ctx.half.kernels.norm_grad(dx(), z, mean, rstd, ctx.half.norm, dz)
-    return dz_in, dy_in if ctx.needs_input_grad[1] else None
-
-
-class AttentionHalf(torch.autograd.Function):
-    """(z, y, down and B of qkv and of proj, Half) → (z', y')."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-        half: Half = rest[-1]
-        kernels, (qkv, proj) = half.kernels, (half.first, half.second)
-        normed = kernels.norm(z, y, half.norm, qkv.down, qkv.weight.dtype)
-        dqkv = F.linear(normed.out, qkv.weight, qkv.bias)
-        parts = [_heads(part, half) for part in dqkv.chunk(3, 1)]
-        o, kept = half.attention.forward(*parts)
-        x = _rows(o)
-        p = kernels.thin(x, proj.down)
-        saved = (normed.z, normed.mean, normed.rstd, normed.p, p, dqkv, o, *kept)
-        _keep(ctx, half, saved)
-        return normed.z, F.linear(x, proj.weight, proj.bias)
-
-    @staticmethod
-    def backward(ctx: Any, dz: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        half: Half = ctx.half
-        kernels = half.kernels
-        w_qkv, w_proj, z, mean, rstd, p_qkv, p_proj, qkv, o, *kept = _kept(ctx)
-        s_proj, sum_b_proj = kernels.thin_grad(dy, half.second.b, p_proj)
-        sum_down_proj = kernels.tall_grad(_rows(o), s_proj)
-        do = _heads(dy @ w_proj, half)
-        qkv_heads = [_heads(part, half) for part in qkv.chunk(3, 1)]
-        parts = [_rows(part) for part in half.attention.backward(do, *qkv_heads, o, *kept)]
-        copy = kernels.copy_gradient and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
-        dqkv, s, d_b = kernels.gather_grad(parts, half.first.b, p_qkv, copy)
-        sum_down = kernels.norm_down_grad(z, mean, rstd, half.norm, s)
-        d_down, d_b_proj, d_down_proj = kernels.finish(sum_down, sum_b_proj, sum_down_proj)
-
-        def dx() -> Tensor:
-            if dqkv is not None:
-                return dqkv @ w_qkv
-            first, *others = zip(parts, w_qkv.chunk(3), strict=True)
-            found = first[0] @ first[1]
-            for part, weight in others:
-                found.addmm_(part, weight)
-            return found
-
-        dz_in, dy_in = _stream_grad(ctx, dz, dx, z, mean, rstd)
-        return dz_in, dy_in, d_down, d_b, d_down_proj, d_b_proj, None
-
-
-class MlpHalf(torch.autograd.Function):
-    """(z, y, down and B of fc1 and of fc2, Half) → (z', y')."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-        half: Half = rest[-1]
-        kernels, (fc1, fc2) = half.kernels, (half.first, half.second)
-        normed = kernels.norm(z, y, half.norm, fc1.down, fc1.weight.dtype)
-        h = F.linear(normed.out, fc1.weight, fc1.bias)
-        a, p = kernels.gelu(h, fc2.down)
-        _keep(ctx, half, (normed.z, normed.mean, normed.rstd, normed.p, p, h))
-        return normed.z, F.linear(a, fc2.weight, fc2.bias)
-
-    @staticmethod
-    def backward(ctx: Any, dz: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        half: Half = ctx.half
-        kernels = half.kernels
-        w1, w2, z, mean, rstd, p1, p2, h = _kept(ctx)
-        s2, sum_b2 = kernels.thin_grad(dy, half.second.b, p2)
-        dh, s1, d_b1, d_down2 = kernels.gelu_grad(dy @ w2, h, s2, half.first.b, p1)
-        sum_down1 = kernels.norm_down_grad(z, mean, rstd, half.norm, s1)
-        d_down1, d_b2 = kernels.finish(sum_down1, sum_b2)
-        dz_in, dy_in = _stream_grad(ctx, dz, lambda: dh @ w1, z, mean, rstd)
-        return dz_in, dy_in, d_down1, d_b1, d_down2, d_b2, None
-
-
-class FinalNorm(torch.autograd.Function):
-    """(z, y) → norm(z + y)."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, y: Tensor, norm: Norm, kernels: TorchKernels) -> Tensor:
-        normed = kernels.norm(z, y, norm, None, y.dtype)
-        ctx.save_for_backward(normed.z, normed.mean, normed.rstd)
-        ctx.norm, ctx.kernels = norm, kernels
-        return normed.out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dout = dout.contiguous()
-        return *ctx.kernels.norm_grad(dout, *ctx.saved_tensors, ctx.norm, None), None, None
-
-
-def _heads(x: Tensor, half: Half) -> Tensor:
-    """[M, K] as [images, heads, tokens, K / heads]."""
-    return x.view(half.images, -1, half.heads, x.shape[1] // half.heads).transpose(1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The inverse of `_heads`, without a copy where the rows lie together."""
-    return x.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-# The model
-
-
-class Stack(NamedTuple):
-    """One kind of linear in all layers, in one step."""
-
-    linears: list[Linear]
-    down: Sequence[Tensor]  # [K, r] of each layer, differentiable
-    b: Sequence[Tensor]  # [N, r]
-
-
-class ChainedViT(nn.Module):
-    """A timm ViT with adapters attached, run through the halves above.
-
-    For blocks of LayerNorm, plain attention and GELU without LayerScale and dropout.
+    M, K, C, r, L = shape
+
+    def make(*size: int, like: torch.dtype = dtype) -> Tensor:
+        if device == "meta":
+            return torch.empty(size, dtype=like, device=device)
+        return torch.randn(size, device=device).to(like)
+
+    def sums(*names: str) -> tuple[Tensor, ...]:
+        found = {
+            "thin_grad": lambda: steps.thin_grad(y, down, p)[1],
+            "tall_grad": lambda: steps.tall_grad(x, p),
+            "norm_down_grad": lambda: steps.norm_down_grad(z, mean, rstd, norm, p),
+        }
+        return steps.finish(*[found[name]() for name in names])
+
+    z, x, y, p = make(M, K, like=torch.float32), make(M, K), make(M, K), make(M, r)
+    h, da = make(M, C), make(M, C)
+    mean, rstd = make(M, like=torch.float32), make(M, like=torch.float32)
+    norm = Norm(make(K, like=torch.float32), make(K, like=torch.float32), 1e-6)
+    down, wide_down, b_qkv = make(K, r), make(C, r), make(3 * K, r)
+    found: dict[str, Callable[[], Any]] = {
+        "norm first": lambda: steps.norm(z, None, norm, down, dtype),
+        "norm": lambda: steps.norm(z, y, norm, down, dtype),
+        "norm_grad": lambda: steps.norm_grad(x, z, mean, rstd, norm, z),
+        "norm_down_grad": lambda: sums("thin_grad", "norm_down_grad"),
+        "thin proj": lambda: steps.thin(x, down),
+        "sums of the attention half": lambda: sums("thin_grad", "tall_grad", "norm_down_grad"),
+        "gather": lambda: steps.gather_grad((x, y, x), b_qkv, p, True),
+        "gather (no copy)": lambda: steps.gather_grad((x, y, x), b_qkv, p, False),
+        "gelu": lambda: steps.gelu(h, wide_down),
+        "gelu_grad": lambda: steps.gelu_grad(da, h, p, wide_down, p),
+    }
+    for name, (n, k) in {"qkv": (3 * K, K), "proj": (K, K), "fc1": (C, K), "fc2": (K, C)}.items():
+        weights = [make(n, k, like=torch.float32) for _ in range(L)]
+        found[f"merge {name}"] = functools.partial(
+            steps.merge, weights, make(L, n, r), make(L, k, r)
+        )
+    return found
+
+
+def tried(what: str, device: str) -> list[Shapes]:
+    """All block shapes of one launch."""
+    own = candidates(device)
+    shipped = Shapes(*[configs[0] for configs in own.values()])
+    field = what.partition(" ")[0]
+    return [shipped._replace(**{field: c}) for c in own.get(field, ())] or [shipped]
+
+
+def shape_label(what: str, shapes: Shapes) -> str:
+    """The block shape of a launch."""
+    config = getattr(shapes, what.partition(" ")[0], None)
+    if config is None:
+        return "passes" if what.startswith("gelu") else ""
+    return label(config)
+
+
+# Compiling ahead
+
+
+def _compile(shapes: Shapes, what: str, shape: Shape, arch: int) -> Usage:
+    return compiled_by(calls(make_steps(shapes), shape, "meta", torch.bfloat16)[what], arch)
+
+
+def compile_all(shape: Shape, arch: int, processes: int, seconds: float) -> bool:
+    """Compile every launch into Triton's cache on disk, and print registers and stack.
+
+    Returns:
+        Whether all compiled.
     """
-
-    KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-    def __init__(self, model: Any, kernels: TorchKernels, attention: Attention) -> None:
-        super().__init__()
-        self.model = model
-        self._kernels = kernels
-        self._attention = attention
-        self._frozen: dict[tuple[str, torch.dtype], tuple[Tensor, list[Tensor]]] = {}
-
-    def forward(self, images: Tensor) -> Tensor:
-        model = self.model
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        device = images.device.type
-        stream = model.cls_token.dtype
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stream
-        with torch.autocast(device, enabled=False):
-            out = self._blocks(x.to(stream).flatten(0, 1), x.shape[0], dtype)
-        head: Tensor = model.forward_head(out.view(x.shape))
-        return head
-
-    def _blocks(self, z: Tensor, images: int, dtype: torch.dtype) -> Tensor:
-        qkv, proj, fc1, fc2 = (self._stack(kind, dtype) for kind in self.KINDS)
-        y = None
-        for i, block in enumerate(self.model.blocks):
-            for of, norm, first, second in (
-                (AttentionHalf, block.norm1, qkv, proj),
-                (MlpHalf, block.norm2, fc1, fc2),
-            ):
-                half = Half(
-                    self._kernels,
-                    self._attention,
-                    _norm(norm),
-                    first.linears[i],
-                    second.linears[i],
-                    images,
-                    block.attn.num_heads,
-                )
-                z, y = of.apply(z, y, first.down[i], first.b[i], second.down[i], second.b[i], half)
-        out: Tensor = FinalNorm.apply(z, y, _norm(self.model.norm), self._kernels)
-        return out
-
-    def _stack(self, kind: str, dtype: torch.dtype) -> Stack:
-        layers: list[FusedEFFTLinear] = [b.get_submodule(kind) for b in self.model.blocks]
-        down, b = stacked_factors(layers[0]._bank[0], [layer._site for layer in layers])
-        down_low, b_low = (t.detach().to(dtype).contiguous() for t in (down, b))
-        weight, biases = self._frozen_of(kind, layers, dtype)
-        merged = self._kernels.merge(weight, b_low, down_low)
-        linears = [Linear(*own) for own in zip(merged, biases, down_low, b_low, strict=True)]
-        return Stack(linears, down.unbind(), b.unbind())
-
-    def _frozen_of(
-        self, kind: str, layers: Sequence[nn.Linear], dtype: torch.dtype
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The frozen weights in `dtype`, in one stack, and biases; made once."""
-        if (kind, dtype) not in self._frozen:
-            weight = torch.stack([layer.weight.detach().to(dtype) for layer in layers])
-            self._frozen[kind, dtype] = weight, [layer.bias.detach().to(dtype) for layer in layers]
-        return self._frozen[kind, dtype]
+    whole = True
+    until = time.perf_counter() + seconds
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("fork"))
+    jobs = [
+        (what, shapes, pool.submit(_compile, shapes, what, shape, arch))
+        for what in calls(TorchSteps(), shape, "meta", torch.bfloat16)
+        for shapes in tried(what, "cuda")
+    ]
+    for what, shapes, job in jobs:
+        usage: Usage
+        try:
+            usage = job.result(timeout=max(1.0, until - time.perf_counter()))
+        except Exception as error:  # then the first launch compiles it
+            usage = f"{type(error).__name__}: {error}"
+        text = usage if isinstance(usage, str) else "  ".join(map(_usage, usage))
+        whole &= not isinstance(usage, str)
+        print(f"compiled {what:27} {shape_label(what, shapes):36} {text}", flush=True)
+    pool.shutdown(wait=False, cancel_futures=True)
+    return whole
 
 
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.bias, module.eps)
+def _usage(one: Any) -> str:
+    return f"{one.kernel}: {one.registers} registers, {one.stack_bytes} B stack;"
 
 
-def stacked_factors(bank: FactorBank, sites: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(down [L, K, r], B [L, N, r]) of sites of one kind, differentiable, in a few launches."""
-    group = bank.group(sites[0])
-    if isinstance(group, LoRAGroup) and group.slices == 1:
-        groups: list[Any] = [bank.group(site) for site in sites]
-        return torch.cat([g.A for g in groups]).mT, torch.cat([g.B for g in groups]) * group.scale
-    if not isinstance(group, TensorTrainGroup):
-        factors = [bank.group(site).factors(site, False) for site in sites]
-        downs, folds = zip(*((f.down, fold(f.core, f.up)) for f in factors), strict=True)
-        return torch.stack(downs), torch.stack(folds)
-    places = [group.placements[site] for site in sites]
-    place = places[0]
-    cores = torch.stack([group.cores(p.first_core, p.slices) for p in places])  # [L, G, r1, r2]
-    if group._scaled:
-        cores = cores * group.scale
-    u, v = group.U[slice(*place.u_rows)], group.V
-    if place.stacked == "in":
-        whole, sliced = v, torch.matmul(u, cores)
-    elif place.u_side == "in":
-        whole, sliced = u, torch.matmul(v, cores.mT)
+# Every launch by itself
+
+
+def measure(shape: Shape, device: str, rounds: int) -> bool:
+    """Print each launch's microseconds in torch and in all block shapes, and how far its results
+    are from torch's.
+
+    Returns:
+        Whether all ran and were right.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    whole = True
+    for what in calls(TorchSteps(), shape, "meta", dtype):
+        try:
+            whole &= _measure(what, shape, device, dtype, rounds)
+        except Exception as error:  # one launch must not stop the others
+            whole = False
+            print(f"{what:27} FAILED: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    return whole
+
+
+def _measure(what: str, shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> bool:
+    def made(steps: TorchSteps) -> Callable[[], Any]:
+        torch.manual_seed(0)  # the same operands for all
+        return calls(steps, shape, device, dtype)[what]
+
+    timed = {"torch": made(TorchSteps())}
+    apart: dict[str, str] = {}
+    whole = True
+    with torch.no_grad():
+        expected = _tensors(timed["torch"]())
+        for shapes in tried(what, device):
+            name = shape_label(what, shapes) or "triton"
+            call = made(make_steps(shapes))
+            try:
+                distance = _distance(_tensors(call()), expected)
+            except Exception as error:  # one block shape must not stop the others
+                whole = False
+                print(f"{what:27} {name} FAILED: {str(error)[:200]}", flush=True)
+                continue
+            right = distance < FARTHEST
+            whole &= right
+            apart[name] = f"{distance:.0e}" if right else f"WRONG: {distance:.0e}"
+            if right:
+                timed[name] = call
+        del expected
+        timings = interleave(
+            timed,
+            seconds=0.0,
+            device=device,
+            graphs=device == "cuda",
+            fewest_rounds=rounds,
+            warm_ups=1 if device == "cuda" else 0,
+        )
+    cells = [f"{name} {1e3 * timings.time(name).p50:.1f}" for name in timed]
+    print(f"{what:27} µs: {'; '.join(cells)}   apart: {'; '.join(apart.values())}", flush=True)
+    return whole
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
+
+
+def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference of two results."""
+    pairs = [
+        (f.float().flatten(), e.float().flatten()) for f, e in zip(found, expected, strict=True)
+    ]
+    return max(float((f - e).norm() / e.norm()) for f, e in pairs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="only compile, and print registers")
+    parser.add_argument("--arch", type=int, default=90, help="compiled ahead for this GPU")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args(arguments)
+    if options.compile or options.device == "cuda":
+        shape = Shape(options.images * 197, 768, 3072, options.rank, 12)
+        seconds = 3600.0 if options.compile else MOST_COMPILING
+        whole = compile_all(shape, options.arch, options.processes, seconds)
+        if options.compile:
+            return 0 if whole else 1
     else:
-        whole, sliced = v, torch.matmul(u, cores)
-    shared, own = whole.expand(len(sites), -1, -1), sliced.flatten(1, 2)
-    return (own, shared) if place.stacked == "in" else (shared, own)
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+            os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]])
+        shape, options.rounds = TINY, 1
+    return 0 if measure(shape, options.device, options.rounds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -119,7 +119,7 @@ STAGES = (
         "second",
         40,
         _module(
-            *("benchmarks.gpu.step", "--backends", "cuda"),
+            *("benchmarks.gpu.step", "--backends", "auto", "cuda"),
             *("--profile", "{results}/step_kernels.csv", "--out", "{results}/step.csv"),
         ),
         dry=_module("benchmarks.gpu.step", *_TINY, "--no-gate", "--out", "{results}/step.csv"),

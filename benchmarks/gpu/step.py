@@ -49,7 +49,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
-from efft_kernels import FusedEFFTLinear
+from efft_kernels import Adapter, FusedEFFTLinear
 from efft_kernels.ops.explain import explain
 from efft_kernels.testing.error_budget import BUDGET
 
@@ -60,7 +60,8 @@ from ..peers import FLOOR, PEFT_LORA, Peer
 from ..whole_model import Gate, draw_batch, make_base, saved_mib, step_of, times
 
 MODES = ("eager", "graph", "compiled", "compiled-graph")
-BACKENDS = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
+AUTO = "auto"  # what a user gets: blocks in a chain where they can, else a backend per linear
+BACKENDS = {"cuda": (AUTO, "cuda", "triton", "torch"), "cpu": (AUTO, "cpp", "torch")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AMP = torch.bfloat16
 LEAST_SHARE = 0.003  # of a step, for a kernel to be listed
@@ -71,7 +72,9 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Entry:
-    """What one peer is made of; `backend` is empty for a peer that is not this package."""
+    """What one peer is made of; `backend` is empty for a peer that is not this package, and `AUTO`
+    for one that chooses, and runs its blocks in a chain.
+    """
 
     impl: str
     backend: str = ""
@@ -79,15 +82,16 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The row's name, e.g. "EFFT2 [cuda]" or "EFFT2 [cuda split]"."""
-        if not self.backend:
+        """The row's name, e.g. "EFFT2", "EFFT2 [cuda]" or "EFFT2 [cuda split]"."""
+        if self.backend in ("", AUTO):
             return self.impl
         named = "" if self.strategy == "auto" else f" {self.strategy}"
         return f"{self.impl} [{self.backend}{named}]"
 
     def build(self, base: nn.Module, rank: int) -> Peer:
         """The peer over `base`, its layers bound to the backend and strategy."""
-        peer = peers.build(self.impl, base, rank)
+        fuse = "auto" if self.backend == AUTO else "off"
+        peer = peers.build(self.impl, base, rank, fuse=fuse)
         for layer in fused_layers(peer.model):
             layer.backend, layer.strategy = self.backend, self.strategy
         return Peer(self.name, peer.model, peer.method, peer.factors)
@@ -218,6 +222,10 @@ class Bench:
 
     def _print_choices(self, entry: Entry, peer: Peer) -> None:
         """What `auto` takes for each kind of linear, forward / backward."""
+        if entry.backend == AUTO:
+            alone = Adapter(peer.model).describe().alone
+            print(f"{entry.name}: {'its blocks may run in a chain' if alone is None else alone}")
+            return
         if entry.strategy != "auto":
             return
         seen: dict[str, str] = {}
@@ -379,7 +387,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="*", default=("EFFT2", "LoRA"), choices=peers.methods(16)
     )
-    parser.add_argument("--backends", nargs="*", help="default: cuda triton torch, or cpp torch")
+    parser.add_argument(
+        "--backends", nargs="*", help="default: auto cuda triton torch, or auto cpp torch"
+    )
     parser.add_argument("--strategy", default="auto", help="of all peers of this package")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager graph, or eager")
     parser.add_argument("--frozen-dtype", choices=DTYPES, default="float32")

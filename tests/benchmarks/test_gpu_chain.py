@@ -1,36 +1,50 @@
-"""Chained blocks in plain torch: the model that the plain formula computes, gradients included."""
+"""The launches of a chain by themselves: what is measured, without a GPU."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 
-from benchmarks import peers
-from benchmarks.gpu.chain import ATTENTION, ChainedViT, TorchKernels
-from benchmarks.whole_model import results
+from benchmarks.gpu import chain
+from efft_kernels.ops.backends.chain_steps import TorchSteps
 
-RANK = 3
-
-
-@pytest.fixture
-def base(make_vit):
-    model = make_vit(embed_dim=24).requires_grad_(False)
-    model.head.requires_grad_()
-    return model.double()
+pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("copy_gradient", [True, False], ids=["copied", "apart"])
-@pytest.mark.parametrize("method", ["EFFT2", "EFFT1", "FacT-TT", "LoRA"])
-def test_equals_the_plain_formula(method, copy_gradient, base):
-    batch = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 3])
-    plain = peers.build(method, copy.deepcopy(base), RANK, formula=peers.factored)
-    peer = peers.build(method, base, RANK)
-    kernels = TorchKernels()
-    kernels.copy_gradient = copy_gradient
-    peer.model = ChainedViT(peer.model, kernels, ATTENTION["cpu"])
-    for found, expected in zip(
-        results(peer, *batch, None), results(plain, *batch, None), strict=True
-    ):
-        torch.testing.assert_close(found, expected)
+def test_the_shipped_block_shapes_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from efft_kernels.ops.backends.triton import chain as shipped
+
+    monkeypatch.setattr(shipped, "multiprocessors", lambda index: 132)  # an H100's
+    first = [configs[0] for configs in chain.candidates("cuda").values()]
+    assert first == [*shipped.configs_for.__wrapped__(768, 16, None), None, None]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_candidate_is_tried_by_a_launch(device: str) -> None:
+    names = chain.calls(TorchSteps(), chain.TINY, "meta", torch.bfloat16)
+    tried = {shapes for name in names for shapes in chain.tried(name, device)}
+    for field, configs in chain.candidates(device).items():
+        assert {getattr(shapes, field) for shapes in tried} == set(configs)
+
+
+def test_every_launch_has_its_step_in_torch() -> None:
+    for call in chain.calls(TorchSteps(), chain.TINY, "cpu", torch.float32).values():
+        assert all(t.isfinite().all() for t in chain._tensors(call()))
+
+
+def test_says_which_launch_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wrong(TorchSteps):
+        def thin(self, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+            return super().thin(x, down) + 1
+
+        def gather_grad(self, *_):
+            raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(chain, "make_steps", lambda shapes: Wrong())
+    assert not chain.measure(chain.TINY, "cpu", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("thin proj") and "WRONG" in line for line in lines)
+    assert any(line.startswith("gather ") and "out of shared memory" in line for line in lines)
+    assert any(line.startswith("norm_grad ") and "WRONG" not in line for line in lines)

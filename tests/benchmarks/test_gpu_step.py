@@ -18,7 +18,7 @@ from benchmarks import peers
 from benchmarks.gpu import step
 from benchmarks.lib import timing
 from benchmarks.lib.rows import KERNEL_COLUMNS, STEP_COLUMNS, STEP_CSV, read_rows
-from efft_kernels import FusedEFFTLinear
+from efft_kernels import Adapter, FusedEFFTLinear
 
 RANK = 3
 CPU_RUN = ("--device", "cpu", "--images", "2", "--rank", str(RANK), "--rounds", "2")
@@ -126,6 +126,8 @@ def test_what_teaches_most_comes_first() -> None:
     ]
     (_, named, _) = step.entries(["EFFT2"], ["cuda"], "split")
     assert named.name == "EFFT2 [cuda split]"
+    (_, named, _) = step.entries(["EFFT2"], [step.AUTO], "auto")
+    assert named.name == "EFFT2"
 
 
 def test_a_peer_s_layers_are_bound_to_its_backend(small_model: nn.Module) -> None:
@@ -134,6 +136,24 @@ def test_a_peer_s_layers_are_bound_to_its_backend(small_model: nn.Module) -> Non
     assert len(layers) == 8
     assert {(layer.backend, layer.strategy) for layer in layers} == {("torch", "split")}
     assert not any(isinstance(m, FusedEFFTLinear) for m in small_model.modules())
+
+
+@pytest.mark.parametrize(("backend", "chained"), [(step.AUTO, True), ("torch", False)])
+def test_only_what_chooses_runs_its_blocks_in_a_chain(
+    small_model: nn.Module, backend: str, chained: bool
+) -> None:
+    peer = step.Entry("EFFT2", backend).build(small_model, RANK)
+    assert (Adapter(peer.model).describe().alone is None) == chained
+
+
+def test_a_peer_that_chooses_says_what_it_does(
+    small_model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "step.csv"
+    options = ("--methods", "EFFT2", "--backends", "auto", "--out", str(out))
+    assert step.main((*CPU_RUN, *options)) == 0
+    assert [row["impl"] for row in read_rows(out)] == [peers.FLOOR, "EFFT2", peers.PEFT_LORA]
+    assert "EFFT2: its blocks may run in a chain" in capsys.readouterr().out
 
 
 def test_a_run_on_a_cpu_writes_a_row_per_peer_and_its_kernels(
