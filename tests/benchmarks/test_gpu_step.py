@@ -250,7 +250,7 @@ def test_a_peer_that_cannot_be_built_does_not_stop_the_others(
     build = peers.build
 
     def refusing(name: str, *arguments: Any, **options: Any) -> peers.Peer:
-        if name == "EFFT2" and not options:
+        if name == "EFFT2" and "formula" not in options:
             raise RuntimeError("no such method here")
         return build(name, *arguments, **options)
 
