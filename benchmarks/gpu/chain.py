@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efft_kernels.methods.lora import LoRAGroup
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.nn import FactorBank, FusedEFFTLinear
 from efft_kernels.ops.backends.torch_backend import fold
@@ -54,10 +55,19 @@ class Normed(NamedTuple):
     rstd: Tensor
 
 
+Sum = Any
+
+
 class TorchKernels:
     """The steps between the GEMMs in plain torch. x, y and thin matrices are in the dtype of the
     GEMMs, z and dz in the stream's, d_down and d_B in float32 or the stream's.
+
+    A `Sum` is a gradient that `finish` still has to add up, several in one launch.
     """
+
+    def finish(self, *sums: Sum) -> tuple[Tensor, ...]:
+        """The gradients."""
+        return sums
 
     copy_gradient = True  # of attention into one matrix; otherwise one GEMM for each of its parts
 
@@ -97,9 +107,7 @@ class TorchKernels:
         dz = dz if residual is None else dz + residual
         return dz, dz.to(dout.dtype)
 
-    def norm_down_grad(
-        self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor
-    ) -> Tensor:
+    def norm_down_grad(self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor) -> Sum:
         """x̂^T·S, with x̂ made again."""
         n = (z - mean.view(-1, 1)) * rstd.view(-1, 1)
         return self.tall_grad((n * norm.weight + norm.bias).to(s.dtype), s)
@@ -108,11 +116,11 @@ class TorchKernels:
         """P = x·down."""
         return x @ down
 
-    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Sum]:
         """S = dY·B and d_B = dY^T·P."""
         return dy @ b, self.tall_grad(dy, p)
 
-    def tall_grad(self, x: Tensor, s: Tensor) -> Tensor:
+    def tall_grad(self, x: Tensor, s: Tensor) -> Sum:
         """x^T·S."""
         return (x.T @ s).to(torch.promote_types(s.dtype, torch.float32))
 
@@ -264,14 +272,15 @@ class AttentionHalf(torch.autograd.Function):
         half: Half = ctx.half
         kernels = half.kernels
         w_qkv, w_proj, z, mean, rstd, p_qkv, p_proj, qkv, o, *kept = _kept(ctx)
-        s_proj, d_b_proj = kernels.thin_grad(dy, half.second.b, p_proj)
-        d_down_proj = kernels.tall_grad(_rows(o), s_proj)
+        s_proj, sum_b_proj = kernels.thin_grad(dy, half.second.b, p_proj)
+        sum_down_proj = kernels.tall_grad(_rows(o), s_proj)
         do = _heads(dy @ w_proj, half)
         qkv_heads = [_heads(part, half) for part in qkv.chunk(3, 1)]
         parts = [_rows(part) for part in half.attention.backward(do, *qkv_heads, o, *kept)]
         copy = kernels.copy_gradient and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         dqkv, s, d_b = kernels.gather_grad(parts, half.first.b, p_qkv, copy)
-        d_down = kernels.norm_down_grad(z, mean, rstd, half.norm, s)
+        sum_down = kernels.norm_down_grad(z, mean, rstd, half.norm, s)
+        d_down, d_b_proj, d_down_proj = kernels.finish(sum_down, sum_b_proj, sum_down_proj)
 
         def dx() -> Tensor:
             if dqkv is not None:
@@ -304,9 +313,10 @@ class MlpHalf(torch.autograd.Function):
         half: Half = ctx.half
         kernels = half.kernels
         w1, w2, z, mean, rstd, p1, p2, h = _kept(ctx)
-        s2, d_b2 = kernels.thin_grad(dy, half.second.b, p2)
+        s2, sum_b2 = kernels.thin_grad(dy, half.second.b, p2)
         dh, s1, d_b1, d_down2 = kernels.gelu_grad(dy @ w2, h, s2, half.first.b, p1)
-        d_down1 = kernels.norm_down_grad(z, mean, rstd, half.norm, s1)
+        sum_down1 = kernels.norm_down_grad(z, mean, rstd, half.norm, s1)
+        d_down1, d_b2 = kernels.finish(sum_down1, sum_b2)
         dz_in, dy_in = _stream_grad(ctx, dz, lambda: dh @ w1, z, mean, rstd)
         return dz_in, dy_in, d_down1, d_b1, d_down2, d_b2, None
 
@@ -421,6 +431,9 @@ def _norm(module: Any) -> Norm:
 def stacked_factors(bank: FactorBank, sites: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(down [L, K, r], B [L, N, r]) of sites of one kind, differentiable, in a few launches."""
     group = bank.group(sites[0])
+    if isinstance(group, LoRAGroup) and group.slices == 1:
+        groups: list[Any] = [bank.group(site) for site in sites]
+        return torch.cat([g.A for g in groups]).mT, torch.cat([g.B for g in groups]) * group.scale
     if not isinstance(group, TensorTrainGroup):
         factors = [bank.group(site).factors(site, False) for site in sites]
         downs, folds = zip(*((f.down, fold(f.core, f.up)) for f in factors), strict=True)

@@ -16,7 +16,7 @@ dout, z, residual, dz, and programs·K·RA·4 of partial sums, which reduce.py a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,6 +37,11 @@ class NormConfig(NamedTuple):
     hold: bool  # a row stays in registers; otherwise it is loaded again after its sums are known
     num_warps: int
     programs: int = 0  # of the backward: at most so many; 0 is one for every block of rows
+    max_registers: int | None = None  # per thread
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 @triton.jit
@@ -394,7 +399,7 @@ def _prepare_norm_fwd(
     return CachedLaunch(
         _norm_fwd_kernel,
         (tuning.cdiv(m, config.block_m),),
-        {"num_warps": config.num_warps},
+        config.options,
         M=m,
         ra=ra,
         rb=rb,
@@ -461,7 +466,7 @@ def _prepare_norm_bwd(dout: Tensor, ra: int, programs: int, config: NormConfig) 
     return CachedLaunch(
         _norm_bwd_kernel,
         (programs,),
-        {"num_warps": config.num_warps},
+        config.options,
         M=m,
         ra=ra,
         K=k,

@@ -137,3 +137,15 @@ def test_large_values_stay_finite(dtype, device):
         )
         expected = torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]], device=device, dtype=dtype)
         torch.testing.assert_close(back.dh, expected, atol=1e-6, rtol=0)
+
+
+def test_complete_da(dtype, device):
+    """S without its factor: dout is da already, and only d_down comes of S."""
+    o = operands(dtype, device)
+    da = o["dout"] + o["s"] @ o["down"].T
+    thin = o["thin"], o["up"]
+    back = launch_act_bwd(da, o["y"], o["s"], None, *thin, config=CONFIGS[0])
+    expected = launch_act_bwd(da, o["y"], None, None, *thin, config=CONFIGS[0])
+    assert torch.equal(back.dh, expected.dh)
+    d_down = launch_act_bwd(da, o["y"], o["s"], o["down"], *thin, config=CONFIGS[0]).d_down
+    assert torch.equal(back.d_down, d_down)

@@ -120,6 +120,22 @@ def test_backward(rms, config, dtype, device):
         assert_within_budget(found, plain, exact)
 
 
+def test_gradient_of_the_branch(device):
+    """dz of a float32 stream, and the same rounded to the dtype of the branch."""
+    o = operands(torch.float32, device)
+    weights = o["weight"], o["bias"]
+    fwd = launch_norm_fwd(o["x"], None, *weights, None, eps=EPS, config=FORWARD[0])
+    few_rows = NormConfig(4, 16, True, 4)  # no product, so fewer than tl.dot takes
+    rest = fwd.z, fwd.mean, fwd.rstd, *weights, None, None, o["residual"]
+    dout = o["dout"].half()
+    got = launch_norm_bwd(dout, *rest, branch_grad=True, config=few_rows)
+    assert got.dz.dtype == torch.float32
+    assert got.dy is not None and torch.equal(got.dy, got.dz.half())
+    expected = launch_norm_bwd(dout, *rest, config=BACKWARD[0])
+    assert expected.dy is None
+    torch.testing.assert_close(got.dz, expected.dz)
+
+
 def test_only_what_is_given(dtype, device):
     """No weights, no projection, no factor: the norm alone; an addend alone; γ without a factor."""
     o = operands(dtype, device)
