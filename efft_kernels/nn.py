@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number
 from .methods.joint import JointFactors
 from .methods.tensor_train import Placement, TensorTrainGroup
 from .ops.backends.torch_backend import fold
+from .ops.checks import autocast_enabled
 from .ops.layer import adapted_linear
 from .ops.reference import delta_weight
 from .ops.shared_projection import SharedInput
@@ -23,6 +26,15 @@ class TaskBatch(NamedTuple):
 
     parameters: dict[str, Tensor]  # bank parameter name → [tasks, ...]
     task_of_row: Tensor  # [B]
+
+
+def _without_autocast(group: nn.Module) -> AbstractContextManager[object]:
+    """What a group makes its operands in. Autocast would make those that are products half
+    precision and leave the others as they are.
+    """
+    device = next(group.parameters()).device.type
+    enabled = autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
 class FactorBank(nn.Module):
@@ -74,7 +86,8 @@ class FactorBank(nn.Module):
             joint = self.joint_factors.get(group, site, dropout)
             if joint is not None:
                 return joint
-        return group.factors(site, dropout)
+        with _without_autocast(group):
+            return group.factors(site, dropout)
 
     def task_factors(self, site: str) -> Factors:
         """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site for every task of the present
@@ -92,7 +105,8 @@ class FactorBank(nn.Module):
             down, core, up = torch.func.functional_call(group, parameters, (site, False))
             return down, fold(core, up)
 
-        down, up = torch.func.vmap(of_one_task)(own)
+        with _without_autocast(group):
+            down, up = torch.func.vmap(of_one_task)(own)
         return Factors(down, None, up)
 
     def reset_parameters(self) -> None:

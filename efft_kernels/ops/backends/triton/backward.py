@@ -32,7 +32,7 @@ from ..fallback import padded_rank, rows, torch_strategy
 from ..torch_backend import Grads
 from .factors import read_in_place
 from .fold import launch_fold
-from .forward import out_of_reach
+from .forward import on_16_bytes, out_of_reach
 from .gemm import launch_gemm
 from .launch_cache import cache_of, once
 from .merge import launch_merge
@@ -114,6 +114,7 @@ def backward(
     strategy: str,
 ) -> Grads:
     """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
+    strategy = on_16_bytes(strategy, dy, weight, up)
     cache = cache_of(
         (dy, x, weight, p, down, core, up), "bwd", needs, strategy, dot_precision(dy.dtype)
     )

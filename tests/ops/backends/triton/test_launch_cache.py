@@ -192,3 +192,20 @@ def test_the_key_tells_calls_apart():
     for tensors, *choices in others:
         assert launch_cache.cache_of(tensors, *choices) is not first
     launch_cache.forget()
+
+
+@pytest.mark.parametrize("moved", ["x", "weight", "down"])
+def test_p_is_not_computed_in_a_loop_over_rows_off_16_bytes(gpu, moved):
+    """Such a loop is miscompiled (forward.on_16_bytes); `split` runs in its place."""
+    *tensors, _ = operands(folded=True)
+
+    def kernels():
+        gpu.launches.clear()
+        backend.forward(*tensors, save_p=True, strategy="fused")
+        return [launch.kernel.__name__ for launch in gpu.launches]
+
+    aligned = kernels()
+    place = ("x", "weight", "bias", "down").index(moved)
+    storage = tensors[place].new_empty(tensors[place].numel() + 1)
+    tensors[place] = storage[1:].view(tensors[place].shape)
+    assert "_thin_kernel" not in aligned and "_thin_kernel" in kernels()

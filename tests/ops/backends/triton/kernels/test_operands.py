@@ -137,14 +137,18 @@ def test_a_bias_of_any_stride(strategy, device):
 
 
 def test_the_same_sizes_at_any_address(strategy, device):
-    """Slices that start on 16 bytes and off them, in turn: sizes and strides are the same."""
+    """Slices that start on 16 bytes and off them, in turn: sizes and strides are the same. Off them
+    `fused` runs as `split`.
+    """
     shape = Shape(M=48, K=64, n=32, Ra=16, Rb=16)
     tensors = operands_and_dy(shape, torch.float16, device=device)
-    expected = backend_results(backend, tensors, strategy)
+    on_16_bytes = backend_results(backend, tensors, strategy)
+    off_them = backend_results(backend, tensors, "split") if strategy == "fused" else on_16_bytes
     for offset in (1, 0, 8, 1):
         moved = []
         for t in tensors:
             storage = t.new_full((t.numel() + offset,), torch.nan)
             storage[offset:] = t.flatten()
             moved.append(storage[offset:].view(t.shape))
+        expected = off_them if offset % 8 else on_16_bytes
         assert_same_bits(backend_results(backend, moved, strategy), expected)
