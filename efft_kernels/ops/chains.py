@@ -70,22 +70,10 @@ def _flash_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: A
     )
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return o, (lse,)
-
-
-def _cpu_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: Any) -> Any:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        do, q, k, v, o, *kept, 0.0, False
-    )
-
-
 ATTENTION = {
     SDPBackend.CUDNN_ATTENTION: Attention(_cudnn, _cudnn_grad),
     SDPBackend.FLASH_ATTENTION: Attention(_flash, _flash_grad),
 }
-CPU_ATTENTION = Attention(_cpu, _cpu_grad)
 
 
 # What runs a chain

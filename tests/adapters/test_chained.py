@@ -32,7 +32,7 @@ from efft_kernels import (
     load,
 )
 from efft_kernels.ops import chains
-from efft_kernels.ops.backends.chain_steps import TorchSteps
+from efft_kernels.testing.cpu_chain import cpu_engine
 from efft_kernels.testing.error_budget import BUDGET, worst_ratio
 
 EFFT = EFFT2(rank=3, dropout=0.0, scale=0.7)
@@ -54,16 +54,13 @@ METHODS = [
 def runs(monkeypatch):
     """The chains that ran. What runs one takes tensors of the CPU, in any dtype."""
 
-    def engine_for(x, heads, rank):
-        return chains.Engine(TorchSteps(), chains.CPU_ATTENTION, x.dtype)
-
     def run_chain(*arguments):
         found.append(arguments)
         return run(*arguments)
 
     found, run = [], chains.run_chain
     monkeypatch.setattr(chains, "refusal", lambda x: None)
-    monkeypatch.setattr(chains, "engine_for", engine_for)
+    monkeypatch.setattr(chains, "engine_for", lambda x, heads, rank: cpu_engine(x.dtype))
     monkeypatch.setattr(chains, "run_chain", run_chain)
     return found
 

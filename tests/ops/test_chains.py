@@ -9,13 +9,14 @@ from torch import Tensor
 
 from efft_kernels import use_backend
 from efft_kernels.ops import chains
-from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
+from efft_kernels.ops.backends.chain_steps import Norm
 from efft_kernels.ops.chains import Adapted, Engine, Layer, engine_for, refusal, run_chain
+from efft_kernels.testing.cpu_chain import cpu_engine
 
 IMAGES, TOKENS, K, C, HEADS = 2, 3, 8, 11, 2
 RANKS = {"qkv": 2, "proj": 3, "fc1": 1, "fc2": 2}
 SIZES = {"qkv": (3 * K, K), "proj": (K, K), "fc1": (C, K), "fc2": (K, C)}
-ENGINE = Engine(TorchSteps(), chains.CPU_ATTENTION, torch.float64)
+ENGINE = cpu_engine(torch.float64)
 
 
 def draw(*size: int, grad: bool = False) -> Tensor:
@@ -148,7 +149,7 @@ def test_a_stream_in_float32_and_gemms_in_bfloat16(layers: list[Layer]) -> None:
 
     singles = [lower(layer) for layer in layers]
     x = low(draw(IMAGES, TOKENS, K, grad=True))
-    y = run_chain(x, singles, Engine(TorchSteps(), chains.CPU_ATTENTION, torch.bfloat16))
+    y = run_chain(x, singles, cpu_engine(torch.bfloat16))
     grads = torch.autograd.grad(y.tanh().sum(), [x, *factors(singles)])
     assert {t.dtype for t in (y, *grads)} == {torch.float32}
     expected = plain(x.double(), layers)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 from efft_kernels.ops.backends.triton.chain import Configs, TritonSteps, configs_for
 from efft_kernels.ops.backends.triton.configs import PassConfig
 from efft_kernels.ops.backends.triton.merge_stack import launch_merge_stack
 from efft_kernels.ops.backends.triton.norm import NormConfig
+from efft_kernels.ops.chains import ATTENTION, Adapted, Engine, Layer, run_chain
+from efft_kernels.testing.cpu_chain import CPU_ATTENTION
 from efft_kernels.testing.error_budget import assert_within_budget
 
 M, K, C, R = 37, 41, 53, 5
+K_CHAIN = 32
 # Several tiles in every direction.
 SMALL = Configs(
     norm=NormConfig(16, 16, True, 4),
@@ -104,6 +108,54 @@ def test_is_the_step_of_plain_torch(step, configs, dtype, device):
         assert tensor.numel() == plain[name].numel()
         own = {name: tensor.view(exact[name].shape)}
         assert_within_budget(own, {name: plain[name]}, {name: exact[name]})
+
+
+def test_a_whole_chain(dtype, device):
+    """Two blocks of linears of different ranks, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(device) / 4
+
+    def adapted(n, k, r):
+        down, b = draw(k, r).requires_grad_(), draw(n, r).requires_grad_()
+        return Adapted(draw(n, k), draw(n), down, b)
+
+    def layer():
+        norms = [Norm(1 + draw(K_CHAIN), draw(K_CHAIN), 1e-6) for _ in range(2)]
+        qkv, proj = adapted(3 * K_CHAIN, K_CHAIN, 3), adapted(K_CHAIN, K_CHAIN, 5)
+        fc1, fc2 = adapted(C, K_CHAIN, 2), adapted(K_CHAIN, C, 17)
+        return Layer(norms[0], qkv, proj, norms[1], fc1, fc2, 2)
+
+    def doubled(value):
+        if isinstance(value, tuple):
+            return type(value)(*map(doubled, value))
+        return value.double().detach().requires_grad_() if torch.is_tensor(value) else value
+
+    def results(x, layers, steps, dtype):
+        factors = [
+            t for one in layers for a in one if isinstance(a, Adapted) for t in (a.down, a.b)
+        ]
+        y = run_chain(x, layers, Engine(steps, attention, dtype))
+        return [y, *torch.autograd.grad(y.tanh().sum(), [x, *factors])]
+
+    attention = CPU_ATTENTION if device == "cpu" else ATTENTION[SDPBackend.FLASH_ATTENTION]
+    if device != "cpu" and dtype == torch.float32:
+        pytest.skip("FlashAttention takes half precisions")
+    x, layers = draw(2, 7, K_CHAIN).requires_grad_(), [layer(), layer()]
+    found, plain = (results(x, layers, s, dtype) for s in (TritonSteps(SMALL), TorchSteps()))
+    # Attention in float64 is there on the CPU alone.
+    attention, device = CPU_ATTENTION, "cpu"
+    x, layers = doubled(x).cpu(), [_on_cpu(doubled(one)) for one in layers]
+    exact = results(x.detach().requires_grad_(), layers, TorchSteps(), torch.float64)
+    for one in zip(found, plain, exact, strict=True):
+        assert_within_budget(*({"": t.cpu()} for t in one))
+
+
+def _on_cpu(value):
+    if isinstance(value, tuple):
+        return type(value)(*map(_on_cpu, value))
+    return value.detach().cpu().requires_grad_() if torch.is_tensor(value) else value
 
 
 def test_merges_from_the_weights_as_they_are_stored(device):
