@@ -102,7 +102,9 @@ class TritonSteps(TorchSteps):
         return tuple(found)
 
     def merge(self, weights: Sequence[Tensor], b: Tensor, down: Tensor) -> Tensor:
-        return launch_merge_stack(weights, b, down, self._cache("merge", b, weights[0].dtype))
+        weight = weights[0]
+        cache = self._cache("merge", b, weight.shape, weight.dtype)
+        return launch_merge_stack(weights, b, down, cache)
 
     def norm(
         self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype

@@ -110,8 +110,9 @@ def test_is_the_step_of_plain_torch(step, configs, dtype, device):
         assert_within_budget(own, {name: plain[name]}, {name: exact[name]})
 
 
-def test_a_whole_chain(dtype, device):
-    """Two blocks of linears of different ranks, forward and backward."""
+@pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (3, 5, 2, 17)], ids=str)
+def test_a_whole_chain(ranks, dtype, device):
+    """Two blocks, forward and backward: launches of equal and of different sizes share caches."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size):
@@ -123,9 +124,9 @@ def test_a_whole_chain(dtype, device):
 
     def layer():
         norms = [Norm(1 + draw(K_CHAIN), draw(K_CHAIN), 1e-6) for _ in range(2)]
-        qkv, proj = adapted(3 * K_CHAIN, K_CHAIN, 3), adapted(K_CHAIN, K_CHAIN, 5)
-        fc1, fc2 = adapted(C, K_CHAIN, 2), adapted(K_CHAIN, C, 17)
-        return Layer(norms[0], qkv, proj, norms[1], fc1, fc2, 2)
+        sizes = (3 * K_CHAIN, K_CHAIN), (K_CHAIN, K_CHAIN), (C, K_CHAIN), (K_CHAIN, C)
+        linears = [adapted(n, k, r) for (n, k), r in zip(sizes, ranks, strict=True)]
+        return Layer(norms[0], *linears[:2], norms[1], *linears[2:], 2)
 
     def doubled(value):
         if isinstance(value, tuple):
