@@ -33,7 +33,7 @@ from efft_kernels import (
 )
 from efft_kernels.ops import chains
 from efft_kernels.testing.cpu_chain import cpu_engine
-from efft_kernels.testing.error_budget import BUDGET, worst_ratio
+from efft_kernels.testing.error_budget import BUDGET, relative_error
 
 EFFT = EFFT2(rank=3, dropout=0.0, scale=0.7)
 NOISY = EFFT2(rank=3, dropout=0.3, scale=0.7)
@@ -623,9 +623,12 @@ class TestOnAGpu:
     def make(self, make_vit, randomize):
         def make(method=EFFT, fuse="auto", **options):
             model = make_vit(**(SIZES | options)).cuda()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.5 if p.dim() == 2 else 1)  # larger weights amplify every rounding
             adapter = attach(model, method, fuse=fuse)
             torch.manual_seed(5)
-            randomize(adapter)
+            randomize(adapter, 0.1)
             return model
 
         return make
@@ -644,17 +647,25 @@ class TestOnAGpu:
         return [y.detach(), *(p.grad for p in model.factor_bank.parameters())]
 
     @pytest.mark.parametrize("method", METHODS, ids=str)
-    def test_within_the_error_budget(self, make, batch, ran, dtype, method):
+    def test_within_the_error_budget(self, make, ran, dtype, method):
+        """Over four batches: of one alone the ratio is chance (on a CPU 0.5 to 2.2)."""
         if method is NOISY:
             pytest.skip("the masks of float64 are others")
         model, twin = make(method), make(method, fuse="off")
-        exact = self.results(copy.deepcopy(twin).double(), batch.double(), torch.float64)
+        wide = copy.deepcopy(twin).double()
         for layer in Adapter(twin).layers().values():
             layer.backend = "torch"
-        plain = self.results(twin, batch, dtype)
-        found = self.results(model, batch, dtype)
-        assert len(ran) == 1
-        assert worst_ratio(*map(joined, (found, plain, exact))) <= BUDGET
+        squares = torch.zeros(2, 2)  # of (chain, plain torch) in (output, gradients)
+        for _ in range(4):
+            batch = torch.randn(9, 3, 32, 32, device="cuda")
+            exact = joined(self.results(wide, batch.double(), torch.float64))
+            for row, one in zip(squares, (model, twin), strict=True):
+                found = joined(self.results(one, batch, dtype))
+                row += torch.tensor(
+                    [relative_error(*pair) ** 2 for pair in zip(found, exact, strict=True)]
+                )
+        assert len(ran) == 4
+        assert (squares[0] <= BUDGET**2 * squares[1]).all(), (squares[0] / squares[1]).sqrt()
 
     def test_in_a_cuda_graph(self, make, batch, ran, dtype):
         model = make()
