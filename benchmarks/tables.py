@@ -249,7 +249,8 @@ MODE_NAMES = {
 def step_summary(rows: Sequence[Row]) -> Lines:
     """A table for every device, model and batch: a line per peer, a column per mode."""
     groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in last_comparisons(rows, STEP_KEY):
+    newest = sorted(last_comparisons(rows, STEP_KEY), key=lambda row: str(row["timestamp"]))
+    for row in newest:
         groups.setdefault(tuple(row[c] for c in STEP_KEY[:6]), []).append(row)
     lines: Lines = []
     for group in groups.values():
