@@ -322,7 +322,9 @@ def _check_blocks(blocks: Any) -> None:
             children = kinds.get(type(module), {})
             for child, found in module._modules.items():
                 if type(found) not in children.get(child, ()):
-                    raise _Unlike(f"{where}.{child} is a {type(found).__name__}")
+                    raise _Unlike(
+                        f"{where}.{child} is a {type(found).__name__}, which no chain takes"
+                    )
             if children and set(children) - set(module._modules) - {"norm"}:
                 raise _Unlike(f"{where} is not put together like timm's")
             if "forward" in module.__dict__ or not _has_own_forward(type(module)):

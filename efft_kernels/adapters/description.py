@@ -32,7 +32,9 @@ class Description:
 
     def __rich__(self) -> Table:
         chained = [row["name"] for row in self.rows if row.get("fused") == "chain"]
-        fused = f"in a chain: {_summary(chained)}" if chained else f"no chain: {self.alone}"
+        fused = f"no chain: {self.alone}"
+        if chained:
+            fused = f"in a chain, on a GPU under autocast: {_summary(chained)}"
         table = Table(title=self.method, caption=escape(fused), caption_justify="left")
         for header in ("group", "parameters", "shapes", "linears", "rank"):
             table.add_column(
