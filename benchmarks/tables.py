@@ -256,7 +256,8 @@ def step_summary(rows: Sequence[Row]) -> Lines:
     for group in groups.values():
         modes = [mode for mode in MODE_NAMES if any(row["mode"] == mode for row in group)]
         lines += [
-            f"One training step on a GPU: ms and ratio to the frozen model in the same mode."
+            "One training step on a GPU: ms, and the ratio to the frozen model in the same mode,"
+            " which ran in turn with each (the median over rounds; its own line is its first run)."
             f" {whole_model_title(group[0])}, weights {group[0]['frozen_dtype']}."
             f" {where_and_when(group)}.",
             "",

@@ -32,9 +32,10 @@ def _without_autocast(group: nn.Module) -> AbstractContextManager[object]:
     """What a group makes its operands in. Autocast would make those that are products half
     precision and leave the others as they are.
     """
-    device = next(group.parameters()).device.type
-    enabled = autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
+    parameter = next(group.parameters(), None)
+    if parameter is None or not autocast_enabled(parameter.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(parameter.device.type, enabled=False)
 
 
 class FactorBank(nn.Module):

@@ -78,6 +78,9 @@ class _Parts:
         self._gelus = [module for module in modules if type(module) is nn.GELU]
         self._norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
         self._parametrised: list[nn.Module] = [*self._norms, *self.linears]
+        self._required = [(module, "weight") for module in self._parametrised]
+        self._required += [(norm, "bias") for norm in self._norms]
+        self._without_bias = [(linear, linear.bias is None) for linear in self.linears]
 
     @functools.cached_property
     def rank(self) -> int | str:
@@ -110,12 +113,22 @@ class _Parts:
             return "a GELU of the blocks is no exact one"
         if any(norm.__dict__.get("_fast_norm") for norm in self._norms):
             return "timm's fast norm is on"
+        if any(block.attn.num_heads != self.heads for block in self.blocks):
+            return "the heads of an attention were changed"
+        if any(module._compiled_call_impl is not None for module in self._modules):
+            return "a module of the blocks is compiled"
         if not all(block.attn.fused_attn for block in self.blocks):
             return "an attention of the blocks is not the fused one"
         return None
 
     def unfit(self, x: Tensor) -> str | None:
         """Why the parameters or the adapter's state do not let a chain run over x."""
+        if any(m._parameters.get(name) is None for m, name in self._required) or any(
+            (linear._parameters.get("bias") is None) is not absent
+            or (absent and linear.bias is not None)
+            for linear, absent in self._without_bias
+        ):
+            return "a weight or bias of the blocks is no parameter, or none any more"
         # One set for all: this is asked at every call.
         found = {
             (type(p), p.requires_grad, p.dtype, p.get_device(), p.is_contiguous())
@@ -235,7 +248,10 @@ class ChainedBlocks:
             return parts
         if isinstance(parts.rank, str):
             return parts.rank
-        return parts.changed() or frozenset(linear._site for linear in parts.linears)
+        first = parts.linears[0]
+        # Merging is a state of the adapter's own, and passes.
+        reason = parts.changed() or (None if first.merged else parts.unfit(first.weight))
+        return reason or frozenset(linear._site for linear in parts.linears)
 
 
 class _Unlike(Exception):

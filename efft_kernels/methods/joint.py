@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +28,13 @@ class _Held(NamedTuple):
     factors: dict[str, Factors]
     sources: list[tuple[nn.Parameter | None, int | None]]  # with their versions
     stream: object
+    given: set[str]  # the sites that have them
 
     @classmethod
     def of(cls, group: FactorGroup, dropout: bool) -> _Held:
         parameters = group._parameters.values()
         sources = [(p, None if p is None else _version(p)) for p in parameters]
-        return cls(group.joint_factors(dropout), sources, _stream(group))
+        return cls(group.joint_factors(dropout), sources, _stream(group), set())
 
     def are_fresh(self, group: FactorGroup) -> bool:
         """Whether the group still has the very parameters and nobody wrote to them."""
@@ -92,10 +93,13 @@ class JointFactors:
         if circumstances != _circumstances() or _is_traced():
             return None
         held = groups.get((group, dropout))
-        if held is None or not held.are_fresh(group):
+        # A linear that is called again in the same forward draws masks of its own.
+        again = dropout and held is not None and site in held.given
+        if held is None or again or not held.are_fresh(group):
             groups[group, dropout] = held = _Held.of(group, dropout)
         elif held.stream is not None and held.stream != _stream(group):
             return None
+        held.given.add(site)
         return held.factors[site]
 
 
@@ -149,19 +153,17 @@ def keep_graph(compute: Compute, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 class _KeptGraph(torch.autograd.Function):
-    """Holds a graph of its own from detached inputs, which its backward does not free."""
+    """Holds a graph of its own from detached inputs until its first backward."""
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.compute, ctx.inputs = compute, inputs
         ctx.versions = [_version(t) for t in inputs]
-        ctx.leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-        with torch.enable_grad(), _own_saved_tensors():
-            ctx.outputs = compute(*ctx.leaves)
-        outputs = tuple(t.detach() for t in ctx.outputs)
-        pairs = zip(outputs, ctx.outputs, strict=True)
-        ctx.mark_non_differentiable(*(out for out, inner in pairs if not inner.requires_grad))
+        ctx.graph = _, inner = _graph_of(compute, inputs)
+        outputs = tuple(t.detach() for t in inner)
+        pairs = zip(outputs, inner, strict=True)
+        ctx.mark_non_differentiable(*(out for out, own in pairs if not own.requires_grad))
         return outputs
 
     @staticmethod
@@ -176,20 +178,32 @@ class _KeptGraph(torch.autograd.Function):
             return None, *(None for _ in needs)
         again = torch.is_grad_enabled()  # create_graph: a second derivative goes through the inputs
         with torch.autocast(ctx.inputs[0].device.type, enabled=False):
-            outputs = ctx.compute(*ctx.inputs) if again else ctx.outputs
-            sources = ctx.inputs if again else ctx.leaves
+            if again:
+                sources, outputs = ctx.inputs, ctx.compute(*ctx.inputs)
+            else:
+                # Not kept: a loss that is kept would hold it. Another backward makes it again.
+                sources, outputs = ctx.graph or _graph_of(ctx.compute, ctx.inputs)
+                ctx.graph = None
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
             found = iter(
                 torch.autograd.grad(
                     [output for output, _ in pairs],
                     [source for source, need in zip(sources, needs, strict=True) if need],
                     [grad for _, grad in pairs],
-                    retain_graph=True,
                     create_graph=again,
                     allow_unused=True,
                 )
             )
         return None, *(next(found) if need else None for need in needs)
+
+
+def _graph_of(
+    compute: Compute, inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Detached inputs and what `compute` makes of them, with its graph."""
+    leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+    with torch.enable_grad(), _own_saved_tensors():
+        return leaves, compute(*leaves)
 
 
 def _own_saved_tensors() -> contextlib.AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +148,12 @@ class TensorTrainGroup(FactorGroup):
 
     factor_matrices: ClassVar[tuple[str, ...]] = ("U", "V")
     joint: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Joint factors are those of `factors` here, not of one that a subclass has written.
+        if "factors" in cls.__dict__ and "joint_factors" not in cls.__dict__:
+            cls.joint = False
 
     U: nn.Parameter
     V: nn.Parameter

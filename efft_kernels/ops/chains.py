@@ -239,11 +239,22 @@ def _stream_grad(
 Backward = Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]
 
 
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether a vmap is at work on it, the one of autograd's batched gradients included."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def _once(backward: Backward) -> Backward:
     """A backward that is called as the kernels are, and whose results have no derivative."""
 
     @functools.wraps(backward)
     def run(ctx: Any, dz: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if _is_batched(dz) or _is_batched(dy):
+            raise RuntimeError(
+                "chained blocks take no batched gradients (is_grads_batched, vectorize): attach the"
+                " adapter with fuse='off'"
+            )
         with launch_context(dy.device), torch.no_grad():
             found = backward(ctx, dz, dy.contiguous())
         if not torch.is_grad_enabled():

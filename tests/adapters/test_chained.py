@@ -358,6 +358,50 @@ def test_dropout_of_the_projection(models, images, runs):
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("place", ["norm1.weight", "norm1.bias", "mlp.fc1.weight", "mlp.fc1.bias"])
+def test_a_weight_that_is_computed_gets_its_gradient(models, images, runs, place):
+    gradients = []
+    for model in models():
+        owner, _, name = f"blocks.0.{place}".rpartition(".")
+        module = model.get_submodule(owner)
+        value = getattr(module, name).detach()
+        delattr(module, name)
+        gain = torch.ones((), dtype=value.dtype, requires_grad=True)
+        setattr(module, name, value * gain)
+        model(images).tanh().sum().backward()
+        gradients.append(gain.grad)
+    assert not runs
+    torch.testing.assert_close(*gradients)
+
+
+def test_heads_changed_and_blocks_compiled_after_attach(models, images, runs):
+    model, twin = models()
+    for one in (model, twin):
+        one.blocks[0].attn.num_heads, one.blocks[0].attn.head_dim = 1, 12
+    torch.testing.assert_close(model(images), twin(images), rtol=0, atol=0)
+    model, _ = models()
+    model.blocks[0].compile(backend="eager")
+    model(images)
+    assert not runs
+
+
+def test_batched_gradients_are_refused(models, images, runs):
+    model, _ = models()
+    y = model(images)
+    with pytest.raises(RuntimeError, match=r"no batched gradients .* fuse='off'"):
+        torch.autograd.grad(
+            y, trained(model), torch.ones(2, *y.shape, dtype=y.dtype), is_grads_batched=True
+        )
+
+
+def test_describe_says_why_a_chain_does_not_run_in_training(make_vit):
+    for options in ({"modules_to_train": ("head", "blocks.0.norm1")}, {}):
+        model = make_vit().train()
+        method = EFFT if options else FacTTT(rank=3, dropout=0.2)
+        description = attach(model, method, **options).describe()
+        assert description.alone and {row["fused"] for row in description.rows} == {"alone"}
+
+
 class TestTransforms:
     def test_parameters_of_the_blocks_from_outside(self, models, images, runs):
         model, twin = models()

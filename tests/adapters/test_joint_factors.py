@@ -729,3 +729,51 @@ def test_every_choice_of_cores(count):
     for indices in itertools.islice(itertools.product(range(4), repeat=count), 0, None, 7):
         places = {str(i): Placement(first, 1, "in", (0, 5)) for i, first in enumerate(indices)}
         assert torch.equal(_Family.of(places).pick(cores), cores[list(indices)])
+
+
+class TestOneForwardCallsALinearAgain:
+    """A root whose forward runs the model several times: two views, or samples by dropout."""
+
+    class Twice(nn.Module):
+        def __init__(self, encoder: nn.Module) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.encoder(x), self.encoder(x)
+
+    def test_masks_are_drawn_again(self, make_vit, randomize):
+        model = self.Twice(make_vit())
+        randomize(attach(model, EFFT2(rank=3, dropout=0.3), modules_to_train=()))
+        one, other = model.train()(torch.randn(2, 3, 8, 8))
+        assert not torch.equal(one, other)
+        one, other = model.eval()(torch.randn(2, 3, 8, 8))
+        assert torch.equal(one, other)
+
+
+def test_a_loss_that_is_kept_does_not_keep_the_factors(make_vit, randomize):
+    model = make_vit()
+    randomize(attach(model, EFFT2(rank=3, dropout=0.0)))
+    loss = model(torch.randn(2, 3, 8, 8)).sum()
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [each for each, _ in node.next_functions]
+    kept = [node for node in seen if type(node).__name__ == "_KeptGraphBackward"]
+    assert kept and all(node.graph is not None for node in kept)
+    loss.backward(retain_graph=True)
+    assert all(node.graph is None for node in kept)
+    first = [p.grad.clone() for p in model.factor_bank.parameters()]
+    loss.backward()
+    for p, grad in zip(model.factor_bank.parameters(), first, strict=True):
+        torch.testing.assert_close(p.grad, 2 * grad)
+
+
+def test_a_subclass_with_factors_of_its_own_is_asked_for_them():
+    class Own(TensorTrainGroup):
+        def factors(self, site, dropout):
+            raise NotImplementedError
+
+    assert TensorTrainGroup.joint and not Own.joint

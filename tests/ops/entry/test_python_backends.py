@@ -160,7 +160,9 @@ class TestBackendsInPython:
         once()
         before = counted()
         references = [reference for _ in range(10) for reference in once()]
-        assert counted() == before
+        after = counted()
+        # What earlier tests left behind may be collected meanwhile.
+        assert after[0] <= before[0] and after[1:] == before[1:]
         assert len(references) == 20 and all(reference() is None for reference in references)
 
     @pytest.mark.parametrize("wanted", [(n,) for n in NAMES] + [FACTORS, ("x", "up"), NAMES])
