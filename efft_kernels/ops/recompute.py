@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import available_backends, launch_context
+
 # How csrc makes x by itself, as in csrc/codes.h; from a recipe of another code x is made here.
 PLAIN, LAYER_NORM, GELU, GELU_TANH = range(4)
 
@@ -55,8 +57,10 @@ def find(x: Tensor) -> Source | None:
     producer keeps, and where what the producer kept is not there as it was (checkpointing,
     offloading).
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None  # a compiler decides itself what to keep
+    if torch._C._are_functorch_transforms_active():
+        return None
     if x.grad_fn is None or not torch.is_grad_enabled() or x._version or not x.numel():
         return None
     shape: Shape = tuple(x.shape)
@@ -350,12 +354,26 @@ def _normalise(
     """LayerNorm over the last `dims` dims, from its statistics."""
     if torch.is_grad_enabled() and x.requires_grad:
         mean, rstd = _statistics(x, rstd, dims)
+    elif x.is_cuda and dims == 1 and x.dtype != torch.float64 and (kernel := _triton()):
+        rows = x.reshape(-1, x.shape[-1])
+        with launch_context(x.device):
+            return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
     centred = (x - mean).mul_(rstd)
     if weight is not None and bias is not None and not centred.requires_grad:
         return torch.addcmul(bias.to(centred.dtype), centred, weight.to(centred.dtype)).to(x.dtype)
     if weight is not None:
         centred = centred * weight
     return (centred if bias is None else centred + bias).to(x.dtype)
+
+
+@cache
+def _triton() -> Callable[..., Tensor] | None:
+    """The kernel that does it in one pass, where Triton can run."""
+    if available_backends()["triton"] is not None:
+        return None
+    from .backends.triton.remake import launch_remake
+
+    return launch_remake
 
 
 def _statistics(x: Tensor, rstd: Tensor, dims: int) -> tuple[Tensor, Tensor]:
