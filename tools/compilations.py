@@ -184,7 +184,8 @@ class Recorder:
         steps.gather_grad([y, y, y], empty(3 * k, rank), s, False)
         steps.finish(sum_b, *sums)
         steps.finish(*sums)
-        steps.merge([wide(k, k)], empty(1, k, rank), empty(1, k, rank))
+        for gamma in (None, wide(1, k)):
+            steps.merge([wide(k, k)], empty(1, k, rank), empty(1, k, rank), gamma)
         for x in (z, y):
             launch_remake(x, normed.mean, normed.rstd, norm.weight, norm.bias)
             launch_remake(x, normed.mean, normed.rstd, None, None)
