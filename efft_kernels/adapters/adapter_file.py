@@ -50,6 +50,11 @@ def buffers_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(_BUFFERS): v for k, v in state.items() if k.startswith(_BUFFERS)}
 
 
+def trained_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained modules' tensors in a state, by their names in the model."""
+    return {k.removeprefix(_MODULES): v for k, v in state.items() if k.startswith(_MODULES)}
+
+
 def factors_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The factors in a state, by their names in the bank."""
     return {k.removeprefix(_FACTORS): v for k, v in state.items() if k.startswith(_FACTORS)}
@@ -89,7 +94,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

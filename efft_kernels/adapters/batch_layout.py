@@ -1,6 +1,6 @@
 """Whether an adapted model keeps the images of a batch one after the other.
 
-A batch of several tasks needs it: the operator gives consecutive rows of a linear's input to a task.
+A batch of several tasks needs it: the operator gives a task consecutive rows of a linear's input.
 
 Shapes cannot tell: [tokens, images, K] may have as many tokens as images, and windows of several
 images may be stacked either way. So one image is exchanged, and where the inputs of the linears
