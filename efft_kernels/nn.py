@@ -85,7 +85,11 @@ class FactorBank(nn.Module):
     def tasks(self) -> TaskBatch | None:
         """The batch of several tasks that the present thread runs, if any."""
         # A compiled graph is guarded by `mixing`; it could not be by a context variable.
-        return _TASKS.get().get(self) if self.mixing else None
+        return self._own_tasks() if self.mixing else None
+
+    @torch.compiler.disable
+    def _own_tasks(self) -> TaskBatch | None:
+        return _TASKS.get().get(self)
 
     @contextlib.contextmanager
     def mixed(self, tasks: TaskBatch) -> Iterator[None]:
@@ -125,6 +129,7 @@ class FactorBank(nn.Module):
         with _without_autocast(group):
             return group.factors(site, dropout)
 
+    @torch.compiler.disable
     def task_factors(self, site: str) -> Factors:
         """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site for every task of the present
         batch; the core is folded into up."""

@@ -121,7 +121,9 @@ class Adapter:
     def merge(self) -> None:
         """Add each ΔW to its weight, in at least float32 and rounded once; again, nothing happens.
 
-        All or nothing: on any error the weights are as they were.
+        All or nothing: on any error the weights are as they were. For a checkpoint of the merged
+        model by itself call `detach` first: a state dict taken before that also holds the base
+        weights, for an adapted model to load; one that loads any is unmerged.
 
         Raises:
             RuntimeError: a thread is within `AdapterSet.tasks`, or a weight has since been pruned
@@ -209,7 +211,8 @@ class Adapter:
         now = {**self._attachment.base_buffers, **changed}
         with torch.no_grad():
             for name, buffer in self._buffers().items():
-                if not now[name].is_meta and not same_numbers(buffer, now[name]):
+                known = not now[name].is_meta and now[name].shape == buffer.shape
+                if known and not same_numbers(buffer, now[name]):
                     buffer.copy_(now[name])
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -83,7 +83,7 @@ def _prints(
     def record(name: str) -> Call:
         def hook(module: nn.Module, args: Any, *kwargs: Any) -> None:
             if threading.get_ident() == thread:
-                flat = linear_input(args, *kwargs).detach().flatten(1).double()
+                flat = linear_input(args, *kwargs).detach().flatten(1).float()
                 places = torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype)
                 prints.append((name, flat @ places.cos()))
 
