@@ -122,8 +122,9 @@ class Adapter:
         """Add each ΔW to its weight, in at least float32 and rounded once; again, nothing happens.
 
         All or nothing: on any error the weights are as they were. For a checkpoint of the merged
-        model by itself call `detach` first: a state dict taken before that also holds the base
-        weights, for an adapted model to load; one that loads any is unmerged.
+        model by itself call `detach` first: before that the model's state dict holds the base
+        weights as well, so that an adapted model which loads it does not count ΔW twice. Loading
+        any state into a merged model unmerges it.
 
         Raises:
             RuntimeError: a thread is within `AdapterSet.tasks`, or a weight has since been pruned
