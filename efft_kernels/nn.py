@@ -34,7 +34,7 @@ class TaskBatch(NamedTuple):
 
 
 # Of the present thread or coroutine; others that use the model meanwhile see none.
-_TASKS: ContextVar[Mapping[FactorBank, TaskBatch]] = ContextVar("_TASKS", default={})  # noqa: B039
+_TASKS: ContextVar[Mapping[FactorBank, TaskBatch | None]] = ContextVar("_TASKS", default={})  # noqa: B039
 _MIXING = threading.Lock()
 
 
@@ -92,15 +92,18 @@ class FactorBank(nn.Module):
         return _TASKS.get().get(self)
 
     @contextlib.contextmanager
-    def mixed(self, tasks: TaskBatch) -> Iterator[None]:
-        """Within this context the layers compute `tasks`, in this thread alone."""
+    def mixed(self, tasks: TaskBatch | None) -> Iterator[None]:
+        """Within this context the layers compute `tasks`, in this thread alone; None for the
+        model's own factors."""
         with _MIXING:
             self.mixing += 1
+        outer = self._own_tasks()
         _TASKS.set({**_TASKS.get(), self: tasks})
         try:
             yield
         finally:
-            _TASKS.set({bank: batch for bank, batch in _TASKS.get().items() if bank is not self})
+            others = {bank: batch for bank, batch in _TASKS.get().items() if bank is not self}
+            _TASKS.set(others if outer is None else {**others, self: outer})
             with _MIXING:
                 self.mixing -= 1
 

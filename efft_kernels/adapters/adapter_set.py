@@ -243,7 +243,8 @@ class AdapterSet:
         if self._is_batch_major:
             return
         heads = {n: m for n, m in self._trained_modules() if isinstance(m, nn.Linear)}
-        check_batch_major(self.model.forward, args, kwargs, {**self.adapter.layers(), **heads})
+        with self.adapter.bank.mixed(None):
+            check_batch_major(self.model.forward, args, kwargs, {**self.adapter.layers(), **heads})
         self._is_batch_major = True
 
     def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:

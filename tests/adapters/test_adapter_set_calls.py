@@ -236,7 +236,7 @@ class TestLayout:
 
     def test_shapes_that_would_not_do(self, mixers):
         with pytest.raises(ValueError, match="batch must be the leading dimension"):
-            mixed(mixers("tokens"), "aba", tokens(3))
+            mixed(mixers("tokens"), "aaa", tokens(3))
 
     @pytest.mark.parametrize("layout", ["tokens", "windows first"])
     def test_one_task_is_right_in_any(self, mixers, layout):
@@ -275,6 +275,59 @@ class TestLayout:
             mixed(mixers("batch"), "ab", x)
             with pytest.raises(ValueError, match="batch in the leading dimension"):
                 mixed(mixers("windows first"), "ab", x)
+
+    def test_what_is_made_of_no_image(self, fill):
+        """A query for each row of the batch has its task; a table of biases has none."""
+
+        class Query(Mixer):
+            def forward(self, x):
+                queries = self.query if self.table else self.query[:1].expand(len(x), -1, -1)
+                x = x.mean((1, 2), keepdim=True) + self.fc2(self.fc1(queries)).mean(1, keepdim=True)
+                return self.head(x.mean(1).expand(-1, 6))
+
+        for table in (False, True):
+            model = Query("batch")
+            model.table, model.query = table, nn.Parameter(torch.randn(4, 2, 6))
+            tasks = fill(model, LoRA(rank=2, matrices=None), targets=["fc1", "fc2"])
+            if table:
+                with pytest.raises(ValueError, match="or none of any image"):
+                    mixed(tasks, "abab", tokens(4))
+            else:
+                expected = alone(tasks, "abab", tokens(4))
+                torch.testing.assert_close(mixed(tasks, "abab", tokens(4)), expected)
+
+    @pytest.mark.parametrize("layout", ["batch", "windows first"])
+    def test_images_that_hardly_matter(self, mixers, layout):
+        tasks = mixers(layout)
+        nn.init.normal_(tasks.model.embed.weight, std=1e-4)
+        if layout == "batch":
+            expected = alone(tasks, "ab", tokens(2))
+            torch.testing.assert_close(mixed(tasks, "ab", tokens(2)), expected)
+        else:
+            with pytest.raises(ValueError, match="leading dimension"):
+                mixed(tasks, "ab", tokens(2))
+
+    @pytest.mark.parametrize("layout", ["batch", "windows first"])
+    def test_images_of_whole_numbers(self, fill, layout):
+        class Bytes(Mixer):
+            def forward(self, x):
+                return super().forward(x / 255)
+
+        tasks = fill(Bytes(layout), LoRA(rank=2), targets=["fc1", "fc2"])
+        x = torch.randint(0, 256, (2, 4, 3), dtype=torch.uint8)
+        if layout == "batch":
+            torch.testing.assert_close(mixed(tasks, "ab", x), alone(tasks, "ab", x))
+        else:
+            with pytest.raises(ValueError, match="leading dimension"):
+                mixed(tasks, "ab", x)
+
+    def test_a_broken_image_among_others(self, mixers):
+        x = tokens(3)
+        x[0, 0, 0] = torch.nan
+        found = mixed(mixers("windows"), "aba", x)
+        assert found[0].isnan().all() and not found[1:].isnan().any()
+        with pytest.raises(ValueError, match="leading dimension"):
+            mixed(mixers("windows first"), "aba", x)
 
     def test_a_head_over_another_layout(self, fill):
         class TokensFirstHead(Mixer):
