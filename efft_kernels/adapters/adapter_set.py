@@ -15,8 +15,9 @@ from ..nn import FactorBank, TaskBatch, check_weight_is_stored
 from .adapter import Adapter
 from .adapter_file import (
     Header,
-    buffers_of,
+    buffer_key,
     factors_of,
+    is_factor,
     module_key,
     read_adapter_file,
     read_header,
@@ -222,11 +223,18 @@ class AdapterSet:
                 hook.remove()
 
     def _check_buffers(self, names: Sequence[str]) -> None:
-        """Raise unless the model's buffers are those of each of the tasks."""
-        base = self.adapter.bank.attachment.base_buffers
-        now = buffers_of(self.adapter.possible_state())
+        """Raise unless the model's buffers, its heads' included, are those of each of the tasks."""
+        base = self.adapter.bank.attachment.base_buffers.items()
+        parts = [
+            module_key(name, part)
+            for name, module in self._trained_modules()
+            for part in module.state_dict()
+            if isinstance(module, nn.Linear)
+        ]
+        own = self.adapter.possible_state().items()
+        now = {key: t for key, t in own if key not in parts and not is_factor(key)}
         for name in names:
-            theirs = {**base, **buffers_of(self._states[name])}
+            theirs = {buffer_key(key): buffer for key, buffer in base} | self._states[name]
             if not all(same_numbers(buffer, theirs[key]) for key, buffer in now.items()):
                 raise ValueError(
                     f"task_ids must name tasks that agree with the model in its buffers, got"

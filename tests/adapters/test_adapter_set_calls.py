@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -125,6 +127,14 @@ class TestThreads:
             assert torch.equal(copied(x), plain)
         copied.factor_bank.group("blocks.0.attn.qkv")
         assert copied.factor_bank.mixing == 0
+
+    def test_nothing_holds_the_model_afterwards(self, make_vit, fill):
+        tasks = fill(make_vit(), METHODS[0])
+        mixed(tasks, "ab", images())
+        bank = weakref.ref(tasks.adapter.bank)
+        del tasks
+        gc.collect()
+        assert bank() is None
 
     def test_nothing_changes_the_model_while_a_thread_is_within(self, make_vit, fill):
         tasks = fill(make_vit(), METHODS[0])

@@ -223,6 +223,27 @@ class TestBuffersOfASet:
         with torch.no_grad(), tasks.tasks("aaaa"):
             torch.testing.assert_close(tasks.model(inputs()), expected["a"])
 
+    def test_statistics_within_a_head(self, fresh, randomize):
+        """MAE's probe: a BatchNorm without parameters before the classifier."""
+        model = fresh()
+        model.head = nn.Sequential(nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3))
+        tasks = AdapterSet(attach(model, METHOD, targets="fc1"))
+        for name in "ab":
+            randomize(model.head)
+            tasks.add(name)
+        model.eval()
+        with torch.no_grad():
+            expected = self.outputs(tasks)
+            with tasks.tasks("abab"):
+                found = model(inputs())
+        rows = torch.stack([expected[name][i] for i, name in enumerate("abab")])
+        torch.testing.assert_close(found, rows)
+        model.train()(torch.randn(8, 6))
+        tasks.update("b")
+        model.eval()
+        with pytest.raises(ValueError, match="agree with the model in its buffers, got 'a'"):
+            tasks.tasks("abab").__enter__()
+
 
 class TestReplacedHead:
     @pytest.mark.parametrize("how", ["reset_classifier", "assigned", "sequential"])
