@@ -66,7 +66,9 @@ class TestThreads:
             plain, expected = tasks.model(x), mixed(tasks, "bb", x)
         assert (plain - expected).abs().max() > 1e-2
         with ThreadPoolExecutor(1) as pool, torch.no_grad(), tasks.tasks("bb"):
-            assert torch.equal(pool.submit(torch.no_grad()(tasks.model), x).result(), plain)
+            call = torch.no_grad()(tasks.model)
+            assert torch.equal(pool.submit(call, x).result(), plain)
+            assert pool.submit(call, images(5)).result().shape == (5, 5)
             found = pool.submit(mixed, tasks, "ab", x).result()
             torch.testing.assert_close(found[0], plain[0], rtol=1e-4, atol=1e-4)
             assert torch.equal(tasks.model(x), expected)
@@ -147,6 +149,15 @@ class TestThreads:
             assert not adapter.merged and type(tasks.model.blocks[0].attn.qkv) is type(layer)
         adapter.merge()
         assert adapter.merged
+
+    def test_a_layer_that_was_merged_meanwhile(self, make_vit, fill):
+        """As by a thread between the checks of tasks() and its entry."""
+        tasks = fill(make_vit(), METHODS[0])
+        layer = tasks.model.blocks[1].mlp.fc2
+        with torch.no_grad(), tasks.tasks("ab"):
+            layer._base_weight = (layer.weight,)
+            with pytest.raises(RuntimeError, match=r"needs the factors: call unmerge\(\)"):
+                tasks.model(images())
 
     def test_training_within(self, make_vit, fill):
         tasks = fill(make_vit(), METHODS[0])

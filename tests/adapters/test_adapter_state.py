@@ -123,6 +123,14 @@ class TestBuffers:
         adapter.detach()
         torch.testing.assert_close(model(inputs()), expected)
 
+    def test_a_buffer_that_was_resized_stays(self, trained):
+        model, adapter = trained()
+        base = {key: t for key, t in adapter.state_dict().items() if "buffers." not in key}
+        model.table = torch.ones(1)
+        assert torch.equal(adapter.state_dict()["buffers.table"], torch.ones(1))
+        adapter.load_state_dict(base)
+        assert torch.equal(adapter.detach().table, torch.ones(1))
+
     def test_a_trained_norm_is_saved_as_a_module(self, fresh, trained, tmp_path):
         model, adapter = trained(modules_to_train=("norm", "head"))
         state = adapter.state_dict()
