@@ -118,12 +118,10 @@ class AdapterSet:
     def _copied(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state in the model's dtypes and place."""
         own = self.adapter.possible_state()
-        # Not as inference tensors: the model's factors are to be copied from and to them anywhere.
-        with torch.inference_mode(False), torch.no_grad():
-            return {
-                key: tensor.to(own[key].device, own[key].dtype, copy=True)
-                for key, tensor in state.items()
-            }
+        return {
+            key: tensor.detach().to(own[key].device, own[key].dtype, copy=True)
+            for key, tensor in state.items()
+        }
 
     def _check_header(self, header: Header, source: object) -> None:
         own, method = self.adapter.method, header.method

@@ -68,7 +68,7 @@ def check_batch_major(
 
 def _only_last_changes(a: Tensor, b: Tensor, rows: int) -> bool:
     """Whether a linear's input is one image after the other, from its prints with both images."""
-    if a.shape != b.shape or a.shape[0] % rows:
+    if a.shape != b.shape:
         return False
     change = (a - b).abs()
     if not change.any():  # made of no image: the same query for each, or a table of biases
