@@ -155,15 +155,17 @@ class Adapter:
             The model.
 
         Raises:
-            RuntimeError: it was detached before, or a thread is within `AdapterSet.tasks`.
+            RuntimeError: it was detached before, a thread is within `AdapterSet.tasks`, or a weight
+                has since been parametrized. The adapter is then as it was.
         """
         attachment = self._attachment
         if self.bank.mixing:
             raise RuntimeError("detach() must not be called within AdapterSet.tasks()")
-        layers, merged = self.layers(), self.merged
+        merged = self.merged
+        linears = {name: layer.to_linear() for name, layer in self.layers().items()}
         unchain(self.model)
-        for name, layer in layers.items():
-            self.model.set_submodule(name, layer.to_linear())
+        for name, linear in linears.items():
+            self.model.set_submodule(name, linear)
         if not merged:
             self._set_buffers({})
         unshare_inputs(self.model)
