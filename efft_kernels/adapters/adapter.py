@@ -323,6 +323,7 @@ class Adapter:
                 "group": self.bank.group_of[site.name],
                 "rank": layers[site.name].current_factors().down.shape[1],
                 "fused": "chain" if site.name in sites else "alone",
+                "input": layers[site.name].input_from,
             }
             for site in self.sites
         ]

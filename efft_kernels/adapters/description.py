@@ -20,7 +20,10 @@ class Description:
         method: the method's configuration as text.
         rows: one per linear: name, role, block, stage, in_features, out_features, group, rank (Ra,
             the width of its fold), fused ("chain": where the circumstances allow it its block runs
-            as part of a chain; "alone").
+            as part of a chain; "alone"), input (what x came out of in the last training forward,
+            "LayerNorm" say, where the linear makes it again in the backward from what that keeps;
+            "kept" where the linear kept x itself; None before there was one, in a chain and under
+            torch.compile).
         groups: group name → parameter name → shape.
         alone: why no linear is in a chain; None where some are.
     """
@@ -35,7 +38,9 @@ class Description:
         fused = f"no chain: {self.alone}"
         if chained:
             fused = f"in a chain, on a GPU under autocast: {_summary(chained)}"
-        table = Table(title=self.method, caption=escape(fused), caption_justify="left")
+        inputs = [f"x {_inputs(kind)}: {_summary(names)}" for kind, names in self._inputs().items()]
+        caption = escape("\n".join([fused, *inputs]))
+        table = Table(title=self.method, caption=caption, caption_justify="left")
         for header in ("group", "parameters", "shapes", "linears", "rank"):
             table.add_column(
                 header, justify="right" if header in ("parameters", "rank") else "left"
@@ -52,10 +57,22 @@ class Description:
             )
         return table
 
+    def _inputs(self) -> dict[str, list[str]]:
+        """The linears' names by what their x came out of."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.get("input") is not None:
+                found.setdefault(row["input"], []).append(row["name"])
+        return found
+
     def __str__(self) -> str:
         text = StringIO()
         Console(width=120, file=text).print(self)
         return text.getvalue()
+
+
+def _inputs(kind: str) -> str:
+    return "kept" if kind == "kept" else f"made again, out of {kind}"
 
 
 def _summary(names: list[str]) -> str:

@@ -38,6 +38,7 @@ def test_rows_of_a_vit(make_vit):
             "group": group,
             "rank": rank,
             "fused": "chain",
+            "input": None,
         }
         for name, role, k, n, group, rank in (
             ("attn.qkv", "qkv", 12, 36, "mhsa", 3),
