@@ -148,6 +148,7 @@ class Adapter:
         """Remove the adapter: the linears are plain nn.Linear again, merged ones stay merged.
 
         Each parameter's requires_grad is as it was before `attach`; the head keeps what it learnt.
+        On an error, as of a layer that was parametrized since, the adapter is as it was.
         Buffers that training changed (BatchNorm's statistics) are those of the base model again;
         with a merged adapter they stay, as its weights do: both belong to the adapted model.
 
@@ -155,17 +156,17 @@ class Adapter:
             The model.
 
         Raises:
-            RuntimeError: it was detached before, a thread is within `AdapterSet.tasks`, or a weight
-                has since been parametrized. The adapter is then as it was.
+            RuntimeError: it was detached before, or a thread is within `AdapterSet.tasks`.
         """
         attachment = self._attachment
+        for layer in self.layers().values():
+            layer.to_linear()  # raises before anything has changed
         if self.bank.mixing:
             raise RuntimeError("detach() must not be called within AdapterSet.tasks()")
-        merged = self.merged
-        linears = {name: layer.to_linear() for name, layer in self.layers().items()}
+        layers, merged = self.layers(), self.merged
         unchain(self.model)
-        for name, linear in linears.items():
-            self.model.set_submodule(name, linear)
+        for name, layer in layers.items():
+            self.model.set_submodule(name, layer.to_linear())
         if not merged:
             self._set_buffers({})
         unshare_inputs(self.model)
