@@ -15,6 +15,7 @@ from .checks import to_autocast_dtype
 from .dispatch import requested_backend
 
 
+@torch.compiler.disable  # what it takes its tensors from is no part of a graph either
 def tasks_linear(
     x: Tensor,
     weight: Tensor,
@@ -49,7 +50,7 @@ def tasks_linear(
     if x.shape[0] != items and (items == 0 or x.shape[0] % items):
         raise ValueError(
             f"task_ids must name one task per row of the batch, got {items} for a leading dimension"
-            f" of {x.shape[0]}"
+            f" of {x.shape[0]}; the batch must be the leading dimension of a linear's input"
         )
     shape = x.shape
     if x.dim() != 3 or x.shape[0] != items:
