@@ -135,7 +135,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
                     x, weight, bias, down, None, nothing, True, backend, "auto"
                 )
             t = p if core is None else torch.mm(p, _wide(core, dtype))
-            d = _drop(t, keep_mask(seed, x.shape[0], t.shape[1], rate, dtype), rate)
+            d = _drop(t, _keep(seed, x.shape[0], t.shape[1], rate, dtype), rate)
             y = _add_low_rank(y, d, up.to(dtype))
         ctx.save_for_backward(
             x if need_down or need_weight else None,
@@ -171,7 +171,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
             wide = None if core is None else _wide(core, dtype)
             columns = down.shape[1] if wide is None else wide.shape[1]
             ups, slices = up.shape[0], columns // up.shape[2]
-            keep = keep_mask(seed, dy.shape[0], columns, ctx.rate, dtype)
+            keep = _keep(seed, dy.shape[0], columns, ctx.rate, dtype)
             dy_slices = _by_slice(dy, ups, slices)
             if need_x or need_down or need_core:
                 dd = torch.bmm(dy_slices, up.to(dtype)).transpose(0, 1).reshape(keep.shape)
@@ -201,6 +201,22 @@ def _frozen_dx(dy: Tensor, weight: Tensor, backend: str) -> Tensor:
         dy, None, weight, None, down, None, up, [True] + [False] * 5, backend, "auto"
     )
     return dx  # type: ignore[no-any-return]
+
+
+def _keep(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype) -> Tensor:
+    """`keep_mask`, by one launch on a GPU; a compiler makes one kernel of it by itself."""
+    if (
+        type(seed) is Tensor
+        and seed.is_cuda
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and dispatch.available_backends()["triton"] is None
+    ):
+        from .backends.triton.keep import launch_keep
+
+        with dispatch.launch_context(seed.device):
+            return launch_keep(seed, rows, columns, p, dtype)
+    return keep_mask(seed, rows, columns, p, dtype)
 
 
 def _drop(t: Tensor, keep: Tensor, rate: float) -> Tensor:
