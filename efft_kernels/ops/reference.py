@@ -30,7 +30,14 @@ def delta_weight(down: Tensor, core: Tensor | None, up: Tensor, slices: int) -> 
 
 
 def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, core: Tensor | None, up: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """y = x·weight^T + bias + x·down·core[g]·up[g]^T for every output slice g.
 
@@ -42,6 +49,9 @@ def low_rank_linear(
         core: [G, Ra, Rb], scale included, or None for the identity (Ra = Rb; G is then up's first
             dim).
         up: [1 or G, N/G, Rb]; a leading 1 is shared by all slices.
+        keep: [..., G, Rb], or [..., Ra] without a core: 1 for an entry of x·down·core[g] that
+            dropout keeps, 0 for one that it drops.
+        dropout: the probability of dropping one; those kept are scaled by 1 / (1 - dropout).
 
     Returns:
         [..., N]. Source: EFFT (arXiv:2311.06749), Eq. 2 and 3, for one aggregated group.
@@ -51,8 +61,10 @@ def low_rank_linear(
         y = y + bias
     p = torch.einsum("...k,ka->...a", x, down)  # [..., Ra]
     if core is None:
+        p = p if keep is None else p * keep / (1 - dropout)
         low_rank = torch.einsum("...a,gna->...gn", p, up)
     else:
         t = torch.einsum("...a,gab->...gb", p, core)  # [..., G, Rb]
+        t = t if keep is None else t * keep / (1 - dropout)
         low_rank = torch.einsum("...gb,gnb->...gn", t, up.expand(core.shape[0], -1, -1))
     return y + low_rank.flatten(-2)
