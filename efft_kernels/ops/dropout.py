@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from . import checks, dispatch, reference
 from .backends.torch_backend import mm_into, thin_grad
 from .dropout_mask import keep_mask, new_seed
+from .recompute import Source, kept_for, made_from
 
 
 def low_rank_linear_with_dropout(
@@ -38,6 +39,7 @@ def low_rank_linear_with_dropout(
     p: float,
     *,
     backend: str = "auto",
+    source: Source | None = None,
 ) -> Tensor:
     """`low_rank_linear` with dropout on the rank-r activation, x·down·core[g], as FacT trains.
 
@@ -52,6 +54,7 @@ def low_rank_linear_with_dropout(
             the mask stands between its thin products, so the others are torch's. 'auto' takes one
             for bfloat16 on the CPU, where it is 2.5 times as fast as a library without AMX, and
             library GEMMs elsewhere. 'reference' keeps the mask and leaves the gradients to torch.
+        source: what the backward makes x from; None where it keeps x.
 
     Returns:
         [..., N]. Source: FacT (arXiv:2212.03145), its released training code.
@@ -79,7 +82,9 @@ def low_rank_linear_with_dropout(
     else:
         if backend == "auto" and not (flat.device.type == "cpu" and flat.dtype == torch.bfloat16):
             backend = "torch"
-        y = _LowRankLinearWithDropout.apply(flat, weight, bias, down, core, up, seed, p, backend)
+        y = _LowRankLinearWithDropout.apply(
+            flat, weight, bias, down, core, up, seed, p, backend, source
+        )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -121,9 +126,11 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
         seed: Tensor,  # []
         rate: float,
         backend: str,
+        source: Source | None,
     ) -> Tensor:
         _, need_weight, _, need_down, need_core, need_up = ctx.needs_input_grad[:6]
         dtype = x.dtype
+        need_x = need_down or need_weight
         with _without_autocast(x.device):
             cast = weight.to(dtype) if backend == "torch" else weight
             if backend == "torch":
@@ -137,8 +144,8 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
             t = p if core is None else torch.mm(p, _wide(core, dtype))
             d = _drop(t, _keep(seed, x.shape[0], t.shape[1], rate, dtype), rate)
             y = _add_low_rank(y, d, up.to(dtype))
+        ctx.source = source if need_x else None
         ctx.save_for_backward(
-            x if need_down or need_weight else None,
             # On a GPU one cast serves both passes, as that of a frozen nn.Linear does.
             cast if x.is_cuda and not need_weight else weight,
             p if need_core or need_up else None,
@@ -146,6 +153,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
             core,
             up,
             seed,
+            *kept_for(x if need_x else None, ctx.source),
         )
         ctx.rate, ctx.backend = rate, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -153,7 +161,8 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, p, down, core, up, seed = ctx.saved_tensors
+        weight, p, down, core, up, seed, *kept = ctx.saved_tensors
+        x = made_from(kept, ctx.source, dy)
         need_x, need_weight, need_bias, need_down, need_core, need_up = ctx.needs_input_grad[:6]
         dtype = dy.dtype
         dx = d_bias = d_down = d_core = d_up = None
@@ -167,7 +176,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
                 d_bias = dy.sum(0, dtype=torch.promote_types(dtype, torch.float32))
                 d_bias = d_bias.to(ctx.bias_dtype)
             if not (need_x or need_down or need_core or need_up):
-                return None, d_weight, d_bias, None, None, None, None, None, None
+                return None, d_weight, d_bias, None, None, None, None, None, None, None
             wide = None if core is None else _wide(core, dtype)
             columns = down.shape[1] if wide is None else wide.shape[1]
             ups, slices = up.shape[0], columns // up.shape[2]
@@ -188,7 +197,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
                 d = _drop(p if wide is None else torch.mm(p, wide), keep, ctx.rate)
                 pairs = zip(dy_slices, _by_slice(d, ups, slices), strict=True)
                 d_up = torch.stack([thin_grad(dy_g, d_g, up.dtype) for dy_g, d_g in pairs])
-        return dx, d_weight, d_bias, d_down, d_core, d_up, None, None, None
+        return dx, d_weight, d_bias, d_down, d_core, d_up, None, None, None, None
 
 
 def _frozen_dx(dy: Tensor, weight: Tensor, backend: str) -> Tensor:

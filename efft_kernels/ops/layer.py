@@ -48,7 +48,7 @@ def adapted_linear(
         return tasks_linear(x, weight, bias, down, up, task_of_row, backend=backend)
     if dropout:
         return low_rank_linear_with_dropout(
-            x, weight, bias, down, core, up, dropout, backend=backend
+            x, weight, bias, down, core, up, dropout, backend=backend, source=source
         )
     if shared_input is not None and shared_input.serves(x, backend, strategy):
         p = shared_input.projection(x, down, source)

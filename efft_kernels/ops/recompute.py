@@ -38,7 +38,8 @@ class Recipe(NamedTuple):
     expression: Expression
 
     def __call__(self, kept: Sequence[Tensor | None]) -> Tensor:
-        """x but for its shape, [..., K] with the rows in order; differentiable in what is kept."""
+        """x but for its shape, [..., K] with the rows in order; differentiable in what is kept.
+        With x's device as the current one, and without autocast."""
         return _evaluate(self.expression, kept)
 
 
@@ -95,7 +96,8 @@ def made_from(kept: Sequence[Tensor | None], source: Source | None, like: Tensor
             "low_rank_linear: no second derivative under saved-tensor hooks where x is made from"
             " what its producer kept; attach the adapter with fuse='off'"
         )
-    x = source.recipe(kept)
+    with launch_context(like.device):  # without autocast
+        x = source.recipe(kept)
     return x.reshape(-1, x.shape[-1]).to(like.dtype)
 
 
@@ -356,8 +358,7 @@ def _normalise(
         mean, rstd = _statistics(x, rstd, dims)
     elif x.is_cuda and dims == 1 and x.dtype != torch.float64 and (kernel := _triton()):
         rows = x.reshape(-1, x.shape[-1])
-        with launch_context(x.device):
-            return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
+        return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
     centred = (x - mean).mul_(rstd)
     if weight is not None and bias is not None and not centred.requires_grad:
         return torch.addcmul(bias.to(centred.dtype), centred, weight.to(centred.dtype)).to(x.dtype)
