@@ -171,7 +171,10 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 backend = "torch"
                 p = None if p is None else _with_graph(x, down)
-            d_weight = mm_into(dy.t(), x, weight.dtype) if need_weight else None
+            d_weight = None
+            if need_weight:
+                assert x is not None
+                d_weight = mm_into(dy.t(), x, weight.dtype)
             if need_bias:
                 d_bias = dy.sum(0, dtype=torch.promote_types(dtype, torch.float32))
                 d_bias = d_bias.to(ctx.bias_dtype)
@@ -189,6 +192,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
                 if need_x:
                     dx = _frozen_dx(dy, weight, backend).addmm_(s, down.to(dtype).t())
                 if need_down:
+                    assert x is not None
                     d_down = thin_grad(x, s, down.dtype)
                 if need_core and core is not None:
                     d_wide = mm_into(p.t(), dt, core.dtype)  # [Ra, G·Rb]
