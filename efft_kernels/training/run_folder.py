@@ -128,7 +128,18 @@ def _checked(config: Any) -> Config:
             raise ValueError(f"no {part}")
         if missing := sorted(names - set(config[part])):
             raise ValueError(f"{part} without {', '.join(missing)}")
+    if not all(isinstance(name, str) for name in left_out(config)):
+        raise ValueError("skipped_images that are no paths")
     return config
+
+
+def left_out(config: Mapping[str, Any]) -> list[str]:
+    """The relative paths of the images that the run skipped, before it held any out.
+
+    Runs of the first format recorded their number alone, and skipped them afterwards.
+    """
+    skipped = config["identity"]["skipped_images"]
+    return skipped if isinstance(skipped, list) else []
 
 
 def compare_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -156,7 +167,6 @@ def compare_identity(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -
     meaning = {
         "classes": ("data", "the classes"),
         "data": ("data", "the image files"),
-        "skipped_images": ("data", "the number of unreadable images"),
         "backbone": ("checkpoint", "the backbone's weights"),
     }
     for name, (setting, what) in meaning.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,76 @@ def test_given_classes_number_the_images(folder: Path) -> None:
     assert Counter(label for _, label in samples) == {2: 10, 3: 5}
     with pytest.raises(ValueError, match=r"only the classes ant, dog, got .* with emu"):
         images.read_folder(folder, classes=["ant", "dog"])
+
+
+def test_an_image_left_out_does_not_shift_the_split(folder: Path) -> None:
+    bad = damage(folder)
+    asked: list[int] = []
+
+    def leave_out(samples: Sequence[images.Sample]) -> list[str]:
+        asked.append(len(samples))
+        return bad
+
+    splits = images.open_splits(folder, val_split=0.2, seed=3, leave_out=leave_out)
+    assert asked == [35]
+    assert splits.left_out == ("cat/003.png", "dog/004.png")
+    for path in bad:
+        Path(path).unlink()
+    without = images.open_splits(folder, val_split=0.2, seed=3)
+    assert (splits.train, splits.val) == (without.train, without.val)
+    assert splits.fingerprint() == without.fingerprint()
+    assert Counter(label for _, label in splits.val) == {0: 4, 1: 2, 2: 1}
+
+
+def test_train_and_val_folders_lose_the_images_left_out(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        make_images(tmp_path / part, cat=3, dog=2)
+    gone = [str(tmp_path / "train/cat/001.png"), str(tmp_path / "val/dog/000.png")]
+    splits = images.open_splits(tmp_path, val_split=0.5, seed=0, leave_out=lambda samples: gone)
+    assert (len(splits.train), len(splits.val)) == (4, 4)
+    assert splits.left_out == ("train/cat/001.png", "val/dog/000.png")
+    with pytest.raises(ValueError, match="readable image, got none in cat"):
+        images.open_splits(
+            tmp_path,
+            val_split=0.5,
+            seed=0,
+            leave_out=lambda samples: [path for path, _ in samples if "val/cat" in path],
+        )
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../dog", "../..", "../../images/emu", "sub"])
+def test_a_link_that_leads_back_is_named_and_nothing_counts_twice(
+    folder: Path, target: str
+) -> None:
+    make_images(folder / "cat", sub=2)
+    _, plain = images.read_folder(folder)
+    (folder / "cat" / "link").symlink_to(target)
+    (folder / "dog" / "link").symlink_to("..")
+    notes: list[str] = []
+    classes, samples = images.read_folder(folder, notify=notes.append)
+    assert classes == ["cat", "dog", "emu"]
+    assert samples == plain
+    assert [note.split(" leads back to ")[0] for note in notes] == [
+        str(folder / "cat" / "link"),
+        str(folder / "dog" / "link"),
+    ]
+    (folder / "dog" / "link").unlink()
+    with pytest.warns(UserWarning, match=r"cat.link leads back to"):
+        images.read_folder(folder)
+
+
+def test_links_to_other_places_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    store = make_images(tmp_path / "store", x=3, y=4)
+    (store / "x" / "back").symlink_to(store)
+    (folder / "cat" / "more").symlink_to(store / "x")
+    (folder / "fox").symlink_to(store / "y")
+    (tmp_path / "alias").symlink_to(folder)
+    notes: list[str] = []
+    classes, samples = images.read_folder(tmp_path / "alias", notify=notes.append)
+    assert classes == ["cat", "dog", "emu", "fox"]
+    assert Counter(label for _, label in samples) == {0: 23, 1: 10, 2: 5, 3: 4}
+    assert len({Path(path).resolve() for path, _ in samples}) == 42
+    assert len(notes) == 1
 
 
 def damage(folder: Path) -> list[str]:

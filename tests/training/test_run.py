@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import efft_kernels
 from efft_kernels.adapters.adapter import Adapter
 from efft_kernels.training.backbone import build_backbone
 from efft_kernels.training.evaluation import evaluate_adapter
+from efft_kernels.training.images import UnreadableImageError, open_splits
 from efft_kernels.training.loop import NonFiniteLossError
 from efft_kernels.training.run import fit, prepare
 from efft_kernels.training.settings import TrainSettings, resolve_device
@@ -347,6 +349,38 @@ def test_a_foreign_or_damaged_state_is_refused(settings: TrainSettings, tmp_path
     (output / "config.json").write_text('{"settings": {}}')
     with pytest.raises(ValueError, match=r"config\.json must be the configuration of a run"):
         prepare(once, output, resume=True)
+
+
+def test_a_skipped_image_is_as_if_it_were_not_there(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(settings.data, data)
+    bad = data / "red" / "3.png"
+    bad.write_bytes(b"\x89PNG no more")
+    once = dataclasses.replace(settings, data=data, epochs=1, skip_bad_images=True)
+    notes: list[str] = []
+    first = fit(prepare(once, tmp_path / "first", notify=notes.append))
+    assert any(f"skipped 1 unreadable images: cannot read image {bad}" in note for note in notes)
+
+    def evaluated(**options: Any) -> tuple[float, int]:
+        result = evaluate_adapter(data, first.adapter_path, device="cpu", **options)
+        return result.top1_percent, result.images
+
+    assert evaluated() == (first.last_top1_percent, 9)
+    bad.unlink()
+    fit(prepare(once, tmp_path / "second"))
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+    assert evaluated() == (first.last_top1_percent, 9)
+    assert len(prepare(once, tmp_path / "first", resume=True).history) == 1
+
+    held_out = open_splits(data, val_split=0.3, seed=settings.seed).val
+    Path(held_out[0][0]).write_bytes(b"gone")
+    with pytest.raises(UnreadableImageError, match="got 1 unreadable"):
+        evaluated()
+    assert evaluated(skip_bad_images=True)[1] == 8
+    with pytest.raises(ValueError, match="the image files changed"):
+        prepare(once, tmp_path / "first", resume=True)
 
 
 def test_evaluation_on_other_images(
