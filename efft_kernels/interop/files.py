@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.adapter_file import factor_key, module_key, shorten
+from ..atomic_files import follow_link, os_errors_about, temporary_beside
 
 MOST_JSON_BYTES = 2**24
 
@@ -163,17 +163,22 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: something is at `path`, other than an empty folder.
+        OSError: the folder cannot be written, or the disk is full; it names the folder.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    target = follow_link(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"path must not exist or be an empty folder, got {path}")
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path must be in an existing folder, got {path}")
+    temporary = temporary_beside(target)
+    with os_errors_about(path, temporary):
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def is_number(value: Any) -> bool:

@@ -9,6 +9,7 @@ metrics.csv          a row per epoch, derived from the state
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import pickle
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import torch
 
 from .. import __version__
 from ..adapters.adapter_file import read_adapter_file
-from ..atomic_files import replacing, write_text
+from ..atomic_files import write_bytes, write_text
 from .settings import TrainSettings
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
@@ -183,8 +184,10 @@ def _shown(value: Any) -> str:
 
 def save_state(output: Path, state: Mapping[str, Any]) -> None:
     """Replace the folder's state."""
-    with replacing(output / STATE) as path:
-        torch.save(dict(state), path)
+    # To memory first: torch's writer says nothing of a full disk but "unexpected pos".
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_bytes(output / STATE, buffer.getbuffer())
 
 
 def read_state(output: Path, device: torch.device) -> dict[str, Any] | None:
