@@ -133,9 +133,9 @@ def test_a_full_disk_leaves_no_peft_folder(
     make_vit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = attach(make_vit(), LoRA(rank=2))
-    with pytest.raises(OSError, match=f"File too large: '{tmp_path / 'peft'}'$"):
-        with full_disk(monkeypatch):
-            export_peft_lora(adapter, tmp_path / "peft")
+    message = f"File too large: '{tmp_path / 'peft'}'$"
+    with pytest.raises(OSError, match=message), full_disk(monkeypatch):
+        export_peft_lora(adapter, tmp_path / "peft")
     assert not list(tmp_path.iterdir())
 
 

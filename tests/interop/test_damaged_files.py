@@ -215,6 +215,25 @@ class TestPeft:
         assert torch.equal(delta, torch.full((36, 12), 4.0))
 
 
+def test_a_failure_at_the_last_moment_takes_the_adapter_off_again(
+    make_vit, unchanged, monkeypatch, peft_folder, tmp_path
+):
+    folder, write = peft_folder
+    write(modules_to_save=["head"])
+    integers = {"head.weight": torch.ones(5, 12).long(), "head.bias": torch.ones(5)}
+    weights = folder / "adapter_model.safetensors"
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in integers.items()}
+    save_file(load_file(weights) | prefixed, weights)
+    torch.save(TestFact.tensors() | integers, tmp_path / "fact.pt")
+    model = make_vit()
+    for read in (
+        lambda: import_peft_lora(model, folder),
+        lambda: import_fact(model, tmp_path / "fact.pt", method="fact_tt", scale=1.0),
+    ):
+        with unchanged(model, swapped=True), pytest.raises(ValueError, match=r"head\.weight"):
+            read()
+
+
 class TestNamePatterns:
     NAME = "blocks.11.attn.qkv"
 

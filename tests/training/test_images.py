@@ -226,6 +226,27 @@ def test_transforms_follow_the_model_and_keep_the_whole_image() -> None:
     assert torch.equal(train(picture), pixels)
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_pixels_are_normalised_as_the_model_s_own(augment: bool) -> None:
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    assert mean != (0.5, 0.5, 0.5) and std != mean
+    black = Image.new("RGB", (40, 40))
+    for transform in images.make_transforms(model, img_size=32, augment=augment):
+        pixels = transform(black)
+        for channel in range(3):
+            expected = torch.full((32, 32), -mean[channel] / std[channel])
+            torch.testing.assert_close(pixels[channel], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_image_size_is_the_model_s_own_unless_given() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1)
+    for options, size in (({}, 224), ({"img_size": 64}, 64)):
+        for augment in (False, True):
+            for transform in images.make_transforms(model, augment=augment, **options):
+                assert transform(Image.new("RGB", (30, 20))).shape == (3, size, size)
+
+
 def test_augmentation_is_random_and_seeded(folder: Path) -> None:
     _, samples = images.read_folder(folder)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from efft_kernels.training.backbone import build_backbone
 from efft_kernels.training.evaluation import evaluate_adapter
 from efft_kernels.training.images import UnreadableImageError, open_splits
 from efft_kernels.training.loop import NonFiniteLossError
-from efft_kernels.training.run import fit, prepare
+from efft_kernels.training.run import WARMUP_LR, fit, prepare
 from efft_kernels.training.settings import TrainSettings, resolve_device
 
 MODEL = "vit_tiny_patch16_224"
@@ -318,6 +319,52 @@ def test_a_last_update_that_diverges_is_not_saved(settings: TrainSettings, tmp_p
     with pytest.raises(NonFiniteLossError, match="is not finite after epoch 1"):
         fit(run, on_step=poison)
     assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_last_update_that_leaves_float_range_is_not_saved(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    run = prepare(dataclasses.replace(settings, epochs=1), tmp_path / "run")
+
+    def blow_up(done: int, total: int) -> None:
+        if done == total:
+            with torch.no_grad():
+                run.model.head.weight.fill_(3e38)  # type: ignore[union-attr,operator]
+
+    with pytest.raises(NonFiniteLossError, match="logits are not finite"):
+        fit(run, on_step=blow_up)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_the_best_epoch_may_not_be_the_last(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([50.0, 80.0, 80.0, 70.0])
+    monkeypatch.setattr("efft_kernels.training.run.evaluate", lambda *_, **__: next(measured))
+    result = fit(prepare(dataclasses.replace(settings, epochs=4), tmp_path / "run"))
+    assert (result.best_top1_percent, result.best_epoch) == (80.0, 2)
+    assert result.last_top1_percent == 70.0
+    assert [float(row["val_top1_percent"]) for row in rows(tmp_path / "run")] == [50, 80, 80, 70]
+
+
+def test_the_learning_rate_follows_the_updates(
+    settings: TrainSettings, uninterrupted: Path
+) -> None:
+    peak, low, updates = settings.lr, settings.min_lr, 9  # 21 images in batches of 8, 3 epochs
+    expected = [low + (peak - low) / 2 * (1 + math.cos(math.pi * n / updates)) for n in (3, 6, 9)]
+    assert [float(row["lr"]) for row in rows(uninterrupted)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_learning_rate_rises_in_the_warm_up(settings: TrainSettings, tmp_path: Path) -> None:
+    run = prepare(dataclasses.replace(settings, warmup_epochs=2), tmp_path / "run")
+    found = [run.optimizer.param_groups[0]["lr"]]
+    for update in range(1, 7):
+        run.scheduler.step_update(update)
+        found.append(run.optimizer.param_groups[0]["lr"])
+    rise = [WARMUP_LR + (settings.lr - WARMUP_LR) * update / 6 for update in range(6)]
+    assert found[:6] == pytest.approx(rise)
+    middle = settings.min_lr + (settings.lr - settings.min_lr) / 2 * (1 + math.cos(math.pi * 6 / 9))
+    assert found[6] == pytest.approx(middle)
 
 
 class Command:
