@@ -151,6 +151,8 @@ def compare_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -
     """
     for name, value in settings.items():
         before = recorded[name]
+        if name == "layers" and before and value and set(before) == set(value):
+            continue  # their order means nothing
         if name not in FREE_ON_RESUME and before != value:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
