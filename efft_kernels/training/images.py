@@ -261,6 +261,8 @@ class _DecodeCheck(Dataset[str]):
 
 def _decode(path: str) -> Image.Image:
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("no regular file")  # opening a pipe would wait for ever
         return default_loader(path)
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types on damaged files
         reason = str(error).replace(path, "the file").strip() or "no reason given"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from .. import __version__
 from ..adapters.adapter_file import read_adapter_file
 from ..atomic_files import write_bytes, write_text
-from .settings import TrainSettings
+from .settings import TrainSettings, check_recorded
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
 HEADER_KEY = "efft_kernels.train"
@@ -94,7 +93,7 @@ def read_config(output: Path) -> Config | None:
         return None
     try:
         return _checked(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be the configuration of a run ({error})") from error
 
 
@@ -114,7 +113,7 @@ def read_adapter_header(path: Path) -> Config:
         )
     try:
         return _checked(json.loads(metadata[HEADER_KEY]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"adapter must have a readable header, got {path} ({error})") from error
 
 
@@ -129,8 +128,11 @@ def _checked(config: Any) -> Config:
             raise ValueError(f"no {part}")
         if missing := sorted(names - set(config[part])):
             raise ValueError(f"{part} without {', '.join(missing)}")
-    if not all(isinstance(name, str) for name in left_out(config)):
-        raise ValueError("skipped_images that are no paths")
+    lists = {"classes": config["identity"]["classes"], "skipped_images": left_out(config)}
+    for name, items in lists.items():
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise ValueError(f"{name} that are no names")
+    check_recorded(config["settings"])
     return config
 
 
@@ -203,7 +205,7 @@ def read_state(output: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # pickle, zipfile and torch share no base class
         raise damaged_state(output, error) from error
     if not isinstance(state, dict):
         raise damaged_state(output, TypeError(f"holds a {type(state).__name__}"))

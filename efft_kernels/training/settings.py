@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -149,6 +151,29 @@ class TrainSettings:
             if isinstance(value, Path):
                 values[name] = str(value.resolve())
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+
+def check_recorded(values: Mapping[str, Any]) -> None:
+    """Check settings that were read from a file, as `to_json` writes them.
+
+    Raises:
+        ValueError: a value of another type, or one that makes no sense.
+    """
+    in_json = {Path: (str,), tuple: (list,), float: (int, float)}
+    given: dict[str, Any] = {}
+    for name, hint in get_type_hints(TrainSettings).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        plain = [get_origin(kind) or kind for kind in kinds]
+        allowed = tuple(kind for each in plain for kind in in_json.get(each, (each,)))
+        value = values[name]
+        require(name, isinstance(value, allowed), f"as training writes it ({hint})", repr(value))
+        given[name] = tuple(value) if isinstance(value, list) else value
+        if Path in plain and value is not None:
+            given[name] = Path(value)
+    try:
+        TrainSettings(**given)
+    except TypeError as error:  # what a list holds
+        raise ValueError(str(error)) from None
 
 
 def require(name: str, condition: bool, expected: str, got: object) -> None:

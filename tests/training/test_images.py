@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,6 +197,24 @@ def test_unreadable_images_are_found_and_named(folder: Path, workers: int) -> No
     images.refuse_or_report(unreadable, skip=True, notify=notes.append)
     assert notes[0].startswith("skipped 2 unreadable images: cannot read image")
     assert len(images.without(samples, unreadable, ("cat", "dog", "emu"))) == 33
+
+
+def test_pipes_links_to_nothing_and_bombs_are_unreadable(folder: Path) -> None:
+    os.mkfifo(folder / "cat" / "pipe.png")
+    (folder / "cat" / "nowhere.png").symlink_to("absent")
+    (folder / "cat" / "self.png").symlink_to("self.png")
+    bomb = b"P6 99999 99999 255 " + bytes(100)
+    (folder / "cat" / "bomb.ppm").write_bytes(bomb)
+    (folder / "cat" / "folder.png").mkdir()
+    _, samples = images.read_folder(folder)
+    unreadable = images.find_unreadable(samples)
+    assert {Path(path).name for path in unreadable} == {
+        "pipe.png",
+        "nowhere.png",
+        "self.png",
+        "bomb.ppm",
+    }
+    assert "no regular file" in unreadable[str(folder / "cat" / "pipe.png")]
 
 
 def test_a_class_may_not_lose_all_its_images() -> None:
