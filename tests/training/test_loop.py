@@ -51,7 +51,7 @@ def test_a_nan_loss_stops_before_the_update() -> None:
 
 
 class Poison(torch.optim.SGD):
-    """Its step number `at` gives all parameters one value."""
+    """Its step number `at` gives one number of every parameter a value."""
 
     def __init__(self, parameters: Any, at: int, value: float):
         super().__init__(parameters, lr=0.0)
@@ -63,21 +63,17 @@ class Poison(torch.optim.SGD):
             with torch.no_grad():
                 for group in self.param_groups:
                     for parameter in group["params"]:
-                        parameter.fill_(self.value)
+                        parameter.view(-1)[-1] = self.value
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_last_update_that_diverges_is_noticed(value: float) -> None:
     model = torch.nn.Linear(5, 3)
+    model.frozen = torch.nn.Parameter(torch.tensor([math.inf]), requires_grad=False)
     batches = [(torch.randn(4, 5), torch.randint(3, (4,)))] * 3
-    model.bias.requires_grad_(False)
-    optimizer = Poison([model.weight], 3, value)
+    train_one_epoch(model, batches, Poison([model.weight], 4, value), device="cpu", epoch=1)
     with pytest.raises(NonFiniteLossError, match="weight is not finite after epoch 2"):
-        train_one_epoch(model, batches, optimizer, device="cpu", epoch=1)
-    optimizer.steps = 3
-    model.weight.requires_grad_(False).fill_(1.0)
-    model.bias.requires_grad_(True)
-    train_one_epoch(model, batches, Poison([model.bias], 9, value), device="cpu")
+        train_one_epoch(model, batches, Poison([model.weight], 3, value), device="cpu", epoch=1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])

@@ -415,6 +415,9 @@ def test_a_skipped_image_is_as_if_it_were_not_there(
         return result.top1_percent, result.images
 
     assert evaluated() == (first.last_top1_percent, 9)
+    shutil.copy(settings.data / "red" / "3.png", bad)  # mended: the split is still the run's own
+    assert evaluated() == (first.last_top1_percent, 9)
+    assert len(prepare(once, tmp_path / "first", resume=True).history) == 1
     bad.unlink()
     fit(prepare(once, tmp_path / "second"))
     assert_same_run(tmp_path / "first", tmp_path / "second")
