@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from efft_kernels import EFFT2, FacTTK, FacTTT, KAdaptation, LoRA, attach, import_fact, load
+from efft_kernels.analysis.subspace import load_alone
 from efft_kernels.interop import import_peft_lora
 from efft_kernels.interop.name_patterns import MOST_WAYS, NamePatterns
 
@@ -358,3 +359,14 @@ class TestFact:
                 continue
             with pytest.raises(ValueError, match=r"fact\.pt"):
                 import_fact(make_vit(), path, method="fact_tt", scale=1.0)
+
+
+@pytest.mark.parametrize("shape", [[10**9, 10**9], [10**30], [-1, 12]])
+def test_a_model_of_hostile_sizes_is_not_stood_in_for(adapter_file, shape):
+    path, write = adapter_file
+    write(LoRA(rank=1))
+    assert load_alone(path).num_parameters() > 0
+    with safe_open(path, framework="pt") as file:
+        shapes = json.loads(file.metadata()["base_shapes"])
+    write(LoRA(rank=1), base_shapes=json.dumps({**shapes, "head.weight": shape}))
+    assert refused_or_read(lambda: load_alone(path), path)
