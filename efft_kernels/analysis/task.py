@@ -173,7 +173,7 @@ def folder_task(
     """
     require("batch_size", batch_size >= 1, "at least 1", batch_size)
     torch_device = resolve_device(device)
-    splits = open_splits(data, val_split=val_split, seed=seed)
+    splits = open_splits(data, val_split=val_split, seed=seed, notify=notify)
     unreadable = find_unreadable(splits.train + splits.val, workers=workers)
     refuse_or_report(unreadable, skip=False, notify=notify)
     seed_everything(seed)
