@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -120,19 +121,28 @@ def read_header(
         shapes = json.loads(metadata["base_shapes"])
         return Header(
             method=method_from_config(json.loads(metadata["method"])),
-            targets=_names(metadata["targets"]),
+            targets=_names(metadata["targets"], at_least=1),
             modules_to_train=_names(metadata["modules_to_train"]),
             base_shapes={name: tuple(map(int, shape)) for name, shape in shapes.items()},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # whatever json and the methods' checks raise on another text
         raise ValueError(
-            f"{argument} must be an adapter file with a readable header, got {path}: {error}"
+            f"{argument} must be an adapter file with a readable header, got {path}:"
+            f" {' '.join(str(error).splitlines())}"
         ) from None
 
 
-def _names(text: str) -> list[str]:
+def _names(text: str, at_least: int = 0) -> list[str]:
     names = json.loads(text)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    is_list = isinstance(names, list) and len(names) >= at_least
+    if not is_list or not all(isinstance(name, str) for name in names):
         raise TypeError(f"expected a list of module names, got {text}")
     return names
 
@@ -152,8 +162,11 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dic
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # safetensors raises KeyError and others on dtypes torch lacks
+        reason = " ".join(str(error).splitlines())
+        raise ValueError(f"path must be a whole safetensors file, got {path}: {reason}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"path must be a file written by Adapter.save (format {FORMAT!r}), got {path} with"
@@ -210,6 +223,17 @@ def write_adapter_file(
     own[_CHECKSUM] = checksum(tensors)
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={**metadata, **own})
+
+
+@contextmanager
+def errors_about(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put a ValueError or TypeError of the block into one line that names the file or folder."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        line = " ".join(str(error).splitlines())
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(line if os.fspath(path) in line else f"{line} (in {path})") from None
 
 
 def shorten(items: list[str]) -> str:

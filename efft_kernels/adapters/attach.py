@@ -16,7 +16,7 @@ from ..methods.base import Method, Site, check_choice
 from ..nn import FusedEFFTLinear, check_weight_is_stored
 from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
-from .adapter_file import Header, read_adapter_file, read_header, shorten
+from .adapter_file import Header, errors_about, read_adapter_file, read_header, shorten
 from .architectures import (
     check_is_called,
     classifier_names,
@@ -153,6 +153,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, fuse: str = "auto") 
             attached, or an unknown `fuse`.
     """
     require_plain(model)
+    with errors_about(path):
+        return _load(model, path, fuse)
+
+
+def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str) -> Adapter:
     metadata, tensors = read_adapter_file(path)
     header = read_header(metadata, path)
     _check_architecture(model, header)

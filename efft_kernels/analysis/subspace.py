@@ -14,6 +14,7 @@ and V, so two blocks of one group agree wholly once i and j reach the rank. Look
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -427,6 +428,14 @@ def load_alone(path: str | os.PathLike[str]) -> Adapter:
     """
     metadata, tensors = read_adapter_file(path)
     header = read_header(metadata, path)
+    held = sum(tensor.numel() for tensor in tensors.values())
+    for name, shape in header.base_shapes.items():
+        inside = any(name.startswith(f"{module}.") for module in header.modules_to_train)
+        if min(shape, default=1) < 0 or (inside and math.prod(shape) > held):
+            raise ValueError(
+                f"path must hold the modules its header describes, got {path} with {name} of"
+                f" {list(shape)}"
+            )
     model = _stand_in(header.base_shapes, header.modules_to_train)
     for name, tensor in {**trained_of(tensors), **buffers_of(tensors)}.items():
         if name not in header.base_shapes:

@@ -109,22 +109,24 @@ def top1_after_training(
             for all parameters that require grad. Without any parameter the model is only measured.
 
     Returns:
-        Top-1 in percent of the validation images, after the last epoch; NaN where the loss became
-        NaN or infinite on the way.
+        Top-1 in percent of the validation images, after the last epoch; NaN where the loss, a
+        trained parameter or a logit became NaN or infinite on the way.
     """
     if parameter_groups is None:
         parameter_groups = [{"params": trained_parameters(model)}]
     groups = [group for group in parameter_groups if group["params"]]
-    if groups and not _train(model, task, budget, seed, groups):
+    try:
+        if groups:
+            _train(model, task, budget, seed, groups)
+        with parametrize.cached():
+            return evaluate(model, task.val, device=task.device, num_classes=task.num_classes)
+    except NonFiniteLossError:
         return math.nan
-    with parametrize.cached():
-        return evaluate(model, task.val, device=task.device, num_classes=task.num_classes)
 
 
 def _train(
     model: nn.Module, task: Task, budget: Budget, seed: int, groups: list[dict[str, Any]]
-) -> bool:
-    """Whether the loss stayed finite."""
+) -> None:
     schedule = Schedule(
         epochs=budget.epochs,
         lr=budget.lr,
@@ -133,20 +135,16 @@ def _train(
         warmup_lr=budget.lr / 10,
     )
     optimizer, scheduler = schedule.start(groups, len(task.train))
-    try:
-        for _ in train_epochs(
-            model,
-            task.train,
-            optimizer,
-            range(budget.epochs),
-            device=task.device,
-            scheduler=scheduler,
-            seed=seed,
-        ):
-            pass
-    except NonFiniteLossError:
-        return False
-    return True
+    for _ in train_epochs(
+        model,
+        task.train,
+        optimizer,
+        range(budget.epochs),
+        device=task.device,
+        scheduler=scheduler,
+        seed=seed,
+    ):
+        pass
 
 
 def folder_task(
@@ -175,7 +173,7 @@ def folder_task(
     """
     require("batch_size", batch_size >= 1, "at least 1", batch_size)
     torch_device = resolve_device(device)
-    splits = open_splits(data, val_split=val_split, seed=seed)
+    splits = open_splits(data, val_split=val_split, seed=seed, notify=notify)
     unreadable = find_unreadable(splits.train + splits.val, workers=workers)
     refuse_or_report(unreadable, skip=False, notify=notify)
     seed_everything(seed)

@@ -17,6 +17,7 @@ import typer
 
 from .. import __version__
 from . import analyse, bench, demo, doctor, evaluate, train
+from .errors import in_one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,11 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Adapt vision transformers with factor-tuning (EFFT) on fused kernels.",
 )
-app.command()(bench.bench)
-app.command()(demo.demo)
-app.command()(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command()(doctor.doctor)
+app.command()(in_one_line(bench.bench))
+app.command()(in_one_line(demo.demo))
+app.command()(in_one_line(train.train))
+app.command("eval")(in_one_line(evaluate.evaluate))
+app.command()(in_one_line(doctor.doctor))
 app.add_typer(analyse.app, name="analyse")
 
 

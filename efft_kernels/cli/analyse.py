@@ -15,7 +15,7 @@ from rich.console import Console
 from ..methods import METHODS
 from ..methods.base import Method
 from . import parse
-from .errors import input_errors, interruptible
+from .errors import failures, input_errors, interruptible
 from .options import BudgetOptions, DataOptions, TaskOptions, with_options
 from .terminal import note
 
@@ -41,7 +41,7 @@ Output = Annotated[Path, typer.Option(help="Folder for the files.")]
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    with interruptible("interrupted; nothing was written"), input_errors():
+    with interruptible("interrupted; nothing was written"), failures(), input_errors():
         yield
 
 

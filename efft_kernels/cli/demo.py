@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
+from .errors import FAILED, fail
+
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to average.")] = 3,
 ) -> None:
     """Adapt a small transformer to handwritten digits and show what it cost."""
-    from ..demo.run import run
+    from ..demo.run import NothingLearntError, run
 
-    run(output=output, seeds=seeds)
+    try:
+        run(output=output, seeds=seeds)
+    except NothingLearntError as error:
+        raise fail(str(error), FAILED) from error

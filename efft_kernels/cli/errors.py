@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ..training.run import Run
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+_OUT_OF_MEMORY = "out of memory: a lower --batch-size takes less"
 
 
 def fail(message: str, code: int) -> typer.Exit:
@@ -32,6 +34,8 @@ def input_errors() -> Iterator[None]:
     """What a user's input causes inside the block exits with code 2."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError) as error:
         raise fail(_one_line(error), USER_ERROR) from error
 
@@ -43,6 +47,41 @@ def interruptible(message: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise fail(message, INTERRUPTED) from None
+
+
+def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose last errors are one line too: Ctrl-C, memory, the disk, a diverged model.
+
+    An error that only a fault of ours explains keeps its traceback.
+    """
+
+    @functools.wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        with interruptible("interrupted"), failures():
+            command(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """What the machine, or a model's numbers, cause inside the block exits with code 1."""
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):  # of `| head`; typer ends it quietly
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise fail(_OUT_OF_MEMORY, FAILED) from error
+    except OSError as error:
+        raise fail(_one_line(error), FAILED) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise fail(_OUT_OF_MEMORY, FAILED) from error
+        from ..training.loop import NonFiniteLossError
+
+        if not isinstance(error, NonFiniteLossError):
+            raise
+        raise fail(_one_line(error), FAILED) from error
 
 
 @contextmanager
@@ -62,7 +101,3 @@ def training_errors(run: Run) -> Iterator[None]:
             " Start anew with a lower --lr or --scale and another --output",
             FAILED,
         ) from error
-    except torch.OutOfMemoryError as error:
-        raise fail("out of device memory: pass a lower --batch-size", FAILED) from error
-    except OSError as error:
-        raise fail(_one_line(error), FAILED) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MOST_BLOCKS = 10_000  # no model has so many, and a range of them is made in no time
+
 
 def rank(text: str) -> int | tuple[int, int]:
     """ "16" -> 16, "8,16" -> (8, 16)."""
@@ -10,7 +12,7 @@ def rank(text: str) -> int | tuple[int, int]:
     except ValueError:
         ranks = []
     if len(ranks) not in (1, 2):
-        raise ValueError(f"rank must be a number R or two, R1,R2, got {text!r}")
+        raise ValueError(f"rank must be a number R or two, R1,R2, got {_got(text)}")
     return ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])
 
 
@@ -19,7 +21,9 @@ def integers(text: str, name: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{name} must be whole numbers such as 0,10,100, got {text!r}") from None
+        raise ValueError(
+            f"{name} must be whole numbers such as 0,10,100, got {_got(text)}"
+        ) from None
 
 
 def floats(text: str, name: str) -> tuple[float, ...]:
@@ -27,26 +31,28 @@ def floats(text: str, name: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{name} must be numbers such as 0.1,1,10, got {text!r}") from None
+        raise ValueError(f"{name} must be numbers such as 0.1,1,10, got {_got(text)}") from None
 
 
 def _range(text: str) -> tuple[int, int] | None:
-    """ "3" -> (3, 3), "0-2" -> (0, 2); None for anything else."""
+    """ "3" -> (3, 3), "0-2" -> (0, 2); None for anything else, "2-0" and "99999" too."""
     first, dash, last = text.strip().partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()):
+    digits = len(str(MOST_BLOCKS))
+    if not all(part.isdecimal() and len(part) <= digits for part in (first, last if dash else "0")):
         return None
-    return int(first), int(last if dash else first)
+    span = int(first), int(last if dash else first)
+    return span if span[0] <= span[1] < MOST_BLOCKS else None
 
 
 def blocks(text: str) -> tuple[int, ...]:
-    """ "0-3,11" -> (0, 1, 2, 3, 11)."""
-    numbers: list[int] = []
+    """ "0-3,11" -> (0, 1, 2, 3, 11), rising and each once, however they are written."""
+    numbers: set[int] = set()
     for part in text.split(","):
         span = _range(part)
         if span is None:
-            raise ValueError(f"layers must be numbers and ranges such as 0-3,11, got {text!r}")
-        numbers += range(span[0], span[1] + 1)
-    return tuple(numbers)
+            raise ValueError(f"layers must be numbers and ranges such as 0-3,11, got {_got(text)}")
+        numbers.update(range(span[0], span[1] + 1))
+    return tuple(sorted(numbers))
 
 
 def block_ranges(text: str) -> list[tuple[int, int] | None]:
@@ -55,6 +61,10 @@ def block_ranges(text: str) -> list[tuple[int, int] | None]:
     for part in text.split(","):
         span = _range(part)
         if span is None and part.strip() != "all":
-            raise ValueError(f"layers must be ranges such as all,0-2,5-8, got {text!r}")
+            raise ValueError(f"layers must be ranges such as all,0-2,5-8, got {_got(text)}")
         ranges.append(span)
     return ranges
+
+
+def _got(text: str, most: int = 80) -> str:
+    return repr(text) if len(text) <= most else f"{text[:most]!r}..."

@@ -30,6 +30,10 @@ from . import report
 from .recipes import QUICK, RECIPES, THREADS, Recipe, Settings, prepare, transfer
 
 
+class NothingLearntError(RuntimeError):
+    """The backbone did not learn its source digits, so there is nothing to adapt."""
+
+
 def run(
     output: Path = Path("runs/demo"),
     seeds: int = 3,
@@ -53,7 +57,9 @@ def run(
 
     Raises:
         ValueError: seeds below 1.
-        RuntimeError: the backbone did not learn its source digits, so there is nothing to adapt.
+        NothingLearntError: the backbone did not learn its source digits.
+        NonFiniteLossError: a training diverged.
+        OSError: the folder cannot be written.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -69,7 +75,7 @@ def run(
         on_epoch = _bar(progress, "pre-training on the digits 0 to 4", settings.source_epochs)
         backbone, source_top1 = digits.pretrain(epochs=settings.source_epochs, on_epoch=on_epoch)
         if source_top1 <= report.SOURCE_TOP1_NEEDED and not quick:
-            raise RuntimeError(
+            raise NothingLearntError(
                 f"the backbone must reach {report.SOURCE_TOP1_NEEDED}% on held-out digits 0 to 4,"
                 f" got {source_top1:.1f}%"
             )

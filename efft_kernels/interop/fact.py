@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.adapter_file import shorten
+from ..adapters.adapter_file import errors_about, shorten
 from ..adapters.attach import attach
 from ..adapters.attachment import require_plain
 from ..adapters.sites import find_sites
@@ -68,6 +68,11 @@ def import_fact(
     check_number("scale", scale)
     check_number("dropout", dropout, low=0.0, below=1.0)
     source = Path(path)
+    with errors_about(source):
+        return _attach(model, source, method, scale, dropout)
+
+
+def _attach(model: nn.Module, source: Path, method: str, scale: float, dropout: float) -> Adapter:
     tensors = read_torch_file(source)
     factors = {name: tensor for name, tensor in tensors.items() if "FacT" in name}
     others = {name: tensor for name, tensor in tensors.items() if "FacT" not in name}
@@ -147,6 +152,8 @@ def _vit_sites(model: nn.Module, trained: Sequence[str]) -> list[Site]:
 def _cores(factors: Mapping[str, Tensor], sites: Sequence[Site], tucker: bool) -> dict[str, Tensor]:
     """Site → its Σ_i [slices, r, r] in float64, as in y += s·x·U·Σ_i·V^T."""
     d, r = sites[0].width, factors["FacTu.weight"].shape[0]
+    if not 1 <= r <= d:
+        raise ValueError(f"the rank of FacTu.weight must be within 1..{d}, got {r}")
     shapes: dict[str, tuple[int, ...]] = {"FacTu.weight": (r, d), "FacTv.weight": (d, r)}
     if tucker:
         blocks = 1 + max(site.block for site in sites)

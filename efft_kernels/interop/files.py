@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import shutil
-import uuid
+import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.adapter_file import factor_key, module_key, shorten
+from ..atomic_files import follow_link, os_errors_about, temporary_beside
+
+MOST_JSON_BYTES = 2**24
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: no JSON object, or of more than `MOST_JSON_BYTES`.
+    """
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise ValueError(f"{path} must be JSON of at most {MOST_JSON_BYTES:,} bytes, got {size:,}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got {_reason(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -28,8 +48,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from None
+    except Exception as error:  # safetensors raises KeyError and others on dtypes torch lacks
+        raise ValueError(
+            f"path must be a whole safetensors file, got {path}: {_reason(error)}"
+        ) from None
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
@@ -37,24 +59,41 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, or anything but a dictionary of dense tensors.
+        ValueError: truncated, anything but a dictionary of dense tensors, or a tensor of more
+            numbers than the file holds of it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file of torch.save, found none at {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(item.file_size for item in archive.infolist())
+            if unpacked > path.stat().st_size:
+                raise ValueError(f"compressed, {unpacked:,} bytes when unpacked")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"path must be a whole file of tensors, got {path}: {reason}") from None
+    except Exception as error:  # zipfile, pickle and torch raise a dozen types on damaged files
+        raise ValueError(
+            f"path must be a whole file of tensors, got {path}: {_reason(error)}"
+        ) from None
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise ValueError(
             f"path must hold a dictionary of named tensors, got {path} with"
             f" {type(content).__name__}"
         )
     for name, tensor in content.items():
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_cpu
+        if not dense:
             raise ValueError(f"{name} must be a dense tensor in {path}, got {type(tensor)}")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{name} must be stored whole in {path}, got {list(tensor.shape)} of"
+                f" {tensor.untyped_storage().nbytes():,} bytes"
+            )
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], symbols: str = "") -> None:
@@ -124,21 +163,25 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: something is at `path`, other than an empty folder.
+        OSError: the folder cannot be written, or the disk is full; it names the folder.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    target = follow_link(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"path must not exist or be an empty folder, got {path}")
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path must be in an existing folder, got {path}")
+    temporary = temporary_beside(target)
+    with os_errors_about(path, temporary):
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-    )
+    """Whether a JSON value is a number that a float can hold."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max

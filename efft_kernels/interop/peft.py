@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.adapter_file import buffers_of, shorten
+from ..adapters.adapter_file import buffers_of, errors_about, shorten
 from ..adapters.architectures import PEFT_QKV_WARNING
 from ..adapters.attach import attach
 from ..adapters.attachment import require_plain
@@ -36,9 +37,11 @@ from .files import (
     fill,
     is_number,
     new_folder,
+    read_json,
     read_safetensors,
     read_torch_file,
 )
+from .name_patterns import NamePatterns
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -52,8 +55,9 @@ _PLAIN_FIELDS = (
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "megatron_core", "merge_weights", "modules_to_save", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_rslora",
 )  # fmt: skip
 # The others (pissa, olora, corda, loftq, lora_ga, ...) change the base weights at the start.
 _BASE_KEEPING_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -73,17 +77,17 @@ class _Config:
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    ranks: NamePatterns
+    alphas: NamePatterns
     rank_stabilised: bool
     modules_to_save: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
-        return int(_by_pattern(self.rank_pattern, module, self.rank))
+        return int(self.ranks.value_of(module, self.rank))
 
-    def scale_of(self, module: str) -> float:
+    def scale_of(self, module: str, rank: int) -> float:
         """α/r, or α/√r where rank-stabilised."""
-        alpha, rank = _by_pattern(self.alpha_pattern, module, self.alpha), self.rank_of(module)
+        alpha = self.alphas.value_of(module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
@@ -116,6 +120,11 @@ def import_peft_lora(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"path must be a PEFT checkpoint folder, found none at {folder}")
+    with errors_about(folder):
+        return _attach(model, folder)
+
+
+def _attach(model: nn.Module, folder: Path) -> Adapter:
     config = _read_config(folder / _CONFIG)
     pairs, others = _split_tensors(config, _read_tensors(folder), folder)
     _check_pairs_fit(model, pairs)
@@ -201,62 +210,42 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
 def _read_config(path: Path) -> _Config:
     if not path.is_file():
         raise FileNotFoundError(f"path must hold {_CONFIG}, found none at {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(config).__name__}")
+    config = read_json(path)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} must have peft_type 'LORA', got {config.get('peft_type')!r}")
+        raise ValueError(f"{path} must have peft_type 'LORA', got {repr(config.get('peft_type'))}")
     for field, value in config.items():
         if field not in _PLAIN_FIELDS and value:
-            raise ValueError(f"{path} must be of plain LoRA, got {field}={value!r}")
+            raise ValueError(f"{path} must be of plain LoRA, got {field}={repr(value)}")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{path} must have bias='none', got bias={config['bias']!r}")
+        raise ValueError(f"{path} must have bias='none', got bias={repr(config['bias'])}")
     init = config.get("init_lora_weights", True)
     if (init.lower() if isinstance(init, str) else init) not in _BASE_KEEPING_INITS:
         raise ValueError(
-            f"{path} must be of LoRA on unchanged base weights, got init_lora_weights={init!r}"
+            f"{path} must be of LoRA on unchanged base weights, got init_lora_weights={repr(init)}"
             " (PEFT's path_initial_model_for_weight_conversion saves such an adapter as plain LoRA)"
         )
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
-        raise ValueError(f"{path} must have names in modules_to_save, got {saved!r}")
+        raise ValueError(f"{path} must have names in modules_to_save, got {repr(saved)}")
     patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
         if not isinstance(pattern, dict):
-            raise ValueError(f"{path} must have an object as {name}, got {pattern!r}")
+            raise ValueError(f"{path} must have an object as {name}, got {repr(pattern)}")
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     for value in (rank, *patterns["rank_pattern"].values()):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{path} must have whole numbers from 1 as ranks, got {value!r}")
+            raise ValueError(f"{path} must have whole numbers from 1 as ranks, got {repr(value)}")
     for value in (alpha, *patterns["alpha_pattern"].values()):
         if not is_number(value):
-            raise ValueError(f"{path} must have finite numbers as alphas, got {value!r}")
+            raise ValueError(f"{path} must have finite numbers as alphas, got {repr(value)}")
     return _Config(
         rank=rank,
         alpha=alpha,
-        rank_pattern=patterns["rank_pattern"],
-        alpha_pattern=patterns["alpha_pattern"],
+        ranks=NamePatterns(patterns["rank_pattern"]),
+        alphas=NamePatterns(patterns["alpha_pattern"]),
         rank_stabilised=bool(config.get("use_rslora")),
         modules_to_save=tuple(saved),
     )
-
-
-def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: the first key that, as a regular expression, fits the name or its dotted end."""
-    for key, value in pattern.items():
-        try:
-            fits = re.match(rf"(.*\.)?({key})$", module)
-        except re.error as error:
-            raise ValueError(
-                "rank_pattern and alpha_pattern must have regular expressions as keys, got"
-                f" {key!r}: {error}"
-            ) from None
-        if fits:
-            return value
-    return default
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -300,7 +289,7 @@ def _split_tensors(
                 f"{module} must have lora_A [r={rank}, K] and lora_B [N, r={rank}], got"
                 f" {list(a.shape)} and {list(b.shape)}"
             )
-        pairs[module] = _Pair(a, b, config.scale_of(module))
+        pairs[module] = _Pair(a, b, config.scale_of(module, rank))
     return pairs, others
 
 

@@ -9,6 +9,7 @@ The kernels know nothing of methods and a method knows nothing of kernels, model
 from __future__ import annotations
 
 import dataclasses
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -294,7 +295,7 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if value != value or abs(value) == float("inf"):
+    if not abs(value) <= sys.float_info.max:  # NaN, infinite, or an int that no float can hold
         raise ValueError(f"{name} must be finite, got {value}")
     if (low is not None and value < low) or (below is not None and value >= below):
         limits = (("at least", low), ("below", below))

@@ -107,6 +107,8 @@ class FacTTK(_FacT):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer_rank is not None:
+            if not isinstance(self.layer_rank, int):
+                raise TypeError(f"layer_rank must be an int, got {self.layer_rank!r}")
             check_ranks("layer_rank", self.layer_rank)
 
     def new_group(self, layout: Layout) -> TensorTrainGroup:
@@ -132,6 +134,11 @@ class TuckerGroup(TensorTrainGroup):
 
     def _add_cores(self, count: int, rank: tuple[int, int]) -> None:
         layer_rank = self._layer_rank or max(rank)
+        if layer_rank > (most := max(count, rank[0] * rank[1])):
+            raise ValueError(
+                f"layer_rank must be at most max(cores, r1·r2)={most}, got {layer_rank}: beyond the"
+                " smaller of the two it adds nothing"
+            )
         self.P = nn.Parameter(torch.empty(count, layer_rank))
         self.core = nn.Parameter(torch.empty(layer_rank, *rank))
 

@@ -75,13 +75,8 @@ class KroneckerGroup(FactorGroup):
         self.init = method.init
         self.scale = float(method.scale)
         self.chosen = {site.name: chosen_slices(site, method.matrices) for site in sites}
-        self.A = nn.Parameter(torch.empty(n, n, n))
-        self.u = nn.ParameterDict()
-        self.v = nn.ParameterDict()
-        self.names = undotted_names(sites)
         for site in sites:
-            chosen, slices = self.chosen[site.name]
-            m, out = len(chosen), site.out_features // slices
+            out = site.out_features // self.chosen[site.name][1]
             if site.in_features % n or out % n:
                 raise ValueError(
                     f"products must divide K={site.in_features} and N={out} of each matrix in"
@@ -93,7 +88,13 @@ class KroneckerGroup(FactorGroup):
                     f"{min(site.in_features, out)} of each matrix in {site.name!r}, got"
                     f" {n * n * method.rank}"
                 )
-            key = self.names[site.name]
+        self.A = nn.Parameter(torch.empty(n, n, n))
+        self.u = nn.ParameterDict()
+        self.v = nn.ParameterDict()
+        self.names = undotted_names(sites)
+        for site in sites:
+            chosen, slices = self.chosen[site.name]
+            m, out, key = len(chosen), site.out_features // slices, self.names[site.name]
             self.u[key] = nn.Parameter(torch.empty(m, n, site.in_features // n, method.rank))
             self.v[key] = nn.Parameter(torch.empty(m, n, out // n, method.rank))
         self.reset_parameters()

@@ -17,6 +17,8 @@ from ..adapters.adapter_file import checksum
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
+LARGEST_TRIED = 1024  # pixels; one image beyond takes long on a CPU
+
 Notify = Callable[[str], None]
 
 
@@ -45,11 +47,26 @@ def build_backbone(
         notify: called with a line on anything the user should know.
 
     Raises:
-        ValueError: an unknown model, an option it does not take, a checkpoint that is missing,
-            unreadable or of another architecture, pretrained weights that cannot be had.
+        ValueError: an unknown model, an option it does not take, an image size it cannot run on, a
+            checkpoint that is missing, unreadable or of another architecture, pretrained weights
+            that cannot be had.
     """
     _check_name(name)
     options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path or None}
+    model = _build(name, num_classes, checkpoint, pretrained, options, notify)
+    if img_size is not None and img_size <= LARGEST_TRIED:
+        _try_size(model, name, img_size)
+    return model
+
+
+def _build(
+    name: str,
+    num_classes: int,
+    checkpoint: Path | None,
+    pretrained: bool,
+    options: dict[str, Any],
+    notify: Notify,
+) -> nn.Module:
     if checkpoint is not None:
         if not checkpoint.is_file():
             what = "a folder" if checkpoint.is_dir() else "nothing there"
@@ -102,6 +119,35 @@ def _create(name: str, **options: Any) -> nn.Module:
             if f"'{option}'" in str(error):
                 raise ValueError(f"model {name} takes no {option}: {advice}") from error
         raise
+    except Exception:
+        if (size := options.get("img_size")) is not None:
+            try:
+                timm.create_model(name, img_size=size)
+            except Exception as error:
+                raise _wrong_size(name, size, error) from error
+        raise
+
+
+@torch.no_grad()
+def _try_size(model: nn.Module, name: str, size: int) -> None:
+    """Raise ValueError unless the model runs on an image of the size it was built for.
+
+    timm checks it nowhere: a ViT is built for an image smaller than its patches, and fails later.
+    """
+    was_training = model.training
+    try:
+        model.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:  # each architecture trips over something else
+        raise _wrong_size(name, size, error) from error
+    finally:
+        model.train(was_training)
+
+
+def _wrong_size(name: str, size: int, error: Exception) -> ValueError:
+    return ValueError(
+        f"img_size must be a number of pixels that {name} can cut up, got {size}"
+        f" ({_first_line(error)}): pass another --img-size, or leave it out"
+    )
 
 
 def _from_hub(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:

@@ -80,7 +80,7 @@ def evaluate_adapter(
     classes = tuple(identity["classes"])
     torch_device = resolve_device(device)
 
-    samples, images_from = _choose_images(data_root, split, recorded)
+    samples, images_from = _choose_images(data_root, split, recorded, notify)
     unreadable = images.find_unreadable(samples, workers=workers)
     images.refuse_or_report(unreadable, skip=skip_bad_images, notify=notify)
     samples = images.without(samples, unreadable, classes)
@@ -129,20 +129,27 @@ def evaluate_adapter(
 
 
 def _choose_images(
-    root: Path, split: str, recorded: Mapping[str, Any]
-) -> tuple[tuple[images.Sample, ...], str]:
+    root: Path, split: str, recorded: Mapping[str, Any], notify: Notify
+) -> tuple[list[images.Sample], str]:
     if split == "all" or (root / "val").is_dir():
         root = root if split == "all" else root / "val"
-        _, samples = images.read_folder(root, recorded["identity"]["classes"])
-        return tuple(samples), f"all of {root}"
+        _, samples = images.read_folder(root, recorded["identity"]["classes"], notify)
+        return samples, f"all of {root}"
     settings = recorded["settings"]
-    splits = images.open_splits(root, val_split=settings["val_split"], seed=settings["seed"])
+    skipped = {str(root / name) for name in run_folder.left_out(recorded)}
+    splits = images.open_splits(
+        root,
+        val_split=settings["val_split"],
+        seed=settings["seed"],
+        leave_out=lambda samples: skipped & {path for path, _ in samples},
+        notify=notify,
+    )
     if splits.fingerprint() != recorded["identity"]["data"]:
         raise ValueError(
             f"data must hold the very images the adapter was trained with, got others in {root}:"
             " pass --split all to evaluate on every image there"
         )
-    return splits.val, f"held out of {root} by training"
+    return list(splits.val), f"held out of {root} by training"
 
 
 def _counted(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_classes
 
 Sample = tuple[str, int]  # path of an image, index of its class
+Notify = Callable[[str], object]
 
 
 class UnreadableImageError(ValueError):
@@ -35,6 +38,7 @@ class ImageSplits:
         train: (path, class) of the images to train on.
         val: (path, class) of the images to validate on.
         held_out: whether `val` was split off here, and is no folder of its own.
+        left_out: relative paths of images that are in neither part.
     """
 
     root: Path
@@ -42,6 +46,7 @@ class ImageSplits:
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     held_out: bool
+    left_out: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """SHA-256 over the classes and the relative paths of both parts, in their order."""
@@ -52,13 +57,19 @@ class ImageSplits:
         return hashlib.sha256(json.dumps([self.classes, parts]).encode()).hexdigest()
 
 
-def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[Sample]]:
+def read_folder(
+    root: Path, classes: Sequence[str] | None = None, notify: Notify = warnings.warn
+) -> tuple[list[str], list[Sample]]:
     """The classes and images of a folder with one folder per class, sorted by name.
+
+    Links to folders outside are followed. One that leads back into `root`, above it, or where
+    another led, is left out: its images count once, where they lie.
 
     Args:
         root: the folder.
         classes: number the images by these names instead of the folder's own; every folder must be
             one of them, and none needs to exist.
+        notify: called with a line on each link that is left out.
 
     Raises:
         ValueError: a missing folder, no class folder, or a class folder without images.
@@ -81,7 +92,10 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[list[
             f"data must hold only the classes {_few(known)}, got {root} with {_few(unknown)}"
         )
     class_to_idx = {name: index for index, name in enumerate(known)}
-    samples = make_dataset(str(root), class_to_idx, extensions=IMG_EXTENSIONS, allow_empty=True)
+    links = _Links(root, notify)
+    samples = [
+        (path, class_to_idx[name]) for name in found for path in _image_files(root / name, links)
+    ]
     counts = Counter(label for _, label in samples)
     empty = [name for name in found if counts[class_to_idx[name]] == 0]
     if empty:
@@ -92,42 +106,93 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[list[
     return known, samples
 
 
-def open_splits(data: Path, *, val_split: float, seed: int) -> ImageSplits:
+class _Links:
+    """Which folders under `root` are reached by a link to where their images count already."""
+
+    def __init__(self, root: Path, notify: Notify):
+        self._root, self._real_root = root, root.resolve()
+        self._counted = {self._real_root, *self._real_root.parents}  # and what is above
+        self._notify = notify
+
+    def leads_back(self, folder: Path) -> bool:
+        real = folder.resolve()
+        if real == self._real_root / folder.relative_to(self._root):
+            return False  # no link on the way
+        if real in self._counted or real.is_relative_to(self._real_root):
+            self._notify(
+                f"{folder} leads back to {real}: left out, its images count once, where they lie"
+            )
+            return True
+        self._counted |= {real, *real.parents}
+        return False
+
+
+def _image_files(top: Path, links: _Links) -> Iterator[str]:
+    """The paths of the images under a class's folder, sorted by folder, then by name."""
+    found: list[tuple[str, list[str]]] = []
+    if not links.leads_back(top):
+        for folder, subfolders, names in os.walk(top, followlinks=True):
+            paths = [Path(folder, name) for name in sorted(subfolders)]
+            subfolders[:] = [path.name for path in paths if not links.leads_back(path)]
+            found.append((folder, names))
+    for folder, names in sorted(found):
+        for name in sorted(names):
+            if name.lower().endswith(IMG_EXTENSIONS):
+                yield os.path.join(folder, name)
+
+
+def open_splits(
+    data: Path,
+    *,
+    val_split: float,
+    seed: int,
+    leave_out: Callable[[Sequence[Sample]], Collection[str]] = lambda samples: (),
+    notify: Notify = warnings.warn,
+) -> ImageSplits:
     """Training and validation images of `data`.
 
-    Where data/train and data/val exist they are taken as they are; else some are held out.
+    Where data/train and data/val exist they are taken as they are; else some are held out, of the
+    images that are not left out: the split is the one of a folder without these.
 
     Args:
         data: the folder.
         val_split: fraction of the images to hold out, stratified by class.
         seed: of what is held out.
+        leave_out: asked once, for the paths of those of all images that are to be in neither part.
+        notify: as for `read_folder`.
 
     Raises:
         ValueError: what `read_folder` refuses, fewer than two classes, different classes in train
-            and val, or too few images to hold some out.
+            and val, a class of which all is left out, or too few images to hold some out.
     """
     train_root, val_root = data / "train", data / "val"
-    if train_root.is_dir() and val_root.is_dir():
-        classes, train = read_folder(train_root)
+    held_out = not (train_root.is_dir() and val_root.is_dir())
+    if held_out:
+        for alone, other in ((train_root, "val"), (val_root, "train")):
+            if alone.is_dir() and any(child.is_dir() for child in alone.iterdir()):
+                raise ValueError(
+                    f"data must hold 'train' and 'val' or one folder per class, got {data} with"
+                    f" '{alone.name}' but no '{other}'; to split one folder, pass --data {alone}"
+                )
+        classes, train = read_folder(data, notify=notify)
+        _require_two(classes, data)
+        val: list[Sample] = []
+    else:
+        classes, train = read_folder(train_root, notify=notify)
         _require_two(classes, train_root)
-        val_classes, val = read_folder(val_root)
+        val_classes, val = read_folder(val_root, notify=notify)
         if val_classes != classes:
             different = sorted(set(classes) ^ set(val_classes))
             raise ValueError(
                 f"{val_root} must hold the classes of {train_root},"
                 f" got a difference in {_few(different)}"
             )
-        return ImageSplits(data, tuple(classes), tuple(train), tuple(val), held_out=False)
-    for alone, other in ((train_root, "val"), (val_root, "train")):
-        if alone.is_dir() and any(child.is_dir() for child in alone.iterdir()):
-            raise ValueError(
-                f"data must hold 'train' and 'val' or one folder per class, got {data} with"
-                f" '{alone.name}' but no '{other}'; to split one folder, pass --data {alone}"
-            )
-    classes, samples = read_folder(data)
-    _require_two(classes, data)
-    train, val = _hold_out(classes, samples, val_split, seed)
-    return ImageSplits(data, tuple(classes), tuple(train), tuple(val), held_out=True)
+    gone = leave_out([*train, *val])
+    train, val = without(train, gone, classes), without(val, gone, classes)
+    if held_out:
+        train, val = _hold_out(classes, train, val_split, seed)
+    names = sorted(Path(path).relative_to(data).as_posix() for path in gone)
+    return ImageSplits(data, tuple(classes), tuple(train), tuple(val), held_out, tuple(names))
 
 
 def _require_two(classes: Sequence[str], root: Path) -> None:
@@ -196,6 +261,8 @@ class _DecodeCheck(Dataset[str]):
 
 def _decode(path: str) -> Image.Image:
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("no regular file")  # opening a pipe would wait for ever
         return default_loader(path)
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types on damaged files
         reason = str(error).replace(path, "the file").strip() or "no reason given"
@@ -230,7 +297,7 @@ def find_unreadable(
 
 
 def refuse_or_report(
-    unreadable: dict[str, str], *, skip: bool, notify: Callable[[str], None], limit: int = 5
+    unreadable: dict[str, str], *, skip: bool, notify: Notify, limit: int = 5
 ) -> None:
     """Name the unreadable images.
 
@@ -258,14 +325,14 @@ def refuse_or_report(
 
 
 def without(
-    samples: Sequence[Sample], unreadable: dict[str, str], classes: Sequence[str]
-) -> tuple[Sample, ...]:
-    """The samples that are not in `unreadable`.
+    samples: Sequence[Sample], unreadable: Collection[str], classes: Sequence[str]
+) -> list[Sample]:
+    """The samples whose paths are not in `unreadable`.
 
     Raises:
         ValueError: a class that had images has none left.
     """
-    kept = tuple(sample for sample in samples if sample[0] not in unreadable)
+    kept = [sample for sample in samples if sample[0] not in unreadable]
     lost = {label for _, label in samples} - {label for _, label in kept}
     if lost:
         raise ValueError(

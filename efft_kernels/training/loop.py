@@ -23,7 +23,7 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 class NonFiniteLossError(RuntimeError):
-    """The training loss (or a trained parameter) became NaN or infinite."""
+    """The training loss, a trained parameter or a logit became NaN or infinite."""
 
 
 class UpdateScheduler(Protocol):
@@ -121,7 +121,7 @@ def train_epochs(
         (epoch, its result) after each.
 
     Raises:
-        NonFiniteLossError: a batch's loss is NaN or infinite.
+        NonFiniteLossError: as in `train_one_epoch`.
     """
     for epoch in epochs:
         if seed is not None:
@@ -169,7 +169,8 @@ def train_one_epoch(
         epoch: counted from 0 (in errors, epochs and steps count from 1); offsets the scheduler.
 
     Raises:
-        NonFiniteLossError: before the optimizer step, when a batch's loss is NaN or infinite.
+        NonFiniteLossError: before the optimizer step, when a batch's loss is NaN or infinite; after
+            the last, when a parameter is that it trains.
         TypeError: a scheduler, and a loader without a length.
         ValueError: a loader without a batch.
     """
@@ -214,6 +215,9 @@ def train_one_epoch(
             on_step(step, loss_value)
     if images_seen == 0:
         raise ValueError("loader must yield at least one batch, got none")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
     return EpochResult(loss_sum / images_seen, images_seen, step_ms)
 
 
@@ -239,6 +243,9 @@ def evaluate(
 
     Returns:
         Percent of the images.
+
+    Raises:
+        NonFiniteLossError: a logit is NaN or +∞, so that the largest means nothing.
     """
     device = torch.device(device)
     accuracy = MulticlassAccuracy(num_classes, average="micro").to(device)
@@ -248,6 +255,8 @@ def evaluate(
         for images, targets in loader:
             with _autocast(device, autocast_dtype):
                 logits = model(images.to(device, non_blocking=True))
+            if (logits.isnan() | logits.isposinf()).any():
+                raise NonFiniteLossError("the model's logits are not finite")
             accuracy.update(logits, targets.to(device, non_blocking=True))
         return 100.0 * accuracy.compute().item()
     finally:

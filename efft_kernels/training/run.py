@@ -11,9 +11,10 @@ import csv
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from ..atomic_files import replacing
 from . import images, run_folder
 from .backbone import Notify, build_backbone, fingerprint
 from .loop import (
-    NonFiniteLossError,
     Schedule,
     UpdateScheduler,
     evaluate,
@@ -126,9 +126,14 @@ def prepare(
         run_folder.compare_settings(recorded["settings"], settings.to_json())
     method = settings.method_config()
 
-    splits = images.open_splits(settings.data, val_split=settings.val_split, seed=settings.seed)
-    data_fingerprint = splits.fingerprint()
-    splits, skipped = _drop_unreadable(splits, settings, notify, on_check)
+    before = [] if recorded is None else run_folder.left_out(recorded)
+    splits = images.open_splits(
+        settings.data,
+        val_split=settings.val_split,
+        seed=settings.seed,
+        leave_out=partial(_unreadable, settings, before, notify, on_check),
+        notify=notify,
+    )
 
     seed_everything(epoch_seed(settings.seed, 0))
     model = build_backbone(
@@ -142,8 +147,8 @@ def prepare(
     )
     identity = {
         "classes": list(splits.classes),
-        "data": data_fingerprint,
-        "skipped_images": skipped,
+        "data": splits.fingerprint(),
+        "skipped_images": list(splits.left_out),
         "backbone": fingerprint(model, resolve_modules_to_train(model, "head")),
     }
     adapter = attach(model, method, targets=settings.targets, layers=settings.layers)
@@ -173,20 +178,19 @@ def prepare(
     return run
 
 
-def _drop_unreadable(
-    splits: images.ImageSplits,
+def _unreadable(
     settings: TrainSettings,
+    before: Collection[str],
     notify: Notify,
     on_check: Callable[[int, int], None] | None,
-) -> tuple[images.ImageSplits, int]:
-    samples = splits.train + splits.val
-    unreadable = images.find_unreadable(samples, workers=settings.workers, on_check=on_check)
+    samples: Sequence[images.Sample],
+) -> set[str]:
+    """The paths to leave out: those that a resumed run left out `before`, and the unreadable."""
+    gone = {str(settings.data / name) for name in before} & {path for path, _ in samples}
+    checked = [sample for sample in samples if sample[0] not in gone]
+    unreadable = images.find_unreadable(checked, workers=settings.workers, on_check=on_check)
     images.refuse_or_report(unreadable, skip=settings.skip_bad_images, notify=notify)
-    if not unreadable:
-        return splits, 0
-    train = images.without(splits.train, unreadable, splits.classes)
-    val = images.without(splits.val, unreadable, splits.classes)
-    return dataclasses.replace(splits, train=train, val=val), len(unreadable)
+    return gone | set(unreadable)
 
 
 def _assemble(
@@ -245,8 +249,8 @@ def fit(
         on_epoch: called after an epoch is saved.
 
     Raises:
-        NonFiniteLossError: the loss or a trained parameter is NaN or infinite; the folder then
-            holds the epoch before.
+        NonFiniteLossError: the loss, a trained parameter or a logit of a validation image is NaN or
+            infinite; the folder then holds the epoch before.
     """
     # On CUDA, prefer deterministic kernels, so that a resumed run can repeat the bits; those of
     # the CPU do so anyway.
@@ -284,9 +288,6 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
     )
     start = time.perf_counter()
     for epoch, result in trained:
-        for name, parameter in run.model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
         top1_percent = evaluate(
             run.model,
             run.val_loader,
@@ -320,7 +321,7 @@ def _restore(run: Run) -> None:
         if run.scaler is not None:
             run.scaler.load_state_dict(state["scaler"])
         run.history = [EpochRow(**row) for row in state["history"]]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # torch's optimizers trip over whatever another state holds
         raise run_folder.damaged_state(run.output, error) from error
     _write_products(run)
 

@@ -9,8 +9,8 @@ metrics.csv          a row per epoch, derived from the state
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import torch
 
 from .. import __version__
 from ..adapters.adapter_file import read_adapter_file
-from ..atomic_files import replacing, write_text
-from .settings import TrainSettings
+from ..atomic_files import write_bytes, write_text
+from .settings import TrainSettings, check_recorded
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
 HEADER_KEY = "efft_kernels.train"
@@ -93,7 +93,7 @@ def read_config(output: Path) -> Config | None:
         return None
     try:
         return _checked(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be the configuration of a run ({error})") from error
 
 
@@ -113,7 +113,7 @@ def read_adapter_header(path: Path) -> Config:
         )
     try:
         return _checked(json.loads(metadata[HEADER_KEY]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"adapter must have a readable header, got {path} ({error})") from error
 
 
@@ -128,7 +128,21 @@ def _checked(config: Any) -> Config:
             raise ValueError(f"no {part}")
         if missing := sorted(names - set(config[part])):
             raise ValueError(f"{part} without {', '.join(missing)}")
+    lists = {"classes": config["identity"]["classes"], "skipped_images": left_out(config)}
+    for name, items in lists.items():
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise ValueError(f"{name} that are no names")
+    check_recorded(config["settings"])
     return config
+
+
+def left_out(config: Mapping[str, Any]) -> list[str]:
+    """The relative paths of the images that the run skipped, before it held any out.
+
+    Runs of the first format recorded their number alone, and skipped them afterwards.
+    """
+    skipped = config["identity"]["skipped_images"]
+    return skipped if isinstance(skipped, list) else []
 
 
 def compare_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -139,6 +153,8 @@ def compare_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -
     """
     for name, value in settings.items():
         before = recorded[name]
+        if name == "layers" and before and value and set(before) == set(value):
+            continue  # their order means nothing
         if name not in FREE_ON_RESUME and before != value:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
@@ -156,7 +172,6 @@ def compare_identity(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -
     meaning = {
         "classes": ("data", "the classes"),
         "data": ("data", "the image files"),
-        "skipped_images": ("data", "the number of unreadable images"),
         "backbone": ("checkpoint", "the backbone's weights"),
     }
     for name, (setting, what) in meaning.items():
@@ -173,8 +188,10 @@ def _shown(value: Any) -> str:
 
 def save_state(output: Path, state: Mapping[str, Any]) -> None:
     """Replace the folder's state."""
-    with replacing(output / STATE) as path:
-        torch.save(dict(state), path)
+    # To memory first: torch's writer says nothing of a full disk but "unexpected pos".
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_bytes(output / STATE, buffer.getbuffer())
 
 
 def read_state(output: Path, device: torch.device) -> dict[str, Any] | None:
@@ -188,7 +205,7 @@ def read_state(output: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # pickle, zipfile and torch share no base class
         raise damaged_state(output, error) from error
     if not isinstance(state, dict):
         raise damaged_state(output, TypeError(f"holds a {type(state).__name__}"))

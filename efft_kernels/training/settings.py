@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -15,6 +17,9 @@ from ..methods import METHODS
 from ..methods.base import Method
 
 AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+MOST_PIXELS = 8192
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,22 @@ class TrainSettings:
         require("amp", self.amp in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}", self.amp)
         for name in ("epochs", "batch_size"):
             require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("weight_decay", "min_lr", "workers"):
-            require(name, getattr(self, name) >= 0, "at least 0", getattr(self, name))
+        for name in ("weight_decay", "min_lr"):
+            fits = 0 <= getattr(self, name) < math.inf
+            require(name, fits, "at least 0 and finite", getattr(self, name))
+        fits = 0 <= self.workers <= MOST_WORKERS
+        require("workers", fits, f"within 0..{MOST_WORKERS}", self.workers)
         require("seed", 0 <= self.seed < 2**32, "within 0..2^32-1", self.seed)
         require("lr", 0 < self.lr < math.inf, "above 0", self.lr)
         require("min_lr", self.min_lr <= self.lr, f"at most lr={self.lr}", self.min_lr)
         require("drop_path", 0 <= self.drop_path < 1, "within [0, 1)", self.drop_path)
         require("val_split", 0 < self.val_split < 1, "between 0 and 1", self.val_split)
         if self.img_size is not None:
-            require("img_size", self.img_size >= 1, "at least 1 (pixels)", self.img_size)
+            fits = 1 <= self.img_size <= MOST_PIXELS
+            require("img_size", fits, f"within 1..{MOST_PIXELS} pixels", self.img_size)
+        if self.layers is not None:
+            named = bool(self.layers) and min(self.layers) >= 0
+            require("layers", named, "block indices from 0, at least one", self.layers)
         if self.warmup_epochs is not None:
             expected = f"within 0..{self.epochs - 1} for epochs={self.epochs}"
             fits = 0 <= self.warmup_epochs < self.epochs
@@ -139,6 +151,29 @@ class TrainSettings:
             if isinstance(value, Path):
                 values[name] = str(value.resolve())
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+
+def check_recorded(values: Mapping[str, Any]) -> None:
+    """Check settings that were read from a file, as `to_json` writes them.
+
+    Raises:
+        ValueError: a value of another type, or one that makes no sense.
+    """
+    in_json = {Path: (str,), tuple: (list,), float: (int, float)}
+    given: dict[str, Any] = {}
+    for name, hint in get_type_hints(TrainSettings).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        plain = [get_origin(kind) or kind for kind in kinds]
+        allowed = tuple(kind for each in plain for kind in in_json.get(each, (each,)))
+        value = values[name]
+        require(name, isinstance(value, allowed), f"as training writes it ({hint})", repr(value))
+        given[name] = tuple(value) if isinstance(value, list) else value
+        if Path in plain and value is not None:
+            given[name] = Path(value)
+    try:
+        TrainSettings(**given)
+    except TypeError as error:  # what a list holds
+        raise ValueError(str(error)) from None
 
 
 def require(name: str, condition: bool, expected: str, got: object) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+import efft_kernels_command
 from efft_kernels.cli import app
+from efft_kernels.training.loop import NonFiniteLossError
 
 SMALL = [
     "--no-pretrained",
@@ -111,6 +114,17 @@ def test_eval_errors_are_one_line(images: Path, trained: tuple[Path, Result]) ->
         ("--rank many", "rank must be a number R or two, R1,R2, got 'many'"),
         ("--layers 3-x", "layers must be numbers and ranges"),
         ("--layers 40", "layers must be within 0..11, got 40"),
+        ("--layers 0-999999999", "layers must be numbers and ranges"),
+        ("--layers 5-3", "layers must be numbers and ranges such as 0-3,11, got '5-3'"),
+        ("--img-size 15", "img_size must be a number of pixels that vit_tiny_patch16_224 can cut"),
+        ("--img-size 99999999", "img_size must be within 1..8192 pixels, got 99999999"),
+        ("--img-size 20 --model test_vit", "(Input height (20) should be divisible by patch size"),
+        (
+            "--img-size 8 --model mvitv2_tiny",
+            "img_size must be a number of pixels that mvitv2_tiny",
+        ),
+        ("--workers 99999", "workers must be within 0..1024, got 99999"),
+        ("--weight-decay inf", "weight_decay must be at least 0 and finite, got inf"),
         ("--targets nothing", "targets pattern 'nothing' matches no nn.Linear"),
         ("--method magic", "method must be one of"),
         ("--init w", "init must be"),
@@ -199,6 +213,101 @@ def test_interrupted_it_resumes_to_the_same_result(
     resumed = train(images, tmp_path, "--epochs", 4, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert_same_adapter(tmp_path, trained[0])
+
+
+INNER = {
+    "train": ("efft_kernels.training.run.prepare", ["--data", "x", "--output", "absent"]),
+    "eval": (
+        "efft_kernels.training.evaluation.evaluate_adapter",
+        ["--data", "x", "--adapter", "y"],
+    ),
+    "demo": ("efft_kernels.demo.run.run", []),
+    "doctor": ("efft_kernels.doctor.diagnose", []),
+    "bench": ("efft_kernels.cli.bench._load", []),
+    "analyse": ("efft_kernels.analysis.subspace.load_alone", ["x"]),
+}
+
+
+@pytest.mark.parametrize("command", INNER)
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "x.pt"), None, "No space left on device: 'x.pt'"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("[...] DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+        (NonFiniteLossError("the model's logits are not finite"), 1, "logits are not finite"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_command_fails_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    error: BaseException,
+    code: int | None,
+    message: str,
+) -> None:
+    inner, arguments = INNER[command]
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(inner, fail)
+    names = ["analyse", "subspace"] if command == "analyse" else [command]
+    result = invoke(*names, *arguments)
+    assert message in error_of(result, result.exit_code if code is None else code)
+    assert result.exit_code in (1, 2, 130)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("impossible")
+
+    monkeypatch.setattr("efft_kernels.doctor.diagnose", fail)
+    assert isinstance(invoke("doctor").exception, RuntimeError)
+
+
+def test_a_demo_that_learnt_nothing_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("efft_kernels.training.digits.pretrain", lambda **_: (None, 80.0))
+    message = error_of(invoke("demo", "--output", tmp_path), exit_code=1)
+    assert "must reach 95.0% on held-out digits 0 to 4, got 80.0%" in message
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_control_c_while_the_package_is_loaded_is_one_line(tmp_path: Path, ignored: bool) -> None:
+    """With a torch that takes its time, as the real one does."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('loading', flush=True)\n"
+        "try:\n    time.sleep(3)\n"
+        "except BaseException:\n    raise ImportError('torch') from None\n"
+        "import os; os._exit(7)\n"
+    )
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " if ignored else ""
+    starting = subprocess.Popen(
+        [sys.executable, "-c", f"{ignore}from efft_kernels_command import main; main()", "doctor"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with starting:
+        assert starting.stdout is not None
+        assert starting.stdout.readline() == "loading\n"
+        starting.send_signal(signal.SIGINT)
+        _, errors = starting.communicate()
+    assert (starting.returncode, errors) == ((7, "") if ignored else (130, "error: interrupted\n"))
+
+
+def test_the_console_script_runs_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["efft-kernels", "--version"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        efft_kernels_command.main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("efft-kernels ")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 KILLED_IN_THE_SECOND_EPOCH = """

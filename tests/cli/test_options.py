@@ -79,9 +79,17 @@ def test_texts_become_numbers() -> None:
     assert parse.integers("0,10", "dims") == (0, 10)
     assert parse.floats("0.1,1", "scale") == (0.1, 1.0)
     assert parse.blocks("0-3, 11") == (0, 1, 2, 3, 11)
+    assert parse.blocks("11,2-4,3,0-2,11") == (0, 1, 2, 3, 4, 11)
     assert parse.block_ranges("all, 0-2,5") == [None, (0, 2), (5, 5)]
-    for text in ("", "-1", "2-", "x", "1-2-3"):
+    for text in ("", "-1", "2-", "x", "1-2-3", "5-3", "0-999999999999", "9" * 5000, "10000"):
         with pytest.raises(ValueError, match="layers must be numbers and ranges"):
             parse.blocks(text)
         with pytest.raises(ValueError, match="layers must be ranges such as"):
             parse.block_ranges(text)
+
+
+def test_a_long_text_is_not_repeated_whole() -> None:
+    for read in (parse.rank, parse.blocks, lambda text: parse.integers(text, "dims")):
+        with pytest.raises(ValueError) as caught:
+            read("x" * 10_000)
+        assert len(str(caught.value)) < 250

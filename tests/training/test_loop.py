@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,125 @@ def test_a_nan_loss_stops_before_the_update() -> None:
     with pytest.raises(NonFiniteLossError, match="loss is nan in epoch 5, step 1"):
         train_one_epoch(model, [batch], optimizer, device="cpu", epoch=4)
     assert torch.equal(model.weight, before)
+
+
+class Poison(torch.optim.SGD):
+    """Its step number `at` gives one number of every parameter a value."""
+
+    def __init__(self, parameters: Any, at: int, value: float):
+        super().__init__(parameters, lr=0.0)
+        self.steps, self.at, self.value = 0, at, value
+
+    def step(self, closure: Any = None) -> None:
+        self.steps += 1
+        if self.steps == self.at:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.view(-1)[-1] = self.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_last_update_that_diverges_is_noticed(value: float) -> None:
+    model = torch.nn.Linear(5, 3)
+    model.frozen = torch.nn.Parameter(torch.tensor([math.inf]), requires_grad=False)
+    batches = [(torch.randn(4, 5), torch.randint(3, (4,)))] * 3
+    train_one_epoch(model, batches, Poison([model.weight], 4, value), device="cpu", epoch=1)
+    with pytest.raises(NonFiniteLossError, match="weight is not finite after epoch 2"):
+        train_one_epoch(model, batches, Poison([model.weight], 3, value), device="cpu", epoch=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_logits_that_mean_nothing_have_no_accuracy(value: float) -> None:
+    model = torch.nn.Linear(5, 3)
+    with torch.no_grad():
+        model.weight.fill_(value)
+    batches = [(torch.ones(4, 5), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(NonFiniteLossError, match="logits are not finite"):
+        evaluate(model.train(), batches, device="cpu", num_classes=3)
+    assert model.training
+
+
+def test_a_class_that_is_masked_out_does_not_count_against_the_others() -> None:
+    def masked(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[-math.inf, 1.0, 0.0]]).expand(len(x), 3)
+
+    model = torch.nn.Module()
+    model.forward = masked  # type: ignore[method-assign]
+    batches = [(torch.ones(4, 5), torch.tensor([0, 1, 1, 2]))]
+    assert evaluate(model, batches, device="cpu", num_classes=3) == 50.0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_runs_in_evaluation_mode_and_keeps_the_models(training: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Dropout(0.5)).train(training)
+    modes: list[bool] = []
+    model[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+    batches = [(torch.randn(4, 5), torch.randint(3, (4,)))]
+    evaluate(model, batches, device="cpu", num_classes=3)
+    assert modes == [False]
+    assert model.training is model[1].training is training
+    train_one_epoch(model, batches, torch.optim.SGD(model.parameters(), lr=0.0), device="cpu")
+    assert modes == [False, True]
+
+
+def test_the_scheduler_counts_updates_over_all_epochs() -> None:
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    data = TensorDataset(torch.randn(12, 5), torch.randint(3, (12,)))
+    events: list[Any] = []
+
+    class Recorder:
+        def step_update(self, num_updates: int) -> None:
+            events.append(num_updates)
+
+    optimizer.register_step_post_hook(lambda *_: events.append("step"))
+    loader = DataLoader(data, 4)
+    for _ in train_epochs(
+        model, loader, optimizer, range(1, 3), device="cpu", scheduler=Recorder()
+    ):
+        events.append("epoch")
+    expected = ["step", 4, "step", 5, "step", 6, "epoch", "step", 7, "step", 8, "step", 9, "epoch"]
+    assert events == expected
+
+
+class RecordingScaler(torch.amp.GradScaler):
+    """A GradScaler of the CPU that says what is asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", init_scale=1024.0)
+        self.calls: list[str] = []
+
+    def scale(self, outputs: Any) -> Any:
+        self.calls.append("scale")
+        return super().scale(outputs)
+
+    def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append("step")
+        return super().step(optimizer, *args, **kwargs)
+
+    def update(self, new_scale: Any = None) -> None:
+        self.calls.append("update")
+        super().update(new_scale)
+
+
+def test_a_scaled_step_is_the_plain_one_and_skips_what_overflows() -> None:
+    x, y = torch.randn(6, 5), torch.randint(3, (6,))
+    plain, scaled = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    scaled.load_state_dict(plain.state_dict())
+    scaler = RecordingScaler()
+    for model, options in ((plain, {}), (scaled, {"scaler": scaler})):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        train_one_epoch(model, [(x, y)] * 2, optimizer, device="cpu", **options)
+    assert scaler.calls == ["scale", "step", "update"] * 2
+    torch.testing.assert_close(scaled.weight, plain.weight)
+
+    before = scaled.weight.detach().clone()
+    scaled.weight.register_hook(lambda grad: grad * float("inf"))
+    optimizer = torch.optim.SGD(scaled.parameters(), lr=1.0)
+    train_one_epoch(scaled, [(x, y)], optimizer, device="cpu", scaler=scaler)
+    assert torch.equal(scaled.weight, before)
+    assert scaler.get_scale() == 512.0
 
 
 def test_saved_bytes_count_each_storage_once_without_parameters() -> None:

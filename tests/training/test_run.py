@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ import efft_kernels
 from efft_kernels.adapters.adapter import Adapter
 from efft_kernels.training.backbone import build_backbone
 from efft_kernels.training.evaluation import evaluate_adapter
+from efft_kernels.training.images import UnreadableImageError, open_splits
 from efft_kernels.training.loop import NonFiniteLossError
-from efft_kernels.training.run import fit, prepare
+from efft_kernels.training.run import WARMUP_LR, fit, prepare
 from efft_kernels.training.settings import TrainSettings, resolve_device
 
 MODEL = "vit_tiny_patch16_224"
@@ -161,15 +164,15 @@ def stop_in_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], No
 
 def stop_while_saving_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(100))
-    save = torch.save
+    write = Path.write_bytes
 
-    def half(state: object, path: Path) -> None:
-        save(state, path)
-        if next(calls) == 1:
-            path.write_bytes(path.read_bytes()[:1000])
+    def half(path: Path, content: Any) -> int:
+        if path.name.startswith(".state.pt") and next(calls) == 1:
+            write(path, content[:1000])
             raise Killed
+        return write(path, content)
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
 
 
 def stop_before_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +364,52 @@ def test_a_last_update_that_diverges_is_not_saved(settings: TrainSettings, tmp_p
     assert not (tmp_path / "run" / "state.pt").exists()
 
 
+def test_a_last_update_that_leaves_float_range_is_not_saved(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    run = prepare(dataclasses.replace(settings, epochs=1), tmp_path / "run")
+
+    def blow_up(done: int, total: int) -> None:
+        if done == total:
+            with torch.no_grad():
+                run.model.head.weight.fill_(3e38)  # type: ignore[union-attr,operator]
+
+    with pytest.raises(NonFiniteLossError, match="logits are not finite"):
+        fit(run, on_step=blow_up)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_the_best_epoch_may_not_be_the_last(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([50.0, 80.0, 80.0, 70.0])
+    monkeypatch.setattr("efft_kernels.training.run.evaluate", lambda *_, **__: next(measured))
+    result = fit(prepare(dataclasses.replace(settings, epochs=4), tmp_path / "run"))
+    assert (result.best_top1_percent, result.best_epoch) == (80.0, 2)
+    assert result.last_top1_percent == 70.0
+    assert [float(row["val_top1_percent"]) for row in rows(tmp_path / "run")] == [50, 80, 80, 70]
+
+
+def test_the_learning_rate_follows_the_updates(
+    settings: TrainSettings, uninterrupted: Path
+) -> None:
+    peak, low, updates = settings.lr, settings.min_lr, 9  # 21 images in batches of 8, 3 epochs
+    expected = [low + (peak - low) / 2 * (1 + math.cos(math.pi * n / updates)) for n in (3, 6, 9)]
+    assert [float(row["lr"]) for row in rows(uninterrupted)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_learning_rate_rises_in_the_warm_up(settings: TrainSettings, tmp_path: Path) -> None:
+    run = prepare(dataclasses.replace(settings, warmup_epochs=2), tmp_path / "run")
+    found = [run.optimizer.param_groups[0]["lr"]]
+    for update in range(1, 7):
+        run.scheduler.step_update(update)
+        found.append(run.optimizer.param_groups[0]["lr"])
+    rise = [WARMUP_LR + (settings.lr - WARMUP_LR) * update / 6 for update in range(6)]
+    assert found[:6] == pytest.approx(rise)
+    middle = settings.min_lr + (settings.lr - settings.min_lr) / 2 * (1 + math.cos(math.pi * 6 / 9))
+    assert found[6] == pytest.approx(middle)
+
+
 class Command:
     """Unpickling it makes a folder."""
 
@@ -390,6 +439,41 @@ def test_a_foreign_or_damaged_state_is_refused(settings: TrainSettings, tmp_path
     (output / "config.json").write_text('{"settings": {}}')
     with pytest.raises(ValueError, match=r"config\.json must be the configuration of a run"):
         prepare(once, output, resume=True)
+
+
+def test_a_skipped_image_is_as_if_it_were_not_there(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(settings.data, data)
+    bad = data / "red" / "3.png"
+    bad.write_bytes(b"\x89PNG no more")
+    once = dataclasses.replace(settings, data=data, epochs=1, skip_bad_images=True)
+    notes: list[str] = []
+    first = fit(prepare(once, tmp_path / "first", notify=notes.append))
+    assert any(f"skipped 1 unreadable images: cannot read image {bad}" in note for note in notes)
+
+    def evaluated(**options: Any) -> tuple[float, int]:
+        result = evaluate_adapter(data, first.adapter_path, device="cpu", **options)
+        return result.top1_percent, result.images
+
+    assert evaluated() == (first.last_top1_percent, 9)
+    shutil.copy(settings.data / "red" / "3.png", bad)  # mended: the split is still the run's own
+    assert evaluated() == (first.last_top1_percent, 9)
+    assert len(prepare(once, tmp_path / "first", resume=True).history) == 1
+    bad.unlink()
+    fit(prepare(once, tmp_path / "second"))
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+    assert evaluated() == (first.last_top1_percent, 9)
+    assert len(prepare(once, tmp_path / "first", resume=True).history) == 1
+
+    held_out = open_splits(data, val_split=0.3, seed=settings.seed).val
+    Path(held_out[0][0]).write_bytes(b"gone")
+    with pytest.raises(UnreadableImageError, match="got 1 unreadable"):
+        evaluated()
+    assert evaluated(skip_bad_images=True)[1] == 8
+    with pytest.raises(ValueError, match="the image files changed"):
+        prepare(once, tmp_path / "first", resume=True)
 
 
 def test_evaluation_on_other_images(

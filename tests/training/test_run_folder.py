@@ -1,0 +1,133 @@
+"""A run's files, damaged: the error that is documented, in one line that names the file."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from efft_kernels import LoRA, attach
+from efft_kernels.training import run_folder
+from efft_kernels.training.settings import TrainSettings
+
+Read = Callable[[str], Any]
+
+
+@pytest.fixture
+def config() -> run_folder.Config:
+    return {
+        "settings": TrainSettings(Path("images"), rank=(4, 2), layers=(0, 3)).to_json(),
+        "identity": {"classes": ["a"], "data": "1", "skipped_images": ["a/1.png"], "backbone": "2"},
+        "versions": {"torch": "3"},
+    }
+
+
+@pytest.fixture(params=["config.json", "adapter"])
+def read(request: pytest.FixtureRequest, make_vit: Any, tmp_path: Path) -> tuple[Read, Path]:
+    """(read, path): what reads a configuration's text from a run's folder or from an adapter."""
+    if request.param == "config.json":
+        path = tmp_path / "config.json"
+
+        def from_folder(text: str) -> Any:
+            path.write_text(text)
+            return run_folder.read_config(tmp_path)
+
+        return from_folder, path
+    adapter, path = attach(make_vit(), LoRA(rank=1)), tmp_path / "adapter.safetensors"
+
+    def from_adapter(text: str) -> Any:
+        adapter.save(path, metadata={run_folder.HEADER_KEY: text})
+        return run_folder.read_adapter_header(path)
+
+    return from_adapter, path
+
+
+def refused(read: Read, path: Path, text: str) -> bool:
+    try:
+        read(text)
+    except ValueError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        return True
+    return False
+
+
+def test_a_whole_configuration_is_read(read: tuple[Read, Path], config: run_folder.Config) -> None:
+    assert read[0](json.dumps(config)) == config
+    assert run_folder.left_out(config) == ["a/1.png"]
+    config["identity"]["skipped_images"] = 2  # of the first format
+    config["settings"]["of_a_later_release"] = 1
+    assert run_folder.left_out(read[0](json.dumps(config))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("img_size", 10**9),
+        ("img_size", "32"),
+        ("model", 3),
+        ("method", ["lora"]),
+        ("method", "magic"),
+        ("rank", "many"),
+        ("layers", ["x"]),
+        ("layers", [[]]),
+        ("seed", None),
+        ("seed", -1),
+        ("val_split", 2),
+        ("data", None),
+        ("checkpoint", 3),
+        ("amp", "float8"),
+        ("lr", "nan"),
+        ("drop_path", float("nan")),
+    ],
+)
+def test_settings_of_another_type_or_range_are_named(
+    read: tuple[Read, Path], config: run_folder.Config, name: str, value: object
+) -> None:
+    config["settings"][name] = value
+    assert refused(*read, json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"settings":' * 100_000, "", "3", "{}", '{"settings": 3}', "9" * 5000],
+)
+def test_other_texts_are_refused(read: tuple[Read, Path], text: str) -> None:
+    assert refused(*read, text)
+
+
+@pytest.mark.parametrize("part", ["settings", "identity", "versions"])
+def test_odd_parts_are_refused_or_read(
+    read: tuple[Read, Path], config: run_folder.Config, part: str
+) -> None:
+    odd = [None, 3, "x", [], [1], {}, {"a": [[]]}, True]
+    for name in [*config[part], None]:
+        for value in odd:
+            changed = {**config[part], name: value} if name else value
+            refused(*read, json.dumps({**config, part: changed}))
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    state = {"trained": {"x": torch.ones(3)}, "history": [], "scaler": None}
+    run_folder.save_state(tmp_path, state)
+    path = tmp_path / "state.pt"
+    whole, cpu, damaged = path.read_bytes(), torch.device("cpu"), 0
+    for seed in range(100):
+        draw = random.Random(seed)
+        content = bytearray(whole[: draw.choice((len(whole), draw.randrange(len(whole))))])
+        for _ in range(draw.choice((1, 20))):
+            if content:
+                content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(bytes(content))
+        try:
+            assert isinstance(run_folder.read_state(tmp_path, cpu), dict)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} must be the state of this run (")
+            assert "\n" not in str(error)
+            damaged += 1
+    assert damaged > 40
