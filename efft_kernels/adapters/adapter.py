@@ -17,6 +17,8 @@ from .architectures import set_qkv_bias_separate, unshare_inputs
 from .attachment import BANK_NAME, Attachment, find_bank
 from .chained import find_chain, unchain
 from .description import Description
+from .swapping import take_out
+from .torch_attention import allow_fast_paths
 
 
 class Adapter:
@@ -114,10 +116,10 @@ class Adapter:
         """
         attachment = self._attachment
         unchain(self.model)
-        for name, layer in self.layers().items():
-            self.model.set_submodule(name, layer.to_linear())
+        take_out(self.model, self.layers())
         unshare_inputs(self.model)
-        self.bank.joint_factors.unwatch(self.model)
+        allow_fast_paths(self.model, attachment.without_nested_tensors)
+        self.bank.unwatch(self.model)
         set_qkv_bias_separate(self.model, attachment.separated_bias, False)
         delattr(self.model, BANK_NAME)
         for name, parameter in self.model.named_parameters():
@@ -195,7 +197,7 @@ class Adapter:
             `rows` and `groups` as plain data, and which linears may run in a chain; printed with
             rich it is a table.
         """
-        layers = self.layers()
+        calls = self.bank.calls.calls
         chained = find_chain(self.model)
         sites = chained.sites() if chained else self.bank.unchained or "blocks were replaced"
         alone, sites = (sites, frozenset[str]()) if isinstance(sites, str) else (None, sites)
@@ -208,8 +210,9 @@ class Adapter:
                 "in_features": site.in_features,
                 "out_features": site.out_features,
                 "group": self.bank.group_of[site.name],
-                "rank": layers[site.name].current_factors().down.shape[1],
+                "rank": self.bank.group(site.name).factors(site.name, False).down.shape[1],
                 "fused": "chain" if site.name in sites else "alone",
+                "calls": None if calls is None else calls[site.name],
             }
             for site in self.sites
         ]

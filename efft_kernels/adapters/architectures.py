@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 
 from ..methods.base import Site
@@ -37,20 +36,6 @@ def classifier_names(model: nn.Module) -> list[str]:
         return found
     first = [name for name in _CLASSIFIERS if name in modules][:1]
     return first + [name for name in (_SECOND_CLASSIFIER,) if name in modules]
-
-
-def check_is_called(model: nn.Module, name: str) -> None:
-    """Check that the linear's parent calls it.
-
-    Raises:
-        TypeError: torch's own encoder layer would read the weight directly in eval.
-    """
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise TypeError(
-            f"target {name!r} must be called by its parent, but nn.TransformerEncoderLayer's fast"
-            " path reads its weight in eval: torch.backends.mha.set_fastpath_enabled(False) first"
-        )
 
 
 def find_joined_qkv_bias(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:

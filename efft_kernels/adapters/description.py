@@ -20,7 +20,8 @@ class Description:
         method: the method's configuration as text.
         rows: one per linear: name, role, block, stage, in_features, out_features, group, rank (Ra,
             the width of its fold), fused ("chain": where the circumstances allow it its block runs
-            as part of a chain; "alone").
+            as part of a chain; "alone"), calls (how often it ran in the model's last forward; None
+            before the first one, and in compiled graphs nobody counts).
         groups: group name → parameter name → shape.
         alone: why no linear is in a chain; None where some are.
     """
@@ -35,6 +36,8 @@ class Description:
         fused = f"no chain: {self.alone}"
         if chained:
             fused = f"in a chain, on a GPU under autocast: {_summary(chained)}"
+        if idle := [row["name"] for row in self.rows if row.get("calls") == 0]:
+            fused += f"; did not run in the last forward: {_summary(idle)}"
         table = Table(title=self.method, caption=escape(fused), caption_justify="left")
         for header in ("group", "parameters", "shapes", "linears", "rank"):
             table.add_column(

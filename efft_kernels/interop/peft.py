@@ -163,6 +163,7 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
 
     Raises:
         TypeError: not an Adapter.
+        ValueError: an adapted projection of nn.MultiheadAttention, which PEFT passes by.
         FileExistsError: something is at `path`.
         OSError: the folder cannot be written.
         RuntimeError: the adapter was detached.
@@ -172,6 +173,11 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in adapter.layers().items():
+        if isinstance(adapter.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"adapter must be of linears that PEFT calls, got {name!r} of an"
+                " nn.MultiheadAttention: merge and detach it, and save the model"
+            )
         with torch.no_grad():
             factors = layer.current_factors()
             a, b = _exact_pair(factors)
