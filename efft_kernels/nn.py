@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
 from .methods.joint import JointFactors
@@ -20,12 +23,19 @@ from .ops.layer import adapted_linear
 from .ops.reference import delta_weight
 from .ops.shared_projection import SharedInput
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 class TaskBatch(NamedTuple):
     """The factors of several tasks and which task each row of a batch belongs to."""
 
     parameters: dict[str, Tensor]  # bank parameter name → [tasks, ...]
     task_of_row: Tensor  # [B]
+
+
+# Of the present thread or coroutine; others that use the model meanwhile see none.
+_TASKS: ContextVar[Mapping[FactorBank, TaskBatch]] = ContextVar("_TASKS", default={})  # noqa: B039
+_MIXING = threading.Lock()
 
 
 def _without_autocast(group: nn.Module) -> AbstractContextManager[object]:
@@ -49,6 +59,9 @@ class FactorBank(nn.Module):
         groups: name → group of parameters; a name becomes the prefix of its state-dict keys.
         sites: site name → name of its group.
 
+    Attributes:
+        mixing: how many threads run a batch of several tasks at present.
+
     Raises:
         ValueError: a group named like one of the bank's own attributes.
     """
@@ -56,7 +69,7 @@ class FactorBank(nn.Module):
     def __init__(self, groups: Mapping[str, FactorGroup], sites: Mapping[str, str]) -> None:
         super().__init__()
         self.group_of = dict(sites)
-        self.tasks: TaskBatch | None = None
+        self.mixing = 0
         self.joint_factors = JointFactors()
         for name, group in groups.items():
             if hasattr(self, name):
@@ -64,6 +77,28 @@ class FactorBank(nn.Module):
                     f"groups must not be named like a FactorBank's own attribute, got {name!r}"
                 )
             self.add_module(name, group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "mixing": 0}
+
+    @property
+    def tasks(self) -> TaskBatch | None:
+        """The batch of several tasks that the present thread runs, if any."""
+        # A compiled graph is guarded by `mixing`; it could not be by a context variable.
+        return _TASKS.get().get(self) if self.mixing else None
+
+    @contextlib.contextmanager
+    def mixed(self, tasks: TaskBatch) -> Iterator[None]:
+        """Within this context the layers compute `tasks`, in this thread alone."""
+        with _MIXING:
+            self.mixing += 1
+        _TASKS.set({**_TASKS.get(), self: tasks})
+        try:
+            yield
+        finally:
+            _TASKS.set({bank: batch for bank, batch in _TASKS.get().items() if bank is not self})
+            with _MIXING:
+                self.mixing -= 1
 
     def forward(self, input: Any) -> Any:
         """The input itself: at the root of an nn.Sequential the bank is the last of the chain."""
@@ -93,14 +128,17 @@ class FactorBank(nn.Module):
     def task_factors(self, site: str) -> Factors:
         """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site for every task of the present
         batch; the core is folded into up."""
-        assert self.tasks is not None
-        name, group = self.group_of[site], self.group(site)
-        prefix = name + "."
+        tasks = self.tasks
+        assert tasks is not None
+        prefix = self.group_of[site] + "."
         own = {
             key.removeprefix(prefix): tensor
-            for key, tensor in self.tasks.parameters.items()
+            for key, tensor in tasks.parameters.items()
             if key.startswith(prefix)
         }
+        # functional_call puts the tasks' parameters into the module while it runs it: other threads
+        # must not see them there.
+        group = _shallow_copy(self.group(site))
 
         def of_one_task(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             down, core, up = torch.func.functional_call(group, parameters, (site, False))
@@ -117,6 +155,31 @@ class FactorBank(nn.Module):
 
 
 _OWN_SITE = "self"
+_BASE_WEIGHT = "base_weight"
+_WAY_OUT = (
+    "make it permanent first, by torch.nn.utils.prune.remove, remove_weight_norm,"
+    " remove_spectral_norm or parametrize.remove_parametrizations"
+)
+
+
+def check_weight_is_stored(linear: nn.Module, name: str) -> None:
+    """Check that a linear's weight is a parameter of its own: one that is computed anew for each
+    forward could not be merged.
+
+    Args:
+        linear: what is to be adapted.
+        name: what to call it in the error's text.
+
+    Raises:
+        TypeError: it is pruned, weight-normed, spectral-normed or parametrized.
+    """
+    if isinstance(linear, nn.Linear) and (
+        parametrize.is_parametrized(linear) or "weight" not in linear._parameters
+    ):
+        raise TypeError(
+            f"{name} must hold its weight as a parameter, got one that a hook or a parametrization"
+            f" computes: {_WAY_OUT}"
+        )
 
 
 class FusedEFFTLinear(nn.Linear):
@@ -206,9 +269,11 @@ class FusedEFFTLinear(nn.Linear):
         own.
 
         Raises:
-            TypeError: `linear` is not exactly an nn.Linear (a subclass may compute something else).
+            TypeError: `linear` is not exactly an nn.Linear (a subclass may compute something else),
+                or a hook or parametrization computes its weight.
             ValueError: as in the constructor.
         """
+        check_weight_is_stored(linear, "linear" if site is None else f"target {site!r}")
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear must be an nn.Linear itself, got {type(linear).__name__}")
         k, n = linear.in_features, linear.out_features
@@ -265,28 +330,69 @@ class FusedEFFTLinear(nn.Linear):
 
     def merge(self) -> None:
         """Put W + ΔW in `weight`, added in at least float32 and rounded once; the base is kept for
-        `unmerge`."""
+        `unmerge`.
+
+        Raises:
+            RuntimeError: a thread is within `AdapterSet.tasks`, or the weight has since been pruned
+                or parametrized.
+        """
         if self.merged:
             return
-        base: Any = self.weight
-        with torch.no_grad():
+        if self._bank and self._bank[0].mixing:
+            raise RuntimeError("merge() must not be called within AdapterSet.tasks()")
+        base = self._stored_weight("merge")
+        # A weight made in inference mode could take no part in autograd afterwards.
+        with torch.inference_mode(False), torch.no_grad():
             merged = self.delta_weight().add_(base).to(base.dtype)
-        self.weight = nn.Parameter(merged, requires_grad=base.requires_grad)
+            self.weight = nn.Parameter(merged, requires_grad=base.requires_grad)
         self._base_weight = (base,)
 
     def unmerge(self) -> None:
-        """Put the very base weight back, bit for bit."""
+        """Put the very base weight back, bit for bit, with the merged one's requires_grad."""
         if self._base_weight:
-            self.weight = self._base_weight[0]
+            merged, (base,) = self._stored_weight("unmerge"), self._base_weight
+            self.weight = base.requires_grad_(merged.requires_grad)
             self._base_weight = ()
+
+    def _stored_weight(self, purpose: str) -> nn.Parameter:
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise RuntimeError(
+                f"weight must be a parameter of the layer to {purpose}, got one that a hook or a"
+                f" parametrization computes: {_WAY_OUT}"
+            )
+        return weight
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """While merged, the base weight as well: `load_state_dict` would else count ΔW twice, and a
+        plain model takes such a state only where the further keys are left out on purpose."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for base in self._base_weight:
+            destination[prefix + _BASE_WEIGHT] = base if keep_vars else base.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Leaves the layer unmerged, with the state's base weight: ΔW of the factors loaded along
+        with it is not yet known here."""
+        self.unmerge()
+        state = dict(state_dict)
+        if (base := state.pop(prefix + _BASE_WEIGHT, None)) is not None:
+            state[prefix + "weight"] = base
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] → [..., N].
 
         Raises:
-            RuntimeError: training while merged, when the factors would silently not learn.
+            RuntimeError: training while merged, when the factors would silently not learn; merged
+                within `AdapterSet.tasks`.
         """
         if self._base_weight:
+            if self._bank and self._bank[0].tasks is not None:
+                raise RuntimeError("tasks() needs the factors: call unmerge()")
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
                     "this FusedEFFTLinear is merged, so its factors cannot learn: call unmerge()"
@@ -353,6 +459,15 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
     for name in ("_parameters", "_buffers", "_modules"):
         state[name] = state[name].copy()
     return state
+
+
+def _shallow_copy(module: Module) -> Module:
+    """The module with the same tensors, in which they can be exchanged."""
+    copied = module.__new__(type(module))
+    copied.__dict__ = _module_state(module)
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else _shallow_copy(child)
+    return copied
 
 
 def _own_factors(

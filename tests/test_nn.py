@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
-from efft_kernels import EFFT2, FactorBank, FusedEFFTLinear, attach, use_backend
+from efft_kernels import EFFT2, FactorBank, FusedEFFTLinear, LoRA, attach, use_backend
 
 FACTOR_KEYS = ["factors.U", "factors.V", "factors.core"]
 HALVES = (torch.bfloat16, torch.float16)
@@ -30,6 +32,12 @@ def layer(randomize):
     layer = FusedEFFTLinear(7, 15, rank=(3, 2), scale=0.7, slices=3)
     randomize(layer.factors)
     return layer
+
+
+def hook_weight_norm(linear):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(linear)
 
 
 def same_linear(a, b):
@@ -391,10 +399,134 @@ class TestMerge:
             assert torch.equal(copied.weight, base)
         assert layer.merged
 
-    def test_state_dict_has_the_same_keys_while_merged(self, layer):
-        keys = list(layer.state_dict())
+    def test_state_dict_holds_the_base_while_merged(self, layer):
+        before = {name: t.clone() for name, t in layer.state_dict().items()}
         layer.merge()
-        assert list(layer.state_dict()) == keys
+        state = layer.state_dict()
+        assert torch.equal(state.pop("base_weight"), before["weight"])
+        assert torch.equal(state.pop("weight"), before.pop("weight") + layer.delta_weight())
+        assert state.keys() == before.keys()
+        layer.unmerge()
+        assert "base_weight" not in layer.state_dict()
+
+    @pytest.mark.parametrize("assign", [False, True])
+    @pytest.mark.parametrize("into_merged", [False, True])
+    @pytest.mark.parametrize("taken_merged", [False, True])
+    def test_a_state_taken_or_loaded_while_merged_is_the_same_layer(
+        self, layer, randomize, taken_merged, into_merged, assign
+    ):
+        x = torch.randn(4, 7)
+        layer.eval()
+        expected, base = layer(x), layer.weight.clone()
+        if taken_merged:
+            layer.merge()
+        state = {name: t.clone() for name, t in layer.state_dict().items()}
+        other = FusedEFFTLinear(7, 15, rank=(3, 2), scale=0.7, slices=3).eval()
+        randomize(other.factors)
+        if into_merged:
+            other.merge()
+        other.load_state_dict(state, assign=assign)
+        assert not other.merged and torch.equal(other.weight, base)
+        assert torch.equal(other(x), expected)
+
+    def test_a_part_of_a_state_loaded_while_merged(self, layer):
+        """New factors alone: the old ΔW must not stay in the weight."""
+        base, factors = layer.weight.clone(), layer.factors.state_dict()
+        part = {f"factors.{name}": 2 * tensor for name, tensor in factors.items()}
+        layer.merge()
+        layer.load_state_dict(part, strict=False)
+        assert torch.equal(layer.weight, base) and torch.equal(layer.factors.U, part["factors.U"])
+        x = torch.randn(2, 7)
+        assert torch.allclose(layer(x), F.linear(x, base + dense_delta(layer).float(), layer.bias))
+
+    def test_a_plain_linear_does_not_take_a_merged_state_by_mistake(self, layer):
+        layer.merge()
+        state = {n: t for n, t in layer.state_dict().items() if not n.startswith("factors.")}
+        with pytest.raises(RuntimeError, match=r"Unexpected.*base_weight"):
+            nn.Linear(7, 15).load_state_dict(state)
+
+    @pytest.mark.parametrize("requires_grad", [True, False])
+    def test_requires_grad_set_while_merged_is_kept(self, layer, requires_grad):
+        layer.weight.requires_grad_(not requires_grad)
+        layer.merge()
+        layer.requires_grad_(requires_grad)
+        layer.unmerge()
+        assert layer.weight.requires_grad is requires_grad
+
+    @pytest.mark.parametrize("requires_grad", [True, False])
+    def test_merged_in_inference_mode(self, layer, requires_grad):
+        """The merged weight takes part in autograd afterwards."""
+        base = layer.weight.requires_grad_(requires_grad)
+        layer.eval()
+        with torch.inference_mode():
+            layer.merge()
+        assert not layer.weight.is_inference() and layer.weight.requires_grad is requires_grad
+        x = torch.randn(2, 7, requires_grad=True)
+        layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, (base + dense_delta(layer).float()).sum(0).expand(2, 7))
+        with torch.inference_mode():
+            layer.unmerge()
+        assert layer.weight is base
+
+    @pytest.mark.parametrize("how", ["prune", "weight_norm", "parametrize"])
+    def test_a_weight_that_is_computed_later_is_not_merged(self, layer, how):
+        if how == "prune":
+            prune.l1_unstructured(layer, "weight", 0.3)
+        elif how == "weight_norm":
+            hook_weight_norm(layer)
+        else:
+            nn.utils.parametrizations.weight_norm(layer)
+        x = torch.randn(4, 7)
+        expected = layer.eval()(x)
+        with pytest.raises(RuntimeError, match=r"a parameter of the layer to merge.*prune\.remove"):
+            layer.merge()
+        assert not layer.merged and torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        hook_weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        lambda linear: prune.random_unstructured(linear, "weight", 0.3),
+        lambda linear: prune.identity(linear, "weight"),
+    ],
+    ids=[
+        "weight_norm",
+        "spectral_norm",
+        "new weight_norm",
+        "orthogonal",
+        "prune",
+        "prune.identity",
+    ],
+)
+def test_computed_weights_are_refused_with_the_way_out(compute, unchanged):
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    compute(model[0])
+    with (
+        unchanged(model, swapped=True),
+        pytest.raises(TypeError, match=r"target '0' must hold its weight as a parameter.*remove"),
+    ):
+        attach(model, LoRA(rank=2), targets="0", modules_to_train=())
+    with pytest.raises(TypeError, match=r"linear must hold its weight as a parameter"):
+        FusedEFFTLinear.from_linear(model[0], rank=2)
+
+
+def test_made_permanent_a_computed_weight_is_adapted(randomize):
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    prune.l1_unstructured(model[0], "weight", 0.3)
+    prune.l1_unstructured(model[0], "bias", 0.3)  # merging leaves the bias alone
+    prune.remove(model[0], "weight")
+    adapter = attach(model, LoRA(rank=2, matrices=None), targets="0", modules_to_train=())
+    randomize(adapter)
+    x = torch.randn(4, 7)
+    expected, base = model.eval()(x), model[0].weight.clone()
+    adapter.merge()
+    torch.testing.assert_close(model(x), expected)
+    adapter.unmerge()
+    assert torch.equal(model[0].weight, base) and torch.equal(model(x), expected)
 
 
 BAD_OPTIONS = [

@@ -12,9 +12,24 @@ from torch import Tensor, nn
 from ..methods.base import Method, Site
 from ..nn import FusedEFFTLinear
 from ..ops.checks import FLOAT_DTYPES
-from .adapter_file import Header, factor_key, module_key, shorten, write_adapter_file
+from .adapter_file import (
+    Header,
+    buffer_key,
+    buffers_of,
+    factor_key,
+    module_key,
+    shorten,
+    write_adapter_file,
+)
 from .architectures import set_qkv_bias_separate, unshare_inputs
-from .attachment import BANK_NAME, Attachment, find_bank
+from .attachment import (
+    BANK_NAME,
+    Attachment,
+    find_bank,
+    is_inside,
+    same_numbers,
+    state_buffers,
+)
 from .chained import find_chain, unchain
 from .description import Description
 from .swapping import take_out
@@ -62,9 +77,27 @@ class Adapter:
         return self._attachment.modules_to_train
 
     def layers(self) -> dict[str, FusedEFFTLinear]:
-        """Module name → adapted layer."""
-        names = [site.name for site in self.sites]
-        return {name: cast(FusedEFFTLinear, self.model.get_submodule(name)) for name in names}
+        """Module name → adapted layer.
+
+        Raises:
+            RuntimeError: one was replaced since.
+        """
+        layers = {site.name: self._submodule(site.name) for site in self.sites}
+        for name, layer in layers.items():
+            if not hasattr(layer, "delta_weight"):  # it may be wrapped, by torch.compile say
+                raise RuntimeError(
+                    f"{name} must be the adapted layer, got the {type(layer).__name__} that"
+                    " replaced it"
+                )
+        return cast(dict[str, FusedEFFTLinear], layers)
+
+    def _submodule(self, name: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            raise RuntimeError(
+                f"the model must have the module {name!r} that it had when the adapter was attached"
+            ) from None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The factors, each once; the head's parameters are the model's."""
@@ -90,13 +123,20 @@ class Adapter:
     def merge(self) -> None:
         """Add each ΔW to its weight, in at least float32 and rounded once; again, nothing happens.
 
+        All or nothing: on any error the weights are as they were.
+
         Raises:
-            RuntimeError: within `AdapterSet.tasks`.
+            RuntimeError: a thread is within `AdapterSet.tasks`, or a weight has since been pruned
+                or parametrized.
         """
-        if self.bank.tasks is not None:
-            raise RuntimeError("merge() must not be called within AdapterSet.tasks()")
-        for layer in self.layers().values():
-            layer.merge()
+        unmerged = [layer for layer in self.layers().values() if not layer.merged]
+        try:
+            for layer in unmerged:
+                layer.merge()
+        except BaseException:
+            for layer in unmerged:
+                layer.unmerge()
+            raise
 
     def unmerge(self) -> None:
         """Put the base weights back: the very tensors from before `merge`."""
@@ -107,16 +147,23 @@ class Adapter:
         """Remove the adapter: the linears are plain nn.Linear again, merged ones stay merged.
 
         Each parameter's requires_grad is as it was before `attach`; the head keeps what it learnt.
+        Buffers that training changed (BatchNorm's statistics) are those of the base model again;
+        with a merged adapter they stay, as its weights do: both belong to the adapted model.
 
         Returns:
             The model.
 
         Raises:
-            RuntimeError: it was detached before.
+            RuntimeError: it was detached before, or a thread is within `AdapterSet.tasks`.
         """
         attachment = self._attachment
+        if self.bank.mixing:
+            raise RuntimeError("detach() must not be called within AdapterSet.tasks()")
+        layers, merged = self.layers(), self.merged
         unchain(self.model)
-        take_out(self.model, self.layers())
+        take_out(self.model, layers)
+        if not merged:
+            self._set_buffers({})
         unshare_inputs(self.model)
         allow_fast_paths(self.model, attachment.without_nested_tensors)
         self.bank.unwatch(self.model)
@@ -127,48 +174,96 @@ class Adapter:
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Factors under "factors.", trained modules under "modules."; in the model's storage."""
+        """Factors under "factors.", trained modules under "modules."; in the model's storage.
+
+        Those buffers of the frozen modules that changed since `attach` are under "buffers.": a
+        training forward moves BatchNorm's statistics though all parameters are frozen, and what was
+        validated is the model with the new ones. Where nothing moved, as in a plain ViT, there are
+        none. Buffers that are no part of the model's own state dict are not looked at.
+        """
+        state = self.required_state()
+        base = self._attachment.base_buffers
+        for name, buffer in self._buffers().items():
+            if not same_numbers(buffer, base[name]):
+                state[buffer_key(name)] = buffer.detach()
+        return state
+
+    def required_state(self) -> dict[str, Tensor]:
+        """What every state holds: factors and trained modules."""
         state = {factor_key(name): tensor for name, tensor in self.bank.state_dict().items()}
         for module in self.modules_to_train:
-            for name, tensor in self.model.get_submodule(module).state_dict().items():
+            for name, tensor in self._submodule(module).state_dict().items():
                 state[module_key(module, name)] = tensor
         return state
 
+    def possible_state(self) -> dict[str, Tensor]:
+        """What a state may hold: the above, and every buffer of the frozen modules."""
+        buffers = {buffer_key(name): buffer for name, buffer in self._buffers().items()}
+        return self.required_state() | buffers
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The frozen modules' buffers that were there before attaching."""
+        base = self._attachment.base_buffers
+        return {name: buffer for name, buffer in state_buffers(self.model) if name in base}
+
+    def _set_buffers(self, changed: Mapping[str, Tensor]) -> None:
+        """Make the frozen modules' buffers those of the base model, but for the given ones."""
+        now = {**self._attachment.base_buffers, **changed}
+        with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                if not now[name].is_meta and not same_numbers(buffer, now[name]):
+                    buffer.copy_(now[name])
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state` into the factors and the trained modules, if all of it fits.
+
+        Buffers that are not in it become those of the base model again.
 
         Args:
             state: tensors as `state_dict` names them, of any floating dtype.
 
         Raises:
-            ValueError: a tensor is missing, unknown, of another shape or no float; or the adapter
-                is merged.
+            ValueError: a tensor is missing, unknown, of another shape or no float; the adapter is
+                merged; or the model is on the meta device, which would take the numbers and hold
+                none.
         """
         if self.merged:
             raise ValueError(
                 "the adapter must not be merged when a state is loaded: call unmerge() first"
             )
-        own = self.state_dict()
-        if missing := sorted(set(own) - set(state)):
-            raise ValueError(f"state must hold {len(own)} tensors, missing {shorten(missing)}")
+        required, own = self.required_state(), self.possible_state()
+        if missing := sorted(set(required) - set(state)):
+            raise ValueError(f"state must hold {len(required)} tensors, missing {shorten(missing)}")
         if unknown := sorted(set(state) - set(own)):
-            raise ValueError(f"state must hold {len(own)} tensors, got unknown {shorten(unknown)}")
+            raise ValueError(
+                f"state must hold {len(required)} tensors, got unknown {shorten(unknown)}"
+            )
+        if meta := [name for name, tensor in own.items() if tensor.is_meta]:
+            raise ValueError(
+                f"the model must have storage before a state is loaded, got {shorten(meta)} on the"
+                " meta device: call model.to_empty(device=...) and load the base weights first"
+            )
         for name, tensor in state.items():
             if tensor.shape != own[name].shape:
                 raise ValueError(
                     f"{name} must be {list(own[name].shape)}, got {list(tensor.shape)}"
                 )
-            if tensor.dtype not in FLOAT_DTYPES and tensor.dtype != own[name].dtype:
-                raise ValueError(
-                    f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
-                )
+            if tensor.dtype != own[name].dtype and not (
+                {tensor.dtype, own[name].dtype} <= set(FLOAT_DTYPES)
+            ):
+                like = own[name].dtype
+                floats = "float64, float32, float16 or bfloat16"
+                expected = floats if like in FLOAT_DTYPES else like
+                raise ValueError(f"{name} must be {expected}, got {tensor.dtype}")
         with torch.no_grad():
-            for name, tensor in state.items():
-                own[name].copy_(tensor)
+            for name, tensor in required.items():
+                tensor.copy_(state[name])
+        self._set_buffers(buffers_of(state))
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-        """Write one safetensors file of the factors, the trained modules and what `load` checks.
+        """Write one safetensors file of `state_dict` and what `load` checks.
 
+        A head that was replaced since `attach` is saved as it is, for models with such a head.
         `path` holds either the old or the new content, never a part.
 
         Args:
@@ -176,19 +271,31 @@ class Adapter:
             metadata: further strings for the file's header.
 
         Raises:
-            ValueError: a metadata key that the format uses.
+            ValueError: a metadata key that the format uses; factors on the meta device.
             TypeError: metadata that is not text.
             OSError: the folder does not exist or cannot be written.
-            RuntimeError: the adapter was detached.
+            RuntimeError: the adapter was detached, or a trained module is gone.
         """
         attachment = self._attachment
         header = Header(
             method=attachment.method,
             targets=[site.name for site in attachment.sites],
             modules_to_train=list(attachment.modules_to_train),
-            base_shapes=attachment.base_shapes,
+            base_shapes=self._base_shapes(),
         )
         write_adapter_file(path, header, self.state_dict(), metadata or {})
+
+    def _base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name → shape of the plain model as it is by now: its head may have been
+        replaced, its positional embedding resized."""
+        now = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        trained = self.modules_to_train
+        frozen = {
+            name: now.get(name, shape)
+            for name, shape in self._attachment.base_shapes.items()
+            if not is_inside(name, trained)
+        }
+        return frozen | {name: now[name] for name in now if is_inside(name, trained)}
 
     def describe(self) -> Description:
         """What was grouped with what: one row a linear, and each group's parameters.

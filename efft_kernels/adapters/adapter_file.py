@@ -5,6 +5,7 @@ docs/adapter_format.md describes the format. Nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ FORMAT_VERSION = 1
 
 _FACTORS = "factors."
 _MODULES = "modules."
+_BUFFERS = "buffers."
+_CHECKSUM = "sha256"
 
 
 def factor_key(name: str) -> str:
@@ -35,6 +38,21 @@ def factor_key(name: str) -> str:
 def module_key(module: str, name: str) -> str:
     """The key of a trained module's tensor, from the tensor's name in the module."""
     return f"{_MODULES}{module}.{name}"
+
+
+def buffer_key(name: str) -> str:
+    """The key of a frozen module's buffer, from its name in the model."""
+    return _BUFFERS + name
+
+
+def buffers_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The frozen modules' buffers in a state, by their names in the model."""
+    return {k.removeprefix(_BUFFERS): v for k, v in state.items() if k.startswith(_BUFFERS)}
+
+
+def trained_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained modules' tensors in a state, by their names in the model."""
+    return {k.removeprefix(_MODULES): v for k, v in state.items() if k.startswith(_MODULES)}
 
 
 def factors_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,6 +86,16 @@ class Header:
             "modules_to_train": json.dumps(self.modules_to_train),
             "base_shapes": json.dumps(self.base_shapes),
         }
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the tensors' names, dtypes, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_header(
@@ -109,7 +137,8 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dic
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, no safetensors file, no adapter, or an unknown version.
+        ValueError: truncated, no safetensors file, no adapter, an unknown version, or tensors that
+            differ from the header's checksum (files of older releases have none).
     """
     path = Path(path)
     if not path.is_file():
@@ -130,6 +159,12 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dic
             f"{path} must have format_version {FORMAT_VERSION}, got"
             f" {metadata.get('format_version')!r}: it needs another release of efft-kernels"
         )
+    expected = metadata.get(_CHECKSUM)
+    if expected is not None and expected != (found := checksum(tensors)):
+        raise ValueError(
+            f"path must hold the tensors that were saved, got {path}, damaged or changed: their"
+            f" {_CHECKSUM} is {found}, not {expected} (a header without it is taken as it is)"
+        )
     return metadata, tensors
 
 
@@ -149,20 +184,25 @@ def write_adapter_file(
 
     Raises:
         TypeError: metadata that is not text.
-        ValueError: a metadata key that the format uses.
+        ValueError: a metadata key that the format uses; tensors without storage (meta).
         OSError: the folder does not exist or cannot be written.
     """
+    if meta := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(
+            f"the adapter must have numbers to be saved, got {shorten(meta)} on the meta device"
+        )
     own = header.to_metadata()
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")
-    if clash := sorted(set(own) & set(metadata)):
+    if clash := sorted({*own, _CHECKSUM} & set(metadata)):
         raise ValueError(f"metadata keys must not be the format's own, got {clash}")
     # A copy of its own for each tensor: safetensors refuses those that share memory.
     tensors = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
+    own[_CHECKSUM] = checksum(tensors)
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={**metadata, **own})
 

@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import TaskBatch
+from ..nn import FactorBank, TaskBatch, check_weight_is_stored
 from .adapter import Adapter
-from .adapter_file import Header, factors_of, module_key, read_adapter_file, read_header
+from .adapter_file import (
+    Header,
+    buffers_of,
+    factors_of,
+    module_key,
+    read_adapter_file,
+    read_header,
+)
+from .attachment import same_numbers
+from .batch_layout import batch_rows, check_batch_major, linear_input
 
 
 class AdapterSet:
@@ -27,7 +36,7 @@ class AdapterSet:
             until they are added: `tasks.add("first")`.
 
     Raises:
-        TypeError: not an Adapter.
+        TypeError: not an Adapter, or a module trained whole computes its weight by a hook.
         ValueError: the adapter is merged, or a module trained whole is no nn.Linear (its rows could
             not be chosen per sample).
     """
@@ -41,7 +50,9 @@ class AdapterSet:
         self.model = adapter.model
         self._states: dict[str, dict[str, Tensor]] = {}
         self._current: str | None = None
+        self._is_batch_major = False
         for name, module in self._trained_modules():
+            check_weight_is_stored(module, name)
             if type(module) is not nn.Linear and any(True for _ in module.parameters(False)):
                 raise ValueError(
                     f"modules_to_train must hold nn.Linear alone for an AdapterSet, got"
@@ -83,28 +94,35 @@ class AdapterSet:
             raise TypeError(f"name must be a str, got {name!r}")
         if name in self._states:
             raise ValueError(f"name must be new in the set, got {name!r}; remove it first")
-        own = self.adapter.state_dict()
+        required, own = self.adapter.required_state(), self.adapter.possible_state()
         if source is None:
-            state: Mapping[str, Tensor] = own
+            state: Mapping[str, Tensor] = self.adapter.state_dict()
         elif isinstance(source, Mapping):
             state = source
         else:
             metadata, state = read_adapter_file(source)
             self._check_header(read_header(metadata, source, "source"), source)
-        if set(state) != set(own):
-            differing = sorted(set(state) ^ set(own))
+        if differing := sorted((set(required) - set(state)) | (set(state) - set(own))):
             raise ValueError(
-                f"source must hold the set's {len(own)} tensors, missing or unknown {differing[:3]}"
+                f"source must hold the set's {len(required)} tensors, missing or unknown"
+                f" {differing[:3]}"
             )
         for key, tensor in state.items():
             if tensor.shape != own[key].shape:
                 raise ValueError(
                     f"{key} must be {list(own[key].shape)}, got {list(tensor.shape)} for {name!r}"
                 )
-        self._states[name] = {
-            key: state[key].detach().to(like.device, like.dtype, copy=True)
-            for key, like in own.items()
-        }
+        self._states[name] = self._copied(state)
+
+    def _copied(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state in the model's dtypes and place."""
+        own = self.adapter.possible_state()
+        # Not as inference tensors: the model's factors are to be copied from and to them anywhere.
+        with torch.inference_mode(False), torch.no_grad():
+            return {
+                key: tensor.to(own[key].device, own[key].dtype, copy=True)
+                for key, tensor in state.items()
+            }
 
     def _check_header(self, header: Header, source: object) -> None:
         own, method = self.adapter.method, header.method
@@ -128,7 +146,7 @@ class AdapterSet:
             self._current = None
 
     def use(self, name: str) -> None:
-        """Copy an adapter's numbers into the model's factors and heads.
+        """Copy an adapter's numbers into the model's factors, heads and buffers.
 
         Raises:
             KeyError: no such name.
@@ -143,8 +161,7 @@ class AdapterSet:
         Raises:
             KeyError: no such name.
         """
-        for key, tensor in self.adapter.state_dict().items():
-            self._states[self._known(name)][key].copy_(tensor)
+        self._states[self._known(name)] = self._copied(self.adapter.state_dict())
 
     @contextmanager
     def tasks(self, task_ids: Sequence[str]) -> Iterator[None]:
@@ -155,12 +172,18 @@ class AdapterSet:
         factors get no gradients. Memory grows with the distinct tasks in the batch, not with the
         set.
 
+        The context is the present thread's or coroutine's: others that call the model meanwhile get
+        the model's own adapter, or their own tasks. The first call of the model with several tasks
+        runs it twice more, to see that it keeps the rows of the batch one after the other.
+
         Args:
             task_ids: one name per row of the batch that the model will be called with.
 
         Raises:
             KeyError: a name that is not in the set.
-            ValueError: no names at all; in the model's forward, a batch of another size.
+            ValueError: no names at all; a task whose buffers (BatchNorm's statistics) are not those
+                in the model, which one forward cannot exchange; in the model's forward, a batch of
+                another size, or a model that does not keep the batch in the leading dimension.
             RuntimeError: the model is in training mode or merged, or the context is entered within
                 itself.
         """
@@ -174,25 +197,54 @@ class AdapterSet:
         if not task_ids:
             raise ValueError("task_ids must name one task per row of the batch, got none")
         distinct = list(dict.fromkeys(self._known(name) for name in task_ids))
+        self._check_buffers(distinct)
         states = [self._states[name] for name in distinct]
         device = next(self.adapter.parameters()).device
         index = torch.tensor([distinct.index(name) for name in task_ids], device=device)
         stacked = {
-            key: torch.stack([state[key] for state in states]) for key in self.adapter.state_dict()
+            key: torch.stack([state[key] for state in states])
+            for key in self.adapter.required_state()
         }
-        hooks = [self.model.register_forward_pre_hook(_RowCheck(len(task_ids)), with_kwargs=True)]
+        batch = TaskBatch(factors_of(stacked), index)
+        check = _BatchCheck(self, batch, several=len(distinct) > 1)
+        hooks = [self.model.register_forward_pre_hook(check, with_kwargs=True)]
         for name, module in self._trained_modules():
             if isinstance(module, nn.Linear):
                 weight = stacked[module_key(name, "weight")]
                 bias = stacked.get(module_key(name, "bias"))
-                hooks.append(module.register_forward_hook(_TaskHead(weight, bias, index)))
-        bank.tasks = TaskBatch(factors_of(stacked), index)
+                head = _TaskHead(bank, batch, weight, bias)
+                hooks.append(module.register_forward_hook(head, with_kwargs=True))
         try:
-            yield
+            with bank.mixed(batch):
+                yield
         finally:
-            bank.tasks = None
             for hook in hooks:
                 hook.remove()
+
+    def _check_buffers(self, names: Sequence[str]) -> None:
+        """Raise unless the model's buffers are those of each of the tasks."""
+        base = self.adapter.bank.attachment.base_buffers
+        now = buffers_of(self.adapter.possible_state())
+        for name in names:
+            theirs = {**base, **buffers_of(self._states[name])}
+            if not all(same_numbers(buffer, theirs[key]) for key, buffer in now.items()):
+                raise ValueError(
+                    f"task_ids must name tasks that agree with the model in its buffers, got"
+                    f" {name!r} with other statistics of BatchNorm, say: use() each such task by"
+                    " itself"
+                )
+
+    def check_layout(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Check once that the model, called with these, keeps the batch in the leading dimension.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self._is_batch_major:
+            return
+        heads = {n: m for n, m in self._trained_modules() if isinstance(m, nn.Linear)}
+        check_batch_major(self.model.forward, args, kwargs, {**self.adapter.layers(), **heads})
+        self._is_batch_major = True
 
     def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Each module that is trained whole and all modules in it, by dotted names."""
@@ -207,39 +259,59 @@ class AdapterSet:
         return name
 
 
-class _RowCheck:
-    """A forward pre-hook that refuses a batch of another size than the number of task ids."""
+# Hooks are the module's and a thread's registering is not one step for another: each looks whether
+# it is meant before anything else, and takes its arguments with or without keywords.
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
-        if (batch := next(tensors, None)) is not None and batch.shape[0] != self.rows:
+class _BatchCheck:
+    """A forward pre-hook of the model that refuses a batch that `tasks` was not entered for."""
+
+    def __init__(self, tasks: AdapterSet, batch: TaskBatch, several: bool) -> None:
+        self.tasks = tasks
+        self.batch = batch
+        self.several = several
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: dict[str, Any]) -> None:
+        if self.tasks.adapter.bank.tasks is not self.batch:
+            return
+        if module.training:
+            raise RuntimeError("tasks() is for inference: call model.eval()")
+        kwargs = rest[0] if rest else {}
+        rows, expected = batch_rows(args, kwargs), self.batch.task_of_row.shape[0]
+        if rows is not None and rows != expected:
             raise ValueError(
-                f"task_ids must name one task per row of the batch, got {self.rows} for"
-                f" {batch.shape[0]} rows"
+                f"task_ids must name one task per row of the batch, got {expected} for {rows} rows"
             )
+        if self.several:
+            self.tasks.check_layout(args, kwargs)
 
 
 class _TaskHead:
     """A forward hook that gives each row of the batch its own task's linear head.
 
     Args:
+        bank: the adapter's.
+        batch: with the task of each row.
         weight: [tasks, N, K].
         bias: [tasks, N] or None.
-        index: [B], the task of each row.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:
+    def __init__(
+        self, bank: FactorBank, batch: TaskBatch, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        self.bank = bank
+        self.batch = batch
         self.weight = weight
         self.bias = bias
-        self.index = index
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0]
-        rows = x.reshape(self.index.shape[0], -1, x.shape[-1])  # [B, rows, K]
-        y = torch.bmm(rows, self.weight[self.index].mT.to(rows.dtype))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        if self.bank.tasks is not self.batch:
+            return None
+        *kwargs, output = rest
+        x, index = linear_input(args, *kwargs), self.batch.task_of_row
+        rows = x.reshape(index.shape[0], -1, x.shape[-1])  # [B, rows, K]
+        y = torch.bmm(rows, self.weight[index].mT.to(rows.dtype))
         if self.bias is not None:
-            y = y + self.bias[self.index].unsqueeze(1).to(y.dtype)
-        return y.reshape(output.shape).to(output.dtype)
+            y = y + self.bias[index].unsqueeze(1).to(y.dtype)
+        return y.reshape(output.shape).to(output.dtype)  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ hooks with which separate q, k and v linears share x·down.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -19,6 +20,11 @@ _CLASSIFIERS = ("head", "heads", "classifier", "fc")
 _SECOND_CLASSIFIER = "head_dist"  # distilled DeiT's
 _QKV_SWITCH = "qkv_bias_separate"
 _SHARING_ROLES = ("q", "k", "v")
+# Last parts of parameters' names, "weight" aside, whose shapes go with the image size.
+_POSITION_TABLE = re.compile(
+    r"(?:.*_)?pos(?:ition|itional)?_emb(?:ed|edding|eddings)?(?:_\w+)?|rel_pos_[hwt]"
+    r"|relative_position_bias_table|attention_biases"
+)
 
 PEFT_QKV_WARNING = (
     f"PEFT passes the qkv of this model by unless {_QKV_SWITCH} is set on each of its"
@@ -36,6 +42,11 @@ def classifier_names(model: nn.Module) -> list[str]:
         return found
     first = [name for name in _CLASSIFIERS if name in modules][:1]
     return first + [name for name in (_SECOND_CLASSIFIER,) if name in modules]
+
+
+def is_position_table(name: str) -> bool:
+    """Whether a parameter is a positional embedding or bias, which goes with the image size."""
+    return bool(_POSITION_TABLE.fullmatch(name.removesuffix(".weight").rpartition(".")[2]))
 
 
 def find_joined_qkv_bias(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:

@@ -13,17 +13,25 @@ import torch
 from torch import nn
 
 from ..methods.base import Method, Site, check_choice
-from ..nn import FusedEFFTLinear
+from ..nn import FusedEFFTLinear, check_weight_is_stored
 from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
-from .adapter_file import read_adapter_file, read_header, shorten
+from .adapter_file import Header, read_adapter_file, read_header, shorten
 from .architectures import (
     classifier_names,
     find_joined_qkv_bias,
+    is_position_table,
     set_qkv_bias_separate,
     share_inputs,
 )
-from .attachment import BANK_NAME, AttachedBank, Attachment, require_plain
+from .attachment import (
+    BANK_NAME,
+    AttachedBank,
+    Attachment,
+    is_inside,
+    require_plain,
+    state_buffers,
+)
 from .bypassed import why_bypassed
 from .call_watch import tell_of_frozen
 from .chained import FUSE, chain
@@ -70,8 +78,9 @@ def attach(
         The adapter: its parameters, merge, save and detach.
 
     Raises:
-        TypeError: model, method or strict of the wrong kind, or a targeted module that is no plain
-            nn.Linear, or whose parent uses its weight without calling it.
+        TypeError: model, method or strict of the wrong kind, a targeted module that is no plain
+            nn.Linear, one whose weight a hook or a parametrization computes, or one whose parent
+            uses its weight without calling it.
         ValueError: already attached; a target, layer or module name that matches nothing; a rank
             that does not fit; a method with no place for a target; weights on several devices;
             an unknown `fuse`; with `strict`, an adapter inside `model` that would be frozen.
@@ -96,7 +105,8 @@ def attach(
         )
     linears = _plain_linears(model, sites)
     weights = [linear.weight for linear in linears.values()]
-    with torch.device(weights[0].device):
+    # In inference mode the factors could never be trained.
+    with torch.inference_mode(False), torch.device(weights[0].device):
         groups = method.build(sites)
     members = method.members(sites)
     bank = AttachedBank(
@@ -110,6 +120,9 @@ def attach(
             required_grad={name: p.requires_grad for name, p in model.named_parameters()},
             separated_bias=find_joined_qkv_bias(model, sites),
             without_nested_tensors=find_nested_tensors(model, sites),
+            base_buffers={
+                name: buffer.detach().clone() for name, buffer in state_buffers(model, trained)
+            },
         ),
         strict,
     )
@@ -137,7 +150,9 @@ def load(
     All or nothing: on any error the model is as it was. Nothing is unpickled.
 
     Args:
-        model: the base model, with the same parameter names and shapes, the head's included.
+        model: the base model, with the same parameter names and shapes, the head's included. It
+            may be built for another image size: positional embeddings and bias tables that are not
+            trained are the model's own.
         path: a file written by `Adapter.save`.
         fuse, strict: as in `attach`.
 
@@ -153,7 +168,7 @@ def load(
     require_plain(model)
     metadata, tensors = read_adapter_file(path)
     header = read_header(metadata, path)
-    _check_architecture(model, header.base_shapes)
+    _check_architecture(model, header)
     adapter = attach(
         model,
         header.method,
@@ -207,6 +222,7 @@ def _plain_linears(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Line
     refused: dict[str, str] = {}
     for name in (site.name for site in sites):
         linear = linear_at(model, name)
+        check_weight_is_stored(linear, f"target {name!r}")
         if reader := why_bypassed(model, name):
             refused[name] = f"called by its parent, but {reader} uses its weight without that"
         elif type(linear) is not nn.Linear:
@@ -253,18 +269,32 @@ def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFF
     share_inputs(model, bank, attachment.sites)
 
 
-def _check_architecture(model: nn.Module, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_architecture(model: nn.Module, header: Header) -> None:
+    expected, trained = header.base_shapes, header.modules_to_train
     found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if found == expected:
+    names = [
+        name for name in dict.fromkeys([*expected, *found]) if expected.get(name) != found.get(name)
+    ]
+    if all(
+        is_position_table(name)
+        and not is_inside(name, trained)
+        and len(expected.get(name, ())) == len(found.get(name, ()))
+        for name in names
+    ):
         return
     differences = [
         f"{name} expected {_shape(expected.get(name))}, got {_shape(found.get(name))}"
-        for name in dict.fromkeys([*expected, *found])
-        if expected.get(name) != found.get(name)
+        for name in names
     ]
+    advice = "; these modules are in the file whole: give the model such ones first, timm's by"
     raise ValueError(
         f"model must be the architecture the adapter was trained on, got {type(model).__name__}"
         f" with {len(differences)} differing parameters: {shorten(differences)}"
+        + (
+            f"{advice} model.reset_classifier(classes)"
+            if all(is_inside(name, trained) for name in names)
+            else ""
+        )
     )
 
 

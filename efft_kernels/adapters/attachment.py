@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..methods.base import FactorGroup, Factors, Method, Site
 from ..nn import FactorBank
@@ -27,6 +28,8 @@ class Attachment:
         required_grad: parameter name → requires_grad before attaching.
         separated_bias: attention modules whose `qkv_bias_separate` was switched on.
         without_nested_tensors: encoders of torch.nn whose `use_nested_tensor` was switched off.
+        base_buffers: name → copy of each buffer that is part of the frozen model's state, from
+            before attaching: training may change them (BatchNorm's statistics).
     """
 
     method: Method
@@ -36,6 +39,7 @@ class Attachment:
     required_grad: dict[str, bool]
     separated_bias: tuple[str, ...] = ()
     without_nested_tensors: tuple[str, ...] = ()
+    base_buffers: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 class AttachedBank(FactorBank):
@@ -84,6 +88,35 @@ class AttachedBank(FactorBank):
         no module with any. Linears make their own factors then, and nobody counts their calls."""
         self.joint_factors.unwatch(model)
         self.calls.unwatch(model)
+
+
+def state_buffers(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) for those that the model's state dict holds.
+
+    Args:
+        model: the model to look through.
+        exclude: names of modules to leave out.
+    """
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            stored = name.rpartition(".")[2] not in module._non_persistent_buffers_set
+            if stored and not is_inside(name, exclude):
+                yield name, buffer
+
+
+def is_inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a parameter or buffer belongs to one of the modules."""
+    return name.startswith(tuple(f"{module}." for module in modules))
+
+
+def same_numbers(tensor: Tensor, base: Tensor) -> bool:
+    """Whether a buffer holds what its copy from before holds, in its own dtype and place."""
+    if tensor.is_meta:
+        return base.is_meta
+    if base.is_meta or tensor.shape != base.shape:
+        return False
+    with torch.no_grad():
+        return torch.equal(tensor, base.to(tensor))
 
 
 def find_bank(model: nn.Module) -> AttachedBank | None:

@@ -61,12 +61,10 @@ def put_in(model: nn.Module, layers: Mapping[str, FusedEFFTLinear]) -> None:
     _exchange(model, exchanged)
 
 
-def take_out(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put plain linears back in the places of `layers`; what is no adapted layer by now stays."""
+def take_out(model: nn.Module, layers: Mapping[str, FusedEFFTLinear]) -> None:
+    """Put plain linears back in the places of `layers`."""
     exchanged: dict[nn.Module, nn.Module] = {
-        layer: layer.to_linear()
-        for layer in layers.values()
-        if isinstance(layer, FusedEFFTLinear) and not isinstance(layer, InProjection)
+        layer: layer.to_linear() for layer in layers.values() if not isinstance(layer, InProjection)
     }
     _exchange(model, exchanged)
     for name in layers:

@@ -8,7 +8,7 @@ adapted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..methods.base import Site
+from ..nn import _BASE_WEIGHT as BASE_WEIGHT
 from ..nn import FactorBank, FusedEFFTLinear
 
 IN_PROJ = "in_proj"  # of the module that stands for the stacked weights
@@ -54,6 +55,22 @@ class InProjection(FusedEFFTLinear):
             setattr(self._attention[0], f"in_proj_{name}", value)
         else:
             super().__setattr__(name, value)
+
+    def _stored_weight(self, purpose: str) -> nn.Parameter:
+        return self.weight  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """The attention has loaded its weight by now, where it is merged into the merged one."""
+        state = dict(state_dict)
+        base = state.pop(prefix + BASE_WEIGHT, None)
+        if self.merged or base is not None:
+            loaded = self.weight if base is None else base
+            self.unmerge()
+            with torch.no_grad():
+                self.weight.copy_(loaded)
+        nn.Linear._load_from_state_dict(self, state, prefix, *args, **kwargs)
 
 
 class AdaptedMultiheadAttention(nn.MultiheadAttention):
@@ -170,6 +187,8 @@ def unsupported(attention: nn.MultiheadAttention) -> str | None:
         return f"{type(attention).__name__}, a subclass of nn.MultiheadAttention,"
     if not attention._qkv_same_embed_dim:
         return "nn.MultiheadAttention with kdim or vdim"
+    if attention._parameters.get("in_proj_weight") is None:
+        return "nn.MultiheadAttention with a weight that a hook computes"
     if attention.bias_k is not None or attention.add_zero_attn:
         return "nn.MultiheadAttention with add_bias_kv or add_zero_attn"
     return None

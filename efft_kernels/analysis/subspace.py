@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.adapter_file import read_adapter_file, read_header
+from ..adapters.adapter_file import buffers_of, read_adapter_file, read_header, trained_of
 from ..adapters.attach import load
 from ..methods.base import FFN_ROLES, MHSA_ROLES, FactorGroup, Factors, Site
 
@@ -425,9 +425,14 @@ def load_alone(path: str | os.PathLike[str]) -> Adapter:
         FileNotFoundError: no such file.
         ValueError: not a whole adapter file, or one whose header lists no shapes.
     """
-    metadata, _ = read_adapter_file(path)
+    metadata, tensors = read_adapter_file(path)
     header = read_header(metadata, path)
-    return load(_stand_in(header.base_shapes, header.modules_to_train), path)
+    model = _stand_in(header.base_shapes, header.modules_to_train)
+    for name, tensor in {**trained_of(tensors), **buffers_of(tensors)}.items():
+        if name not in header.base_shapes:
+            owner, _, last = name.rpartition(".")
+            _descend(model, owner, linear=False).register_buffer(last, torch.empty_like(tensor))
+    return load(model, path)
 
 
 def _stand_in(shapes: dict[str, tuple[int, ...]], trained: Sequence[str]) -> nn.Module:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.adapter_file import shorten
+from ..adapters.adapter_file import buffers_of, shorten
 from ..adapters.architectures import PEFT_QKV_WARNING
 from ..adapters.attach import attach
 from ..adapters.attachment import require_plain
@@ -191,6 +191,12 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
     tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     if adapter.bank.attachment.separated_bias:
         warnings.warn(PEFT_QKV_WARNING, stacklevel=2)
+    if buffers := list(buffers_of(adapter.state_dict())):
+        warnings.warn(
+            f"PEFT's format has no place for the {len(buffers)} buffers that training changed"
+            f" ({', '.join(buffers[:3])}): give them to the base model that it is put on",
+            stacklevel=2,
+        )
     with new_folder(Path(path)) as folder:
         config = json.dumps(_config_for(ranks, adapter.modules_to_train), indent=2)
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")

@@ -49,7 +49,7 @@ def tasks_linear(
     if x.shape[0] != items and (items == 0 or x.shape[0] % items):
         raise ValueError(
             f"task_ids must name one task per row of the batch, got {items} for a leading dimension"
-            f" of {x.shape[0]}"
+            f" of {x.shape[0]}; the batch must be the leading dimension of a linear's input"
         )
     shape = x.shape
     if x.dim() != 3 or x.shape[0] != items:

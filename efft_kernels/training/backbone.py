@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg, is_model, load_state_dict, split_model_name_tag
 from torch import nn
+
+from ..adapters.adapter_file import checksum
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -71,14 +72,12 @@ def build_backbone(
 
 def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
     """SHA-256 over names, dtypes, shapes and bits of the state outside the modules `exclude`."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if any(name.startswith(f"{module}.") for module in exclude):
-            continue
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    outside = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(f"{module}.") for module in exclude)
+    }
+    return checksum(outside)
 
 
 def _check_name(name: str) -> None:

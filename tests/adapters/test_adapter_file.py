@@ -151,6 +151,7 @@ def rewrite(path, change_tensors=None, **change_metadata):
         metadata = file.metadata()
     if change_tensors is not None:
         change_tensors(tensors)
+        metadata.pop("sha256", None)
     metadata = {k: v for k, v in (metadata | change_metadata).items() if v is not None}
     save_file(tensors, path, metadata=metadata or None)
 

@@ -50,7 +50,7 @@ def test_integer_factors_in_a_file(adapter, tmp_path):
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+        metadata = {k: v for k, v in file.metadata().items() if k != "sha256"}
     tensors = load_file(path)
     save_file({name: t.to(torch.int32) for name, t in tensors.items()}, path, metadata=metadata)
     model = small_vit()

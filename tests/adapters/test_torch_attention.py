@@ -339,3 +339,33 @@ class TestEncoders:
         with torch.no_grad():
             quick = model(x)
         torch.testing.assert_close(quick, model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("into", ["unmerged", "merged"])
+@pytest.mark.parametrize("from_merged", [True, False])
+def test_states_of_merged_models(randomize, into, from_merged):
+    """A state counts the increment once, whichever of the two models is merged."""
+    model, x = vit(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    adapter = attach(model, LoRA(rank=2, matrices=None))
+    randomize(adapter)
+    with torch.no_grad():
+        model.encoder.layers[0].self_attention.in_proj_weight.mul_(1.5)
+    expected = model(x)
+    if from_merged:
+        adapter.merge()
+    other = vit()
+    handle = attach(other, LoRA(rank=2, matrices=None))
+    randomize(handle)
+    if into == "merged":
+        handle.merge()
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    torch.testing.assert_close(other(x), expected, rtol=1e-9, atol=1e-9)
+    handle.merge()
+    torch.testing.assert_close(other(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_pruned_attention_is_refused():
+    model = nn.Sequential(nn.MultiheadAttention(12, 3))
+    torch.nn.utils.prune.l1_unstructured(model[0], "in_proj_weight", 0.5)
+    with pytest.raises(TypeError, match="a weight that a hook computes"):
+        attach(model, LoRA(rank=2, matrices=None), targets="*", modules_to_train=())
