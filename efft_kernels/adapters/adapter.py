@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method, Site
+from ..methods.sharded import check_not_sharded, copy_into, factors_of, reshard, stored_state
 from ..nn import FusedEFFTLinear
 from ..ops.checks import FLOAT_DTYPES
 from .adapter_file import (
@@ -129,6 +130,7 @@ class Adapter:
             RuntimeError: a thread is within `AdapterSet.tasks`, or a weight has since been pruned
                 or parametrized.
         """
+        reshard(self.model)
         unmerged = [layer for layer in self.layers().values() if not layer.merged]
         try:
             for layer in unmerged:
@@ -140,6 +142,7 @@ class Adapter:
 
     def unmerge(self) -> None:
         """Put the base weights back: the very tensors from before `merge`."""
+        reshard(self.model)
         for layer in self.layers().values():
             layer.unmerge()
 
@@ -154,11 +157,15 @@ class Adapter:
             The model.
 
         Raises:
-            RuntimeError: it was detached before, or a thread is within `AdapterSet.tasks`.
+            RuntimeError: it was detached before, a thread is within `AdapterSet.tasks`, or FSDP2
+                has sharded the model.
         """
         attachment = self._attachment
         if self.bank.mixing:
             raise RuntimeError("detach() must not be called within AdapterSet.tasks()")
+        check_not_sharded(
+            self.model, "give its adapter back: save it, and load it on a plain model"
+        )
         layers, merged = self.layers(), self.merged
         unchain(self.model)
         take_out(self.model, layers)
@@ -244,7 +251,7 @@ class Adapter:
                 " meta device: call model.to_empty(device=...) and load the base weights first"
             )
         for name, tensor in state.items():
-            if tensor.shape != own[name].shape:
+            if tensor.shape != own[name].shape and not tensor.numel() == own[name].numel() == 1:
                 raise ValueError(
                     f"{name} must be {list(own[name].shape)}, got {list(tensor.shape)}"
                 )
@@ -257,14 +264,15 @@ class Adapter:
                 raise ValueError(f"{name} must be {expected}, got {tensor.dtype}")
         with torch.no_grad():
             for name, tensor in required.items():
-                tensor.copy_(state[name])
+                copy_into(tensor, state[name])
         self._set_buffers(buffers_of(state))
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file of `state_dict` and what `load` checks.
 
         A head that was replaced since `attach` is saved as it is, for models with such a head.
-        `path` holds either the old or the new content, never a part.
+        `path` holds either the old or the new content, never a part. Where FSDP2 has sharded the
+        model, every process has to call this: it gathers whole tensors, and each writes them.
 
         Args:
             path: where to write.
@@ -283,7 +291,7 @@ class Adapter:
             modules_to_train=list(attachment.modules_to_train),
             base_shapes=self._base_shapes(),
         )
-        write_adapter_file(path, header, self.state_dict(), metadata or {})
+        write_adapter_file(path, header, stored_state(self.state_dict()), metadata or {})
 
     def _base_shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name → shape of the plain model as it is by now: its head may have been
@@ -317,7 +325,7 @@ class Adapter:
                 "in_features": site.in_features,
                 "out_features": site.out_features,
                 "group": self.bank.group_of[site.name],
-                "rank": self.bank.group(site.name).factors(site.name, False).down.shape[1],
+                "rank": factors_of(self.bank.group(site.name), site.name).down.shape[1],
                 "fused": "chain" if site.name in sites else "alone",
                 "calls": None if calls is None else calls[site.name],
             }

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..methods.base import Method, Site, check_choice
+from ..methods.sharded import check_not_sharded
 from ..nn import FusedEFFTLinear, check_weight_is_stored
 from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
@@ -84,6 +85,7 @@ def attach(
         ValueError: already attached; a target, layer or module name that matches nothing; a rank
             that does not fit; a method with no place for a target; weights on several devices;
             an unknown `fuse`; with `strict`, an adapter inside `model` that would be frozen.
+        RuntimeError: FSDP2 has sharded the model.
     """
     require_plain(model)
     check_choice("fuse", fuse, FUSE)
@@ -104,6 +106,7 @@ def attach(
             f" {', '.join(sorted({site.role for site in targeted}))}"
         )
     linears = _plain_linears(model, sites)
+    check_not_sharded(model, "be adapted: call attach or load first")
     weights = [linear.weight for linear in linears.values()]
     # In inference mode the factors could never be trained.
     with torch.inference_mode(False), torch.device(weights[0].device):

@@ -28,6 +28,7 @@ from ..adapters.attachment import require_plain
 from ..adapters.sites import find_sites
 from ..methods.base import Factors
 from ..methods.lora import LoRA
+from ..methods.sharded import whole
 from .files import (
     check_floating,
     check_shape,
@@ -186,7 +187,7 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
             tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = factor.to(factors.down.dtype)
     for module in adapter.modules_to_train:
         for name, tensor in adapter.model.get_submodule(module).state_dict().items():
-            tensors[f"{_PREFIX}{module}.{name}"] = tensor.detach()
+            tensors[f"{_PREFIX}{module}.{name}"] = whole(tensor).detach()
     # A copy of its own for each tensor: safetensors refuses those that share memory.
     tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     if adapter.bank.attachment.separated_bias:

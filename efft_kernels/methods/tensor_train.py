@@ -189,8 +189,17 @@ class TensorTrainGroup(FactorGroup):
         self.U = nn.Parameter(torch.empty(dims[0], rank[0]))
         self.V = nn.Parameter(torch.empty(dims[1], rank[1]))
         self._add_cores(cores, rank)
-        self.scale = nn.Parameter(torch.empty(())) if learn_scale else self.initial_scale
+        self.scale = nn.Parameter(torch.empty(1)) if learn_scale else self.initial_scale
         self.reset_parameters()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Older releases had a scale without dimensions, which FSDP2 takes for no parameter."""
+        state, name = dict(state_dict), prefix + "scale"
+        if name in state:
+            state[name] = state[name].reshape(1)
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def _add_cores(self, count: int, rank: tuple[int, int]) -> None:
         self.core = nn.Parameter(torch.empty(count, *rank))
