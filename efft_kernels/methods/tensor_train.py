@@ -27,6 +27,7 @@ from .base import (
     check_number,
     check_rank_fits,
     check_ranks,
+    constant_float,
     require_roles,
 )
 from .joint import keep_graph
@@ -158,6 +159,9 @@ class TensorTrainGroup(FactorGroup):
     U: nn.Parameter
     V: nn.Parameter
     core: nn.Parameter
+    dropout: float = constant_float("dropout")
+    activation_dropout: float = constant_float("activation_dropout")
+    initial_scale: float = constant_float("initial_scale")
     scale: float | nn.Parameter
 
     def __init__(
@@ -242,7 +246,8 @@ class TensorTrainGroup(FactorGroup):
         if dropout and self.dropout > 0:
             u, v, core = (F.dropout(t, self.dropout) for t in (u, v, core))
         if self._scaled:
-            core = core * self.scale
+            learnt = isinstance(self.scale, Tensor)
+            core = core * (self.scale if learnt else self.initial_scale)
         if place.stacked == "in":
             return Factors(torch.matmul(u, core).flatten(0, 1), None, v.unsqueeze(0))
         if place.u_side == "in":
