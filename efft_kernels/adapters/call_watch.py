@@ -31,6 +31,10 @@ _WITHOUT_GRAD = (
     " gradient. For the latter checkpoint with use_reentrant=False, or give the input a gradient"
     " (model.enable_input_require_grads() of Hugging Face, x.requires_grad_())"
 )
+_REPLACED = (
+    "{sites} are not in the model any more, so the adapter is without them: a quantizer or other"
+    " code has replaced the modules. Merge the adapter before, or leave them out of targets=[...]"
+)
 _numbers = itertools.count()
 _compiled: set[tuple[str, str]] = set()  # number of a watch, site
 
@@ -65,6 +69,7 @@ class CallWatch:
         self.strict = strict
         self._last: _Forward | None = None
         self._told: set[str] = set()
+        self._seen: set[str] | None = None  # what ran when we last looked for replaced ones
         self._running: dict[int, _Forward] = {}  # by thread
         self._number = str(next(_numbers))
 
@@ -122,16 +127,18 @@ class CallWatch:
         if now is None:
             return
         self._last = now
-        if torch.is_grad_enabled() and len(set(now.with_grad)) < len(self.sites):
+        ran = set(now.with_grad)
+        if len(ran) == len(self.sites):
+            return
+        if torch.is_grad_enabled():
             self._look(module, now, output)
+        elif (ran := ran.union(now.without)) != self._seen and len(ran) < len(self.sites):
+            gone = [site for site in self._candidates(ran) if _layer(module, site) is None]
+            self._tell(gone, _REPLACED)
+            self._seen = ran
 
     def _look(self, model: nn.Module, now: _Forward, output: Any) -> None:
-        quiet = self._told.union(now.with_grad)
-        candidates = [
-            site
-            for site in self.sites
-            if site not in quiet and (self._number, site) not in _compiled
-        ]
+        candidates = self._candidates(now.with_grad)
         if not candidates or not any(t.requires_grad for t in _tensors(output)):
             return
         learning = [site for site in candidates if _learns(model, site)]
@@ -139,25 +146,42 @@ class CallWatch:
         blind = [site for site in learning if site in now.without]
         if blind and _checkpointed(output):
             blind = []
-        for sites, text in ((absent, _BYPASSED), (blind, _WITHOUT_GRAD)):
-            if sites:
-                message = text.format(sites=_listed(sites))
-                if self.strict:
-                    raise RuntimeError(message)
-                self._told.update(sites)
-                warnings.warn(message, stacklevel=2)
+        self._tell(absent, _BYPASSED)
+        self._tell(blind, _WITHOUT_GRAD)
+
+    def _candidates(self, ran: Iterable[str]) -> list[str]:
+        quiet = self._told.union(ran)
+        return [
+            site
+            for site in self.sites
+            if site not in quiet and (self._number, site) not in _compiled
+        ]
+
+    def _tell(self, sites: Sequence[str], text: str) -> None:
+        if sites:
+            message = text.format(sites=_listed(sites))
+            if self.strict:
+                raise RuntimeError(message)
+            self._told.update(sites)
+            warnings.warn(message, stacklevel=2)
 
 
 def _learns(model: nn.Module, site: str) -> bool:
     """Whether a linear's factors are meant to get a gradient."""
     bank: Any = model.get_submodule("factor_bank")
+    layer = _layer(model, site)
+    if layer is not None and layer.merged:
+        return False
+    return any(p.requires_grad for p in bank.group(site).parameters())
+
+
+def _layer(model: nn.Module, site: str) -> FusedEFFTLinear | None:
+    """The adapted layer, None where it was replaced, or a module around it."""
     try:
         layer: Any = model.get_submodule(site)
     except AttributeError:
-        layer = None  # it was replaced along with a module around it
-    if isinstance(layer, FusedEFFTLinear) and layer.merged:
-        return False
-    return any(p.requires_grad for p in bank.group(site).parameters())
+        return None
+    return layer if hasattr(layer, "delta_weight") else None  # torch.compile may have wrapped it
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:

@@ -89,7 +89,7 @@ def test_where_nothing_has_to_learn_nothing_is_said(make_vit, images, quiet):
         adapter.merge()
         model.eval()
     else:
-        model.blocks = nn.Sequential()
+        model.blocks.forward = lambda x: x
     for parameter in adapter.parameters():
         parameter.requires_grad_(quiet != "frozen factors")
     if quiet == "output needs none":
@@ -97,6 +97,29 @@ def test_where_nothing_has_to_learn_nothing_is_said(make_vit, images, quiet):
         adapter.bank.requires_grad_(True)
     modes = {"no_grad": torch.no_grad(), "inference_mode": torch.inference_mode()}
     with modes.get(quiet, torch.enable_grad()):
+        model(images)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_replaced_linear_is_told_in_inference_too(make_vit, images, strict):
+    model = make_vit().eval()
+    adapter = attach(model, EFFT2(rank=2), strict=strict)
+    qkv = model.blocks[0].attn.qkv
+    with torch.no_grad():
+        model(images)
+        adapter.merge()
+        model(images)
+        adapter.unmerge()
+        model.blocks[0].attn.qkv = nn.Linear(12, 36)
+        if strict:
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match=r"'blocks\.0\.attn\.qkv' are not in the"):
+                    model(images)
+        else:
+            with pytest.warns(UserWarning, match=r"'blocks\.0\.attn\.qkv' are not in the model"):
+                model(images)
+            model(images)
+        model.blocks[0].attn.qkv = qkv
         model(images)
 
 
@@ -397,3 +420,23 @@ class TestReadBySource:
         assert [site.role for site in adapter.sites] == ["fc1", "fc2"] * 2
         model(torch.randn(1, 3, 32, 32)).sum().backward()
         assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_sams_vision_encoder():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SamVisionConfig(
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        output_channels=4,
+        mlp_dim=48,
+        global_attn_indexes=[1],
+        window_size=2,
+    )
+    model = transformers.SamVisionModel(config)
+    adapter = attach(model, EFFT2(rank=2), modules_to_train=(), strict=True)
+    assert [site.role for site in adapter.sites] == ["qkv", "o", "fc1", "fc2"] * 2
+    model(torch.randn(1, 3, 16, 16)).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())

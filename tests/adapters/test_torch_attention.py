@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -211,6 +212,30 @@ def test_merged_and_detached_keeps_the_increment(randomize):
     adapter.merge()
     torch.testing.assert_close(adapter.detach()(x), expected, rtol=1e-9, atol=1e-9)
     assert type(model.encoder.layers[0].self_attention) is nn.MultiheadAttention
+
+
+def test_an_open_clip_tower_by_default():
+    """Its blocks' names and structure; without an installation of open_clip."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(12, 2, batch_first=True)
+            self.mlp = nn.Sequential()
+            self.mlp.c_fc, self.mlp.gelu = nn.Linear(12, 48), nn.GELU()
+            self.mlp.c_proj = nn.Linear(48, 12)
+
+        def forward(self, x):
+            x = x + self.attn(x, x, x, need_weights=False)[0]
+            return x + self.mlp(x)
+
+    tower = nn.Sequential()
+    tower.transformer = nn.Sequential()
+    tower.transformer.resblocks = nn.Sequential(Block(), Block())
+    adapter = attach(tower, EFFT2(rank=2), modules_to_train=(), strict=True)
+    assert [site.role for site in adapter.sites] == ["qkv", "o", "fc1", "fc2"] * 2
+    tower(torch.randn(2, 5, 12)).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
 
 
 @pytest.mark.parametrize("targets", ["in_proj", "out_proj"])
