@@ -35,7 +35,7 @@ class TaskBatch(NamedTuple):
 
 
 # Of the present thread or coroutine; others that use the model meanwhile see none.
-_TASKS: ContextVar[Mapping[FactorBank, TaskBatch]] = ContextVar("_TASKS", default={})  # noqa: B039
+_TASKS: ContextVar[Mapping[FactorBank, TaskBatch | None]] = ContextVar("_TASKS", default={})  # noqa: B039
 _MIXING = threading.Lock()
 
 
@@ -86,18 +86,25 @@ class FactorBank(nn.Module):
     def tasks(self) -> TaskBatch | None:
         """The batch of several tasks that the present thread runs, if any."""
         # A compiled graph is guarded by `mixing`; it could not be by a context variable.
-        return _TASKS.get().get(self) if self.mixing else None
+        return self._own_tasks() if self.mixing else None
+
+    @torch.compiler.disable
+    def _own_tasks(self) -> TaskBatch | None:
+        return _TASKS.get().get(self)
 
     @contextlib.contextmanager
-    def mixed(self, tasks: TaskBatch) -> Iterator[None]:
-        """Within this context the layers compute `tasks`, in this thread alone."""
+    def mixed(self, tasks: TaskBatch | None) -> Iterator[None]:
+        """Within this context the layers compute `tasks`, in this thread alone; None for the
+        model's own factors."""
         with _MIXING:
             self.mixing += 1
+        outer = self._own_tasks()
         _TASKS.set({**_TASKS.get(), self: tasks})
         try:
             yield
         finally:
-            _TASKS.set({bank: batch for bank, batch in _TASKS.get().items() if bank is not self})
+            others = {bank: batch for bank, batch in _TASKS.get().items() if bank is not self}
+            _TASKS.set(others if outer is None else {**others, self: outer})
             with _MIXING:
                 self.mixing -= 1
 
@@ -126,6 +133,7 @@ class FactorBank(nn.Module):
         with _without_autocast(group):
             return group.factors(site, dropout)
 
+    @torch.compiler.disable
     def task_factors(self, site: str) -> Factors:
         """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site for every task of the present
         batch; the core is folded into up."""

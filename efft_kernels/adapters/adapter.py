@@ -124,7 +124,10 @@ class Adapter:
     def merge(self) -> None:
         """Add each ΔW to its weight, in at least float32 and rounded once; again, nothing happens.
 
-        All or nothing: on any error the weights are as they were.
+        All or nothing: on any error the weights are as they were. For a checkpoint of the merged
+        model by itself call `detach` first: before that the model's state dict holds the base
+        weights as well, so that an adapted model which loads it does not count ΔW twice. Loading
+        any state into a merged model unmerges it.
 
         Raises:
             RuntimeError: a thread is within `AdapterSet.tasks`, or a weight has since been pruned
@@ -218,7 +221,8 @@ class Adapter:
         now = {**self._attachment.base_buffers, **changed}
         with torch.no_grad():
             for name, buffer in self._buffers().items():
-                if not now[name].is_meta and not same_numbers(buffer, now[name]):
+                known = not now[name].is_meta and now[name].shape == buffer.shape
+                if known and not same_numbers(buffer, now[name]):
                     buffer.copy_(now[name])
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

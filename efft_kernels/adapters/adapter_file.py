@@ -55,9 +55,14 @@ def trained_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(_MODULES): v for k, v in state.items() if k.startswith(_MODULES)}
 
 
+def is_factor(key: str) -> bool:
+    """Whether a state's key is a factor's."""
+    return key.startswith(_FACTORS)
+
+
 def factors_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The factors in a state, by their names in the bank."""
-    return {k.removeprefix(_FACTORS): v for k, v in state.items() if k.startswith(_FACTORS)}
+    return {k.removeprefix(_FACTORS): v for k, v in state.items() if is_factor(k)}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from ..nn import FactorBank, TaskBatch, check_weight_is_stored
 from .adapter import Adapter
 from .adapter_file import (
     Header,
-    buffers_of,
+    buffer_key,
     factors_of,
+    is_factor,
     module_key,
     read_adapter_file,
     read_header,
@@ -118,14 +119,12 @@ class AdapterSet:
     def _copied(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state in the model's dtypes and place."""
         own = self.adapter.possible_state()
-        # Not as inference tensors: the model's factors are to be copied from and to them anywhere.
-        with torch.inference_mode(False), torch.no_grad():
-            return {
-                key: whole(tensor)
-                .to(own[key].device, own[key].dtype, copy=True)
-                .view(own[key].shape)
-                for key, tensor in state.items()
-            }
+        return {
+            key: whole(tensor.detach())
+            .to(own[key].device, own[key].dtype, copy=True)
+            .view(own[key].shape)
+            for key, tensor in state.items()
+        }
 
     def _check_header(self, header: Header, source: object) -> None:
         own, method = self.adapter.method, header.method
@@ -225,11 +224,18 @@ class AdapterSet:
                 hook.remove()
 
     def _check_buffers(self, names: Sequence[str]) -> None:
-        """Raise unless the model's buffers are those of each of the tasks."""
-        base = self.adapter.bank.attachment.base_buffers
-        now = buffers_of(self.adapter.possible_state())
+        """Raise unless the model's buffers, its heads' included, are those of each of the tasks."""
+        base = self.adapter.bank.attachment.base_buffers.items()
+        parts = [
+            module_key(name, part)
+            for name, module in self._trained_modules()
+            for part in module.state_dict()
+            if isinstance(module, nn.Linear)
+        ]
+        own = self.adapter.possible_state().items()
+        now = {key: t for key, t in own if key not in parts and not is_factor(key)}
         for name in names:
-            theirs = {**base, **buffers_of(self._states[name])}
+            theirs = {buffer_key(key): buffer for key, buffer in base} | self._states[name]
             if not all(same_numbers(buffer, theirs[key]) for key, buffer in now.items()):
                 raise ValueError(
                     f"task_ids must name tasks that agree with the model in its buffers, got"
@@ -246,7 +252,8 @@ class AdapterSet:
         if self._is_batch_major:
             return
         heads = {n: m for n, m in self._trained_modules() if isinstance(m, nn.Linear)}
-        check_batch_major(self.model.forward, args, kwargs, {**self.adapter.layers(), **heads})
+        with self.adapter.bank.mixed(None):
+            check_batch_major(self.model.forward, args, kwargs, {**self.adapter.layers(), **heads})
         self._is_batch_major = True
 
     def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:

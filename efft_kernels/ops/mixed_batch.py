@@ -15,6 +15,7 @@ from .checks import to_autocast_dtype
 from .dispatch import requested_backend
 
 
+@torch.compiler.disable  # what it takes its tensors from is no part of a graph either
 def tasks_linear(
     x: Tensor,
     weight: Tensor,

@@ -123,6 +123,14 @@ class TestBuffers:
         adapter.detach()
         torch.testing.assert_close(model(inputs()), expected)
 
+    def test_a_buffer_that_was_resized_stays(self, trained):
+        model, adapter = trained()
+        base = {key: t for key, t in adapter.state_dict().items() if "buffers." not in key}
+        model.table = torch.ones(1)
+        assert torch.equal(adapter.state_dict()["buffers.table"], torch.ones(1))
+        adapter.load_state_dict(base)
+        assert torch.equal(adapter.detach().table, torch.ones(1))
+
     def test_a_trained_norm_is_saved_as_a_module(self, fresh, trained, tmp_path):
         model, adapter = trained(modules_to_train=("norm", "head"))
         state = adapter.state_dict()
@@ -222,6 +230,27 @@ class TestBuffersOfASet:
         tasks.use("a")
         with torch.no_grad(), tasks.tasks("aaaa"):
             torch.testing.assert_close(tasks.model(inputs()), expected["a"])
+
+    def test_statistics_within_a_head(self, fresh, randomize):
+        """MAE's probe: a BatchNorm without parameters before the classifier."""
+        model = fresh()
+        model.head = nn.Sequential(nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3))
+        tasks = AdapterSet(attach(model, METHOD, targets="fc1"))
+        for name in "ab":
+            randomize(model.head)
+            tasks.add(name)
+        model.eval()
+        with torch.no_grad():
+            expected = self.outputs(tasks)
+            with tasks.tasks("abab"):
+                found = model(inputs())
+        rows = torch.stack([expected[name][i] for i, name in enumerate("abab")])
+        torch.testing.assert_close(found, rows)
+        model.train()(torch.randn(8, 6))
+        tasks.update("b")
+        model.eval()
+        with pytest.raises(ValueError, match="agree with the model in its buffers, got 'a'"):
+            tasks.tasks("abab").__enter__()
 
 
 class TestReplacedHead:

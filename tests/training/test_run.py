@@ -94,6 +94,49 @@ def test_training_learns_and_evaluation_repeats_it(settings: TrainSettings, tmp_
         assert again.images == 9
 
 
+class TokenBatchNorm(torch.nn.BatchNorm1d):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens.mT).mT
+
+
+@pytest.fixture
+def batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every backbone that is built has a frozen BatchNorm, whose statistics training moves."""
+
+    def build(*args: Any, **options: Any) -> torch.nn.Module:
+        model: Any = build_backbone(*args, **options)
+        model.patch_embed.norm = TokenBatchNorm(model.embed_dim)
+        return model
+
+    for module in ("run", "evaluation"):
+        monkeypatch.setattr(f"efft_kernels.training.{module}.build_backbone", build)
+
+
+def test_statistics_are_part_of_a_run(
+    settings: TrainSettings,
+    tmp_path: Path,
+    batch_norm: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What evaluation repeats, and a resumed run continues from."""
+    output, other = tmp_path / "run", tmp_path / "killed"
+    run = prepare(dataclasses.replace(settings, epochs=2), output)
+    result = fit(run)
+    key = "buffers.patch_embed.norm.running_mean"
+    saved = load_file(result.adapter_path)[key]
+    assert torch.equal(saved, run.adapter.state_dict()[key]) and saved.abs().max() > 0.01
+    for merge in (False, True):
+        again = evaluate_adapter(settings.data, result.adapter_path, merge=merge, device="cpu")
+        assert again.top1_percent == result.last_top1_percent
+    with pytest.raises(Killed):
+        fit(
+            prepare(dataclasses.replace(settings, epochs=2), other),
+            on_step=stop_in_an_epoch(monkeypatch),
+        )
+    fit(prepare(dataclasses.replace(settings, epochs=2), other, resume=True))
+    assert_same_run(output, other)
+
+
 def test_a_finished_run_resumes_to_its_result(settings: TrainSettings, tmp_path: Path) -> None:
     result = fit(prepare(dataclasses.replace(settings, epochs=1), tmp_path / "run"))
     (tmp_path / "run" / "adapter.safetensors").unlink()  # as if killed before it was written
