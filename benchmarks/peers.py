@@ -29,6 +29,7 @@ EAGER_EFFT2 = "EFFT2, eager torch"
 RELEASED_EFFT2 = "EFFT2, released formula"
 PUBLISHED_FACT = "FacT-TT, published formula"
 FULL = "full fine-tuning"
+KEPT = ", every x kept"  # behind a method's name: attached with fuse="off"
 COMPILED = " (compiled)"
 
 
@@ -51,6 +52,7 @@ SAME_FUNCTION = {
     RELEASED_EFFT2: "EFFT2",
     PUBLISHED_FACT: "FacT-TT",
 }
+ALONE = tuple(name + KEPT for name in methods(16))
 EVERY = (FLOOR, PROBE, *methods(16), *SAME_FUNCTION, FULL)
 
 
@@ -171,7 +173,8 @@ def build(
     if name == FLOOR:
         first_block(model).register_forward_pre_hook(_start_graph)
         return Peer(name, model, None, {})
-    method = SAME_FUNCTION.get(name, name)
+    method = SAME_FUNCTION.get(name, name).removesuffix(KEPT)
+    fuse = "off" if name.endswith(KEPT) else fuse
     if name == PEFT_LORA:
         return _peft_lora(model, rank)
     adapter = attach(model, methods(rank)[method], fuse=fuse)
@@ -195,9 +198,9 @@ def fill(factors: Mapping[str, nn.Parameter]) -> None:
 
 
 def first_block(model: nn.Module) -> nn.Module:
-    """The first transformer block of a timm ViT or Swin."""
-    blocks = model.blocks if hasattr(model, "blocks") else model.layers[0].blocks
-    return blocks[0]
+    """The first transformer block of a timm ViT or Swin or of Hugging Face's ViT."""
+    block = ("Block", "SwinTransformerBlock", "ViTLayer")
+    return next(module for module in model.modules() if type(module).__name__ in block)
 
 
 def _start_graph(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@ from .lib.rows import (
     last_comparisons,
     read_rows,
 )
+from .peers import FLOOR as PEERS_FLOOR
 from .roofline import COPY, GEMM
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -46,6 +47,7 @@ MODEL_NAMES = {
     "vit_large_patch16_224": "ViT-L/16",
     "swin_tiny_patch4_window7_224": "Swin-T",
     "swin_base_patch4_window7_224": "Swin-B",
+    "transformers.ViT-S/16": "Hugging Face ViT-S/16",
 }
 README_OPERATOR_RANK = "16"
 
@@ -86,11 +88,16 @@ WHOLE_HEADER = (
 
 def whole_model_cells(row: Row) -> tuple[str, ...]:
     """A row as cells of `WHOLE_HEADER`."""
+    time = ratio = "–"
+    if row.get("ms_p50"):
+        p20, p50, p80 = (float(row[f"ms_{p}"]) for p in ("p20", "p50", "p80"))
+        time = f"{p50:.0f} ({p20:.0f} to {p80:.0f})"
+        p20, p50, p80 = (float(row[f"ratio_{p}"]) for p in ("p20", "to_floor", "p80"))
+        ratio = f"{p50:.2f} ({p20:.2f} to {p80:.2f})"
     return (
         str(row["impl"]),
-        f"{float(row['ms_p50']):.0f} ({float(row['ms_p20']):.0f} to {float(row['ms_p80']):.0f})",
-        f"{float(row['ratio_to_floor']):.2f} ({float(row['ratio_p20']):.2f} to"
-        f" {float(row['ratio_p80']):.2f})",
+        time,
+        ratio,
         f"{float(row['saved_mib']):.1f}" if row["saved_mib"] else "",
         f"{float(row['peak_mem_mb']):.0f}" if row["peak_mem_mb"] else "not measured",
         f"{int(row['trainable']):,}",
@@ -158,6 +165,40 @@ def whole_model_summary(rows: Sequence[Row]) -> Lines:
             "",
         ]
     return lines
+
+
+def memory_summary(rows: Sequence[Row]) -> Lines:
+    """One table per kind of CPU: a line per implementation, a column per model."""
+    groups: dict[str, dict[tuple[str, ...], dict[str, Row]]] = {}
+    measured = (r for r in rows if r["peak_mem_mb"] and r["saved_mib"] and is_cpu(r["device"]))
+    for row in last_comparisons(measured, WHOLE_KEY):
+        case = tuple(row[c] for c in ("model", "dtype", "batch", "r"))
+        groups.setdefault(row["device"], {}).setdefault(case, {})[row["impl"]] = row
+    lines: Lines = []
+    for cases in groups.values():
+        impls = list(dict.fromkeys(impl for case in cases.values() for impl in case))
+        cells = [[impl, *(_memory(case, impl) for case in cases.values())] for impl in impls]
+        firsts = [next(iter(case.values())) for case in cases.values()]
+        lines += [
+            "Memory of a training step on a CPU: MiB that autograd keeps for the backward,"
+            " parameters apart, and by how many MiB the whole step raises what is resident, both"
+            " also over the frozen backbone's."
+            f" {where_and_when([row for case in cases.values() for row in case.values()])}.",
+            "",
+            *markdown(["", *map(whole_model_title, firsts)], cells),
+            "",
+        ]
+    return lines
+
+
+def _memory(case: dict[str, Row], impl: str) -> str:
+    if impl not in case:
+        return "–"
+    shown = []
+    for column in ("saved_mib", "peak_mem_mb"):
+        own, floor = (float(case[name][column]) for name in (impl, PEERS_FLOOR))
+        shown.append(f"{own:.0f} ({own / floor:.2f}×)")
+    return ", ".join(shown)
 
 
 def _ratio_and_memory(row: Row) -> str:
@@ -293,7 +334,8 @@ def step_cells(own: dict[str, Row], modes: Sequence[str]) -> list[str]:
 
 def readme_section(whole: Sequence[Row], operators: Sequence[Row], steps: Sequence[Row]) -> str:
     """What stands between README's markers."""
-    lines = step_summary(steps) + whole_model_summary(whole) + operator_summary(operators)
+    lines = step_summary(steps) + whole_model_summary(whole) + memory_summary(whole)
+    lines += operator_summary(operators)
     on_gpu = ((steps, "Whole models on a GPU"), (operators, "The operator on a GPU"))
     for rows, what in on_gpu:
         if all(is_cpu(row["device"]) for row in rows):

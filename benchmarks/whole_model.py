@@ -1,13 +1,14 @@
 """One training step of a whole timm model: this package, its peers, and the frozen floor.
 
     python -m benchmarks.whole_model [--models vit_small_patch16_224:8 ...] [--rank 16]
-        [--seconds 60] [--compile] [--memory-batches 1 2 4 8]
+        [--seconds 60] [--compile] [--memory-batches 1 2 4 8] [--memory-only]
 
 A step is zero_grad, forward, cross entropy, backward and AdamW on what trains; the head trains
 everywhere. The floor is the frozen backbone with the gradient flowing to its first block's input.
 Before anything is timed, every implementation of a method has to match float64 in logits and in all
 factor gradients within twice the error of plain torch; one that does not gets no row. All are then
-timed in interleaved rounds, and the ratios to the floor are medians over the rounds.
+timed in interleaved rounds, and the ratios to the floor are medians over the rounds. saved_mib is
+what autograd keeps for the backward, peak_mem_mb by how much a whole step raises what is resident.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -41,6 +42,7 @@ DEFAULT_MODELS = (
     "vit_base_patch16_224:2",
     "swin_tiny_patch4_window7_224:4",
 )
+HUGGING_FACE = "transformers.ViT-S/16"
 COMPILABLE = (
     FLOOR,
     "EFFT2",
@@ -54,12 +56,36 @@ GATE_IMAGES = 2
 
 
 def make_base(name: str, device: str) -> nn.Module:
-    """A timm model with random weights, no dropout, the backbone frozen and the head trainable."""
+    """A timm model, or HUGGING_FACE, with random weights, no dropout, the backbone frozen and the
+    head trainable."""
     torch.manual_seed(0)
-    model = timm.create_model(name, drop_rate=0.0, drop_path_rate=0.0).to(device)
-    model.requires_grad_(False)
+    if name == HUGGING_FACE:
+        model = hugging_face_vit()
+    else:
+        model = timm.create_model(name, drop_rate=0.0, drop_path_rate=0.0)
+    model.to(device).requires_grad_(False)
     model.get_classifier().requires_grad_()
     return model.train()
+
+
+def hugging_face_vit() -> Any:
+    """Hugging Face's ViT of ViT-S/16's sizes, called and asked like a timm model."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    class ViT(ViTForImageClassification):  # type: ignore[misc]
+        num_classes = 1000
+        pretrained_cfg: ClassVar = {"input_size": (3, 224, 224)}
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = super().forward(pixel_values=images).logits
+            return logits
+
+        def get_classifier(self) -> nn.Module:
+            classifier: nn.Module = self.classifier
+            return classifier
+
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    return ViT(ViTConfig(**sizes, num_labels=1000))
 
 
 def draw_batch(model: nn.Module, images: int, device: str) -> tuple[Tensor, Tensor]:
@@ -155,7 +181,7 @@ def bench_model(
     fewest_rounds: int = 3,
     timed: bool = True,
 ) -> list[Row]:
-    """Rows of one model: the floor first; without `timed` only what each saves for backward."""
+    """Rows of one model: the floor first; without `timed` only what each needs of memory."""
     base = make_base(name, device)
     batch = draw_batch(base, images, device)
     candidates = [peers.build(impl, base, rank) for impl in dict.fromkeys((FLOOR, *impls))]
@@ -179,11 +205,11 @@ def bench_model(
                 )
                 candidates.remove(peer)
     steps = {peer.name: step_of(peer, *batch, amp) for peer in candidates}
-    timings, losses, memory = None, {}, {}
+    # The warm-up, too.
+    losses = {impl: float(step()) for impl, step in steps.items()}
+    memory = {impl: peak_mem_mb(step, device == "cuda") for impl, step in steps.items()}
+    timings = None
     if timed:
-        losses = {impl: float(step()) for impl, step in steps.items()}  # the warm-up, too
-        if device == "cuda":
-            memory = {impl: peak_mem_mb(step, True) for impl, step in steps.items()}
         timings = interleave(
             steps, seconds=seconds, device=device, fewest_rounds=fewest_rounds, warm_ups=0
         )
@@ -243,7 +269,13 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=DEFAULT_MODELS, help="timm name:images", metavar="NAME:B"
     )
-    parser.add_argument("--impls", nargs="+", default=peers.EVERY, choices=peers.EVERY, metavar="I")
+    parser.add_argument(
+        "--impls",
+        nargs="+",
+        default=peers.EVERY,
+        choices=(*peers.EVERY, *peers.ALONE),
+        metavar="I",
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
@@ -258,6 +290,7 @@ def main() -> None:
         default=(),
         help="also rows without times: what the last model saves for backward at these batches",
     )
+    parser.add_argument("--memory-only", action="store_true", help="no times: of every model")
     parser.add_argument("--out", type=Path, default=WHOLE_MODEL_CSV)
     arguments = parser.parse_args()
     amp_name = arguments.amp or ("bfloat16" if arguments.device == "cuda" else "none")
@@ -274,6 +307,7 @@ def main() -> None:
             impls=arguments.impls,
             compiled=COMPILABLE if arguments.compile else (),
             seconds=arguments.seconds,
+            timed=not arguments.memory_only,
         )
         append_rows(arguments.out, WHOLE_MODEL_COLUMNS, rows)
         console.print(tables.whole_model_table(rows))

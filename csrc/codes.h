@@ -1,4 +1,4 @@
-// The integers by which Python names strategies and gradients to the native operators.
+// The integers by which Python names strategies, gradients and producers to the native operators.
 // efft_kernels/ops/schemas.py has the same order; tests/ops/test_codes.py compares the two.
 #pragma once
 
@@ -17,5 +17,8 @@ enum Need : int64_t {
   kNeedCore = 1 << 4,
   kNeedUp = 1 << 5,
 };
+
+// How x follows from what its producer kept; efft_kernels/ops/recompute.py has the same order.
+enum MadeBy : int64_t { kPlain = 0, kLayerNorm = 1, kGelu = 2, kGeluTanh = 3 };
 
 }  // namespace efft_kernels

@@ -13,6 +13,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
       "native_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor? p, Tensor down, Tensor? core,"
       " Tensor up, int needs, int strategy)"
       " -> (Tensor dx, Tensor d_down, Tensor d_core, Tensor d_up)");
+  // native_bwd with x made, a block of rows at a time, from what its producer kept, on the CPU:
+  //   made_by  a MadeBy of codes.h other than kPlain
+  //   kept     [M, K], the producer's input
+  //   mean, rstd [M, 1], norm_weight, norm_bias [K]   of a LayerNorm
+  m.def(
+      "native_bwd_made(Tensor dy, int made_by, Tensor kept, Tensor? mean, Tensor? rstd,"
+      " Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? p, Tensor down,"
+      " Tensor? core, Tensor up, int needs, int strategy)"
+      " -> (Tensor dx, Tensor d_down, Tensor d_core, Tensor d_up)");
   // Item i of x [items, rows, K] with the factors of task task_of_item[i]: down [tasks, K, Ra], and
   // b [tasks, N, Ra], folded. For inference, on the CPU.
   m.def(

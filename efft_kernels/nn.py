@@ -18,9 +18,11 @@ from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number
 from .methods.joint import JointFactors
 from .methods.sharded import copy_into, factors_of, is_sharded, whole
 from .methods.tensor_train import Placement, TensorTrainGroup
+from .ops import recompute
 from .ops.backends.torch_backend import fold
 from .ops.checks import autocast_enabled
 from .ops.layer import adapted_linear
+from .ops.recompute import Source
 from .ops.reference import delta_weight
 from .ops.shared_projection import SharedInput
 
@@ -164,6 +166,10 @@ class FactorBank(nn.Module):
 
 
 _OWN_SITE = "self"
+_OWN_ATTRIBUTES = (
+    *("backend", "strategy", "_bank", "_site", "_base_weight"),
+    *("shared_input", "remakes_input", "input_from"),
+)
 _BASE_WEIGHT = "base_weight"
 _WAY_OUT = (
     "make it permanent first, by torch.nn.utils.prune.remove, remove_weight_norm,"
@@ -254,6 +260,8 @@ class FusedEFFTLinear(nn.Linear):
         self._bank: tuple[FactorBank, ...] = ()
         self._site = _OWN_SITE
         self.shared_input: SharedInput | None = None
+        self.remakes_input = True  # in the backward, where that does without keeping it
+        self.input_from: str | None = None  # what made x in the last training forward, or "kept"
         self._base_weight: tuple[nn.Parameter, ...] = ()
 
     @classmethod
@@ -307,7 +315,7 @@ class FusedEFFTLinear(nn.Linear):
         factors left behind."""
         linear = nn.Linear.__new__(nn.Linear)
         state = _module_state(self)
-        for name in ("backend", "strategy", "_bank", "_site", "_base_weight", "shared_input"):
+        for name in _OWN_ATTRIBUTES:
             del state[name]
         for attributes in (state, state["_modules"]):
             attributes.pop("factors", None)
@@ -423,6 +431,7 @@ class FusedEFFTLinear(nn.Linear):
             down, core, up = bank.factors(self._site, self.training)
         else:
             down, core, up = bank.task_factors(self._site)
+        source = self._source(input, down) if torch.is_grad_enabled() else None
         return adapted_linear(
             input,
             self.weight,
@@ -433,9 +442,18 @@ class FusedEFFTLinear(nn.Linear):
             dropout=self._group().activation_dropout if self.training else 0.0,
             shared_input=self.shared_input,
             task_of_row=None if tasks is None else tasks.task_of_row,
+            source=source,
             backend=self.backend,
             strategy=self.strategy,
         )
+
+    def _source(self, x: Tensor, down: Tensor) -> Source | None:
+        """What the backward can make x from."""
+        source = None
+        if down.requires_grad and not torch.compiler.is_compiling():
+            source = recompute.find(x) if self.remakes_input else None
+            self.input_from = "kept" if source is None else source.recipe.kind
+        return source
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedEFFTLinear:
         super()._apply(fn, recurse)

@@ -6,6 +6,7 @@ and the ratio of two of them is taken within a round before the median over the 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import random
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -76,15 +78,34 @@ class Timer:
 
 
 def peak_mem_mb(call: Callable[[], object], cuda: bool) -> float:
-    """Device memory that the call itself needs at its highest; nan on a CPU."""
+    """MiB that the call itself needs at its highest: of device memory, or of the process's resident
+    memory (Linux; nan elsewhere)."""
     if not cuda:
-        return math.nan
+        return _peak_resident_mb(call)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _peak_resident_mb(call: Callable[[], object]) -> float:
+    """The same on a CPU, from a heap that has given back what it does not hold."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return math.nan
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    clear.write_text("5")  # the peak starts anew
+    before = _resident_mb("VmRSS")
+    call()
+    return _resident_mb("VmHWM") - before
+
+
+def _resident_mb(name: str) -> float:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if name in line)
+    return int(line.split()[1]) / 1024
 
 
 @dataclass(frozen=True)

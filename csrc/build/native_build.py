@@ -231,6 +231,8 @@ class _Commands:
 
     def native(self) -> Library:
         flags = [TARGET_VERSION_MACRO, *self._includes(self.root / "csrc"), *self._torch_includes]
+        # Nobody reads the floating-point exceptions, and they keep a choice of values scalar.
+        flags.append("-fno-trapping-math")
         return self._library("_native", self._cxx(flags), ["torch_cpu"])
 
     def native_cuda(self) -> Library:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "factors.h"
+#include "made_rows.h"
 #include "row_blocks.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
@@ -10,8 +11,9 @@ template <class T>
 struct BackwardWorkspace {
   PaddedFactors<T> factors;
   RowBlocks<T> blocks;
+  MadeRows<T> made;
   T* tail = nullptr;
-  T* x = nullptr;       // [slots, kBlockRows, K], where x is not stored in T
+  T* x = nullptr;       // [slots, kBlockRows, K], where x is made or not stored in T
   T* p = nullptr;       // [slots, kBlockRows, width]
   T* d_b = nullptr;     // [slots, N, width]
   T* d_down = nullptr;  // [slots, K, width]
@@ -20,7 +22,8 @@ struct BackwardWorkspace {
 
   BackwardWorkspace(Arena<T>& arena, const Backward& args)
       : factors(arena, args.factors, args.N, args.K),
-        blocks(arena, args.dy, args.dx, args.M, args.N, args.K, factors.width, args.slots) {
+        blocks(arena, args.dy, args.dx, args.M, args.N, args.K, factors.width, args.slots),
+        made(arena, args) {
     const int64_t rows = args.slots * kBlockRows;
     if (args.dx) tail = arena.take(args.factors.Ra * blocks.packed.padded);
     if (args.d_core || args.d_up) {
@@ -28,7 +31,7 @@ struct BackwardWorkspace {
       d_b = arena.take(args.slots * args.N * factors.width);
     }
     if (args.d_down) {
-      if (!is_direct<T>(args.x)) x = arena.take(rows * args.K);
+      if (args.made_by != kPlain || !is_direct<T>(args.x)) x = arena.take(rows * args.K);
       d_down = arena.take(args.slots * args.K * factors.width);
     }
     // Without a core, d_up is d_B itself.
@@ -69,6 +72,7 @@ void backward(const Backward& args) {
   const int64_t Ra = args.factors.Ra, width = factors.width;
 
   fold(args.factors, args.N, args.K, factors);
+  memory.made.read_norm(args.K);
   FusedThinProducts<T> shared;
   shared.width = width;
   if (args.dx) {
@@ -96,7 +100,7 @@ void backward(const Backward& args) {
     each_block(args.M, slot, args.slots, [&](int64_t first, int64_t rows) {
       const Rows<T> dy = blocks.load(slot, first, rows);
       if (fused.d_b != nullptr) read_padded(args.p, first, rows, Ra, p, width);
-      if (fused.d_down != nullptr) fused.x = rows_of(args.x, first, rows, args.K, x_scratch);
+      if (fused.d_down != nullptr) fused.x = memory.made.rows(first, rows, args.K, x_scratch);
       if (args.dx) {
         blocks.run_block(slot, first, rows, dy, fused);
         return;

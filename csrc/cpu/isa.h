@@ -44,12 +44,22 @@ struct Forward {
   int64_t slots = 1;  // row ranges that run at the same time
 };
 
+// A LayerNorm's statistics and affine map; weight and bias are null where it has none.
+struct Norm {
+  Matrix mean;    // [M, 1]
+  Matrix rstd;    // [M, 1]
+  Matrix weight;  // [1, K]
+  Matrix bias;    // [1, K]
+};
+
 // dX = dY·W + S·down^T, S = dY·B;  d_down = x^T·S;  d_B = dY^T·P and from it d_core, d_up.
 // An output that is null is not wanted.
 struct Backward {
   int64_t M = 0, N = 0, K = 0;
   Matrix dy;      // [M, N]
-  Matrix x;       // [M, K], read for d_down
+  Matrix x;       // [M, K], read for d_down; its producer's input unless made_by is kPlain
+  MadeBy made_by = kPlain;
+  Norm norm;      // where made_by is kLayerNorm
   Matrix weight;  // [N, K], read for dx
   Matrix p;       // [M, Ra], read for d_core and d_up
   Factors factors;

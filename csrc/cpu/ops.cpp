@@ -158,10 +158,36 @@ std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Ten
   return {y, p};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<Tensor> x,
-                                                      Tensor weight, std::optional<Tensor> p,
-                                                      Tensor down, std::optional<Tensor> core,
-                                                      Tensor up, int64_t needs, int64_t strategy) {
+// What x is made from.
+struct Producer {
+  MadeBy made_by = kPlain;
+  std::optional<Tensor> mean, rstd, weight, bias;
+
+  Norm checked(int64_t M, int64_t K) const {
+    Norm norm;
+    if (made_by != kLayerNorm) return norm;
+    const auto read = [](const std::optional<Tensor>& given, const char* argument, int64_t size,
+                         bool column) {
+      Matrix matrix;
+      if (!given) return matrix;
+      require(given->numel() == size && given->dim() == (column ? 2 : 1) &&
+                  is_readable(given->scalar_type()),
+              argument, column ? "[M, 1]" : "[K]");
+      return matrix_of(*given);
+    };
+    require(mean && rstd, "mean and rstd", "given for a LayerNorm");
+    norm.mean = read(mean, "mean", M, true);
+    norm.rstd = read(rstd, "rstd", M, true);
+    norm.weight = read(weight, "norm_weight", K, false);
+    norm.bias = read(bias, "norm_bias", K, false);
+    return norm;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
+    const Tensor& dy, const std::optional<Tensor>& x, const Producer& producer,
+    const Tensor& weight, const std::optional<Tensor>& p, const Tensor& down,
+    const std::optional<Tensor>& core, const Tensor& up, int64_t needs, int64_t strategy) {
   require(dy.dim() == 2 && is_readable(dy.scalar_type()), "dy",
           "[M, N] of float32, float64 or bfloat16");
   require(weight.dim() == 2 && weight.size(0) == dy.size(1) && weight.numel() > 0, "weight",
@@ -198,6 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
     if (need_x) args.dx = matrix_of(dx);
     if (need_down) {
       args.x = matrix_of(*x);
+      args.made_by = producer.made_by;
+      args.norm = producer.checked(args.M, args.K);
       args.d_down = matrix_of(d_down);
     }
     if (need_core || need_up) args.p = matrix_of(*p);
@@ -214,6 +242,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
   };
   return {dx, handed_over(d_down, down), core ? handed_over(d_core, *core) : d_core,
           handed_over(d_up, up)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<Tensor> x,
+                                                      Tensor weight, std::optional<Tensor> p,
+                                                      Tensor down, std::optional<Tensor> core,
+                                                      Tensor up, int64_t needs, int64_t strategy) {
+  return run_backward(dy, x, {}, weight, p, down, core, up, needs, strategy);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd_made(
+    Tensor dy, int64_t made_by, Tensor kept, std::optional<Tensor> mean, std::optional<Tensor> rstd,
+    std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
+    std::optional<Tensor> p, Tensor down, std::optional<Tensor> core, Tensor up, int64_t needs,
+    int64_t strategy) {
+  require(made_by >= kLayerNorm && made_by <= kGeluTanh, "made_by", "a code of MadeBy, not kPlain");
+  const Producer producer{static_cast<MadeBy>(made_by), mean, rstd, norm_weight, norm_bias};
+  return run_backward(dy, kept, producer, weight, p, down, core, up, needs, strategy);
 }
 
 Tensor native_tasks_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor down, Tensor b,
@@ -270,4 +315,5 @@ STABLE_TORCH_LIBRARY_IMPL(efft_kernels, CPU, m) {
   m.impl("native_fwd", TORCH_BOX(&efft_kernels::cpu::native_fwd));
   m.impl("native_tasks_fwd", TORCH_BOX(&efft_kernels::cpu::native_tasks_fwd));
   m.impl("native_bwd", TORCH_BOX(&efft_kernels::cpu::native_bwd));
+  m.impl("native_bwd_made", TORCH_BOX(&efft_kernels::cpu::native_bwd_made));
 }

@@ -147,13 +147,29 @@ OptionalTensor unpack_optional(py::handle argument) {
   return argument.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(argument.ptr()));
 }
 
+// A Source of ops/recompute.py, or None.
+Source unpack_source(py::handle argument) {
+  Source source;
+  if (argument.is_none()) return source;
+  const auto parts = py::reinterpret_borrow<py::tuple>(argument);
+  // Never freed, on either side: nodes hold it as an integer.
+  source.recipe = py::object(parts[0]).ptr();
+  source.made_by = parts[0].attr("code").cast<int64_t>();
+  for (const py::handle kept : py::tuple(parts[1])) {
+    source.kept.push_back(kept.is_none() ? Tensor() : THPVariable_Unpack(kept.ptr()));
+  }
+  source.attached = parts[2].cast<bool>();
+  return source;
+}
+
 // requested: a code for the backend and strategy in the call, for `decide` to read.
+// source: what x can be made from in the backward, a Source of ops/recompute.py, or None.
 // decide: returns (forward, backward, cast_weight), the first two being the native operators'
 // strategies or the functions of a backend in Python, or None where ops/functional.py should take
 // the call.
 OptionalTensor try_run(py::handle x_argument, py::handle weight, py::handle bias, py::handle down,
                        py::handle core, py::handle up, int64_t requested,
-                       const py::function& decide) {
+                       const py::function& decide, py::handle source_argument) {
   // A subclass may have a __torch_function__ of its own; a Parameter has none.
   if (at::impl::torch_function_mode_enabled()) return std::nullopt;
   for (const py::handle argument : {x_argument, weight, down, up}) {
@@ -175,6 +191,7 @@ OptionalTensor try_run(py::handle x_argument, py::handle weight, py::handle bias
   if (!fits(t, autocast)) return std::nullopt;
 
   const int64_t needs = needs_of(t);
+  const Source source = unpack_source(source_argument);
   const int64_t N = t.weight.size(0), K = t.weight.size(1), rows = t.x.numel() / K;
   const Choice choice = choose(t, rows, needs & (kNeedCore | kNeedUp), requested, decide);
   if (choice.native ? !native_reads(t) : choice.python == nullptr) return std::nullopt;
@@ -187,7 +204,7 @@ OptionalTensor try_run(py::handle x_argument, py::handle weight, py::handle bias
   if (choice.native) no_gil.emplace();
   if (choice.cast_weight && frozen_in_training) t.weight = t.weight.to(t.x.scalar_type());
   Tensor y =
-      needs == 0 ? std::get<0>(run_forward(choice, t, false)) : run_with_node(choice, t, needs);
+      needs == 0 ? std::get<0>(run_forward(choice, t, false)) : run_with_node(choice, t, needs, source);
   if (x.dim() != 2) {
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = N;

@@ -21,20 +21,50 @@ std::tuple<Tensor, Tensor> native_forward(const Operands& t, bool save_p, int64_
   return op.call(t.x, t.weight, t.bias, t.down, t.core, t.up, save_p, strategy);
 }
 
-variable_list native_backward(const BackwardOperands& t, int64_t strategy) {
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
+}
+
+using NativeGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// With x made by the kernel, from `source`.
+NativeGrads native_backward_made(const BackwardOperands& t, const Source& source,
+                                 int64_t strategy) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("efft_kernels::native_bwd_made", "")
+          .typed<NativeGrads(const Tensor&, int64_t, const Tensor&, const OptionalTensor&,
+                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                             const Tensor&, const OptionalTensor&, const Tensor&,
+                             const OptionalTensor&, const Tensor&, int64_t, int64_t)>();
+  const int64_t M = t.dy.size(0), K = t.weight.size(1);
+  OptionalTensor norm[4];  // mean, rstd, weight, bias
+  for (size_t i = 0; source.made_by == kLayerNorm && i < 4; ++i) {
+    norm[i] = optional(source.kept[i + 1]);
+    if (i < 2) norm[i] = norm[i]->reshape({M, 1});
+  }
+  return op.call(t.dy, source.made_by, source.kept[0].reshape({M, K}), norm[0], norm[1], norm[2],
+                 norm[3], t.weight, optional(t.p), t.down, optional(t.core), t.up, t.needs,
+                 strategy);
+}
+
+NativeGrads native_backward_kept(const BackwardOperands& t, int64_t strategy) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("efft_kernels::native_bwd", "")
-          .typed<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-              const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
-              const Tensor&, const OptionalTensor&, const Tensor&, int64_t, int64_t)>();
-  const auto optional = [](const Tensor& t) {
-    return t.defined() ? OptionalTensor(t) : OptionalTensor();
-  };
+          .typed<NativeGrads(const Tensor&, const OptionalTensor&, const Tensor&,
+                             const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                             const Tensor&, int64_t, int64_t)>();
+  return op.call(t.dy, optional(t.x), t.weight, optional(t.p), t.down, optional(t.core), t.up,
+                 t.needs, strategy);
+}
+
+variable_list native_backward(const BackwardOperands& t, const Source& source, int64_t strategy) {
   variable_list grads(6);
   if (t.needs & (kNeedX | kNeedDown | kNeedCore | kNeedUp)) {
-    auto [dx, d_down, d_core, d_up] = op.call(t.dy, optional(t.x), t.weight, optional(t.p), t.down,
-                                              optional(t.core), t.up, t.needs, strategy);
+    auto [dx, d_down, d_core, d_up] = source.recipe != nullptr && !t.x.defined()
+                                          ? native_backward_made(t, source, strategy)
+                                          : native_backward_kept(t, strategy);
     if (t.needs & kNeedX) grads[0] = dx;
     if (t.needs & kNeedDown) grads[3] = d_down;
     if (t.needs & kNeedCore) grads[4] = d_core;
@@ -56,20 +86,35 @@ bool is_for_kernels(const Tensor& dy) {
          !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
-// Saves x only where a gradient needs it, and P = x·down; the rest are the caller's tensors.
+// Whether the kernel makes x by itself.
+bool is_made_by_kernel(const Source& source, const Tensor& dy, int64_t needs) {
+  return source.made_by != kPlain && dy.is_cpu() && !(needs & kNeedWeight);
+}
+
+constexpr size_t kSaved = 6;  // tensors, before those that x is made from
+
+// Saves x only where a gradient needs it and it cannot be made, and P = x·down; the rest are the
+// caller's tensors.
 class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
  public:
   // autograd finds the operands among the arguments, so they are not one struct here.
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
                         const OptionalTensor& bias, const Tensor& down, const OptionalTensor& core,
-                        const Tensor& up, int64_t needs, const Choice& choice) {
+                        const Tensor& up, int64_t needs, const Choice& choice,
+                        const Source& source) {
     const bool save_p = needs & (kNeedCore | kNeedUp);
-    const bool save_x = needs & (kNeedDown | kNeedWeight);
+    const bool need_x = needs & (kNeedDown | kNeedWeight);
+    const bool made = need_x && source.recipe != nullptr;
     auto [y, p] = run_forward(choice, {x, weight, bias, down, core, up}, save_p);
-    context->save_for_backward(
-        {save_x ? x : Tensor(), weight, save_p ? p : Tensor(), down, core.value_or(Tensor()), up});
+    variable_list saved{need_x && !made ? x : Tensor(), weight, save_p ? p : Tensor(), down,
+                        core.value_or(Tensor()),        up};
+    if (made) saved.insert(saved.end(), source.kept.begin(), source.kept.end());
+    context->save_for_backward(std::move(saved));
     context->saved_data["needs"] = needs;
     // As integers: compiled autograd carries no objects of other types.
+    context->saved_data["recipe"] = made ? reinterpret_cast<int64_t>(source.recipe) : 0;
+    context->saved_data["made_by"] = source.made_by;
+    context->saved_data["attached"] = source.attached;
     context->saved_data["strategy"] = choice.backward_strategy;
     context->saved_data["python"] = reinterpret_cast<int64_t>(choice.python);
     if (bias) context->saved_data["bias_dtype"] = bias->scalar_type();
@@ -80,7 +125,11 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     const auto& data = context->saved_data;
     const auto* python = reinterpret_cast<const PythonBackend*>(data.at("python").toInt());
     const auto saved = context->get_saved_variables();
-    const BackwardOperands t{python ? outputs[0] : with_contiguous_rows(outputs[0]),
+    const Source source{reinterpret_cast<PyObject*>(data.at("recipe").toInt()),
+                        data.at("made_by").toInt(),
+                        data.at("attached").toBool(),
+                        {saved.begin() + kSaved, saved.end()}};
+    BackwardOperands t{python ? outputs[0] : with_contiguous_rows(outputs[0]),
                              saved[0],
                              saved[1],
                              saved[2],
@@ -89,16 +138,23 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
                              saved[5],
                              data.at("needs").toInt()};
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const bool plain = at::GradMode::is_enabled() || (python && !is_for_kernels(t.dy));
+    if (source.recipe != nullptr && (plain || python || !is_made_by_kernel(source, t.dy, t.needs))) {
+      TORCH_CHECK(source.attached || !at::GradMode::is_enabled(),
+                  "low_rank_linear: no second derivative under saved-tensor hooks where x is made "
+                  "from what its producer kept; attach the adapter with fuse='off'");
+      t.x = make_x(source.recipe, source.kept, t.weight.size(1), t.dy.scalar_type());
+    }
     variable_list grads;
-    if (at::GradMode::is_enabled() || (python && !is_for_kernels(t.dy))) {
+    if (plain) {
       grads = plain_backward(t);
     } else if (python) {
       grads = python_backward(*python, t);
     } else {
-      grads = native_backward(t, data.at("strategy").toInt());
+      grads = native_backward(t, source, data.at("strategy").toInt());
     }
     if (grads[2].defined()) grads[2] = grads[2].to(data.at("bias_dtype").toScalarType());
-    grads.resize(8);  // the last two arguments of `forward` have none
+    grads.resize(9);  // the last three arguments of `forward` have none
     return grads;
   }
 };
@@ -112,8 +168,9 @@ std::tuple<Tensor, Tensor> run_forward(const Choice& choice, const Operands& ope
   return native_forward(operands, save_p, choice.forward_strategy);
 }
 
-Tensor run_with_node(const Choice& choice, const Operands& t, int64_t needs) {
-  return LowRankLinear::apply(t.x, t.weight, t.bias, t.down, t.core, t.up, needs, choice);
+Tensor run_with_node(const Choice& choice, const Operands& t, int64_t needs,
+                     const Source& source) {
+  return LowRankLinear::apply(t.x, t.weight, t.bias, t.down, t.core, t.up, needs, choice, source);
 }
 
 bool is_plain(const Tensor& tensor) {

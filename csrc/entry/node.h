@@ -18,7 +18,8 @@ struct Choice {
 std::tuple<Tensor, Tensor> run_forward(const Choice& choice, const Operands& operands, bool save_p);
 
 // y [M, N] with its node; `needs` are bits of Need.
-Tensor run_with_node(const Choice& choice, const Operands& operands, int64_t needs);
+Tensor run_with_node(const Choice& choice, const Operands& operands, int64_t needs,
+                     const Source& source);
 
 // A strided tensor without anything that a kernel would overlook: a Python subclass's dispatch, a
 // pending negation, a tangent of forward-mode differentiation.

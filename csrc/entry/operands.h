@@ -3,7 +3,10 @@
 
 #include <ATen/ATen.h>
 
+#include <Python.h>
+
 #include <optional>
+#include <vector>
 
 #include "codes.h"
 
@@ -19,6 +22,14 @@ struct Operands {
   Tensor down;          // [K, Ra]
   OptionalTensor core;  // [G, Ra, Rb]
   Tensor up;            // [1 or G, N/G, Rb]
+};
+
+// What x is made from in the backward, as ops/recompute.py found it: then x is not kept.
+struct Source {
+  PyObject* recipe = nullptr;  // of ops/recompute.py, never freed; null: x is kept
+  int64_t made_by = kPlain;    // a MadeBy
+  bool attached = true;        // whether `kept` is part of its graph
+  std::vector<Tensor> kept;    // undefined where there is none
 };
 
 struct BackwardOperands {

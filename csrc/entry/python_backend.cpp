@@ -96,6 +96,15 @@ torch::autograd::variable_list python_backward(const PythonBackend& backend,
   return call_backward(backend.backward, t);
 }
 
+Tensor make_x(PyObject* recipe, const std::vector<Tensor>& kept, int64_t K, at::ScalarType dtype) {
+  const py::gil_scoped_acquire gil;
+  py::list tensors;
+  for (const Tensor& tensor : kept) tensors.append(wrap(tensor));
+  const auto x = py::reinterpret_steal<py::object>(PyObject_CallOneArg(recipe, tensors.ptr()));
+  if (!x) throw_python_error();
+  return THPVariable_Unpack(x.ptr()).reshape({-1, K}).to(dtype);
+}
+
 torch::autograd::variable_list plain_backward(const BackwardOperands& t) {
   const py::gil_scoped_acquire gil;
   const py::object plain =

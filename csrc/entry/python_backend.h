@@ -25,6 +25,9 @@ const PythonBackend* python_backend(const py::object& forward, const py::object&
 std::tuple<Tensor, Tensor> python_forward(const PythonBackend& backend, const Operands& operands,
                                           bool save_p);
 
+// x [M, K] in `dtype` from what is kept. Takes the GIL.
+Tensor make_x(PyObject* recipe, const std::vector<Tensor>& kept, int64_t K, at::ScalarType dtype);
+
 // Six gradients, undefined where they are not wanted. Takes the GIL.
 torch::autograd::variable_list python_backward(const PythonBackend& backend,
                                                const BackwardOperands& operands);

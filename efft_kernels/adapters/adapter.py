@@ -316,7 +316,7 @@ class Adapter:
             `rows` and `groups` as plain data, and which linears may run in a chain; printed with
             rich it is a table.
         """
-        calls = self.bank.calls.calls
+        calls, modules = self.bank.calls.calls, dict(self.model.named_modules())
         chained = find_chain(self.model)
         sites = chained.sites() if chained else self.bank.unchained or "blocks were replaced"
         alone, sites = (sites, frozenset[str]()) if isinstance(sites, str) else (None, sites)
@@ -332,6 +332,7 @@ class Adapter:
                 "rank": factors_of(self.bank.group(site.name), site.name).down.shape[1],
                 "fused": "chain" if site.name in sites else "alone",
                 "calls": None if calls is None else calls[site.name],
+                "input": getattr(modules.get(site.name), "input_from", None),
             }
             for site in self.sites
         ]

@@ -67,10 +67,13 @@ def attach(
         layers: block indices from 0; None for all.
         modules_to_train: modules that are trained whole along with the factors. "head" stands for
             the model's classifier, whatever its name.
-        fuse: "auto" lets the blocks of a model that is known exactly run as a chain, where norm,
-            GELU and residual share the kernels of the adapted linears: timm's VisionTransformer,
-            in training on a GPU under autocast to a half precision. `describe` tells why not.
-            "off" runs one module after the other.
+        fuse: "pairs" lets a linear whose x came out of a norm or an activation make it again in the
+            backward from what that module keeps anyway, so that the adapter keeps next to nothing
+            of its own; outputs, hooks and gradients are as ever. "auto" also lets the blocks of a
+            model that is known exactly run as a chain, where norm, GELU and residual share the
+            kernels of the adapted linears: timm's VisionTransformer, in training on a GPU under
+            autocast to a half precision. "off" keeps every x. `describe` tells what each linear
+            does, and why no chain runs.
         strict: what happens where factors cannot learn: True raises, False warns once. Asked in
             each forward of the model whose output needs its gradient: a linear that did not run, or
             ran without gradients (`describe` shows the calls). Asked here: adapters inside `model`,
@@ -138,7 +141,9 @@ def attach(
     }
     tell_of_frozen(model, trained, strict)
     _install(model, bank, layers_by_site)
-    bank.unchained = chain(model, bank) if fuse == "auto" else "fuse='off'"
+    for layer in layers_by_site.values():
+        layer.remakes_input = fuse != "off"
+    bank.unchained = chain(model, bank) if fuse == "auto" else f"fuse={fuse!r}"
     return Adapter(model)
 
 

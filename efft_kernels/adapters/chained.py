@@ -20,7 +20,7 @@ from ..ops import chains
 from ..ops.backends.chain_steps import Norm
 from ..ops.backends.torch_backend import fold
 
-FUSE = ("auto", "off")
+FUSE = ("auto", "pairs", "off")
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",

@@ -21,7 +21,10 @@ class Description:
         rows: one per linear: name, role, block, stage, in_features, out_features, group, rank (Ra,
             the width of its fold), fused ("chain": where the circumstances allow it its block runs
             as part of a chain; "alone"), calls (how often it ran in the model's last forward; None
-            before the first one, and in compiled graphs nobody counts).
+            before the first one; in compiled graphs nobody counts), input (what x came out of in
+            the last training forward, "LayerNorm" say, where the linear makes it again in the
+            backward from what that keeps; "kept" where the linear kept x itself; None before there
+            was one, in a chain and under torch.compile).
         groups: group name → parameter name → shape.
         alone: why no linear is in a chain; None where some are.
     """
@@ -36,9 +39,11 @@ class Description:
         fused = f"no chain: {self.alone}"
         if chained:
             fused = f"in a chain, on a GPU under autocast: {_summary(chained)}"
+        inputs = [f"x {_inputs(kind)}: {_summary(names)}" for kind, names in self._inputs().items()]
         if idle := [row["name"] for row in self.rows if row.get("calls") == 0]:
-            fused += f"; did not run in the last forward: {_summary(idle)}"
-        table = Table(title=self.method, caption=escape(fused), caption_justify="left")
+            inputs.append(f"did not run in the last forward: {_summary(idle)}")
+        caption = escape("\n".join([fused, *inputs]))
+        table = Table(title=self.method, caption=caption, caption_justify="left")
         for header in ("group", "parameters", "shapes", "linears", "rank"):
             table.add_column(
                 header, justify="right" if header in ("parameters", "rank") else "left"
@@ -55,10 +60,22 @@ class Description:
             )
         return table
 
+    def _inputs(self) -> dict[str, list[str]]:
+        """The linears' names by what their x came out of."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.get("input") is not None:
+                found.setdefault(row["input"], []).append(row["name"])
+        return found
+
     def __str__(self) -> str:
         text = StringIO()
         Console(width=120, file=text).print(self)
         return text.getvalue()
+
+
+def _inputs(kind: str) -> str:
+    return "kept" if kind == "kept" else f"made again, out of {kind}"
 
 
 def _summary(names: list[str]) -> str:

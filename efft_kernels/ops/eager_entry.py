@@ -17,6 +17,7 @@ from torch import Tensor
 from . import cost_model, dispatch
 from .backends import native_library
 from .backends.torch_backend import Grads
+from .recompute import Source
 from .schemas import STRATEGY_CODES
 
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
@@ -37,12 +38,14 @@ def try_run(
     up: Tensor,
     backend: str,
     strategy: str,
+    source: Source | None = None,
 ) -> Tensor | None:
     """y with its autograd node, or None where functional.py has to take the call.
 
     Args:
         x, weight, bias, down, core, up: as in `low_rank_linear`, not checked yet.
         backend, strategy: names, or 'auto'.
+        source: what x can be made from in the backward; None where it is to be kept.
 
     Raises:
         RuntimeError, ValueError: as `dispatch.select`.
@@ -52,7 +55,7 @@ def try_run(
     if module is None or base is None:
         return None
     y: Tensor | None = module.try_run(
-        x, weight, bias, down, core, up, base + _STRATEGIES.index(strategy), _decide
+        x, weight, bias, down, core, up, base + _STRATEGIES.index(strategy), _decide, source
     )
     return y
 

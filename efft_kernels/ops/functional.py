@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks, dispatch, eager_entry, reference
 from .backends.torch_backend import backward as backward_in_torch
+from .recompute import Source, kept_for, made_from
 
 
 def low_rank_linear(
@@ -61,11 +62,32 @@ def low_rank_linear(
 
     Source: EFFT (arXiv:2311.06749), Eq. 2 and 3, for one aggregated group.
     """
+    return run(x, weight, bias, down, core, up, backend=backend, strategy=strategy)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    *,
+    backend: str,
+    strategy: str,
+    source: Source | None = None,
+) -> Tensor:
+    """`low_rank_linear` for a layer.
+
+    Args:
+        x, weight, bias, down, core, up, backend, strategy: as there.
+        source: what the backward makes x from (`recompute.find`); None where it keeps x.
+    """
     backend = dispatch.requested_backend(backend)
     dispatch.check_strategy(strategy)
     transformed = torch._C._are_functorch_transforms_active()
     if not (transformed or torch.compiler.is_compiling()):
-        y = eager_entry.try_run(x, weight, bias, down, core, up, backend, strategy)
+        y = eager_entry.try_run(x, weight, bias, down, core, up, backend, strategy, source)
         if y is not None:
             return y
     x = checks.to_autocast_dtype(x)
@@ -87,7 +109,7 @@ def low_rank_linear(
         or (core is not None and core.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        y = _LowRankLinear.apply(flat, weight, bias, down, core, up, backend, strategy)
+        y = _LowRankLinear.apply(flat, weight, bias, down, core, up, backend, strategy, source)
     else:
         y, _ = torch.ops.efft_kernels.low_rank_linear_fwd(
             flat, weight, bias, down, core, up, False, backend, strategy
@@ -96,8 +118,8 @@ def low_rank_linear(
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Saves x and P = x·down, and only where a gradient will need them; the rest are the caller's
-    tensors."""
+    """Saves x, or what it is made from, and P = x·down, and only where a gradient will need them;
+    the rest are the caller's tensors."""
 
     @staticmethod
     def forward(
@@ -110,24 +132,34 @@ class _LowRankLinear(torch.autograd.Function):
         up: Tensor,  # [1 or G, N/G, Rb]
         backend: str,
         strategy: str,
+        source: Source | None,
     ) -> Tensor:
         _, need_weight, _, need_down, need_core, need_up = ctx.needs_input_grad[:6]
         save_p = need_core or need_up
         y, p = torch.ops.efft_kernels.low_rank_linear_fwd(
             x, weight, bias, down, core, up, save_p, backend, strategy
         )
-        save_x = need_down or need_weight
-        ctx.save_for_backward(x if save_x else None, weight, p if save_p else None, down, core, up)
+        need_x = need_down or need_weight
+        ctx.source = source if need_x else None
+        ctx.save_for_backward(
+            weight,
+            p if save_p else None,
+            down,
+            core,
+            up,
+            *kept_for(x if need_x else None, ctx.source),
+        )
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.choice = (backend, strategy)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, p, down, core, up = ctx.saved_tensors
+        weight, p, down, core, up, *kept = ctx.saved_tensors
+        x = made_from(kept, ctx.source, dy)
         needs = list(ctx.needs_input_grad[:6])
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or has_tangent(dy)):
-            return *plain_backward(dy, x, weight, p, down, core, up, needs), None, None
+            return *plain_backward(dy, x, weight, p, down, core, up, needs), None, None, None
         grads = torch.ops.efft_kernels.low_rank_linear_bwd(
             dy, x, weight, p, down, core, up, needs, *ctx.choice
         )
@@ -136,7 +168,7 @@ class _LowRankLinear(torch.autograd.Function):
         )
         if d_bias is not None:
             d_bias = d_bias.to(ctx.bias_dtype)
-        return dx, d_weight, d_bias, d_down, d_core, d_up, None, None
+        return dx, d_weight, d_bias, d_down, d_core, d_up, None, None, None
 
 
 def has_tangent(dy: Tensor) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .dropout import low_rank_linear_with_dropout
-from .functional import low_rank_linear
+from .functional import run
 from .mixed_batch import tasks_linear
+from .recompute import Source
 from .shared_projection import SharedInput, linear_plus_projected
 
 
@@ -21,6 +22,7 @@ def adapted_linear(
     dropout: float = 0.0,
     shared_input: SharedInput | None = None,
     task_of_row: Tensor | None = None,
+    source: Source | None = None,
     backend: str = "auto",
     strategy: str = "auto",
 ) -> Tensor:
@@ -32,6 +34,7 @@ def adapted_linear(
         shared_input: where x·down is kept for the linears that read the same x.
         task_of_row: [B], int64: the task of each row of the batch. `down` is then [tasks, K, Ra],
             `core` None, `up` [tasks, N, Ra], and there is no dropout.
+        source: what the backward makes x from; None where it keeps x.
         backend, strategy: as in `low_rank_linear`.
 
     Returns:
@@ -48,6 +51,6 @@ def adapted_linear(
             x, weight, bias, down, core, up, dropout, backend=backend
         )
     if shared_input is not None and shared_input.serves(x, backend, strategy):
-        p = shared_input.projection(x, down)
+        p = shared_input.projection(x, down, source)
         return linear_plus_projected(x, weight, bias, p, core, up)
-    return low_rank_linear(x, weight, bias, down, core, up, backend=backend, strategy=strategy)
+    return run(x, weight, bias, down, core, up, backend=backend, strategy=strategy, source=source)

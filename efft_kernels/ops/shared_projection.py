@@ -22,6 +22,7 @@ from torch import Tensor
 from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
 from .checks import to_autocast_dtype
 from .dispatch import requested_backend
+from .recompute import Source, made_from
 
 
 class SharedInput:
@@ -54,11 +55,11 @@ class SharedInput:
         backend = requested_backend(backend)
         return backend == "torch" or (backend == "auto" and x.device.type == "cpu")
 
-    def projection(self, x: Tensor, down: Tensor) -> Tensor:
+    def projection(self, x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
         """P of x: the one at hand where x is the very tensor it was made from, else a new one."""
         held, version = self._held, _version(x)
         if held is None or held[0] is not x or held[1] != version:
-            self._held = held = (x, version, project(x, down))
+            self._held = held = (x, version, project(x, down, source))
         return held[2]
 
 
@@ -69,14 +70,51 @@ def _version(x: Tensor) -> int:
     return x._version
 
 
-def project(x: Tensor, down: Tensor) -> Tensor:
+def project(x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
     """P = x·down, [..., Ra], in x's dtype (autocast's under autocast); differentiable in both.
+
+    Args:
+        x: [..., K].
+        down: [K, Ra].
+        source: what the backward makes x from; None where it keeps x.
 
     Raises:
         TypeError: x is not floating.
     """
     x = to_autocast_dtype(x)
-    return torch.matmul(x, down.to(x.dtype))
+    if source is None:
+        return torch.matmul(x, down.to(x.dtype))
+    p: Tensor = _Projection.apply(x.reshape(-1, x.shape[-1]), down, source)
+    return p.view(*x.shape[:-1], p.shape[-1])
+
+
+class _Projection(torch.autograd.Function):
+    """P = x·down without x kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [M, K]
+        down: Tensor,  # [K, Ra]
+        source: Source,
+    ) -> Tensor:
+        ctx.source = source
+        ctx.save_for_backward(down, *source.kept)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.mm(x, down.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
+        down, *kept = ctx.saved_tensors
+        need_x, need_down, _ = ctx.needs_input_grad
+        with torch.autocast(dp.device.type, enabled=False):
+            dx = torch.mm(dp, down.to(dp.dtype).t()) if need_x else None
+            d_down = None
+            if need_down:
+                x = made_from(kept, ctx.source, dp)
+                assert x is not None
+                d_down = thin_grad(x, dp, down.dtype)
+        return dx, d_down, None
 
 
 def linear_plus_projected(

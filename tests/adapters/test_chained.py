@@ -67,11 +67,11 @@ def runs(monkeypatch):
 
 @pytest.fixture
 def models(make_vit, randomize):
-    """(a chained model, the same attached with fuse="off"), in float64 and training."""
+    """(a chained model, the same attached with fuse="pairs"), in float64 and training."""
 
     def make(method=EFFT, depth=2, **options):
         pair = []
-        for fuse in ("auto", "off"):
+        for fuse in ("auto", "pairs"):
             model = make_vit(dtype=torch.float64, depth=depth)
             adapter = attach(model, method, fuse=fuse, **options)
             torch.manual_seed(5)
@@ -559,7 +559,7 @@ class TestAttach:
     @pytest.mark.parametrize("fuse", ["on", None, True])
     def test_an_unknown_fuse(self, make_vit, fuse):
         model = make_vit()
-        with pytest.raises(ValueError, match=r"fuse must be one of \('auto', 'off'\)"):
+        with pytest.raises(ValueError, match=r"fuse must be one of \('auto', 'pairs', 'off'\)"):
             attach(model, EFFT, fuse=fuse)
         assert not hasattr(model, "factor_bank")
 

@@ -39,6 +39,7 @@ def test_rows_of_a_vit(make_vit):
             "rank": rank,
             "fused": "chain",
             "calls": None,
+            "input": None,
         }
         for name, role, k, n, group, rank in (
             ("attn.qkv", "qkv", 12, 36, "mhsa", 3),

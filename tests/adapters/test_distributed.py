@@ -137,9 +137,9 @@ def merges(folder, method, whole_only):
 def loads_and_describes(folder, method, whole_only):
     plain, plain_adapter = adapted(method, seed=5)
     model, adapter = sharded(method, whole_only)
-    model(inputs())
-    adapter.load_state_dict(plain_adapter.state_dict())
     with torch.no_grad():
+        model(inputs())
+        adapter.load_state_dict(plain_adapter.state_dict())
         close(model(inputs()), plain(inputs()))
     assert adapter.describe().rows == plain_adapter.describe().rows
     assert adapter.describe().groups == plain_adapter.describe().groups

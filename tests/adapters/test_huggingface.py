@@ -94,9 +94,9 @@ def projections(monkeypatch):
     """The x's that were multiplied by `down` for several linears."""
     seen = []
 
-    def recording(x, down):
+    def recording(x, down, source):
         seen.append(x)
-        return project(x, down)
+        return project(x, down, source)
 
     monkeypatch.setattr(shared_projection, "project", recording)
     return seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from efft_kernels.ops import schemas
+from efft_kernels.ops import recompute, schemas
 
 HEADER = Path(__file__).parents[2] / "csrc" / "codes.h"
 
@@ -30,3 +30,10 @@ def test_needs():
     }
     assert enumerators("Need") == needs
     assert schemas.needs_code([True] * len(needs)) == sum(needs.values())
+
+
+def test_producers():
+    codes = ("PLAIN", "LAYER_NORM", "GELU", "GELU_TANH")
+    found = enumerators("MadeBy")
+    assert list(found.values()) == [getattr(recompute, code) for code in codes]
+    assert list(found) == [code.replace("_", "").lower() for code in codes]

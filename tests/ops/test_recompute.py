@@ -1,0 +1,382 @@
+"""x made again from what its producer keeps: what is found, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from efft_kernels import FusedEFFTLinear
+from efft_kernels.ops import recompute
+
+K, N = 12, 10
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def norm(shape=(K,), affine=True, bias=True, dtype=torch.float64):
+    made = nn.LayerNorm(shape, elementwise_affine=affine, bias=bias, dtype=dtype)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made.requires_grad_(False)
+
+
+def windows(x):
+    """Swin's: padded, rolled, in windows of two by two."""
+    x = torch.roll(F.pad(x, (0, 0, 0, 1, 0, 1)), (-1, -1), (1, 2))
+    b, h, w, k = x.shape
+    x = x.view(b, h // 2, 2, w // 2, 2, k).permute(0, 1, 3, 2, 4, 5).contiguous()
+    return x.view(-1, 4, k)
+
+
+def attention(x):
+    """Written out, three heads of four."""
+    q = x.view(*x.shape[:2], 3, 4).transpose(1, 2)
+    return ((q @ q.mT).softmax(-1) @ q).transpose(1, 2).reshape(x.shape)
+
+
+def rms_norm(x):
+    weight = torch.linspace(0.5, 2, K, dtype=x.dtype)
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def dropped(x):
+    torch.manual_seed(3)
+    return F.dropout(F.gelu(x), 0.4)
+
+
+NORM, NORM4 = norm(), norm((4,))
+# producer, shape of its input, the kind and code that `find` gives
+PRODUCERS = {
+    "norm": (NORM, (2, 5, K), "LayerNorm", recompute.LAYER_NORM),
+    "norm without bias": (norm(bias=False), (5, K), "LayerNorm", recompute.LAYER_NORM),
+    "norm without weight": (norm(affine=False), (5, K), "LayerNorm", recompute.LAYER_NORM),
+    "norm over two dims": (norm((5, K)), (2, 5, K), "LayerNorm", recompute.PLAIN),
+    "norm of strided rows": (lambda x: NORM(x[:, ::2]), (3, 9, K), "LayerNorm", 1),
+    "norm, rows in one": (lambda x: NORM(x).flatten(0, 1), (2, 5, K), "LayerNorm", 1),
+    "norm, features regrouped": (lambda x: NORM4(x).flatten(1), (5, 3, 4), "a view", 0),
+    "gelu": (F.gelu, (2, 5, K), "GELU", recompute.GELU),
+    "gelu, tanh": (partial(F.gelu, approximate="tanh"), (5, K), "GELU", recompute.GELU_TANH),
+    "silu": (F.silu, (5, K), "SiLU", recompute.PLAIN),
+    "gated": (lambda x: F.silu(x[..., :K]) * x[..., K:], (2, 5, 2 * K), "a product", 0),
+    "quick gelu": (lambda x: x * torch.sigmoid(1.702 * x), (5, K), "a product", 0),
+    "dropout": (dropped, (5, K), "a product", 0),
+    "rms norm": (nn.RMSNorm(K, dtype=torch.float64).requires_grad_(False), (5, K), "a product", 0),
+    "rms norm, by hand": (rms_norm, (2, 5, K), "a product", 0),
+    "windows of a norm": (lambda x: windows(NORM(x)), (2, 3, 5, K), "a view", 0),
+    "attention": (attention, (2, 5, K), "a view", 0),
+}  # fmt: skip
+
+
+def drawn(shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype).mul_(2).requires_grad_()
+
+
+def produced(name, dtype=torch.float64):
+    """(the producer's input, x)."""
+    producer, shape, *_ = PRODUCERS[name]
+    producer = copy.deepcopy(producer).to(dtype) if isinstance(producer, nn.Module) else producer
+    h = drawn(shape, dtype)
+    torch.manual_seed(1)
+    return h, producer(h * 1.5)
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_x_is_made_again(name):
+    _, x = produced(name)
+    source = recompute.find(x)
+    assert (source.recipe.kind, source.recipe.code) == PRODUCERS[name][2:]
+    assert source.attached
+    with torch.no_grad():
+        made = source.recipe(source.kept).reshape(x.shape)
+    torch.testing.assert_close(made, x.detach(), rtol=1e-13, atol=1e-13)
+    assert (made - made.mean()).abs().max() > 0.1
+
+
+def test_batches_of_all_sizes_have_one_recipe():
+    found = {
+        id(recompute.find(windows(NORM(drawn((size, 3, 5, K)) * 1))).recipe) for size in (1, 2, 5)
+    }
+    assert len(found) == 1
+
+
+def layer(dtype=torch.float64, **options):
+    torch.manual_seed(2)
+    made = FusedEFFTLinear(K, N, rank=3, slices=2, dtype=dtype, **options)
+    with torch.no_grad():
+        for parameter in made.factors.parameters():
+            parameter.normal_()
+    made.weight.requires_grad_(False)
+    return made
+
+
+def step(name, remakes, dtype=torch.float64, trains_weight=False):
+    """[y, the gradients of the producer's input and of all that trains], and what was kept."""
+    linear = layer(dtype)
+    linear.weight.requires_grad_(trains_weight)
+    linear.remakes_input = remakes
+    h, x = produced(name, dtype)
+    y = linear(x)
+    y.sin().sum().backward()
+    assert linear.input_from == (PRODUCERS[name][2] if remakes else "kept")
+    grads = [p.grad for p in linear.parameters() if p.requires_grad]
+    assert all(g is not None and g.abs().max() > 0 for g in (h.grad, *grads))
+    return [y.detach(), h.grad, *grads]
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("trains_weight", [False, True])
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_gradients_are_those_of_a_linear_that_keeps_x(name, trains_weight):
+    found = step(name, True, trains_weight=trains_weight)
+    expected = step(name, False, trains_weight=trains_weight)
+    assert torch.equal(found[0], expected[0])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("name", ["norm", "norm without bias", "gelu", "gelu, tanh"])
+def test_gradients_in_float32(name):
+    """The kernel's own GELU: as near to float64 as x's rounding lets it be."""
+    found = step(name, True, torch.float32)
+    expected = step(name, False, torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 4e-6 * b.abs().max()
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("name", ["gelu", "gelu, tanh"])
+def test_the_whole_range_of_an_activation(name):
+    """With dY = 1, d_down is a sum of x over the rows: here of few, so that it shows each value."""
+    activation = PRODUCERS[name][0]
+    linear, exact = layer(torch.float32), layer()
+    exact.load_state_dict(linear.state_dict())
+    h = torch.linspace(-14, 14, 3000 * K).view(-1, K)
+    h[:5, 0] = torch.tensor([1e4, -1e4, 1e-30, 0.0, -0.0])
+    for rows in h.split(4):
+        found, expected = (
+            torch.autograd.grad(
+                each(activation(rows.to(each.weight.dtype).requires_grad_() * 1)).sum(),
+                each.factors.U,
+            )[0]
+            for each in (linear, exact)
+        )
+        assert (found - expected).abs().max() <= 2e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["norm", "gelu", "gated", "windows of a norm"])
+def test_under_autocast(name, dtype):
+    def run(remakes):
+        linear = layer(torch.float32)
+        linear.remakes_input = remakes
+        producer, shape, *_ = PRODUCERS[name]
+        h = drawn(shape, torch.float32)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype):
+            wide = h.double() * 1.5  # the producers here are in float64
+            x = producer(wide).float()
+        with torch.autocast("cpu", dtype):
+            y = linear(x * 1.0 if x.grad_fn is None else x)
+        y.float().sin().sum().backward()
+        return [h.grad, *(p.grad for p in linear.factors.parameters())]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
+
+
+def saved_bytes(linear, run):
+    """Bytes of the storages that `run` keeps, the linear's own apart, and its result."""
+    own = {p.untyped_storage().data_ptr() for p in linear.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if (address := tensor.untyped_storage().data_ptr()) not in own:
+            kept[address] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), result
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_what_is_kept(name):
+    """Beside what the frozen linear keeps: P, and no x."""
+    producer, shape, *_ = PRODUCERS[name]
+    h = drawn(shape)
+    linear = layer()
+    plain = nn.Linear(K, N, dtype=torch.float64).requires_grad_(False)
+    inner = h * 1.5
+    frozen, y = saved_bytes(plain, lambda: plain(producer(inner)))
+    found, _ = saved_bytes(linear, lambda: linear(producer(inner)))
+    p = y.numel() // N * 3 * 8
+    small = sum(t.numel() * 8 for t in linear.current_factors())
+    assert frozen < found <= frozen + p + small
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_second_derivative(name):
+    linear = layer()
+    producer, shape, *_ = PRODUCERS[name]
+
+    def run(h, u, v):
+        parameters = dict(linear.named_parameters()) | {"factors.U": u, "factors.V": v}
+        return torch.func.functional_call(linear, parameters, (producer(h * 1.5),)).sin()
+
+    factors = [linear.factors.U.detach(), linear.factors.V.detach()]
+    inputs = [drawn(shape), *(f.clone().requires_grad_() for f in factors)]
+    first = torch.autograd.grad(run(*inputs).sum(), inputs, create_graph=True)
+    loss = sum(g.pow(2).sum() for g in first)
+    found = torch.autograd.grad(loss, inputs)
+    linear.remakes_input = False
+    first = torch.autograd.grad(run(*inputs).sum(), inputs, create_graph=True)
+    expected = torch.autograd.grad(sum(g.pow(2).sum() for g in first), inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("route")
+def test_a_second_derivative_under_hooks_that_detach_is_an_error():
+    h = drawn((5, K))
+    with saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+        y = layer()(F.gelu(h * 1))
+        with pytest.raises(RuntimeError, match="fuse='off'"):
+            torch.autograd.grad(y.sum(), h, create_graph=True)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("name", ["norm", "gelu", "gated"])
+def test_backward_twice_and_of_parts(name):
+    linear = layer()
+    h, x = produced(name)
+    loss = linear(x).sin().sum()
+    wanted = [h, *linear.factors.parameters()]
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    of_factors = torch.autograd.grad(loss, wanted[1:], retain_graph=True)
+    second = torch.autograd.grad(loss, wanted)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(first[1:], of_factors, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_works_alone(reentrant):
+    linear, h = layer(), drawn((5, K))
+
+    def run(h):
+        return linear(F.gelu(h * 1.5)).sin()
+
+    def grads(y):
+        y.sum().backward()
+        found = [h.grad, *(p.grad for p in linear.factors.parameters())]
+        h.grad = None
+        linear.zero_grad()
+        return found
+
+    expected = grads(run(h))
+    for a, b in zip(grads(checkpoint(run, h, use_reentrant=reentrant)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_be_made_is_kept():
+    h = drawn((5, K))
+    assert recompute.find(h) is None  # a leaf
+    assert recompute.find(h.detach()) is None
+    assert recompute.find(h + 1) is None  # a sum keeps nothing
+    assert recompute.find(F.relu(h * 1)) is None  # kept by its producer
+    with torch.no_grad():
+        assert recompute.find(F.gelu(h)) is None
+    written = F.gelu(h * 1)
+    with torch.no_grad():
+        written.mul_(2)  # leaves the graph as it was
+    assert recompute.find(written) is None
+    assert recompute.find(F.gelu(h * 1).mul_(2)) is None
+    assert recompute.find(F.gelu(drawn((0, K)) * 1)) is None
+    freed = F.gelu(h * 1)
+    freed.sum().backward()
+    assert recompute.find(freed) is None
+    rewritten = h * 1
+    x = F.gelu(rewritten)
+    rewritten.add_(1)
+    assert recompute.find(x) is None
+    with save_on_cpu():
+        assert recompute.find(F.gelu(h * 1)) is None
+    found = []
+    checkpoint(lambda h: found.append(recompute.find(F.gelu(h))), h * 1, use_reentrant=False)
+    assert found == [None]
+    deep = h * 1
+    for _ in range(40):
+        deep = deep.transpose(0, 1)
+    assert recompute.find(deep.contiguous()) is None
+
+
+@pytest.mark.usefixtures("route")
+def test_hooks_and_other_readers_of_x_see_what_they_saw():
+    """The gradient of x is whole, and a gradient with respect to x can be asked for."""
+    linear, h = layer(), drawn((5, K))
+    x = F.gelu(h * 1)
+    seen = []
+    x.register_hook(seen.append)
+    (linear(x) * x[:, :N]).sum().backward()
+    plain = F.gelu(h.detach()).requires_grad_()
+    linear.remakes_input = False
+    (linear(plain) * plain[:, :N]).sum().backward()
+    torch.testing.assert_close(seen[0], plain.grad, rtol=1e-12, atol=1e-12)
+    linear.remakes_input = True
+    x = F.gelu(h * 1)
+    (wanted,) = torch.autograd.grad(linear(x).sum(), x)
+    expected = torch.ones(5, N, dtype=torch.float64) @ (linear.weight + linear.delta_weight())
+    torch.testing.assert_close(wanted, expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("route")
+def test_a_step_leaves_nothing_behind():
+    h = drawn((5, K))
+    x = F.gelu(h * 1)
+    gone = weakref.ref(x)
+    layer()(x).sum().backward()
+    del x
+    assert gone() is None
+    gc.collect()
+
+
+def test_writing_to_what_is_kept_is_an_error():
+    inner = drawn((5, K)) * 1
+    y = layer()(F.gelu(inner))
+    inner.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_compiled():
+    linear = layer(torch.float32)
+    h = drawn((5, K), torch.float32)
+
+    def run(h):
+        return linear(F.gelu(h * 1.5))
+
+    def grads(run):
+        run(h).sin().sum().backward()
+        found = [h.grad, *(p.grad for p in linear.factors.parameters())]
+        h.grad = None
+        linear.zero_grad()
+        return found
+
+    expected = grads(run)
+    found = grads(torch.compile(run, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
