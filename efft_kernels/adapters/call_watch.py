@@ -168,7 +168,7 @@ class CallWatch:
 
 def _learns(model: nn.Module, site: str) -> bool:
     """Whether a linear's factors are meant to get a gradient."""
-    bank: Any = model.get_submodule("factor_bank")
+    bank = next(child for child in model.children() if isinstance(child, FactorBank))
     layer = _layer(model, site)
     if layer is not None and layer.merged:
         return False
