@@ -166,11 +166,11 @@ class FactorBank(nn.Module):
 
 
 _OWN_SITE = "self"
+_BASE_WEIGHT = "base_weight"
 _OWN_ATTRIBUTES = (
     *("backend", "strategy", "_bank", "_site", "_base_weight"),
     *("shared_input", "remakes_input", "input_from"),
 )
-_BASE_WEIGHT = "base_weight"
 _WAY_OUT = (
     "make it permanent first, by torch.nn.utils.prune.remove, remove_weight_norm,"
     " remove_spectral_norm or parametrize.remove_parametrizations"
@@ -312,7 +312,13 @@ class FusedEFFTLinear(nn.Linear):
 
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear with this layer's present weight, bias, hooks and training flag,
-        factors left behind."""
+        factors left behind.
+
+        Raises:
+            RuntimeError: it was parametrized since, which is a matter of its class.
+        """
+        if parametrize.is_parametrized(self):
+            raise RuntimeError(f"a parametrized layer cannot become a plain one: {_WAY_OUT}")
         linear = nn.Linear.__new__(nn.Linear)
         state = _module_state(self)
         for name in _OWN_ATTRIBUTES:

@@ -153,6 +153,7 @@ class Adapter:
         """Remove the adapter: the linears are plain nn.Linear again, merged ones stay merged.
 
         Each parameter's requires_grad is as it was before `attach`; the head keeps what it learnt.
+        On an error, as of a layer that was parametrized since, the adapter is as it was.
         Buffers that training changed (BatchNorm's statistics) are those of the base model again;
         with a merged adapter they stay, as its weights do: both belong to the adapted model.
 
@@ -164,6 +165,8 @@ class Adapter:
                 has sharded the model.
         """
         attachment = self._attachment
+        for layer in self.layers().values():
+            layer.to_linear()  # raises before anything has changed
         if self.bank.mixing:
             raise RuntimeError("detach() must not be called within AdapterSet.tasks()")
         check_not_sharded(

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune
 
@@ -388,6 +389,24 @@ class TestMerged:
         assert not adapter.merged and bits(model).keys() == before.keys()
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
+    def test_detaching_is_all_or_nothing(self, adapted):
+        model, adapter = adapted()
+        nn.utils.parametrizations.weight_norm(model.blocks[1].mlp.fc2)
+        expected, modules = model(IMAGES), [id(module) for module in model.modules()]
+        with pytest.raises(RuntimeError, match=r"cannot become a plain one.*remove_param"):
+            adapter.detach()
+        assert [id(module) for module in model.modules()] == modules
+        assert torch.equal(model(IMAGES), expected)
+
+    def test_pruned_since_it_is_detached_pruned(self, adapted):
+        model, adapter = adapted()
+        prune.l1_unstructured(model.blocks[1].mlp.fc2, "weight", 0.5)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.zero_()
+        expected = model(IMAGES)
+        torch.testing.assert_close(adapter.detach()(IMAGES), expected)
+
     def test_in_inference_mode(self, adapted):
         model, adapter = adapted()
         before = bits(model)
@@ -476,6 +495,17 @@ class TestChecksum:
             content[place] ^= 4
         (tmp_path / "a").write_bytes(content)
         load(make_vit(), tmp_path / "a")
+
+    def test_a_file_without_one_is_loaded(self, adapted, make_vit, tmp_path):
+        model, adapter = adapted()
+        adapter.save(tmp_path / "a")
+        with safe_open(tmp_path / "a", "pt") as file:
+            metadata = file.metadata()
+        assert len(metadata.pop("sha256")) == 64
+        save_file(load_file(tmp_path / "a"), tmp_path / "b", metadata=metadata)
+        other = make_vit().eval()
+        load(other, tmp_path / "b")
+        assert torch.equal(other(IMAGES), model(IMAGES))
 
     def test_a_set_finds_it_too(self, adapted, tmp_path):
         _, adapter = adapted()
