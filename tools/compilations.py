@@ -27,9 +27,12 @@ import triton
 from torch import Tensor
 
 from efft_kernels.ops.backends import triton as backend
+from efft_kernels.ops.backends.chain_steps import Norm
 from efft_kernels.ops.backends.fallback import padded_rank
 from efft_kernels.ops.backends.triton import configs, launch_cache, tuning
+from efft_kernels.ops.backends.triton.chain import TritonSteps, configs_for
 from efft_kernels.ops.backends.triton.configs import GemmConfig, PassConfig
+from efft_kernels.ops.backends.triton.remake import launch_remake
 from efft_kernels.testing.fake_gpu import fake_gpu
 
 ARCHS = (80, 90, 100)
@@ -44,6 +47,8 @@ CALLS = (
     ("fused", "dx d_down"), ("split", "dx d_down"),
 )  # fmt: skip
 MERGED = (("merged", "forward"), ("merged", "backward"))
+# Of a chain's stream: a block of columns divides the first and not the second.
+STREAMS = (768, 1000)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The matrix instruction of each architecture; mma.sync is the right one for what wgmma cannot take.
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC.*MMA"}
@@ -152,6 +157,39 @@ class Recorder:
             self._run(tensors, CALLS)
             self._choice += 1
 
+    def record_chain(self, dtype: str, k: int, rank: int) -> None:
+        """Run all steps of a chain's blocks over a float32 stream of K columns, its GEMMs in
+        `dtype`, and what makes a norm's output again."""
+        self._layer = Layer(dtype, False, rank, "even", "", False, False, False)
+        self._call = f"chain K{k}"
+        launch_cache.forget()
+        steps, half = TritonSteps(configs_for(k, rank, None)), DTYPES[dtype]
+
+        def empty(*size: int, dtype: torch.dtype = half) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
+
+        def wide(*size: int) -> Tensor:
+            return empty(*size, dtype=torch.float32)
+
+        norm = Norm(wide(k), wide(k), 1e-6)
+        z, dz = wide(ROWS, k), wide(ROWS, k)
+        y, dx, p, down = empty(ROWS, k), empty(ROWS, k), empty(ROWS, rank), empty(k, rank)
+        steps.norm(z, None, norm, down, half)
+        normed = steps.norm(z, y, norm, down, half)
+        statistics = normed.z, normed.mean, normed.rstd
+        steps.norm_grad(dx, *statistics, norm, dz)
+        sums = [steps.norm_down_grad(*statistics, norm, p), steps.tall_grad(y, steps.thin(y, down))]
+        s, sum_b = steps.thin_grad(y, down, p)
+        steps.gather_grad([y, y, y], empty(3 * k, rank), s, True)
+        steps.gather_grad([y, y, y], empty(3 * k, rank), s, False)
+        steps.finish(sum_b, *sums)
+        steps.finish(*sums)
+        for gamma in (None, wide(1, k)):
+            steps.merge([wide(k, k)], empty(1, k, rank), empty(1, k, rank), gamma)
+        for x in (z, y):
+            launch_remake(x, normed.mean, normed.rstd, norm.weight, norm.bias)
+            launch_remake(x, normed.mean, normed.rstd, None, None)
+
     def _run(self, tensors: list[Any], calls: tuple[tuple[str, str], ...]) -> None:
         x, weight, _, down, core, up = tensors
         dy, p = x.new_empty(ROWS, len(weight)), x.new_empty(ROWS, self._layer.rank)
@@ -237,6 +275,7 @@ class Recorder:
 def rows(archs: Iterable[int] = ARCHS, of: Iterable[Layer] | None = None) -> list[Row]:
     """Every distinct compilation that the layers need, in the order in which they come up."""
     every = list(layers() if of is None else of)
+    chains = [("bf16", k, rank) for k in STREAMS for rank in RANKS] + [("fp16", STREAMS[0], 16)]
     found: list[Row] = []
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
@@ -253,6 +292,8 @@ def rows(archs: Iterable[int] = ARCHS, of: Iterable[Layer] | None = None) -> lis
                 for layer in every:
                     matmul.fp32_precision = "ieee" if layer.ieee else "tf32"
                     recorder.record(layer)
+                for dtype, k, rank in chains if of is None else ():
+                    recorder.record_chain(dtype, k, rank)
             finally:
                 matmul.fp32_precision = before
         found += recorder.rows.values()

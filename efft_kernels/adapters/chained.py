@@ -40,11 +40,14 @@ class _Block(NamedTuple):
     norm2: nn.LayerNorm
     fc1: FusedEFFTLinear
     fc2: FusedEFFTLinear
+    scale1: Any  # timm's LayerScale, or nn.Identity
+    scale2: Any
 
     @classmethod
     def of(cls, block: Any) -> _Block:
         attn, mlp = block.attn, block.mlp
-        return cls(block.norm1, attn, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+        linears = attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2
+        return cls(block.norm1, attn, *linears, block.ls1, block.ls2)
 
     @property
     def linears(self) -> tuple[FusedEFFTLinear, ...]:
@@ -77,8 +80,11 @@ class _Parts:
         self._dropouts = [module for module in modules if type(module) is nn.Dropout]
         self._gelus = [module for module in modules if type(module) is nn.GELU]
         self._norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
-        self._parametrised: list[nn.Module] = [*self._norms, *self.linears]
-        self._required = [(module, "weight") for module in self._parametrised]
+        scales = [s for block in self.blocks for s in (block.scale1, block.scale2)]
+        scales = [scale for scale in scales if type(scale) is not nn.Identity]
+        self._parametrised: list[nn.Module] = [*self._norms, *self.linears, *scales]
+        self._required = [(module, "weight") for module in (*self._norms, *self.linears)]
+        self._required += [(scale, "gamma") for scale in scales]
         self._required += [(norm, "bias") for norm in self._norms]
         self._without_bias = [(linear, linear.bias is None) for linear in self.linears]
 
@@ -162,19 +168,20 @@ class _Parts:
             chains.Layer(
                 _norm(block.norm1),
                 _adapted(block.qkv),
-                _adapted(block.proj),
+                _adapted(block.proj, block.scale1),
                 _norm(block.norm2),
                 _adapted(block.fc1),
-                _adapted(block.fc2),
+                _adapted(block.fc2, block.scale2),
                 self.heads,
             )
             for block in self.blocks
         ]
 
 
-def _adapted(linear: FusedEFFTLinear) -> chains.Adapted:
+def _adapted(linear: FusedEFFTLinear, scale: Any = None) -> chains.Adapted:
     down, core, up = linear._bank[0].factors(linear._site, linear.training)
-    return chains.Adapted(linear.weight, linear.bias, down, fold(core, up))
+    gamma = getattr(scale, "gamma", None)
+    return chains.Adapted(linear.weight, linear.bias, down, fold(core, up), gamma)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -305,11 +312,11 @@ def _check_blocks(blocks: Any) -> None:
         timm.Block: {
             "norm1": norms,
             "attn": (timm.Attention,),
-            "ls1": (nn.Identity,),
+            "ls1": (nn.Identity, timm.LayerScale),
             "drop_path1": (nn.Identity,),
             "norm2": norms,
             "mlp": (timm.Mlp,),
-            "ls2": (nn.Identity,),
+            "ls2": (nn.Identity, timm.LayerScale),
             "drop_path2": (nn.Identity,),
         },
         timm.Attention: {
@@ -364,6 +371,13 @@ def _check_sizes(block: Any, where: str, first: Any) -> None:
         first.attn.num_heads
     ):
         raise _Unlike(f"{where} has other sizes than the first block")
+    if any(type(getattr(block, ls)) is not type(getattr(first, ls)) for ls in ("ls1", "ls2")):
+        raise _Unlike(f"{where} has not the first block's kind of LayerScale")
+    if any(
+        getattr(s, "gamma", None) is not None and s.gamma.shape != (k,)
+        for s in (block.ls1, block.ls2)
+    ):
+        raise _Unlike(f"a LayerScale of {where} is not one of {k} numbers")
     for norm in (block.norm1, block.norm2):
         if norm.normalized_shape != (k,) or norm.weight is None or norm.bias is None:
             raise _Unlike(f"a norm of {where} is not one of {k} weights and biases")

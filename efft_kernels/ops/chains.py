@@ -348,12 +348,21 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class Adapted(NamedTuple):
-    """An adapted linear of one layer as the model has it."""
+    """An adapted linear of one layer as the model has it, and the LayerScale after it."""
 
     weight: Tensor  # [N, K]
     bias: Tensor | None  # [N]
     down: Tensor  # [K, r], differentiable
     b: Tensor  # [N, r], differentiable
+    gamma: Tensor | None = None  # [N], of all layers' linears of one kind or of none
+
+    def scaled(self) -> Adapted:
+        """The same with γ in bias and B, and to be put in the weight as it is merged:
+        γ·(x·W^T + bias + P·B^T) = x·(γ·W)^T + γ·bias + P·(γ·B)^T."""
+        if self.gamma is None:
+            return self
+        bias = None if self.bias is None else self.bias * self.gamma
+        return self._replace(bias=bias, b=self.b * self.gamma.to(self.b.dtype).unsqueeze(1))
 
 
 class Layer(NamedTuple):
@@ -378,6 +387,9 @@ def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:
     """
     images, z = x.shape[0], x.flatten(0, 1).contiguous()
     with launch_context(x.device):
+        layers = [
+            layer._replace(proj=layer.proj.scaled(), fc2=layer.fc2.scaled()) for layer in layers
+        ]
         biases = _in_dtype([a.bias for layer in layers for a in _linears(layer)], engine.dtype)
         kinds = zip(*map(_linears, layers), strict=True)
         stacks = [
@@ -409,7 +421,9 @@ def _stack(
         torch.stack(parts).to(engine.dtype)
         for parts in ([a.down for a in kind], [a.b for a in kind])
     )
-    merged = engine.steps.merge([a.weight for a in kind], b, down)
+    gammas = [a.gamma for a in kind if a.gamma is not None]
+    gamma = torch.stack(gammas).to(kind[0].weight.dtype) if gammas else None
+    merged = engine.steps.merge([a.weight for a in kind], b, down, gamma)
     stacks = zip(merged.unbind(), biases, down.unbind(), b.unbind(), strict=True)
     return [Linear(*own) for own in stacks]
 

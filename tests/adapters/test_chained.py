@@ -69,10 +69,10 @@ def runs(monkeypatch):
 def models(make_vit, randomize):
     """(a chained model, the same attached with fuse="pairs"), in float64 and training."""
 
-    def make(method=EFFT, depth=2, **options):
+    def make(method=EFFT, depth=2, init_values=None, **options):
         pair = []
         for fuse in ("auto", "pairs"):
-            model = make_vit(dtype=torch.float64, depth=depth)
+            model = make_vit(dtype=torch.float64, depth=depth, init_values=init_values)
             adapter = attach(model, method, fuse=fuse, **options)
             torch.manual_seed(5)
             randomize(adapter)
@@ -111,6 +111,27 @@ def test_is_the_model_of_lone_linears(models, images, runs, method):
     model, twin = models(method)
     close(step(model, images), step(twin, images))
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_layer_scale(models, images, runs, method):
+    """DINOv2's and DeiT-3's: γ goes into the merged weight, the bias and B."""
+    model, twin = models(method, init_values=0.3)
+    assert model.blocks[0].ls1.gamma.std() > 0.01
+    found = step(model, images)
+    close(found, step(twin, images))
+    assert len(runs) == 1
+    model.blocks[1].ls2.gamma.requires_grad_()
+    twin.blocks[1].ls2.gamma.requires_grad_()
+    close(step(model, images), step(twin, images))
+    assert len(runs) == 1  # a γ that trains is for the modules
+
+
+def test_one_block_without_layer_scale(make_vit):
+    model = make_vit(init_values=0.3)
+    model.blocks[1].ls2 = nn.Identity()
+    why = attach(model, EFFT).describe().alone
+    assert why == "blocks.1 has not the first block's kind of LayerScale"
 
 
 class TestTraining:
@@ -577,7 +598,7 @@ class TestAttach:
         [
             ({"distilled": True}, {}, "VisionTransformerDistilled is not timm's"),
             ({"qk_norm": True}, {}, "blocks.0.attn.q_norm is a LayerNorm"),
-            ({"init_values": 0.1}, {}, "blocks.0.ls1 is a LayerScale"),
+            ({"scale_mlp_norm": True}, {}, "blocks.0.mlp.norm is a LayerNorm"),
             ({"drop_path_rate": 0.1}, {}, "blocks.1.drop_path1 is a DropPath"),
             ({"act_layer": nn.SiLU}, {}, "blocks.0.mlp.act is a SiLU"),
             ({}, {"targets": "mhsa"}, "blocks.0.mlp.fc1 is a Linear"),

@@ -23,12 +23,13 @@ def draw(*size: int, grad: bool = False) -> Tensor:
     return (torch.randn(size, dtype=torch.float64) / 2).requires_grad_(grad)
 
 
-@pytest.fixture
-def layers() -> list[Layer]:
+@pytest.fixture(params=[False, True], ids=["", "LayerScale"])
+def layers(request: pytest.FixtureRequest) -> list[Layer]:
     def adapted(kind: str) -> Adapted:
         (n, k), r = SIZES[kind], RANKS[kind]
         bias = None if kind == "proj" else draw(n)
-        return Adapted(draw(n, k), bias, draw(k, r, grad=True), draw(n, r, grad=True))
+        gamma = 1 + draw(n) if request.param and kind in ("proj", "fc2") else None
+        return Adapted(draw(n, k), bias, draw(k, r, grad=True), draw(n, r, grad=True), gamma)
 
     def layer() -> Layer:
         norms = [Norm(1 + draw(K), draw(K), 1e-5) for _ in range(2)]
@@ -47,7 +48,8 @@ def plain(x: Tensor, layers: list[Layer]) -> Tensor:
     """The blocks in torch's operators, as timm writes them."""
 
     def linear(x: Tensor, a: Adapted) -> Tensor:
-        return F.linear(x, a.weight, a.bias) + x @ a.down @ a.b.T
+        y = F.linear(x, a.weight, a.bias) + x @ a.down @ a.b.T
+        return y if a.gamma is None else a.gamma * y
 
     def norm(x: Tensor, n: Norm) -> Tensor:
         return F.layer_norm(x, [K], n.weight, n.bias, n.eps)

@@ -18,7 +18,7 @@ from efft_kernels.ops.backends.fallback import padded_rank  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device  # noqa: E402
 from efft_kernels.ops.backends.triton.configs import GemmConfig  # noqa: E402
 from efft_kernels.testing.fake_gpu import fake_gpu  # noqa: E402
-from tools import compile_triton  # noqa: E402
+from tools import compilations, compile_triton  # noqa: E402
 from tools.compilations import Layer, Row, layers, rows, sample  # noqa: E402
 from tools.compile_triton import compile_row  # noqa: E402
 
@@ -201,3 +201,16 @@ def test_the_command_writes_its_rows_and_fails_with_one_of_them(monkeypatch, tmp
     assert good["kernel"] == "reduce" and good["arch"] == "80" and good["problems"] == ""
     assert int(good["registers"]) > 0 and good["stack_bytes"] == "0"
     assert bad["problems"] == "no HMMA in the machine code"
+
+
+def test_the_kernels_of_a_chain_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilations, "layers", lambda: iter(()))
+    found = rows((90,))
+    assert {row.kernel for row in found} == {
+        *("norm_fwd", "norm_bwd", "norm_down_grad", "merge_stack", "remake"),
+        *("gather", "reduce", "thin", "thin_grad", "tall_grad"),
+    }
+    norm = [row for row in found if row.kernel == "norm_fwd"]
+    assert {row.rank for row in norm} == set(compilations.RANKS)
+    # With the branch before it and without, for both widths and for float16.
+    assert len(norm) == 2 * (2 * len(compilations.RANKS) + 1)

@@ -45,11 +45,14 @@ class TorchSteps:
         """The gradients of two sums, or of three, the first two of them of equal rank."""
         return sums
 
-    def merge(self, weights: Sequence[Tensor], b: Tensor, down: Tensor) -> Tensor:
-        """W + B·down^T [L, N, K] in B's dtype, rounded once, for L weights [N, K] and stacks
-        [L, N, r] and [L, K, r].
+    def merge(
+        self, weights: Sequence[Tensor], b: Tensor, down: Tensor, gamma: Tensor | None = None
+    ) -> Tensor:
+        """γ·W + B·down^T [L, N, K] in B's dtype, rounded once, for L weights [N, K] and stacks
+        [L, N, r] and [L, K, r]; γ [L, N], or None.
         """
         stack = torch.stack(list(weights))
+        stack = stack if gamma is None else stack * gamma.unsqueeze(2)
         return torch.baddbmm(stack, b.to(stack.dtype), down.mT.to(stack.dtype)).to(b.dtype)
 
     def norm(

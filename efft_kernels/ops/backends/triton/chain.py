@@ -101,10 +101,12 @@ class TritonSteps(TorchSteps):
         launch_reduce((first, second, third), self._cache("finish", sums[0].sums, *key))
         return tuple(found)
 
-    def merge(self, weights: Sequence[Tensor], b: Tensor, down: Tensor) -> Tensor:
+    def merge(
+        self, weights: Sequence[Tensor], b: Tensor, down: Tensor, gamma: Tensor | None = None
+    ) -> Tensor:
         weight = weights[0]
-        cache = self._cache("merge", b, weight.shape, weight.dtype)
-        return launch_merge_stack(weights, b, down, cache)
+        cache = self._cache("merge", b, weight.shape, weight.dtype, gamma is None)
+        return launch_merge_stack(weights, b, down, gamma, cache)
 
     def norm(
         self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""The merged weights of all layers of one kind: W + B·down^T, in a few launches.
+"""The merged weights of all layers of one kind: γ·W + B·down^T, in a few launches.
 
 The weights are read where they lie, in their own dtype: the sum is formed in float32 and rounded
 once, so that an increment below half an ulp of a rounded W is not lost. A launch takes up to
@@ -28,6 +28,7 @@ def _merge_stack_kernel(
     weight_1_ptr,
     weight_2_ptr,
     weight_3_ptr,
+    gamma_ptr,  # [layers, N] float32, contiguous, or None
     b_ptr,  # [layers, N, ra], contiguous
     down_ptr,  # [layers, K, ra], contiguous
     out_ptr,  # [layers, N, K], contiguous
@@ -58,6 +59,9 @@ def _merge_stack_kernel(
     weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = b_ptr.dtype.element_ty
     first = layer.to(tl.int64)
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + first * N + offs_n, mask=offs_n < N, other=0.0)
+        weight *= gamma[:, None]
     b = _factor(b_ptr + first * N * ra, offs_n, offs_a, ra, N, dtype)
     down = _factor(down_ptr + first * K * ra, offs_k, offs_a, ra, K, dtype)
     merged = weight + tl.dot(b, tl.trans(down), input_precision=PRECISION)
@@ -69,9 +73,10 @@ def launch_merge_stack(
     weights: Sequence[Tensor],  # L of [N, K]
     b: Tensor,  # [L, N, Ra]
     down: Tensor,  # [L, K, Ra]
+    gamma: Tensor | None = None,  # [L, N] float32
     cache: CallCache | None = None,
 ) -> Tensor:
-    """W + B·down^T [L, N, K] in B's dtype; all contiguous."""
+    """γ·W + B·down^T [L, N, K] in B's dtype; all contiguous."""
     n, k = weights[0].shape
     out = b.new_empty(len(weights), n, k)
     for first in range(0, len(weights), WEIGHTS):
@@ -79,7 +84,8 @@ def launch_merge_stack(
         own = weights[part]
         launch = once(cache, f"merge_stack {len(own)}", _prepare_merge_stack, k, b[part])
         padded = (*own, *[own[-1]] * (WEIGHTS - len(own)))
-        launch((*padded, b[part], down[part], out[part]))
+        scales = None if gamma is None else gamma[part]
+        launch((*padded, scales, b[part], down[part], out[part]))
     return out
 
 

@@ -35,14 +35,19 @@ def test_gather(copy, config, dtype, device):
     assert_within_budget(found, plain, exact)
 
 
-def test_merge_stack(dtype, device):
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "LayerScale"])
+def test_merge_stack(scaled, dtype, device):
     """Two layers of a weight that no tile divides."""
     torch.manual_seed(0)
     weight, b, down = (
         make(2, *s, dtype=dtype, device=device) for s in ((71, C), (71, RA), (C, RA))
     )
-    found = launch_merge_stack(weight, b, down)
-    plain = torch.baddbmm(weight, b, down.mT)
-    exact = torch.baddbmm(weight.double(), b.double(), down.double().mT)
+    gamma = 1 + make(2, 71, dtype=torch.float32, device=device) / 2 if scaled else None
+    found = launch_merge_stack(weight, b, down, gamma)
+    if gamma is None:
+        gamma = torch.ones(2, 71, device=device)
+    plain = torch.baddbmm((weight * gamma[:, :, None]).to(dtype), b, down.mT)
+    wide = weight.double() * gamma.double()[:, :, None]
+    exact = torch.baddbmm(wide, b.double(), down.double().mT)
     assert found.dtype == dtype
     assert_within_budget({"w": found}, {"w": plain}, {"w": exact})

@@ -32,6 +32,9 @@ def steps_of(index):
         "merge": (
             lambda s, o, _: s.merge([o["W_z"], 2 * o["W_z"]] * 3, o["B_stack"], o["down_stack"])
         ),
+        "scaled merge": lambda s, o, _: s.merge(
+            [o["W_z"], 2 * o["W_z"]] * 3, o["B_stack"], o["down_stack"], o["gammas_z"]
+        ),
         "first norm": lambda s, o, d: s.norm(o["z"], None, norm(o), o["down"], d),
         "norm": lambda s, o, d: s.norm(o["z"], o["y"], norm(o), o["down"], d),
         "norm_grad": lambda s, o, _: s.norm_grad(o["y"], *normed(o), norm(o), o["dz"]),
@@ -60,6 +63,7 @@ def operands(dtype, device):
         "z": (M, K), "dz": (M, K), "w_z": (K,), "b_z": (K,), "W_z": (C, K), "y": (M, K),
         "down": (K, R), "s": (M, R), "h": (M, C), "da": (M, C), "B": (C, R), "B_qkv": (3 * K, R),
         "qkv": (M, 3 * K), "s_wide": (M, 19), "B_stack": (6, C, R), "down_stack": (6, K, R),
+        "gammas_z": (6, C),
     }  # fmt: skip
     return {
         name: torch.randn(size, generator=generator).to(
@@ -91,7 +95,7 @@ def tensors(found):
 @pytest.mark.parametrize(
     "step",
     [
-        "merge", "first norm", "norm", "norm_grad", "thin", "sums", "gather_grad",
+        "merge", "scaled merge", "first norm", "norm", "norm_grad", "thin", "sums", "gather_grad",
         "gather_grad, no copy", "gelu", "gelu_grad",
     ],
 )  # fmt: skip
