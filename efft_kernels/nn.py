@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
 from .methods.joint import JointFactors
+from .methods.sharded import copy_into, factors_of, is_sharded, whole
 from .methods.tensor_train import Placement, TensorTrainGroup
 from .ops import recompute
 from .ops.backends.torch_backend import fold
@@ -333,7 +334,7 @@ class FusedEFFTLinear(nn.Linear):
 
     def current_factors(self, dropout: bool = False) -> Factors:
         """(down [K, Ra], core [G, Ra, Rb], up [1 or G, N/G, Rb]), differentiable in the factors."""
-        return self._group().factors(self._site, dropout)
+        return factors_of(self._group(), self._site, dropout)
 
     def delta_weight(self) -> Tensor:
         """ΔW [N, K], detached, in float32 (float64 where the factors are)."""
@@ -365,7 +366,11 @@ class FusedEFFTLinear(nn.Linear):
         base = self._stored_weight("merge")
         # A weight made in inference mode could take no part in autograd afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            merged = self.delta_weight().add_(base).to(base.dtype)
+            merged = self.delta_weight().add_(whole(base)).to(base.dtype)
+            if is_sharded(base):  # FSDP2 knows this very parameter
+                self._base_weight = (nn.Parameter(base.detach().clone(), base.requires_grad),)
+                copy_into(base, merged)
+                return
             self.weight = nn.Parameter(merged, requires_grad=base.requires_grad)
         self._base_weight = (base,)
 
@@ -373,7 +378,10 @@ class FusedEFFTLinear(nn.Linear):
         """Put the very base weight back, bit for bit, with the merged one's requires_grad."""
         if self._base_weight:
             merged, (base,) = self._stored_weight("unmerge"), self._base_weight
-            self.weight = base.requires_grad_(merged.requires_grad)
+            if is_sharded(merged):
+                copy_into(merged, base)
+            else:
+                self.weight = base.requires_grad_(merged.requires_grad)
             self._base_weight = ()
 
     def _stored_weight(self, purpose: str) -> nn.Parameter:
@@ -424,7 +432,7 @@ class FusedEFFTLinear(nn.Linear):
         bank = self._bank[0] if self._bank else None
         tasks = None if bank is None else bank.tasks
         if bank is None:
-            down, core, up = self.current_factors(self.training)
+            down, core, up = self._group().factors(self._site, self.training)
         elif tasks is None:
             down, core, up = bank.factors(self._site, self.training)
         else:

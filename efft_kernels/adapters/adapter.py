@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method, Site
+from ..methods.sharded import check_not_sharded, copy_into, factors_of, reshard, stored_state
 from ..nn import FusedEFFTLinear
 from ..ops.checks import FLOAT_DTYPES
 from .adapter_file import (
@@ -32,6 +33,8 @@ from .attachment import (
 )
 from .chained import find_chain, unchain
 from .description import Description
+from .swapping import take_out
+from .torch_attention import allow_fast_paths
 
 
 class Adapter:
@@ -130,6 +133,7 @@ class Adapter:
             RuntimeError: a thread is within `AdapterSet.tasks`, or a weight has since been pruned
                 or parametrized.
         """
+        reshard(self.model)
         unmerged = [layer for layer in self.layers().values() if not layer.merged]
         try:
             for layer in unmerged:
@@ -141,6 +145,7 @@ class Adapter:
 
     def unmerge(self) -> None:
         """Put the base weights back: the very tensors from before `merge`."""
+        reshard(self.model)
         for layer in self.layers().values():
             layer.unmerge()
 
@@ -156,21 +161,25 @@ class Adapter:
             The model.
 
         Raises:
-            RuntimeError: it was detached before, or a thread is within `AdapterSet.tasks`.
+            RuntimeError: it was detached before, a thread is within `AdapterSet.tasks`, or FSDP2
+                has sharded the model.
         """
         attachment = self._attachment
         for layer in self.layers().values():
             layer.to_linear()  # raises before anything has changed
         if self.bank.mixing:
             raise RuntimeError("detach() must not be called within AdapterSet.tasks()")
+        check_not_sharded(
+            self.model, "give its adapter back: save it, and load it on a plain model"
+        )
         layers, merged = self.layers(), self.merged
         unchain(self.model)
-        for name, layer in layers.items():
-            self.model.set_submodule(name, layer.to_linear())
+        take_out(self.model, layers)
         if not merged:
             self._set_buffers({})
         unshare_inputs(self.model)
-        self.bank.joint_factors.unwatch(self.model)
+        allow_fast_paths(self.model, attachment.without_nested_tensors)
+        self.bank.unwatch(self.model)
         set_qkv_bias_separate(self.model, attachment.separated_bias, False)
         delattr(self.model, BANK_NAME)
         for name, parameter in self.model.named_parameters():
@@ -249,7 +258,7 @@ class Adapter:
                 " meta device: call model.to_empty(device=...) and load the base weights first"
             )
         for name, tensor in state.items():
-            if tensor.shape != own[name].shape:
+            if tensor.shape != own[name].shape and not tensor.numel() == own[name].numel() == 1:
                 raise ValueError(
                     f"{name} must be {list(own[name].shape)}, got {list(tensor.shape)}"
                 )
@@ -262,14 +271,15 @@ class Adapter:
                 raise ValueError(f"{name} must be {expected}, got {tensor.dtype}")
         with torch.no_grad():
             for name, tensor in required.items():
-                tensor.copy_(state[name])
+                copy_into(tensor, state[name])
         self._set_buffers(buffers_of(state))
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file of `state_dict` and what `load` checks.
 
         A head that was replaced since `attach` is saved as it is, for models with such a head.
-        `path` holds either the old or the new content, never a part.
+        `path` holds either the old or the new content, never a part. Where FSDP2 has sharded the
+        model, every process has to call this: it gathers whole tensors, and each writes them.
 
         Args:
             path: where to write.
@@ -288,7 +298,7 @@ class Adapter:
             modules_to_train=list(attachment.modules_to_train),
             base_shapes=self._base_shapes(),
         )
-        write_adapter_file(path, header, self.state_dict(), metadata or {})
+        write_adapter_file(path, header, stored_state(self.state_dict()), metadata or {})
 
     def _base_shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name → shape of the plain model as it is by now: its head may have been
@@ -309,7 +319,7 @@ class Adapter:
             `rows` and `groups` as plain data, and which linears may run in a chain; printed with
             rich it is a table.
         """
-        layers = self.layers()
+        calls, modules = self.bank.calls.calls, dict(self.model.named_modules())
         chained = find_chain(self.model)
         sites = chained.sites() if chained else self.bank.unchained or "blocks were replaced"
         alone, sites = (sites, frozenset[str]()) if isinstance(sites, str) else (None, sites)
@@ -322,9 +332,10 @@ class Adapter:
                 "in_features": site.in_features,
                 "out_features": site.out_features,
                 "group": self.bank.group_of[site.name],
-                "rank": layers[site.name].current_factors().down.shape[1],
+                "rank": factors_of(self.bank.group(site.name), site.name).down.shape[1],
                 "fused": "chain" if site.name in sites else "alone",
-                "input": layers[site.name].input_from,
+                "calls": None if calls is None else calls[site.name],
+                "input": getattr(modules.get(site.name), "input_from", None),
             }
             for site in self.sites
         ]

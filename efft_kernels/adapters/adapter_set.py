@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods.sharded import whole
 from ..nn import FactorBank, TaskBatch, check_weight_is_stored
 from .adapter import Adapter
 from .adapter_file import (
@@ -109,7 +110,7 @@ class AdapterSet:
                 f" {differing[:3]}"
             )
         for key, tensor in state.items():
-            if tensor.shape != own[key].shape:
+            if tensor.shape != own[key].shape and not tensor.numel() == own[key].numel() == 1:
                 raise ValueError(
                     f"{key} must be {list(own[key].shape)}, got {list(tensor.shape)} for {name!r}"
                 )
@@ -119,7 +120,9 @@ class AdapterSet:
         """The state in the model's dtypes and place."""
         own = self.adapter.possible_state()
         return {
-            key: tensor.detach().to(own[key].device, own[key].dtype, copy=True)
+            key: whole(tensor.detach())
+            .to(own[key].device, own[key].dtype, copy=True)
+            .view(own[key].shape)
             for key, tensor in state.items()
         }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 
 from ..methods.base import Site
@@ -48,20 +47,6 @@ def classifier_names(model: nn.Module) -> list[str]:
 def is_position_table(name: str) -> bool:
     """Whether a parameter is a positional embedding or bias, which goes with the image size."""
     return bool(_POSITION_TABLE.fullmatch(name.removesuffix(".weight").rpartition(".")[2]))
-
-
-def check_is_called(model: nn.Module, name: str) -> None:
-    """Check that the linear's parent calls it.
-
-    Raises:
-        TypeError: torch's own encoder layer would read the weight directly in eval.
-    """
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise TypeError(
-            f"target {name!r} must be called by its parent, but nn.TransformerEncoderLayer's fast"
-            " path reads its weight in eval: torch.backends.mha.set_fastpath_enabled(False) first"
-        )
 
 
 def find_joined_qkv_bias(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:

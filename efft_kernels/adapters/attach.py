@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ..methods.base import Method, Site, check_choice
+from ..methods.sharded import check_not_sharded
 from ..nn import FusedEFFTLinear, check_weight_is_stored
 from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
 from .adapter_file import Header, errors_about, read_adapter_file, read_header, shorten
 from .architectures import (
-    check_is_called,
     classifier_names,
     find_joined_qkv_bias,
     is_position_table,
@@ -33,8 +33,12 @@ from .attachment import (
     require_plain,
     state_buffers,
 )
+from .bypassed import why_bypassed
+from .call_watch import tell_of_frozen
 from .chained import FUSE, chain
-from .sites import find_sites
+from .sites import find_sites, split_name
+from .swapping import adapted_layer, linear_at, put_in
+from .torch_attention import find_nested_tensors, keep_off_fast_paths
 
 
 def attach(
@@ -45,6 +49,7 @@ def attach(
     layers: int | Iterable[int] | None = None,
     modules_to_train: str | Sequence[str] = ("head",),
     fuse: str = "auto",
+    strict: bool = False,
 ) -> Adapter:
     """Adapt `model` in place: targeted nn.Linear become FusedEFFTLinear, the rest is frozen.
 
@@ -69,19 +74,27 @@ def attach(
             kernels of the adapted linears: timm's VisionTransformer, in training on a GPU under
             autocast to a half precision. "off" keeps every x. `describe` tells what each linear
             does, and why no chain runs.
+        strict: what happens where factors cannot learn: True raises, False warns once. Asked in
+            each forward of the model whose output needs its gradient: a linear that did not run, or
+            ran without gradients (`describe` shows the calls). Asked here: adapters inside `model`,
+            which are frozen with the rest.
 
     Returns:
         The adapter: its parameters, merge, save and detach.
 
     Raises:
-        TypeError: model or method of the wrong kind, a targeted module that is no plain nn.Linear,
-            or one whose weight a hook or a parametrization computes.
+        TypeError: model, method or strict of the wrong kind, a targeted module that is no plain
+            nn.Linear, one whose weight a hook or a parametrization computes, or one whose parent
+            uses its weight without calling it.
         ValueError: already attached; a target, layer or module name that matches nothing; a rank
             that does not fit; a method with no place for a target; weights on several devices;
-            an unknown `fuse`.
+            an unknown `fuse`; with `strict`, an adapter inside `model` that would be frozen.
+        RuntimeError: FSDP2 has sharded the model.
     """
     require_plain(model)
     check_choice("fuse", fuse, FUSE)
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict must be a bool, got {strict!r}")
     if not isinstance(method, Method):
         raise TypeError(
             f"method must be a method's configuration such as EFFT2(rank=16), got {method!r}"
@@ -97,6 +110,7 @@ def attach(
             f" {', '.join(sorted({site.role for site in targeted}))}"
         )
     linears = _plain_linears(model, sites)
+    check_not_sharded(model, "be adapted: call attach or load first")
     weights = [linear.weight for linear in linears.values()]
     # In inference mode the factors could never be trained.
     with torch.inference_mode(False), torch.device(weights[0].device):
@@ -112,18 +126,20 @@ def attach(
             base_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
             required_grad={name: p.requires_grad for name, p in model.named_parameters()},
             separated_bias=find_joined_qkv_bias(model, sites),
+            without_nested_tensors=find_nested_tensors(model, sites),
             base_buffers={
                 name: buffer.detach().clone() for name, buffer in state_buffers(model, trained)
             },
         ),
+        strict,
     )
     # Factors train in at least float32, whatever the weights are stored in.
     bank.to(functools.reduce(torch.promote_types, (w.dtype for w in weights), torch.float32))
     bank.train(model.training)
     layers_by_site = {
-        name: FusedEFFTLinear.from_linear(linear, bank=bank, site=name)
-        for name, linear in linears.items()
+        name: adapted_layer(model, name, linear, bank) for name, linear in linears.items()
     }
+    tell_of_frozen(model, trained, strict)
     _install(model, bank, layers_by_site)
     for layer in layers_by_site.values():
         layer.remakes_input = fuse != "off"
@@ -131,7 +147,13 @@ def attach(
     return Adapter(model)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, fuse: str = "auto") -> Adapter:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    fuse: str = "auto",
+    strict: bool = False,
+) -> Adapter:
     """Attach the adapter saved at `path` to `model`, of the architecture it was trained on.
 
     All or nothing: on any error the model is as it was. Nothing is unpickled.
@@ -141,7 +163,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, fuse: str = "auto") 
             may be built for another image size: positional embeddings and bias tables that are not
             trained are the model's own.
         path: a file written by `Adapter.save`.
-        fuse: as in `attach`.
+        fuse, strict: as in `attach`.
 
     Returns:
         The adapter.
@@ -167,6 +189,7 @@ def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str) -> Adapter:
         targets=header.targets,
         modules_to_train=header.modules_to_train,
         fuse=fuse,
+        strict=strict,
     )
     try:
         adapter.load_state_dict(tensors)
@@ -210,15 +233,22 @@ def resolve_modules_to_train(model: nn.Module, names: str | Sequence[str]) -> li
 def _plain_linears(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Linear]:
     """Site → its nn.Linear, checked to be one that can be swapped."""
     linears: dict[str, nn.Linear] = {}
+    refused: dict[str, str] = {}
     for name in (site.name for site in sites):
-        linear = model.get_submodule(name)
+        linear = linear_at(model, name)
         check_weight_is_stored(linear, f"target {name!r}")
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"target {name!r} must be an nn.Linear itself, got {type(linear).__name__}"
-            )
-        check_is_called(model, name)
-        linears[name] = linear
+        if reader := why_bypassed(model, name):
+            refused[name] = f"called by its parent, but {reader} uses its weight without that"
+        elif type(linear) is not nn.Linear:
+            refused[name] = f"an nn.Linear itself, got {type(linear).__name__}"
+        else:
+            linears[name] = linear
+    for name, reason in refused.items():
+        others = [split_name(site)[0] for site in linears]
+        tails = dict.fromkeys(
+            site.removeprefix(f"{block}.") for site, block in zip(linears, others, strict=True)
+        )
+        raise TypeError(f"target {name!r} must be {reason}; {_way_out(list(tails))}")
     devices = sorted({str(linear.weight.device) for linear in linears.values()})
     if len(devices) > 1:
         raise ValueError(f"targeted weights must be on one device, got {devices}")
@@ -231,18 +261,25 @@ def _plain_linears(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Line
     return linears
 
 
+def _way_out(others: Sequence[str]) -> str:
+    """What to pass so that a refused linear is left out, given what else is targeted."""
+    named = ", ".join([*map(repr, others[:8]), *["..."] * (not 0 < len(others) <= 8)])
+    return f"leave it out, e.g. targets=[{named}]"
+
+
 def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFFTLinear]) -> None:
     """Change the model; nothing here can fail."""
     attachment = bank.attachment
     model.requires_grad_(False)
     for name in attachment.modules_to_train:
         model.get_submodule(name).requires_grad_(True)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    put_in(model, layers)
+    keep_off_fast_paths(model, attachment.sites, attachment.without_nested_tensors)
     set_qkv_bias_separate(model, attachment.separated_bias, True)
     model.add_module(BANK_NAME, bank)
     if any(bank.group(site.name).joint for site in attachment.sites):
         bank.joint_factors.watch(model)
+    bank.calls.watch(model)
     share_inputs(model, bank, attachment.sites)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import FactorGroup, Method, Site
+from ..methods.base import FactorGroup, Factors, Method, Site
 from ..nn import FactorBank
+from .call_watch import CallWatch
 
 BANK_NAME = "factor_bank"
 
@@ -26,6 +27,7 @@ class Attachment:
             recognise the architecture.
         required_grad: parameter name → requires_grad before attaching.
         separated_bias: attention modules whose `qkv_bias_separate` was switched on.
+        without_nested_tensors: encoders of torch.nn whose `use_nested_tensor` was switched off.
         base_buffers: name → copy of each buffer that is part of the frozen model's state, from
             before attaching: training may change them (BatchNorm's statistics).
     """
@@ -36,6 +38,7 @@ class Attachment:
     base_shapes: dict[str, tuple[int, ...]]
     required_grad: dict[str, bool]
     separated_bias: tuple[str, ...] = ()
+    without_nested_tensors: tuple[str, ...] = ()
     base_buffers: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -46,8 +49,10 @@ class AttachedBank(FactorBank):
         groups: as in FactorBank.
         sites: as in FactorBank.
         attachment: what `attach` did.
+        strict: raise in a forward where an adapted linear cannot learn, instead of warning once.
 
     Attributes:
+        calls: how often each adapted linear runs.
         unchained: why `attach` left the model's blocks to run one module after the other; None
             where they may run as a chain.
 
@@ -58,10 +63,31 @@ class AttachedBank(FactorBank):
     unchained: str | None = None
 
     def __init__(
-        self, groups: Mapping[str, FactorGroup], sites: Mapping[str, str], attachment: Attachment
+        self,
+        groups: Mapping[str, FactorGroup],
+        sites: Mapping[str, str],
+        attachment: Attachment,
+        strict: bool = False,
     ) -> None:
         self.attachment = attachment  # set first, so that no group can take its name
+        self.calls = CallWatch(sites, strict)
         super().__init__(groups, sites)
+
+    def factors(self, site: str, dropout: bool) -> Factors:
+        """As FactorBank's; the call is counted."""
+        self.calls.count(site)
+        return super().factors(site, dropout)
+
+    def task_factors(self, site: str) -> Factors:
+        """As FactorBank's; the call is counted."""
+        self.calls.count(site)
+        return super().task_factors(site)
+
+    def unwatch(self, model: nn.Module) -> None:
+        """Remove the bank's hooks from the model; torch.cuda.make_graphed_callables, for one, takes
+        no module with any. Linears make their own factors then, and nobody counts their calls."""
+        self.joint_factors.unwatch(model)
+        self.calls.unwatch(model)
 
 
 def state_buffers(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:

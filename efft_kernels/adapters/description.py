@@ -20,10 +20,11 @@ class Description:
         method: the method's configuration as text.
         rows: one per linear: name, role, block, stage, in_features, out_features, group, rank (Ra,
             the width of its fold), fused ("chain": where the circumstances allow it its block runs
-            as part of a chain; "alone"), input (what x came out of in the last training forward,
-            "LayerNorm" say, where the linear makes it again in the backward from what that keeps;
-            "kept" where the linear kept x itself; None before there was one, in a chain and under
-            torch.compile).
+            as part of a chain; "alone"), calls (how often it ran in the model's last forward; None
+            before the first one; in compiled graphs nobody counts), input (what x came out of in
+            the last training forward, "LayerNorm" say, where the linear makes it again in the
+            backward from what that keeps; "kept" where the linear kept x itself; None before there
+            was one, in a chain and under torch.compile).
         groups: group name → parameter name → shape.
         alone: why no linear is in a chain; None where some are.
     """
@@ -39,6 +40,8 @@ class Description:
         if chained:
             fused = f"in a chain, on a GPU under autocast: {_summary(chained)}"
         inputs = [f"x {_inputs(kind)}: {_summary(names)}" for kind, names in self._inputs().items()]
+        if idle := [row["name"] for row in self.rows if row.get("calls") == 0]:
+            inputs.append(f"did not run in the last forward: {_summary(idle)}")
         caption = escape("\n".join([fused, *inputs]))
         table = Table(title=self.method, caption=caption, caption_justify="left")
         for header in ("group", "parameters", "shapes", "linears", "rank"):

@@ -11,20 +11,21 @@ from typing import TypeVar
 from torch import nn
 
 from ..methods.base import FFN_ROLES, MHSA_ROLES, Site
+from .torch_attention import IN_PROJ, InProjection, unsupported
 
 Key = TypeVar("Key", bound=Hashable)
 
 # The tail of a module's name, after its block's prefix, for each role; the first that fits counts.
 _ROLE_TAILS: tuple[tuple[str, str], ...] = (
-    (r"attn\.qkv", "qkv"),
+    (r"attn\.qkv|(?:self_)?(?:attn|attention)\.in_proj", "qkv"),
     (r"(?:self_)?(?:attn|attention)\.q_proj|attention\.(?:attention|self)\.query", "q"),
     (r"(?:self_)?(?:attn|attention)\.k_proj|attention\.(?:attention|self)\.key", "k"),
     (r"(?:self_)?(?:attn|attention)\.v_proj|attention\.(?:attention|self)\.value", "v"),
     (r"attn\.proj|(?:self_)?(?:attn|attention)\.(?:o|out)_proj|attention\.output\.dense", "o"),
     (r"mlp\.(?:fc1_g|gate_proj)", "gate"),
-    (r"mlp\.(?:fc1(?:_x)?|up_proj)|intermediate\.dense", "fc1"),
+    (r"mlp\.(?:fc1(?:_x)?|up_proj|lin1|c_fc|0)|intermediate\.dense|linear1", "fc1"),
     (r"mlp\.weights_in", "gate_fc1"),
-    (r"mlp\.(?:fc2|weights_out|down_proj)|output\.dense", "fc2"),
+    (r"mlp\.(?:fc2|weights_out|down_proj|lin2|c_proj|3)|output\.dense|linear2", "fc2"),
 )
 _TAIL = re.compile(
     r"^(?P<block>.*\d)\.(?:" + "|".join(f"({tail})" for tail, _ in _ROLE_TAILS) + r")$"
@@ -50,7 +51,9 @@ def find_sites(
 ) -> list[Site]:
     """The sites that `targets` and `layers` choose, in the model's order.
 
-    A linear's whole name in `targets` stands for that linear alone.
+    A linear's whole name in `targets` stands for that linear alone. A module that the model uses
+    under several names, or at several depths, is one site, under the first of its names. The
+    stacked query, key and value weights of an nn.MultiheadAttention are a linear named in_proj.
 
     Args:
         model: the model to look through.
@@ -64,20 +67,14 @@ def find_sites(
         TypeError: targets or layers of the wrong kind.
         ValueError: a pattern or a block index that matches nothing, or nothing left to adapt.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear)
-        and name  # the model itself has no parent to swap it in
-        and not any(_inside(name, outer) for outer in exclude)
-    }
-    named = {name: split_name(name) for name in linears}
+    shapes, aliases = _linears(model, exclude)
+    named = {name: split_name(name) for name in shapes}
     known = [block for block, role in named.values() if role != "linear"]
     blocks = _numbered(known or [block for block, _ in named.values() if block])
-    chosen = _match_targets(named, targets, type(model).__name__)
+    chosen = _match_targets(named, targets, type(model).__name__, aliases)
     everywhere = {
-        name: Site(name, role, blocks.get(block, 0), 0, linear.in_features, linear.out_features)
-        for (name, linear), (block, role) in zip(linears.items(), named.values(), strict=True)
+        name: Site(name, role, blocks.get(block, 0), 0, *shapes[name])
+        for name, (block, role) in named.items()
     }
     _mark_packed_gates(everywhere, {name: block for name, (block, _) in named.items()})
     stages = _numbered(site.width for site in everywhere.values() if site.role != "linear")
@@ -86,6 +83,35 @@ def find_sites(
     ]
     inside = {name for name, (block, _) in named.items() if block in blocks}
     return _filter_layers(sites, layers, len(blocks), inside)
+
+
+def _linears(
+    model: nn.Module, exclude: Sequence[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """(name → K, N of each linear, an attention's stacked q, k and v included; other name → name).
+
+    A module that is found under several names has the first of them.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[int, str], str] = {}
+    excluded: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        stacked = isinstance(module, nn.MultiheadAttention) and not unsupported(module)
+        if stacked:
+            own = f"{name}.{IN_PROJ}".removeprefix(".")
+            shape = module.embed_dim, 3 * module.embed_dim  # type: ignore[operator]
+        elif isinstance(module, nn.Linear) and name and not isinstance(module, InProjection):
+            own, shape = name, (module.in_features, module.out_features)
+        else:
+            continue
+        known = first.setdefault((id(module), IN_PROJ if stacked else ""), own)
+        shapes[known] = shape  # type: ignore[assignment]
+        if known != own:
+            aliases[own] = known
+        if any(_inside(own, outer) for outer in exclude):
+            excluded.add(known)
+    return {name: shapes[name] for name in shapes if name not in excluded}, aliases
 
 
 def _mark_packed_gates(sites: dict[str, Site], block_of: dict[str, str]) -> None:
@@ -110,7 +136,10 @@ def _numbered(keys: Iterable[Key]) -> dict[Key, int]:
 
 
 def _match_targets(
-    named: dict[str, tuple[str, str]], targets: str | Sequence[str] | None, model_name: str
+    named: dict[str, tuple[str, str]],
+    targets: str | Sequence[str] | None,
+    model_name: str,
+    aliases: dict[str, str],
 ) -> list[str]:
     if targets is None:
         found = [name for name, (_, role) in named.items() if role != "linear"]
@@ -128,7 +157,9 @@ def _match_targets(
     chosen: set[str] = set()
     for pattern in patterns:
         hits = {name for name, (_, role) in named.items() if _matches(name, role, pattern)}
-        hits = {pattern} if pattern in named else hits
+        hits |= {name for other, name in aliases.items() if _matches(other, "", pattern)}
+        pattern_name = aliases.get(pattern, pattern)
+        hits = {pattern_name} if pattern_name in named else hits & named.keys()
         if not hits:
             examples = ", ".join(list(named)[:4])
             raise ValueError(

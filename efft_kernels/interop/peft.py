@@ -29,6 +29,7 @@ from ..adapters.attachment import require_plain
 from ..adapters.sites import find_sites
 from ..methods.base import Factors
 from ..methods.lora import LoRA
+from ..methods.sharded import whole
 from .files import (
     check_floating,
     check_shape,
@@ -172,6 +173,7 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
 
     Raises:
         TypeError: not an Adapter.
+        ValueError: an adapted projection of nn.MultiheadAttention, which PEFT passes by.
         FileExistsError: something is at `path`.
         OSError: the folder cannot be written.
         RuntimeError: the adapter was detached.
@@ -181,6 +183,11 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in adapter.layers().items():
+        if isinstance(adapter.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"adapter must be of linears that PEFT calls, got {name!r} of an"
+                " nn.MultiheadAttention: merge and detach it, and save the model"
+            )
         with torch.no_grad():
             factors = layer.current_factors()
             a, b = _exact_pair(factors)
@@ -189,7 +196,7 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
             tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = factor.to(factors.down.dtype)
     for module in adapter.modules_to_train:
         for name, tensor in adapter.model.get_submodule(module).state_dict().items():
-            tensors[f"{_PREFIX}{module}.{name}"] = tensor.detach()
+            tensors[f"{_PREFIX}{module}.{name}"] = whole(tensor).detach()
     # A copy of its own for each tensor: safetensors refuses those that share memory.
     tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     if adapter.bank.attachment.separated_bias:

@@ -284,6 +284,28 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
+def constant_float(name: str) -> Any:
+    """A float attribute of a group that torch.compile takes for a constant.
+
+    With dynamic=True it would make a symbol of a module's float, and fails (torch 2.11) where two
+    checkpointed blocks use the same one. A module's integers are constants: the float is kept as
+    the ratio of two, exactly.
+
+    Args:
+        name: the attribute's.
+    """
+    kept = f"_{name}_ratio"
+
+    def get(group: nn.Module) -> float:
+        above, below = getattr(group, kept)
+        return above / below  # type: ignore[no-any-return]
+
+    def put(group: nn.Module, value: float) -> None:
+        object.__setattr__(group, kept, float(value).as_integer_ratio())
+
+    return property(get, put)
+
+
 def check_number(
     name: str, value: object, *, low: float | None = None, below: float | None = None
 ) -> None:

@@ -17,6 +17,7 @@ from .base import (
     check_choice,
     check_number,
     check_ranks,
+    constant_float,
     undotted_names,
 )
 from .lora import check_matrices, chosen_slices, stack_matrices
@@ -68,6 +69,8 @@ class KAdaptation(Method):
 
 class KroneckerGroup(FactorGroup):
     """A [n, n, n], and for each site u [m, n, K/n, r], v [m, n, N/(G·n), r] of its m matrices."""
+
+    scale: float = constant_float("scale")
 
     def __init__(self, method: KAdaptation, sites: Sequence[Site]) -> None:
         super().__init__()

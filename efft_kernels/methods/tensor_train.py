@@ -27,6 +27,7 @@ from .base import (
     check_number,
     check_rank_fits,
     check_ranks,
+    constant_float,
     require_roles,
 )
 from .joint import keep_graph
@@ -158,6 +159,9 @@ class TensorTrainGroup(FactorGroup):
     U: nn.Parameter
     V: nn.Parameter
     core: nn.Parameter
+    dropout: float = constant_float("dropout")
+    activation_dropout: float = constant_float("activation_dropout")
+    initial_scale: float = constant_float("initial_scale")
     scale: float | nn.Parameter
 
     def __init__(
@@ -189,8 +193,17 @@ class TensorTrainGroup(FactorGroup):
         self.U = nn.Parameter(torch.empty(dims[0], rank[0]))
         self.V = nn.Parameter(torch.empty(dims[1], rank[1]))
         self._add_cores(cores, rank)
-        self.scale = nn.Parameter(torch.empty(())) if learn_scale else self.initial_scale
+        self.scale = nn.Parameter(torch.empty(1)) if learn_scale else self.initial_scale
         self.reset_parameters()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Older releases had a scale without dimensions, which FSDP2 takes for no parameter."""
+        state, name = dict(state_dict), prefix + "scale"
+        if name in state:
+            state[name] = state[name].reshape(1)
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def _add_cores(self, count: int, rank: tuple[int, int]) -> None:
         self.core = nn.Parameter(torch.empty(count, *rank))
@@ -233,7 +246,8 @@ class TensorTrainGroup(FactorGroup):
         if dropout and self.dropout > 0:
             u, v, core = (F.dropout(t, self.dropout) for t in (u, v, core))
         if self._scaled:
-            core = core * self.scale
+            learnt = isinstance(self.scale, Tensor)
+            core = core * (self.scale if learnt else self.initial_scale)
         if place.stacked == "in":
             return Factors(torch.matmul(u, core).flatten(0, 1), None, v.unsqueeze(0))
         if place.u_side == "in":

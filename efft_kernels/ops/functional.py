@@ -158,7 +158,7 @@ class _LowRankLinear(torch.autograd.Function):
         weight, p, down, core, up, *kept = ctx.saved_tensors
         x = made_from(kept, ctx.source, dy)
         needs = list(ctx.needs_input_grad[:6])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or has_tangent(dy)):
             return *plain_backward(dy, x, weight, p, down, core, up, needs), None, None, None
         grads = torch.ops.efft_kernels.low_rank_linear_bwd(
             dy, x, weight, p, down, core, up, needs, *ctx.choice
@@ -169,6 +169,14 @@ class _LowRankLinear(torch.autograd.Function):
         if d_bias is not None:
             d_bias = d_bias.to(ctx.bias_dtype)
         return dx, d_weight, d_bias, d_down, d_core, d_up, None, None, None
+
+
+def has_tangent(dy: Tensor) -> bool:
+    """Whether a gradient may carry a forward-mode derivative, which only torch's own operators take
+    on: forward over reverse."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.autograd.forward_ad.unpack_dual(dy).tangent is not None
 
 
 def plain_backward(
@@ -182,7 +190,8 @@ def plain_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients in torch's own operators: for create_graph=True, where P is recomputed so that
-    it depends on x and down, and for a dY that no kernel takes (csrc/entry, under a vmap or mode).
+    it depends on x and down, for a dY with a forward-mode tangent, and for one that no kernel takes
+    (csrc/entry, under a vmap or mode).
     """
     if p is not None and torch.is_grad_enabled():
         if x is None:

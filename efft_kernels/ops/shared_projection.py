@@ -154,8 +154,11 @@ class _LinearPlusProjected(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             b = fold(core, up).to(p.dtype)
             y = F.linear(x, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
-            # Traced by Dynamo (torch 2.11), an output updated in place would get no gradient.
-            return torch.addmm(y, p, b.t()) if torch.compiler.is_compiling() else y.addmm_(p, b.t())
+            # Traced by Dynamo (torch 2.11), an output updated in place would get no gradient; and a
+            # mode may have kept y, as selective activation checkpointing does.
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+                return torch.addmm(y, p, b.t())
+            return y.addmm_(p, b.t())
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -38,6 +38,7 @@ def test_rows_of_a_vit(make_vit):
             "group": group,
             "rank": rank,
             "fused": "chain",
+            "calls": None,
             "input": None,
         }
         for name, role, k, n, group, rank in (
@@ -150,3 +151,17 @@ def test_while_merged(make_vit, randomize):
     before = adapter.describe()
     adapter.merge()
     assert adapter.describe() == before
+
+
+def test_calls_of_the_last_forward(make_vit):
+    model = make_vit()
+    adapter = attach(model, LoRA(rank=2))
+    images = torch.randn(2, 3, 8, 8)
+    model(images)
+    assert [row["calls"] for row in adapter.describe().rows] == [1, 1]
+    model.blocks = nn.Sequential(model.blocks[1], model.blocks[1])
+    with torch.no_grad():
+        model(images)
+    assert [row["calls"] for row in adapter.describe().rows] == [0, 2]
+    flat = " ".join(str(adapter.describe()).split())
+    assert "did not run in the last forward: 1: blocks.*.attn.qkv" in flat

@@ -34,7 +34,7 @@ NOISY = EFFT2(rank=3, dropout=0.5, scale=0.7)
 
 def stop_sharing(model):
     """The model's linears make their own factors from here on."""
-    model.factor_bank.joint_factors.unwatch(model)
+    model.factor_bank.unwatch(model)
     assert not model._forward_hooks and not model._forward_pre_hooks
     assert not model._forward_hooks_always_called
     return model
@@ -135,8 +135,9 @@ def test_linears_of_parts_of_a_block(models, images, made, make_vit, randomize):
 @pytest.mark.parametrize("kind", [LoRA(rank=2), KAdaptation(products=2)], ids=lambda m: m.name)
 def test_methods_without_shared_factors_are_left_alone(make_vit, kind):
     model = make_vit()
-    attach(model, kind)
-    assert not model._forward_hooks and not model._forward_pre_hooks
+    calls = attach(model, kind).bank.calls
+    for hooks in (model._forward_hooks, model._forward_pre_hooks):
+        assert [hook.__self__ for hook in hooks.values()] == [calls]
 
 
 class TestTraining:
@@ -658,9 +659,10 @@ class TestCopies:
     def test_hooks_follow(self, models, images):
         model, twin = models()
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            hooks = (*copied._forward_hooks.values(), *copied._forward_pre_hooks.values())
-            assert len(hooks) == 2
-            assert all(hook.__self__ is copied.factor_bank.joint_factors for hook in hooks)
+            bank = copied.factor_bank
+            for hooks in (copied._forward_hooks, copied._forward_pre_hooks):
+                owners = [hook.__self__ for hook in hooks.values()]
+                assert owners == [bank.joint_factors, bank.calls]
             with torch.no_grad():
                 for parameter in factors(copied):
                     parameter.mul_(2.0)

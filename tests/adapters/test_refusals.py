@@ -29,28 +29,6 @@ def test_use_backend_checks_the_name_without_a_with():
         use_backend("cuda")
 
 
-def test_torchs_encoder_fast_path_is_not_passed_by():
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0), 2
-    ).eval()
-    targets = ["linear1", "linear2"]
-    with pytest.raises(TypeError, match="fast path reads its weight"):
-        attach(encoder, LoRA(rank=2), targets=targets, modules_to_train=())
-    assert not any(name.startswith("factor_bank") for name in encoder.state_dict())
-
-    x = torch.randn(2, 5, 32)
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        adapter = attach(encoder, LoRA(rank=2), targets=targets, modules_to_train=())
-        with torch.no_grad():
-            before = encoder(x)
-            for parameter in adapter.parameters():
-                parameter.normal_()
-            assert not torch.allclose(encoder(x), before)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-
-
 def test_merging_within_a_mixed_batch(adapter):
     tasks = AdapterSet(adapter)
     tasks.add("a")

@@ -38,6 +38,28 @@ NAMES = [
     ("dinov2.encoder.layer.1.mlp.gate_proj", "dinov2.encoder.layer.1", "gate"),
     ("dinov2.encoder.layer.1.mlp.up_proj", "dinov2.encoder.layer.1", "fc1"),
     ("dinov2.encoder.layer.1.mlp.down_proj", "dinov2.encoder.layer.1", "fc2"),
+    # torchvision's ViT; open_clip; SAM; torch.nn's encoder
+    (
+        "encoder.layers.encoder_layer_0.self_attention.in_proj",
+        "encoder.layers.encoder_layer_0",
+        "qkv",
+    ),
+    (
+        "encoder.layers.encoder_layer_0.self_attention.out_proj",
+        "encoder.layers.encoder_layer_0",
+        "o",
+    ),
+    ("encoder.layers.encoder_layer_0.mlp.0", "encoder.layers.encoder_layer_0", "fc1"),
+    ("encoder.layers.encoder_layer_0.mlp.3", "encoder.layers.encoder_layer_0", "fc2"),
+    ("visual.transformer.resblocks.1.attn.in_proj", "visual.transformer.resblocks.1", "qkv"),
+    ("visual.transformer.resblocks.1.attn.out_proj", "visual.transformer.resblocks.1", "o"),
+    ("visual.transformer.resblocks.1.mlp.c_fc", "visual.transformer.resblocks.1", "fc1"),
+    ("visual.transformer.resblocks.1.mlp.c_proj", "visual.transformer.resblocks.1", "fc2"),
+    ("vision_encoder.layers.0.attn.qkv", "vision_encoder.layers.0", "qkv"),
+    ("vision_encoder.layers.0.mlp.lin1", "vision_encoder.layers.0", "fc1"),
+    ("vision_encoder.layers.0.mlp.lin2", "vision_encoder.layers.0", "fc2"),
+    ("layers.0.linear1", "layers.0", "fc1"),
+    ("layers.0.linear2", "layers.0", "fc2"),
     # Nothing to be told
     ("head", "", "linear"),
     ("0", "", "linear"),

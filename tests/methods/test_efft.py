@@ -7,10 +7,11 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
-from efft_kernels import EFFT1, EFFT2, attach
+from efft_kernels import EFFT1, EFFT2, AdapterSet, attach, load
 from efft_kernels.methods import method_from_config
 
 D, DEPTH = 12, 2  # of the small model
@@ -334,3 +335,32 @@ def test_efft1_needs_four_times_the_width(make_vit):
         attach(make_vit(mlp_ratio=2), EFFT1(rank=3))
     adapter = attach(make_vit(mlp_ratio=2), EFFT2(rank=3))
     assert adapter.bank.ffn.U.shape == (24, 3)
+
+
+def test_files_and_older_states_hold_a_scale_without_dimensions(make_vit, randomize, tmp_path):
+    """FSDP2 takes no such parameter, so in the model it has one."""
+    method = EFFT2(rank=2, learn_scale=True)
+    model = make_vit().eval()
+    adapter = attach(model, method)
+    randomize(adapter)
+    images = torch.randn(2, 3, 8, 8)
+    expected = model(images)
+
+    def older(state):
+        return {k: v[0].clone() if k.endswith(".scale") else v.clone() for k, v in state.items()}
+
+    path = tmp_path / "a.safetensors"
+    adapter.save(path)
+    assert {t.shape for k, t in load_file(path).items() if k.endswith(".scale")} == {()}
+    twin = make_vit().eval()
+    tasks = AdapterSet(load(twin, path))
+    assert torch.equal(twin(images), expected)
+    tasks.add("a", path)
+    tasks.add("b")
+    with tasks.tasks(["a", "b"]), torch.no_grad():
+        torch.testing.assert_close(twin(images), expected, rtol=1e-4, atol=1e-5)
+    other = make_vit().eval()
+    attach(other, method)
+    other.load_state_dict(older(model.state_dict()))
+    assert torch.equal(other(images), expected)
+    assert all(group.scale.shape == (1,) for group in other.factor_bank.children())
