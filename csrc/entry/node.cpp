@@ -77,6 +77,11 @@ variable_list native_backward(const BackwardOperands& t, const Source& source, i
   return grads;
 }
 
+// Whether dY may carry a forward-mode derivative (forward over reverse), which a kernel would drop.
+bool has_tangent(const Tensor& dy) {
+  return dy._fw_grad(0).defined() || dy.key_set().has(c10::DispatchKey::FuncTorchGradWrapper);
+}
+
 // Whether a backend in Python may be given dY. A vmap over the backward, or a dispatch mode, has to
 // see the operators that make the gradients.
 bool is_for_kernels(const Tensor& dy) {
@@ -138,7 +143,8 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
                              saved[5],
                              data.at("needs").toInt()};
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const bool plain = at::GradMode::is_enabled() || (python && !is_for_kernels(t.dy));
+    const bool plain = at::GradMode::is_enabled() || has_tangent(t.dy) ||
+                       (python && !is_for_kernels(t.dy));
     if (source.recipe != nullptr && (plain || python || !is_made_by_kernel(source, t.dy, t.needs))) {
       TORCH_CHECK(source.attached || !at::GradMode::is_enabled(),
                   "low_rank_linear: no second derivative under saved-tensor hooks where x is made "

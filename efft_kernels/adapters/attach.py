@@ -176,10 +176,10 @@ def load(
     """
     require_plain(model)
     with errors_about(path):
-        return _load(model, path, fuse)
+        return _load(model, path, fuse, strict)
 
 
-def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str) -> Adapter:
+def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str, strict: bool) -> Adapter:
     metadata, tensors = read_adapter_file(path)
     header = read_header(metadata, path)
     _check_architecture(model, header)

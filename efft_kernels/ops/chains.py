@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend
 from .backends.chain_steps import Norm, Normed, TorchSteps, aten
 from .backends.fallback import too_old
 from .checks import HALF_DTYPES, autocast_enabled
-from .dispatch import available_backends, launch_context, requested_backend
+from .dispatch import available_backends, has_tangent, launch_context, requested_backend
 
 MAX_RANK = 128  # that the kernels take
 
@@ -253,14 +253,19 @@ def _once(backward: Backward) -> Backward:
         if _is_batched(dz) or _is_batched(dy):
             raise RuntimeError(
                 "chained blocks take no batched gradients (is_grads_batched, vectorize): attach the"
-                " adapter with fuse='off'"
+                " adapter with fuse='pairs'"
+            )
+        if has_tangent(dz) or has_tangent(dy):
+            raise RuntimeError(
+                "chained blocks carry no forward-mode derivative of their gradient: attach the"
+                " adapter with fuse='pairs'"
             )
         with launch_context(dy.device), torch.no_grad():
             found = backward(ctx, dz, dy.contiguous())
         if not torch.is_grad_enabled():
             return found
         error = torch._C._functions.DelayedError(
-            "chained blocks have no second derivative: attach the adapter with fuse='off'",
+            "chained blocks have no second derivative: attach the adapter with fuse='pairs'",
             len(found),
         )
         leaves = [None if t is None else t.detach().requires_grad_() for t in found]

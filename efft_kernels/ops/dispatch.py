@@ -171,6 +171,14 @@ def _without_tangents(backend: str, operands: tuple[Tensor | None, ...]) -> str:
     return "torch"
 
 
+def has_tangent(dy: Tensor) -> bool:
+    """Whether a gradient may carry a forward-mode derivative, which only torch's own operators take
+    on: forward over reverse."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.autograd.forward_ad.unpack_dual(dy).tangent is not None
+
+
 def _empty_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty((0,)) if grad is None else grad
 

@@ -168,6 +168,8 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
         dx = d_bias = d_down = d_core = d_up = None
         with _without_autocast(dy.device):
             backend = ctx.backend
+            if dispatch.has_tangent(dy):
+                backend = "torch"
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 backend = "torch"
                 p = None if p is None else _with_graph(x, down)

@@ -158,7 +158,9 @@ class _LowRankLinear(torch.autograd.Function):
         weight, p, down, core, up, *kept = ctx.saved_tensors
         x = made_from(kept, ctx.source, dy)
         needs = list(ctx.needs_input_grad[:6])
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or has_tangent(dy)):
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or dispatch.has_tangent(dy)
+        ):
             return *plain_backward(dy, x, weight, p, down, core, up, needs), None, None, None
         grads = torch.ops.efft_kernels.low_rank_linear_bwd(
             dy, x, weight, p, down, core, up, needs, *ctx.choice
@@ -169,14 +171,6 @@ class _LowRankLinear(torch.autograd.Function):
         if d_bias is not None:
             d_bias = d_bias.to(ctx.bias_dtype)
         return dx, d_weight, d_bias, d_down, d_core, d_up, None, None, None
-
-
-def has_tangent(dy: Tensor) -> bool:
-    """Whether a gradient may carry a forward-mode derivative, which only torch's own operators take
-    on: forward over reverse."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return torch.autograd.forward_ad.unpack_dual(dy).tangent is not None
 
 
 def plain_backward(

@@ -409,7 +409,7 @@ def test_heads_changed_and_blocks_compiled_after_attach(models, images, runs):
 def test_batched_gradients_are_refused(models, images, runs):
     model, _ = models()
     y = model(images)
-    with pytest.raises(RuntimeError, match=r"no batched gradients .* fuse='off'"):
+    with pytest.raises(RuntimeError, match=r"no batched gradients .* fuse='pairs'"):
         torch.autograd.grad(
             y, trained(model), torch.ones(2, *y.shape, dtype=y.dtype), is_grads_batched=True
         )
@@ -483,7 +483,7 @@ class TestTransforms:
         model, _ = models()
         x = images.clone().requires_grad_()
         (dx,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"fuse='off'"):
+        with pytest.raises(RuntimeError, match=r"fuse='pairs'"):
             dx.pow(2).sum().backward()
 
     def test_attention_mask(self, models, images, runs):

@@ -54,7 +54,7 @@ def of_shared_input(x, weight, bias, down, core, up):
 
 
 @ways
-@pytest.mark.parametrize("operator", [in_python, in_torch, of_shared_input])
+@pytest.mark.parametrize("operator", [low_rank_linear, in_python, in_torch, of_shared_input])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_of_the_operators(way, operator, frozen):
     shapes = ((5, 7), (6, 7), (6,), (7, 3), (2, 3, 2), (2, 3, 2))
@@ -73,14 +73,15 @@ def test_of_many_tasks(way):
 
 
 @ways
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("method", [EFFT2(rank=3, dropout=0.0), LoRA(rank=2)], ids=lambda m: m.name)
-def test_of_a_model(make_vit, randomize, way, method):
+def test_of_a_model(make_vit, randomize, way, method, backend):
     """Factors that are made once in a forward included."""
     model = make_vit(dtype=torch.float64)
     for block in model.blocks:
         block.attn.fused_attn = False  # torch's own kernel raises
     adapter = attach(model, method)
     randomize(adapter)
-    with use_backend("torch"):
+    with use_backend(backend):
         y = model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
         check(way, y, list(adapter.parameters()))

@@ -54,9 +54,9 @@ def configs_for(k: int, rank: int, index: int | None) -> Configs:
         return tuning.cdiv(2 * multiprocessors(index), columns)
 
     tiles = tuning.cdiv(k, block_c)
-    # Rows of a width with a ragged end, held, would spill.
+    ragged = k % 64 != 0  # held, or in wide blocks, such rows would spill
     return Configs(
-        NormConfig(16, 128 if wide else 256, k % 64 == 0, 8 if wide or k > 768 else 4),
+        NormConfig(16, 128 if wide or ragged else 256, not ragged, 8 if wide or k > 768 else 4),
         NormConfig(4, 256, True, 4),
         PassConfig(64, block_c, parts(tiles), 4, 3),
         PassConfig(64, block_c, parts(3 * tiles), 4, 3),
