@@ -22,7 +22,7 @@ from .ops import recompute
 from .ops.backends.torch_backend import fold
 from .ops.checks import autocast_enabled
 from .ops.layer import adapted_linear
-from .ops.recompute import Source
+from .ops.recompute import Recipe, Source
 from .ops.reference import delta_weight
 from .ops.shared_projection import SharedInput
 
@@ -169,7 +169,7 @@ _OWN_SITE = "self"
 _BASE_WEIGHT = "base_weight"
 _OWN_ATTRIBUTES = (
     *("backend", "strategy", "_bank", "_site", "_base_weight"),
-    *("shared_input", "remakes_input", "input_from"),
+    *("shared_input", "remakes_input", "input_from", "_recipes"),
 )
 _WAY_OUT = (
     "make it permanent first, by torch.nn.utils.prune.remove, remove_weight_norm,"
@@ -261,6 +261,7 @@ class FusedEFFTLinear(nn.Linear):
         self._site = _OWN_SITE
         self.shared_input: SharedInput | None = None
         self.remakes_input = True  # in the backward, where that does without keeping it
+        self._recipes: dict[Recipe, bool] = {}  # whether they made x when they first came up
         self.input_from: str | None = None  # what made x in the last training forward, or "kept"
         self._base_weight: tuple[nn.Parameter, ...] = ()
 
@@ -454,11 +455,17 @@ class FusedEFFTLinear(nn.Linear):
         )
 
     def _source(self, x: Tensor, down: Tensor) -> Source | None:
-        """What the backward can make x from."""
-        source = None
-        if down.requires_grad and not torch.compiler.is_compiling():
-            source = recompute.find(x) if self.remakes_input else None
-            self.input_from = "kept" if source is None else source.recipe.kind
+        """What the backward can make x from, once it was seen to make this layer's x."""
+        if not down.requires_grad or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return None
+        source = recompute.find(x) if self.remakes_input else None
+        if source is not None:
+            known = self._recipes.get(source.recipe)
+            # A look at the values would break the capture of a CUDA graph.
+            if known is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                known = self._recipes[source.recipe] = source.makes(x)
+            source = source if known else None
+        self.input_from = "kept" if source is None else source.recipe.kind
         return source
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedEFFTLinear:

@@ -16,6 +16,7 @@
 
 #include <array>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "node.h"
@@ -147,13 +148,19 @@ OptionalTensor unpack_optional(py::handle argument) {
   return argument.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(argument.ptr()));
 }
 
+// A recipe, which nodes hold as an integer, and which may be dropped on a thread without the GIL.
+PyObject* kept_forever(PyObject* recipe) {
+  static auto* known = new std::unordered_set<PyObject*>();
+  if (known->insert(recipe).second) Py_INCREF(recipe);
+  return recipe;
+}
+
 // A Source of ops/recompute.py, or None.
 Source unpack_source(py::handle argument) {
   Source source;
   if (argument.is_none()) return source;
   const auto parts = py::reinterpret_borrow<py::tuple>(argument);
-  // Never freed, on either side: nodes hold it as an integer.
-  source.recipe = py::object(parts[0]).ptr();
+  source.recipe = kept_forever(parts[0].ptr());
   source.made_by = parts[0].attr("code").cast<int64_t>();
   for (const py::handle kept : py::tuple(parts[1])) {
     source.kept.push_back(kept.is_none() ? Tensor() : THPVariable_Unpack(kept.ptr()));

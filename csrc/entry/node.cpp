@@ -5,6 +5,8 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+
 namespace efft_kernels {
 namespace {
 
@@ -93,7 +95,21 @@ bool is_for_kernels(const Tensor& dy) {
 
 // Whether the kernel makes x by itself.
 bool is_made_by_kernel(const Source& source, const Tensor& dy, int64_t needs) {
-  return source.made_by != kPlain && dy.is_cpu() && !(needs & kNeedWeight);
+  const auto readable = [](const Tensor& t) {
+    return !t.defined() || t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ||
+           t.scalar_type() == at::kBFloat16;
+  };
+  return source.made_by != kPlain && dy.is_cpu() && !(needs & kNeedWeight) &&
+         std::all_of(source.kept.begin(), source.kept.end(), readable);
+}
+
+void check_in_memory(const Source& source) {
+  for (const Tensor& t : source.kept) {
+    TORCH_CHECK(!t.defined() || t.numel() == 0 || t.storage().nbytes() > 0,
+                "low_rank_linear: what x is made from is not in memory any more; where FSDP2 "
+                "shards a norm by itself, shard it with the linears that it feeds, or attach the "
+                "adapter with fuse='off'");
+  }
 }
 
 constexpr size_t kSaved = 6;  // tensors, before those that x is made from
@@ -145,6 +161,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const bool plain = at::GradMode::is_enabled() || has_tangent(t.dy) ||
                        (python && !is_for_kernels(t.dy));
+    check_in_memory(source);
     if (source.recipe != nullptr && (plain || python || !is_made_by_kernel(source, t.dy, t.needs))) {
       TORCH_CHECK(source.attached || !at::GradMode::is_enabled(),
                   "low_rank_linear: no second derivative under saved-tensor hooks where x is made "

@@ -6,6 +6,9 @@ x came from. Nothing is asked of the modules, so a hook, a patched module or ano
 them is simply another graph; x, its gradient and who else uses it stay as they were.
 
 Views, permutations, rolls and paddings on the way are made again too, as Swin's windows need.
+
+A second derivative goes to what x is made from, and through that to all before it; one with respect
+to x itself lacks what comes by way of d_down.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import HALF_DTYPES
 from .dispatch import available_backends, launch_context
 
 # How csrc makes x by itself, as in csrc/codes.h; from a recipe of another code x is made here.
 PLAIN, LAYER_NORM, GELU, GELU_TANH = range(4)
 
 _MAX_DEPTH = 16  # operations between what is kept and x
+_MAX_RECIPES = 1024  # which are never freed
 _CHECKPOINT = "torch.utils.checkpoint"
 
 Shape = tuple[int, ...]
@@ -50,6 +55,17 @@ class Source(NamedTuple):
     kept: tuple[Tensor | None, ...]
     attached: bool  # whether they are part of the graph, which a second derivative needs
 
+    def makes(self, x: Tensor) -> bool:
+        """Whether it makes this x, but for rounding. A graph does not tell all: neither the value
+        that a padding has, nor that a tensor on the way was written behind autograd's back."""
+        with torch.no_grad(), launch_context(x.device):
+            made = self.recipe(self.kept).reshape(x.shape)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            tolerance = torch.finfo(x.dtype).eps ** 0.5
+            scale = x.abs().amax().to(wide).nan_to_num(1.0, 1.0)
+            near = (made.to(wide) - x.to(wide)).abs() <= tolerance * scale
+            return bool((near | (made == x) | (made.isnan() & x.isnan())).all())
+
 
 def find(x: Tensor) -> Source | None:
     """What x [..., K] can be made from, or None where it has to be kept itself.
@@ -64,18 +80,18 @@ def find(x: Tensor) -> Source | None:
         return None
     if x.grad_fn is None or not torch.is_grad_enabled() or x._version or not x.numel():
         return None
-    shape: Shape = tuple(x.shape)
-    node, _ = node_shape = _below_views(x.grad_fn, shape)
-    if type(node).__name__ not in _MAKERS:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and _is_checkpoints(hooks[0]):
+        return None
+    node = _below_views(x)
+    if node is None or type(node).__name__ not in _MAKERS:
         return None
     graph = _Graph()
     try:
-        expression = graph.expression(*node_shape, x.dtype, 0)
+        recipe = _recipe(type(node).__name__, graph.expression(node, 0))
     except _NotKept:
         return None
-    if not graph.computes:
-        return None
-    return Source(_recipe(type(node).__name__, expression), tuple(graph.kept), graph.attached)
+    return Source(recipe, tuple(graph.kept), graph.attached) if graph.computes else None
 
 
 def kept_for(x: Tensor | None, source: Source | None) -> tuple[Tensor | None, ...]:
@@ -87,7 +103,8 @@ def made_from(kept: Sequence[Tensor | None], source: Source | None, like: Tensor
     """x [M, K] in the dtype of `like` from what `kept_for` gave; None where that was None.
 
     Raises:
-        RuntimeError: a second derivative is wanted and what is kept is not part of the graph.
+        RuntimeError: what is kept is not part of the graph, and a second derivative is wanted; or
+            it is not in memory any more.
     """
     if source is None:
         return kept[0]
@@ -96,29 +113,66 @@ def made_from(kept: Sequence[Tensor | None], source: Source | None, like: Tensor
             "low_rank_linear: no second derivative under saved-tensor hooks where x is made from"
             " what its producer kept; attach the adapter with fuse='off'"
         )
+    if any(t is not None and not _in_memory(t) for t in kept):
+        raise RuntimeError(
+            "low_rank_linear: what x is made from is not in memory any more; where FSDP2 shards a"
+            " norm by itself, shard it with the linears that it feeds, or attach the adapter with"
+            " fuse='off'"
+        )
     with launch_context(like.device):  # without autocast
         x = source.recipe(kept)
     return x.reshape(-1, x.shape[-1]).to(like.dtype)
 
 
-def _below_views(node: Any, shape: Shape) -> tuple[Any, Shape]:
+def _in_memory(tensor: Tensor) -> bool:
+    """FSDP2 frees a parameter when the forward of its module is over."""
+    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
+
+
+def _is_checkpoints(hook: object) -> bool:
+    return getattr(hook, "__module__", None) == _CHECKPOINT
+
+
+def _shape(node: Any, place: int = 0) -> Shape:
+    """The shape of a node's result."""
+    return tuple(node._input_metadata[place].shape)
+
+
+def _below_views(x: Tensor) -> Any:
     """The node above which there are only views that leave each row as it is."""
+    node: Any = x.grad_fn
+    if x.output_nr:
+        return None
     while type(node).__name__ in ("ViewBackward0", "UnsafeViewBackward0"):
         inner = tuple(node._saved_self_sym_sizes)
-        if not inner or inner[-1] != shape[-1]:
+        above, place = node.next_functions[0]
+        if not inner or inner[-1] != x.shape[-1] or above is None or place:
             break
-        node, shape = node.next_functions[0][0], inner
-    return node, shape
+        node = above
+    return node
 
 
-@cache  # csrc/entry never frees a recipe that it was given
+_recipes: dict[tuple[str, Expression], Recipe] = {}
+
+
 def _recipe(maker: str, expression: Expression) -> Recipe:
-    code = PLAIN
-    if expression[:6] == ("layer_norm", *(("kept", place) for place in range(5))):
-        code = LAYER_NORM if expression[6] == 1 else PLAIN
-    elif expression[:2] == ("gelu", ("kept", 0)):
-        code = {"none": GELU, "tanh": GELU_TANH}[expression[2]]
-    return Recipe(_MAKERS[maker], code, expression)
+    """The one recipe of an expression.
+
+    Raises:
+        _NotKept: there are too many.
+    """
+    key = maker, expression
+    found = _recipes.get(key)
+    if found is None:
+        if len(_recipes) >= _MAX_RECIPES:
+            raise _NotKept
+        code = PLAIN
+        if expression[:6] == ("layer_norm", *(("kept", place) for place in range(5))):
+            code = LAYER_NORM if expression[6] == 1 else PLAIN
+        elif expression[:2] == ("gelu", ("kept", 0)):
+            code = {"none": GELU, "tanh": GELU_TANH}[expression[2]]
+        found = _recipes[key] = Recipe(_MAKERS[maker], code, expression)
+    return found
 
 
 class _NotKept(Exception):
@@ -133,39 +187,60 @@ class _Graph:
         self.attached = True
         self.computes = False  # else x shares the memory of what is kept
 
-    def saved(self, node: Any, name: str) -> Tensor | None:
-        """A tensor that a node saved."""
+    def saved(self, node: Any, name: str, operand: int | None = None) -> Tensor | None:
+        """A tensor that a node saved; `operand`: its place among those that it is differentiated
+        by, None for a result.
+
+        Raises:
+            _NotKept: it is not there as it was.
+        """
         try:
             raw = getattr(node, "_raw_saved_" + name)
             if raw.unpack_hook is None:
-                return getattr(node, "_saved_" + name)  # type: ignore[no-any-return]
-            # What a hook made of it is not unpacked: that may copy, or run a forward again. A
-            # checkpoint hands out each tensor once.
-            if getattr(raw.unpack_hook, "__module__", None) == _CHECKPOINT:
+                own = getattr(node, "_saved_" + name)
+                if own is not None and not _in_memory(own):
+                    raise _NotKept
+                return own  # type: ignore[no-any-return]
+            # What a hook made of it is not unpacked where that may copy it or run a forward again.
+            if _is_checkpoints(raw.unpack_hook):
                 raise _NotKept
             found = raw.data
+            if not isinstance(found, Tensor) or not _in_memory(found):
+                raise _NotKept
+            if raw.unpack_hook(found) is not found:
+                raise _NotKept
         except RuntimeError as error:  # freed, or written in place since
             raise _NotKept from error
-        self.attached = False
-        if not isinstance(found, Tensor):
-            raise _NotKept
+        above, place = (node, 0) if operand is None else node.next_functions[operand]
+        if above is not None:
+            leaf = getattr(above, "variable", None)
+            self.attached &= found is leaf or (operand is not None and found.grad_fn is above)
+            if leaf is None:
+                wanted = above._input_metadata[place]
+                if (found.dtype, found.device) != (wanted.dtype, wanted.device) or (
+                    operand is not None and found.shape != tuple(wanted.shape)
+                ):
+                    raise _NotKept
         return found
 
     def keep(self, tensor: Tensor | None) -> Expression:
         self.kept.append(tensor)
         return ("kept", len(self.kept) - 1)
 
-    def operand(self, node: Any, name: str, place: int, shape: Shape, depth: int) -> Expression:
-        """An operand of `node`, of its result's shape: saved by it, or made again in its turn."""
-        saved = self.saved(node, name)
-        if saved is not None:
-            return self.keep(saved)
-        return self.expression(node.next_functions[place][0], shape, None, depth + 1)
+    def operand(self, node: Any, name: str, place: int, depth: int) -> Expression:
+        """An operand of `node`: saved by it, or made again in its turn."""
+        saved = self.saved(node, name, place)
+        return self.above(node, place, depth) if saved is None else self.keep(saved)
 
-    def expression(
-        self, node: Any, shape: Shape, dtype: torch.dtype | None, depth: int
-    ) -> Expression:
-        """The result of a node; `dtype` is None where it is not known.
+    def above(self, node: Any, place: int, depth: int) -> Expression:
+        """The expression of what a node was applied to."""
+        inner, output = node.next_functions[place]
+        if inner is None or output:
+            raise _NotKept
+        return self.expression(inner, depth + 1)
+
+    def expression(self, node: Any, depth: int) -> Expression:
+        """The result of a node.
 
         Raises:
             _NotKept: it cannot be made again.
@@ -173,52 +248,49 @@ class _Graph:
         rule = None if depth > _MAX_DEPTH else _RULES.get(type(node).__name__)
         if rule is None:
             raise _NotKept
-        return rule(self, node, shape, dtype, depth)
+        return rule(self, node, depth)
 
 
-# One rule for each kind of node: (graph, node, its result's shape and dtype, depth) → expression
+# One rule for each kind of node: (graph, node, depth) → expression
 
 
-def _layer_norm(graph: _Graph, node: Any, shape: Shape, *_: Any) -> Expression:
+def _layer_norm(graph: _Graph, node: Any, depth: int) -> Expression:
     graph.computes = True
-    x = graph.saved(node, "input")
-    if x is None or x.shape != shape:
+    x = graph.keep(graph.saved(node, "input", 0))
+    statistics = [graph.saved(node, name) for name in ("result1", "result2")]
+    # Rounded to half precision they would not give x again.
+    if any(t is None or t.dtype in HALF_DTYPES for t in statistics):
         raise _NotKept
-    names = ("result1", "result2", "weight", "bias")
-    parts = [graph.keep(x), *(graph.keep(graph.saved(node, name)) for name in names)]
-    return ("layer_norm", *parts, len(node._saved_normalized_shape))
+    affine = [graph.saved(node, name, i) for i, name in enumerate(("weight", "bias"), 1)]
+    parts = [graph.keep(t) for t in (*statistics, *affine)]
+    return ("layer_norm", x, *parts, len(node._saved_normalized_shape))
 
 
 def _activation(name: str) -> Callable[..., Expression]:
-    def rule(graph: _Graph, node: Any, shape: Shape, *_: Any) -> Expression:
+    def rule(graph: _Graph, node: Any, depth: int) -> Expression:
         graph.computes = True
-        h = graph.saved(node, "self")
-        if h is None or h.shape != shape:
-            raise _NotKept
-        return (name, graph.keep(h), *([node._saved_approximate] if name == "gelu" else []))
+        h = graph.keep(graph.saved(node, "self", 0))
+        return (name, h, *([node._saved_approximate] if name == "gelu" else []))
 
     return rule
 
 
-def _product(graph: _Graph, node: Any, shape: Shape, dtype: Any, depth: int) -> Expression:
+def _product(graph: _Graph, node: Any, depth: int) -> Expression:
     graph.computes = True
-    return (
-        "mul",
-        graph.operand(node, "self", 0, shape, depth),
-        graph.operand(node, "other", 1, shape, depth),
-    )
+    factors = (graph.operand(node, name, i, depth) for i, name in enumerate(("self", "other")))
+    return ("mul", *factors)
 
 
-def _batched_product(graph: _Graph, node: Any, shape: Shape, *_: Any) -> Expression:
+def _batched_product(graph: _Graph, node: Any, depth: int) -> Expression:
     graph.computes = True
-    a, b = graph.saved(node, "self"), graph.saved(node, "mat2")
-    if a is None or b is None or (*a.shape[:2], b.shape[2]) != shape:
+    a, b = (graph.saved(node, name, i) for i, name in enumerate(("self", "mat2")))
+    if a is None or b is None:
         raise _NotKept
     return ("bmm", graph.keep(a), graph.keep(b))
 
 
 def _result(name: str) -> Callable[..., Expression]:
-    def rule(graph: _Graph, node: Any, *_: Any) -> Expression:
+    def rule(graph: _Graph, node: Any, depth: int) -> Expression:
         found = graph.saved(node, name)
         if found is None:
             raise _NotKept
@@ -227,46 +299,34 @@ def _result(name: str) -> Callable[..., Expression]:
     return rule
 
 
-def _inner(graph: _Graph, node: Any, shape: Shape, depth: int) -> Expression:
-    return graph.expression(node.next_functions[0][0], shape, None, depth + 1)
-
-
-def _clone(graph: _Graph, node: Any, shape: Shape, dtype: Any, depth: int) -> Expression:
+def _clone(graph: _Graph, node: Any, depth: int) -> Expression:
     graph.computes = True
-    return _inner(graph, node, shape, depth)
+    return graph.above(node, 0, depth)
 
 
-def _view(graph: _Graph, node: Any, shape: Shape, dtype: Any, depth: int) -> Expression:
-    inner = _inner(graph, node, tuple(node._saved_self_sym_sizes), depth)
+def _view(graph: _Graph, node: Any, depth: int) -> Expression:
     # Open in the first dim, so that batches of all sizes have one recipe.
-    return ("reshape", inner, (-1, *shape[1:]))
+    return ("reshape", graph.above(node, 0, depth), (-1, *_shape(node)[1:]))
 
 
-def _permute(graph: _Graph, node: Any, shape: Shape, dtype: Any, depth: int) -> Expression:
-    dims = tuple(dim % len(shape) for dim in _signed(node._saved_dims))
-    inner = tuple(shape[dims.index(i)] for i in range(len(shape)))
-    return ("permute", _inner(graph, node, inner, depth), dims)
+def _permute(graph: _Graph, node: Any, depth: int) -> Expression:
+    return ("permute", graph.above(node, 0, depth), _signed(node._saved_dims))
 
 
-def _transpose(graph: _Graph, node: Any, shape: Shape, dtype: Any, depth: int) -> Expression:
-    a, b = (dim % len(shape) for dim in _signed((node._saved_dim0, node._saved_dim1)))
-    inner = list(shape)
-    inner[a], inner[b] = inner[b], inner[a]
-    return ("transpose", _inner(graph, node, tuple(inner), depth), a, b)
+def _transpose(graph: _Graph, node: Any, depth: int) -> Expression:
+    dims = _signed((node._saved_dim0, node._saved_dim1))
+    return ("transpose", graph.above(node, 0, depth), *dims)
 
 
-def _roll(graph: _Graph, node: Any, shape: Shape, dtype: Any, depth: int) -> Expression:
+def _roll(graph: _Graph, node: Any, depth: int) -> Expression:
     shifts, dims = _signed(node._saved_shifts), _signed(node._saved_dims)
     graph.computes = True
-    return ("roll", _inner(graph, node, shape, depth), shifts, dims)
+    return ("roll", graph.above(node, 0, depth), shifts, dims)
 
 
-def _pad(graph: _Graph, node: Any, shape: Shape, dtype: Any, depth: int) -> Expression:
-    pad, inner = _signed(node._saved_pad), list(shape)
-    for i in range(len(pad) // 2):
-        inner[-1 - i] -= pad[2 * i] + pad[2 * i + 1]
+def _pad(graph: _Graph, node: Any, depth: int) -> Expression:
     graph.computes = True
-    return ("pad", _inner(graph, node, tuple(inner), depth), pad)
+    return ("pad", graph.above(node, 0, depth), _signed(node._saved_pad))
 
 
 def _signed(numbers: Sequence[int]) -> tuple[int, ...]:

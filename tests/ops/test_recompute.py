@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -381,3 +382,163 @@ def test_compiled():
     found = grads(torch.compile(run, fullgraph=True, backend="aot_eager"))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def compare(make, *contexts, dtype=torch.float64, tolerance=1e-12, trains_weight=False):
+    """A linear that makes x again beside one that keeps it, on make(h) of the same h; what the
+    first said of its input."""
+    results = []
+    for remakes in (True, False):
+        linear = layer(dtype)
+        linear.weight.requires_grad_(trains_weight)
+        linear.remakes_input = remakes
+        torch.manual_seed(4)
+        h = drawn((6, K), dtype)
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            y = linear(make(h * 1))
+        y.double().sin().sum().backward()
+        results.append([y.detach(), h.grad, *(p.grad for p in linear.factors.parameters())])
+        inputs = linear.input_from
+        if remakes:
+            found = inputs
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    return found
+
+
+def no_grad_write(x):
+    with torch.no_grad():
+        x.mul_(1.5)
+    return x
+
+
+FROZEN = torch.linspace(0.1, 1, 6 * 6 * K, dtype=torch.float64).view(6, 6, K)
+
+
+@pytest.mark.parametrize(
+    ("make", "input_from"),
+    [
+        # What the graph does not tell: a padding's value, and a write to what lies on the way.
+        (lambda h: F.pad(F.gelu(h), (0, 0, 1, 1), value=1.0), "kept"),
+        (lambda h: no_grad_write(F.gelu(h)).roll(1, 0), "kept"),
+        (lambda h: no_grad_write(F.gelu(h)).clone(), "kept"),
+        (lambda h: F.pad(F.gelu(h), (0, 0, 1, 1)), "a view"),
+        # Operands of a product that are smaller than it.
+        (lambda h: F.silu(h).view(6, K, 1).mT[:, :, :] * FROZEN, "kept"),
+        (lambda h: torch.sigmoid(h).view(6, 1, K) * FROZEN, "a product"),
+        (lambda h: FROZEN * F.gelu(h).view(6, 1, K).transpose(0, 1), "a product"),
+        (lambda h: FROZEN[:, :, :6].mT.contiguous().mT.expand(6, 6, 6).repeat(1, 1, 2)
+         * F.gelu(h), "a product"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("route")
+def test_what_a_graph_does_not_tell(make, input_from):
+    assert compare(make) == input_from
+
+
+def test_a_write_to_the_data_of_x():
+    def quantised(h):
+        x = F.gelu(h)
+        x.data.mul_(8).round_().div_(8)
+        return x
+
+    assert compare(quantised) == "kept"
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack", "input_from"),
+    [
+        (lambda t: t, lambda t: t, "GELU"),
+        (lambda t: t.detach(), lambda t: t, "GELU"),
+        (lambda t: t * 4, lambda t: t / 4, "kept"),
+        (lambda t: t.half(), lambda t: t.double(), "kept"),
+        (lambda t: (t,), lambda t: t[0], "kept"),
+        (lambda t: t.to_sparse(), lambda t: t.to_dense(), "kept"),
+    ],
+    ids=["identity", "detached", "scaled", "half", "tuple", "sparse"],
+)
+def test_saved_tensor_hooks(pack, unpack, input_from):
+    hooks = partial(saved_tensors_hooks, pack, unpack)
+    assert compare(F.gelu, hooks, tolerance=1e-2) == input_from
+
+
+def test_hooks_that_hand_back_what_they_got_leave_second_derivatives():
+    h = drawn((5, K))
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        y = layer()(F.gelu(h * 1))
+        (dx,) = torch.autograd.grad(y.sin().sum(), h, create_graph=True)
+        assert dx.requires_grad
+
+
+def test_half_precision_beside_autocast_to_another():
+    """A float16 input under autocast to bfloat16: the kernel does not read what is kept."""
+    linear, h = layer(torch.float32), drawn((5, K), torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(F.gelu(h * 1))
+    y.float().sum().backward()
+    assert linear.input_from == "GELU" and linear.factors.U.grad.isfinite().all()
+
+
+def test_statistics_in_half_precision_would_not_do():
+    """A LayerNorm all in bfloat16 keeps its mean and deviation rounded."""
+    h = (drawn((5, K), torch.float32) * 1 + 100).bfloat16()
+    half = nn.LayerNorm(K, dtype=torch.bfloat16).requires_grad_(False)
+    assert recompute.find(half(h)) is None
+    mixed = nn.LayerNorm(K).requires_grad_(False)
+    if (x := mixed(h)).grad_fn._saved_result1.dtype == torch.float32:
+        assert recompute.find(x) is not None
+
+
+@pytest.mark.usefixtures("route")
+def test_a_parameter_that_is_not_in_memory():
+    """FSDP2 frees the weight of a norm that it shards by itself: before the linear's forward x is
+    kept, after it an error says what to do."""
+    h, own = drawn((5, K)), norm()
+    x = own(h * 1)
+    memory = own.weight.untyped_storage()
+    size = memory.nbytes()
+    memory.resize_(0)
+    assert recompute.find(x) is None
+    memory.resize_(size)
+    linear = layer()
+    y = linear(own(h * 1))
+    memory.resize_(0)
+    with pytest.raises(RuntimeError, match="not in memory any more"):
+        torch.autograd.grad(y.sum(), list(linear.factors.parameters()))
+
+
+def test_inside_a_checkpoint_nothing_is_looked_for():
+    h = drawn((5, K))
+    x = F.gelu(h * 1)
+    found = []
+    checkpoint(lambda x: found.append(recompute.find(x)), x, use_reentrant=False)
+    assert found == [None] and recompute.find(x) is not None
+
+
+@pytest.mark.parametrize("x", [None, [1.0], 3.0])
+def test_no_tensor_at_all(x):
+    with pytest.raises(TypeError, match="x must be a Tensor"):
+        layer()(x)
+
+
+def test_recipes_outlive_their_table():
+    h, linear = drawn((5, K)), layer()
+    y = linear(F.silu(h * 1))
+    recompute._recipes.clear()
+    linear._recipes.clear()
+    gc.collect()
+    y.sum().backward()
+    assert linear.factors.U.grad.abs().max() > 0
+
+
+def test_recipes_do_not_grow_without_bound(monkeypatch):
+    monkeypatch.setattr(recompute, "_recipes", {})
+    monkeypatch.setattr(recompute, "_MAX_RECIPES", 2)
+    h = drawn((2, 3, 4))
+    widths = [recompute.find(F.gelu(h * 1).view(2, 4, 3).transpose(1, 2))]
+    widths.append(recompute.find(F.gelu(h * 1).transpose(1, 2)))
+    widths.append(recompute.find(F.gelu(h * 1).transpose(0, 1)))
+    assert [source is None for source in widths] == [False, False, True]
+    assert recompute.find(F.gelu(h * 1).transpose(1, 2)) is not None
