@@ -208,6 +208,7 @@ def _start_graph(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 
 def _replace(model: nn.Module, adapter: Adapter, formula: Formula) -> None:
+    adapter.bank.unwatch(model)  # the adapted linears are meant not to run
     for name, layer in adapter.layers().items():
         model.set_submodule(name, PeerLinear(layer.to_linear(), adapter.bank, name, formula))
 

@@ -56,8 +56,8 @@ struct Norm {
 // An output that is null is not wanted.
 struct Backward {
   int64_t M = 0, N = 0, K = 0;
-  Matrix dy;      // [M, N]
-  Matrix x;       // [M, K], read for d_down; its producer's input unless made_by is kPlain
+  Matrix dy;  // [M, N]
+  Matrix x;   // [M, K], read for d_down; its producer's input unless made_by is kPlain
   MadeBy made_by = kPlain;
   Norm norm;      // where made_by is kLayerNorm
   Matrix weight;  // [N, K], read for dx

@@ -210,8 +210,8 @@ OptionalTensor try_run(py::handle x_argument, py::handle weight, py::handle bias
   std::optional<py::gil_scoped_release> no_gil;
   if (choice.native) no_gil.emplace();
   if (choice.cast_weight && frozen_in_training) t.weight = t.weight.to(t.x.scalar_type());
-  Tensor y =
-      needs == 0 ? std::get<0>(run_forward(choice, t, false)) : run_with_node(choice, t, needs, source);
+  Tensor y = needs == 0 ? std::get<0>(run_forward(choice, t, false))
+                        : run_with_node(choice, t, needs, source);
   if (x.dim() != 2) {
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = N;

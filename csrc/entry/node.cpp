@@ -151,18 +151,19 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
                         data.at("attached").toBool(),
                         {saved.begin() + kSaved, saved.end()}};
     BackwardOperands t{python ? outputs[0] : with_contiguous_rows(outputs[0]),
-                             saved[0],
-                             saved[1],
-                             saved[2],
-                             saved[3],
-                             saved[4],
-                             saved[5],
-                             data.at("needs").toInt()};
+                       saved[0],
+                       saved[1],
+                       saved[2],
+                       saved[3],
+                       saved[4],
+                       saved[5],
+                       data.at("needs").toInt()};
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const bool plain = at::GradMode::is_enabled() || has_tangent(t.dy) ||
-                       (python && !is_for_kernels(t.dy));
+    const bool plain =
+        at::GradMode::is_enabled() || has_tangent(t.dy) || (python && !is_for_kernels(t.dy));
     check_in_memory(source);
-    if (source.recipe != nullptr && (plain || python || !is_made_by_kernel(source, t.dy, t.needs))) {
+    if (source.recipe != nullptr &&
+        (plain || python || !is_made_by_kernel(source, t.dy, t.needs))) {
       TORCH_CHECK(source.attached || !at::GradMode::is_enabled(),
                   "low_rank_linear: no second derivative under saved-tensor hooks where x is made "
                   "from what its producer kept; attach the adapter with fuse='off'");
@@ -191,8 +192,7 @@ std::tuple<Tensor, Tensor> run_forward(const Choice& choice, const Operands& ope
   return native_forward(operands, save_p, choice.forward_strategy);
 }
 
-Tensor run_with_node(const Choice& choice, const Operands& t, int64_t needs,
-                     const Source& source) {
+Tensor run_with_node(const Choice& choice, const Operands& t, int64_t needs, const Source& source) {
   return LowRankLinear::apply(t.x, t.weight, t.bias, t.down, t.core, t.up, needs, choice, source);
 }
 

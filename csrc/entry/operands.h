@@ -2,8 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
-
-#include <Python.h>
+#include <torch/csrc/python_headers.h>
 
 #include <optional>
 #include <vector>

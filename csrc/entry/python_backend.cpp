@@ -97,8 +97,8 @@ torch::autograd::variable_list python_backward(const PythonBackend& backend,
 }
 
 Tensor make_x(PyObject* recipe, const std::vector<Tensor>& kept, int64_t K, at::ScalarType dtype) {
-  const c10::OptionalDeviceGuard device(
-      kept[0].is_cuda() ? std::optional(kept[0].device()) : std::nullopt);
+  const c10::OptionalDeviceGuard device(kept[0].is_cuda() ? std::optional(kept[0].device())
+                                                          : std::nullopt);
   const py::gil_scoped_acquire gil;
   py::list tensors;
   for (const Tensor& tensor : kept) tensors.append(wrap(tensor));

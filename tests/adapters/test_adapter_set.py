@@ -307,7 +307,7 @@ def test_what_matters_in_training_alone_may_differ(make_vit, tmp_path, other):
     [
         ("targets", None, "a readable header, got .*: 'targets'"),
         ("targets", "nope", "a readable header"),
-        ("targets", "[]", "adapt the set's linears"),
+        ("targets", "[]", "a readable header, got .*expected a list of module names"),
         ("method", None, "a readable header, got .*: 'method'"),
         ("method", "{}", "a readable header, got .*method must be one of .* got None"),
         ("method", "[]", "a readable header"),

@@ -377,21 +377,19 @@ def test_under_autocast(dtype):
         assert (a - b).abs().max() <= 0.03 * b.abs().max()
 
 
-def test_compiled_with_the_partitioners_switch(monkeypatch):
+def test_compiled_with_the_partitioners_switch():
     """torch.compile decides itself what to keep; the switch that README names lets it make again
     what a custom operator reads."""
-    import torch._functorch.config as partitioner
-
-    monkeypatch.setattr(partitioner, "ban_recompute_materialized_backward", False)
     model, images = build("vit_tiny_patch16_224")
     model, images = model.float(), images.float().repeat(16, 1, 1, 1)
     model.requires_grad_(False)
     backend = "aot_eager_decomp_partition"
-    torch._dynamo.reset()
-    frozen = kept_bytes(torch.compile(model, backend=backend), images)
-    adapter = adapt(model, METHOD, "pairs", with_head=False)
-    torch._dynamo.reset()
-    found = kept_bytes(torch.compile(model, backend=backend), images)
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        torch._dynamo.reset()
+        frozen = kept_bytes(torch.compile(model, backend=backend), images)
+        adapter = adapt(model, METHOD, "pairs", with_head=False)
+        torch._dynamo.reset()
+        found = kept_bytes(torch.compile(model, backend=backend), images)
     factors = sum(
         4 * t.numel() for layer in adapter.layers().values() for t in layer.current_factors()
     )

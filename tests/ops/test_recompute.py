@@ -156,8 +156,8 @@ def test_gradients_in_float32(name):
 @pytest.mark.parametrize("name", ["gelu", "gelu, tanh"])
 def test_the_whole_range_of_an_activation(name, route):
     """With dY = 1, d_down is a sum of x over the rows: here of few, so that it shows each value.
-    torch's own GELU is off by up to 1.3e-6 in its tail, the kernel's by 4e-7."""
-    tolerance = 1e-5 if route == "entry-point" else 1e-4
+    torch's own GELU is off by up to 1.3e-6 in its tail, the kernel's by 5e-7."""
+    tolerance = 3e-5 if route == "entry-point" else 1e-4
     activation = PRODUCERS[name][0]
     linear, exact = layer(torch.float32), layer()
     exact.load_state_dict(linear.state_dict())
