@@ -21,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import cpp_backend
+from .backends.torch_backend import thin_grad
 from .checks import HALF_DTYPES
-from .dispatch import available_backends, launch_context
+from .dispatch import available_backends, has_tangent, launch_context, requested_backend
+from .schemas import OPERANDS, STRATEGY_CODES, needs_code
 
 # How csrc makes x by itself, as in csrc/codes.h; from a recipe of another code x is made here.
 PLAIN, LAYER_NORM, GELU, GELU_TANH = range(4)
@@ -122,6 +125,53 @@ def made_from(kept: Sequence[Tensor | None], source: Source | None, like: Tensor
     with launch_context(like.device):  # without autocast
         x = source.recipe(kept)
     return x.reshape(-1, x.shape[-1]).to(like.dtype)
+
+
+def down_grad(
+    kept: Sequence[Tensor | None], source: Source | None, s: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """d_down = x^T·S, [K, r] in `dtype`, x being what `kept_for` kept or makes.
+
+    Args:
+        kept, source: of x [M, K].
+        s: [M, r].
+        dtype: of down.
+
+    Raises:
+        RuntimeError: as `made_from`.
+    """
+    if source is not None and _has_kernel(source, kept, s):
+        # The backward of a linear of r outputs and rank r, whose B is the identity, so that its S
+        # is this one: x's rows are made there while they are in cache.
+        r = s.shape[1]
+        first, *norm = kept if source.recipe.code == LAYER_NORM else (kept[0], *[None] * 4)
+        assert first is not None
+        k = first.shape[-1]
+        statistics = [None if t is None else t.reshape(-1, 1) for t in norm[:2]]
+        wide = torch.promote_types(s.dtype, torch.float32)
+        eye, unused = torch.eye(r, dtype=wide).unsqueeze(0), s.new_empty(r, k, dtype=wide)
+        needs = needs_code([name == "down" for name in OPERANDS])
+        _, d_down, *_ = torch.ops.efft_kernels.native_bwd_made(
+            *(s, source.recipe.code, first.reshape(-1, k), *statistics, *norm[2:]),
+            *(unused, None, unused.t(), None, eye, needs, STRATEGY_CODES["split"]),
+        )
+        return d_down.to(dtype)  # type: ignore[no-any-return]
+    x = made_from(kept, source, s)
+    assert x is not None
+    return thin_grad(x, s, dtype)
+
+
+def _has_kernel(source: Source, kept: Sequence[Tensor | None], s: Tensor) -> bool:
+    """Whether the CPU's kernel makes this x."""
+    return (
+        source.recipe.code != PLAIN
+        and s.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not has_tangent(s)
+        and requested_backend("auto") in ("auto", "cpp")
+        and available_backends()["cpp"] is None
+        and all(t is None or (t.dtype in cpp_backend.DTYPES and _in_memory(t)) for t in (*kept, s))
+    )
 
 
 def _in_memory(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
 from .checks import to_autocast_dtype
 from .dispatch import requested_backend
-from .recompute import Source, made_from
+from .recompute import Source, down_grad
 
 
 class SharedInput:
@@ -109,11 +109,7 @@ class _Projection(torch.autograd.Function):
         need_x, need_down, _ = ctx.needs_input_grad
         with torch.autocast(dp.device.type, enabled=False):
             dx = torch.mm(dp, down.to(dp.dtype).t()) if need_x else None
-            d_down = None
-            if need_down:
-                x = made_from(kept, ctx.source, dp)
-                assert x is not None
-                d_down = thin_grad(x, dp, down.dtype)
+            d_down = down_grad(kept, ctx.source, dp, down.dtype) if need_down else None
         return dx, d_down, None
 
 

@@ -542,3 +542,22 @@ def test_recipes_do_not_grow_without_bound(monkeypatch):
     widths.append(recompute.find(F.gelu(h * 1).transpose(0, 1)))
     assert [source is None for source in widths] == [False, False, True]
     assert recompute.find(F.gelu(h * 1).transpose(1, 2)) is not None
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["norm", "norm without bias", "gelu", "gelu, tanh", "silu"])
+def test_d_down_alone(name, dtype):
+    """As the shared projection of q, k and v takes it: x^T·S in the dtype of down."""
+    _, x = produced(name, dtype)
+    source = recompute.find(x)
+    if source is None:  # a LayerNorm all in half precision
+        assert dtype == torch.bfloat16 and "norm" in name
+        return
+    s = torch.randn(x.numel() // K, 3, dtype=dtype)
+    with torch.no_grad():
+        found = recompute.down_grad(source.kept, source, s, torch.float64)
+        expected = x.double().reshape(-1, K).T @ s.double()
+    assert found.shape == (K, 3) and found.dtype == torch.float64
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
