@@ -438,7 +438,9 @@ class FusedEFFTLinear(nn.Linear):
             down, core, up = bank.factors(self._site, self.training)
         else:
             down, core, up = bank.task_factors(self._site)
-        source = self._source(input, down) if torch.is_grad_enabled() else None
+        source = None
+        if tasks is None and torch.is_grad_enabled():
+            source = self._source(input, down)
         return adapted_linear(
             input,
             self.weight,

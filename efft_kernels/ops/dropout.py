@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from . import checks, dispatch, reference
 from .backends.torch_backend import mm_into, thin_grad
 from .dropout_mask import keep_mask, new_seed
-from .recompute import Source, kept_for, made_from
+from .recompute import Source, down_grad, kept_for, made_from
 
 
 def low_rank_linear_with_dropout(
@@ -52,8 +52,8 @@ def low_rank_linear_with_dropout(
             1 / (1 - p).
         backend: as in `low_rank_linear`. A compiled backend makes x·weight^T, x·down and dY·weight;
             the mask stands between its thin products, so the others are torch's. 'auto' takes one
-            for bfloat16 on the CPU, where it is 2.5 times as fast as a library without AMX, and
-            library GEMMs elsewhere. 'reference' keeps the mask and leaves the gradients to torch.
+            for bfloat16 on the CPU, where it is faster than a library without AMX, and library
+            GEMMs elsewhere. 'reference' keeps the mask and leaves the gradients to torch.
         source: what the backward makes x from; None where it keeps x.
 
     Returns:
@@ -162,7 +162,6 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, p, down, core, up, seed, *kept = ctx.saved_tensors
-        x = made_from(kept, ctx.source, dy)
         need_x, need_weight, need_bias, need_down, need_core, need_up = ctx.needs_input_grad[:6]
         dtype = dy.dtype
         dx = d_bias = d_down = d_core = d_up = None
@@ -170,7 +169,9 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
             backend = ctx.backend
             if dispatch.has_tangent(dy):
                 backend = "torch"
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            second = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            x = made_from(kept, ctx.source, dy) if need_weight or second else None
+            if second:
                 backend = "torch"
                 p = None if p is None else _with_graph(x, down)
             d_weight = None
@@ -194,8 +195,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
                 if need_x:
                     dx = _frozen_dx(dy, weight, backend).addmm_(s, down.to(dtype).t())
                 if need_down:
-                    assert x is not None
-                    d_down = thin_grad(x, s, down.dtype)
+                    d_down = down_grad(kept, ctx.source, s, down.dtype)
                 if need_core and core is not None:
                     d_wide = mm_into(p.t(), dt, core.dtype)  # [Ra, G·Rb]
                     d_core = d_wide.reshape(d_wide.shape[0], slices, -1).transpose(0, 1)

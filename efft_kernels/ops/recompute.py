@@ -34,7 +34,6 @@ _MAX_DEPTH = 16  # operations between what is kept and x
 _MAX_RECIPES = 1024  # which are never freed
 _CHECKPOINT = "torch.utils.checkpoint"
 
-Shape = tuple[int, ...]
 Expression = tuple[Any, ...]
 
 
@@ -181,11 +180,6 @@ def _in_memory(tensor: Tensor) -> bool:
 
 def _is_checkpoints(hook: object) -> bool:
     return getattr(hook, "__module__", None) == _CHECKPOINT
-
-
-def _shape(node: Any, place: int = 0) -> Shape:
-    """The shape of a node's result."""
-    return tuple(node._input_metadata[place].shape)
 
 
 def _below_views(x: Tensor) -> Any:
@@ -356,7 +350,8 @@ def _clone(graph: _Graph, node: Any, depth: int) -> Expression:
 
 def _view(graph: _Graph, node: Any, depth: int) -> Expression:
     # Open in the first dim, so that batches of all sizes have one recipe.
-    return ("reshape", graph.above(node, 0, depth), (-1, *_shape(node)[1:]))
+    shape = tuple(node._input_metadata[0].shape)
+    return ("reshape", graph.above(node, 0, depth), (-1, *shape[1:]))
 
 
 def _permute(graph: _Graph, node: Any, depth: int) -> Expression:
@@ -468,6 +463,7 @@ def _normalise(
         mean, rstd = _statistics(x, rstd, dims)
     elif x.is_cuda and dims == 1 and x.dtype != torch.float64 and (kernel := _triton()):
         rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()  # as the kernel reads them
         return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
     centred = (x - mean).mul_(rstd)
     if weight is not None and bias is not None and not centred.requires_grad:
