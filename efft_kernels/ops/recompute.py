@@ -463,7 +463,6 @@ def _normalise(
         mean, rstd = _statistics(x, rstd, dims)
     elif x.is_cuda and dims == 1 and x.dtype != torch.float64 and (kernel := _triton()):
         rows = x.reshape(-1, x.shape[-1])
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()  # as the kernel reads them
         return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
     centred = (x - mean).mul_(rstd)
     if weight is not None and bias is not None and not centred.requires_grad:

@@ -487,8 +487,7 @@ def test_statistics_in_half_precision_would_not_do():
     half = nn.LayerNorm(K, dtype=torch.bfloat16).requires_grad_(False)
     assert recompute.find(half(h)) is None
     mixed = nn.LayerNorm(K).requires_grad_(False)
-    if (x := mixed(h)).grad_fn._saved_result1.dtype == torch.float32:
-        assert recompute.find(x) is not None
+    assert recompute.find(mixed(h)) is not None  # whose statistics are in float32
 
 
 @pytest.mark.usefixtures("route")

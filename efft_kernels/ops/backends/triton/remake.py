@@ -48,13 +48,14 @@ def _remake_kernel(
 
 
 def launch_remake(
-    x: Tensor,  # [M, K], its columns side by side
+    x: Tensor,  # [M, K]
     mean: Tensor,  # [M]
     rstd: Tensor,  # [M]
     weight: Tensor | None,  # [K]
     bias: Tensor | None,  # [K]
 ) -> Tensor:
     """(x - mean)·rstd·weight + bias, [M, K], in x's dtype."""
+    x = x if x.stride(1) == 1 else x.contiguous()
     m, k = x.shape
     out = torch.empty((m, k), dtype=x.dtype, device=x.device)
     cache = cache_of((x, mean, rstd, weight, bias), "remake")

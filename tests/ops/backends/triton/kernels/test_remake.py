@@ -9,13 +9,14 @@ from efft_kernels.ops.backends.triton.remake import launch_remake
 from efft_kernels.testing.error_budget import assert_within_budget
 
 
+@pytest.mark.parametrize("across", [False, True], ids=["", "columns first"])
 @pytest.mark.parametrize("affine", ["weight and bias", "weight", "none"])
 @pytest.mark.parametrize(("m", "k"), [(37, 41), (8, 256), (1, 300), (19, 515)])
-def test_remake(m, k, affine, dtype, device):
+def test_remake(m, k, affine, across, dtype, device):
     """Rows of a wider matrix, of sizes that no tile divides."""
     torch.manual_seed(0)
     wide = torch.randn(m, k + 3).mul_(3).add_(5).to(device, dtype)
-    x = wide[:, 1 : k + 1]
+    x = wide.t().contiguous().t()[:, 1 : k + 1] if across else wide[:, 1 : k + 1]
     weight = torch.randn(k).to(device, dtype) if affine != "none" else None
     bias = torch.randn(k).to(device, dtype) if affine == "weight and bias" else None
     _, mean, rstd = torch.native_layer_norm(x.float(), (k,), None, None, 1e-5)
