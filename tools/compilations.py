@@ -184,6 +184,9 @@ class Recorder:
         steps.gather_grad([y, y, y], empty(3 * k, rank), s, False)
         steps.finish(sum_b, *sums)
         steps.finish(*sums)
+        h, wide_down = empty(ROWS, 4 * k), empty(4 * k, rank)
+        steps.gelu(h, wide_down)
+        steps.gelu_grad(h, h, p, wide_down, s)
         for gamma in (None, wide(1, k)):
             steps.merge([wide(k, k)], empty(1, k, rank), empty(1, k, rank), gamma)
         for x in (z, y):

@@ -5,8 +5,8 @@
 
 At the sizes of a ViT-B, beside the same step in torch's operators: microseconds with a cold L2
 cache, and the relative difference of the results. The first shape of a launch is the shipped one.
-GELU is torch's own in the package; here its kernels, which carry the thin products along, are
-measured against it. A whole training step is measured by step.py.
+"passes" are GELU by torch with passes for its thin products. A whole training step is measured by
+step.py.
 
 Launches are compiled beforehand, in processes that start before CUDA does. `--device cpu` walks
 through all of it with a tiny model in Triton's interpreter, in float16.
@@ -49,19 +49,8 @@ class Shape(NamedTuple):
 TINY = Shape(51, 48, 64, 5, 5)
 
 
-class Shapes(NamedTuple):
-    """Block shapes of a chain's launches and of GELU's."""
-
-    norm: Any
-    norm_grad: Any
-    norm_down_grad: Any
-    gather: Any
-    gelu: Any = None  # None: torch's activation and passes of their own
-    gelu_grad: Any = None
-
-
 def candidates(device: str) -> dict[str, list[Any]]:
-    """By field of `Shapes`, what is tried; the first is shipped."""
+    """By field of triton/chain.py's Configs, what is tried; the first is shipped."""
     from efft_kernels.ops.backends.triton.act import ActConfig
     from efft_kernels.ops.backends.triton.configs import PassConfig
     from efft_kernels.ops.backends.triton.norm import NormConfig
@@ -73,16 +62,16 @@ def candidates(device: str) -> dict[str, list[Any]]:
             "norm_grad": [NormConfig(4, 16, True, 4)],
             "norm_down_grad": [PassConfig(32, 16, 2, 4, 1)],
             "gather": [PassConfig(32, 16, 2, 4, 1)],
-            "gelu": [None, ActConfig(32, 32, 2, 4, 1)],
-            "gelu_grad": [None, ActConfig(32, 32, 2, 4, 1)],
+            "gelu": [ActConfig(32, 32, 2, 4, 1), None],
+            "gelu_grad": [ActConfig(32, 32, 2, 4, 1), None],
         }
     return {
         "norm": [
             NormConfig(16, 256, True, 4),
-            NormConfig(16, 128, True, 8),
-            NormConfig(16, 256, True, 8, max_registers=128),
-            NormConfig(32, 128, False, 8, max_registers=128),
-            NormConfig(16, 64, False, 4),
+            NormConfig(4, 256, True, 4),
+            NormConfig(2, 256, True, 2),
+            NormConfig(1, 1024, True, 4),
+            NormConfig(4, 1024, True, 8),
         ],
         "norm_grad": [
             NormConfig(4, 256, True, 4),
@@ -91,10 +80,10 @@ def candidates(device: str) -> dict[str, list[Any]]:
             NormConfig(4, 1024, True, 8),
         ],
         "norm_down_grad": [
-            PassConfig(64, 128, 44, 4, 3),
             PassConfig(32, 64, 44, 4, 3),
-            PassConfig(32, 128, 66, 4, 3),
-            PassConfig(64, 128, 44, 8, 3),
+            PassConfig(32, 64, 22, 4, 3),
+            PassConfig(16, 64, 55, 4, 3),
+            PassConfig(32, 32, 22, 4, 3),
         ],
         "gather": [
             PassConfig(64, 128, 15, 4, 3),
@@ -103,60 +92,31 @@ def candidates(device: str) -> dict[str, list[Any]]:
             PassConfig(32, 256, 29, 4, 3),
         ],
         "gelu": [
-            None,
-            ActConfig(64, 32, 5, 4, 2),
-            ActConfig(64, 32, 8, 4, 3),
-            ActConfig(32, 64, 4, 4, 3),
             ActConfig(64, 64, 4, 4, 2),
+            None,
+            ActConfig(64, 64, 4, 4, 3),
+            ActConfig(32, 64, 2, 4, 2),
+            ActConfig(32, 128, 2, 4, 2),
+            ActConfig(64, 128, 4, 8, 3),
+            ActConfig(128, 64, 8, 8, 2),
         ],
         "gelu_grad": [
-            None,
-            ActConfig(64, 64, 8, 4, 2),
             ActConfig(64, 64, 8, 4, 3),
-            ActConfig(32, 64, 13, 4, 3),
-            ActConfig(32, 128, 11, 8, 2),
-            ActConfig(64, 128, 11, 8, 2),
+            None,
+            ActConfig(64, 64, 11, 4, 3, max_registers=128),
+            ActConfig(32, 128, 16, 4, 3),
+            ActConfig(32, 128, 11, 8, 3, max_registers=128),
+            ActConfig(16, 256, 22, 8, 3),
+            ActConfig(32, 256, 11, 8, 2),
         ],
     }
 
 
-def make_steps(shapes: Shapes) -> TorchSteps:
-    """The steps as launches in these block shapes."""
-    from efft_kernels.ops.backends.triton.act import launch_act_bwd, launch_act_fwd
-    from efft_kernels.ops.backends.triton.chain import Configs, TritonSteps
-    from efft_kernels.ops.backends.triton.reduce import launch_reduce
+def make_steps(shapes: Any) -> TorchSteps:
+    """The steps as launches in these block shapes (triton/chain.py's Configs)."""
+    from efft_kernels.ops.backends.triton.chain import TritonSteps
 
-    nothing = (None, None)
-
-    class Steps(TritonSteps):
-        """With GELU's kernels where they have a shape."""
-
-        def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-            if shapes.gelu is None:
-                return super().gelu(h, down)
-            cache = self._cache("gelu", h)
-            got = launch_act_fwd(h, None, None, None, down, config=shapes.gelu, cache=cache)
-            assert got.p is not None
-            if got.p.dim() == 2:
-                return got.a, got.p
-            p = h.new_empty(h.shape[0], down.shape[1])
-            launch_reduce((nothing, nothing, (got.p, p)), cache)
-            return got.a, p
-
-        def gelu_grad(
-            self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            if shapes.gelu_grad is None:
-                return super().gelu_grad(da, h, s, b, p)
-            cache = self._cache("gelu_grad", h)
-            config = shapes.gelu_grad
-            got = launch_act_bwd(da, h, s, None, p, b, in_place=True, config=config, cache=cache)
-            s_in = torch.empty_like(p)
-            d_b, d_down = (h.new_empty(h.shape[1], t.shape[1], dtype=torch.float32) for t in (b, s))
-            launch_reduce(((got.d_up, d_b), (got.q, s_in), (got.d_down, d_down)), cache)
-            return got.dh, s_in, d_b, d_down
-
-    return Steps(Configs(*shapes[:4]))
+    return TritonSteps(shapes)
 
 
 def calls(
@@ -164,7 +124,7 @@ def calls(
 ) -> dict[str, Callable[[], Any]]:
     """Every launch of a step at a model's sizes, on random operands or the meta device's.
 
-    A name's first word is the field of `Shapes` that the launch depends on, if it is one.
+    A name's first word is the field of Configs that the launch depends on, if it is one.
     """
     M, K, C, r, L = shape
 
@@ -206,15 +166,17 @@ def calls(
     return found
 
 
-def tried(what: str, device: str) -> list[Shapes]:
+def tried(what: str, device: str) -> list[Any]:
     """All block shapes of one launch."""
+    from efft_kernels.ops.backends.triton.chain import Configs
+
     own = candidates(device)
-    shipped = Shapes(*[configs[0] for configs in own.values()])
+    shipped = Configs(**{field: configs[0] for field, configs in own.items()})
     field = what.partition(" ")[0]
     return [shipped._replace(**{field: c}) for c in own.get(field, ())] or [shipped]
 
 
-def shape_label(what: str, shapes: Shapes) -> str:
+def shape_label(what: str, shapes: Any) -> str:
     """The block shape of a launch."""
     config = getattr(shapes, what.partition(" ")[0], None)
     if config is None:
@@ -225,7 +187,7 @@ def shape_label(what: str, shapes: Shapes) -> str:
 # Compiling ahead
 
 
-def _compile(shapes: Shapes, what: str, shape: Shape, arch: int) -> Usage:
+def _compile(shapes: Any, what: str, shape: Shape, arch: int) -> Usage:
     return compiled_by(calls(make_steps(shapes), shape, "meta", torch.bfloat16)[what], arch)
 
 

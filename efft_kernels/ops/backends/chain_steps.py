@@ -114,7 +114,7 @@ class TorchSteps:
         self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dh, then S = dh·B and d_B = dh^T·P of the linear before, d_down = gelu(h)^T·s of the one
-        after.
+        after. dh may take da's place.
         """
         sum_down = self.tall_grad(F.gelu(h), s)
         dh = aten.gelu_backward(da, h)
