@@ -177,7 +177,7 @@ class Recorder:
         steps.norm(z, None, norm, down, half)
         normed = steps.norm(z, y, norm, down, half)
         statistics = normed.z, normed.mean, normed.rstd
-        steps.norm_grad(dx, *statistics, norm, dz)
+        steps.norm_grad(dx, *statistics, norm, dz, p)
         sums = [steps.norm_down_grad(*statistics, norm, p), steps.tall_grad(y, steps.thin(y, down))]
         s, sum_b = steps.thin_grad(y, down, p)
         steps.gather_grad([y, y, y], empty(3 * k, rank), s, True)

@@ -32,6 +32,7 @@ from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 from ..lib.timing import interleave
 from .between import Usage, compiled_by, label
 
+NATIVE = "CUDA C++"  # in the place of a block shape
 MOST_COMPILING = 60.0  # seconds that a measurement waits for all launches to be compiled
 FARTHEST = 0.03  # a launch's results from torch's, relative; both round to bfloat16
 
@@ -66,57 +67,42 @@ def candidates(device: str) -> dict[str, list[Any]]:
             "gelu_grad": [ActConfig(32, 32, 2, 4, 1), None],
         }
     return {
-        "norm": [
-            NormConfig(16, 256, True, 4),
-            NormConfig(4, 256, True, 4),
-            NormConfig(2, 256, True, 2),
-            NormConfig(1, 1024, True, 4),
-            NormConfig(4, 1024, True, 8),
-        ],
-        "norm_grad": [
-            NormConfig(4, 256, True, 4),
-            NormConfig(2, 256, True, 2),
-            NormConfig(1, 1024, True, 4),
-            NormConfig(4, 1024, True, 8),
-        ],
+        "norm": [NormConfig(16, 256, True, 4), NATIVE, NormConfig(4, 256, True, 4)],
+        "norm_grad": [NormConfig(4, 256, True, 4), NATIVE],
         "norm_down_grad": [
             PassConfig(32, 64, 44, 4, 3),
             PassConfig(32, 64, 22, 4, 3),
-            PassConfig(16, 64, 55, 4, 3),
-            PassConfig(32, 32, 22, 4, 3),
         ],
         "gather": [
             PassConfig(64, 128, 15, 4, 3),
-            PassConfig(64, 128, 29, 4, 3),
-            PassConfig(64, 256, 44, 8, 2),
             PassConfig(32, 256, 29, 4, 3),
         ],
         "gelu": [
-            ActConfig(64, 64, 4, 4, 2),
-            None,
-            ActConfig(64, 64, 4, 4, 3),
-            ActConfig(32, 64, 2, 4, 2),
             ActConfig(32, 128, 2, 4, 2),
+            None,
+            ActConfig(64, 64, 4, 4, 2),
             ActConfig(64, 128, 4, 8, 3),
-            ActConfig(128, 64, 8, 8, 2),
+            ActConfig(32, 128, 3, 4, 2),
+            ActConfig(32, 256, 2, 8, 2),
         ],
         "gelu_grad": [
-            ActConfig(64, 64, 8, 4, 3),
-            None,
-            ActConfig(64, 64, 11, 4, 3, max_registers=128),
-            ActConfig(32, 128, 16, 4, 3),
             ActConfig(32, 128, 11, 8, 3, max_registers=128),
-            ActConfig(16, 256, 22, 8, 3),
-            ActConfig(32, 256, 11, 8, 2),
+            None,
+            ActConfig(64, 64, 8, 4, 3),
+            ActConfig(32, 128, 16, 4, 3),
+            ActConfig(32, 128, 22, 4, 3, max_registers=128),
+            ActConfig(32, 128, 22, 8, 2, max_registers=128),
+            ActConfig(64, 128, 11, 8, 2, max_registers=128),
         ],
     }
 
 
 def make_steps(shapes: Any) -> TorchSteps:
     """The steps as launches in these block shapes (triton/chain.py's Configs)."""
+    from efft_kernels.ops.backends.cuda_chain import CudaSteps
     from efft_kernels.ops.backends.triton.chain import TritonSteps
 
-    return TritonSteps(shapes)
+    return CudaSteps(shapes) if NATIVE in shapes else TritonSteps(shapes)
 
 
 def calls(
@@ -141,6 +127,10 @@ def calls(
         }
         return steps.finish(*[found[name]() for name in names])
 
+    def norm_grad() -> tuple[Tensor, ...]:
+        dz, dy, sum_down = steps.norm_grad(x, z, mean, rstd, norm, z, p)
+        return dz, dy, *steps.finish(steps.thin_grad(y, down, p)[1], sum_down)
+
     z, x, y, p = make(M, K, like=torch.float32), make(M, K), make(M, K), make(M, r)
     h, da = make(M, C), make(M, C)
     mean, rstd = make(M, like=torch.float32), make(M, like=torch.float32)
@@ -149,7 +139,7 @@ def calls(
     found: dict[str, Callable[[], Any]] = {
         "norm first": lambda: steps.norm(z, None, norm, down, dtype),
         "norm": lambda: steps.norm(z, y, norm, down, dtype),
-        "norm_grad": lambda: steps.norm_grad(x, z, mean, rstd, norm, z),
+        "norm_grad": norm_grad,
         "norm_down_grad": lambda: sums("thin_grad", "norm_down_grad"),
         "thin proj": lambda: steps.thin(x, down),
         "sums of the attention half": lambda: sums("thin_grad", "tall_grad", "norm_down_grad"),
@@ -181,7 +171,7 @@ def shape_label(what: str, shapes: Any) -> str:
     config = getattr(shapes, what.partition(" ")[0], None)
     if config is None:
         return "passes" if what.startswith("gelu") else ""
-    return label(config)
+    return config if config == NATIVE else label(config)
 
 
 # Compiling ahead
@@ -204,6 +194,7 @@ def compile_all(shape: Shape, arch: int, processes: int, seconds: float) -> bool
         (what, shapes, pool.submit(_compile, shapes, what, shape, arch))
         for what in calls(TorchSteps(), shape, "meta", torch.bfloat16)
         for shapes in tried(what, "cuda")
+        if NATIVE not in shapes
     ]
     for what, shapes, job in jobs:
         usage: Usage

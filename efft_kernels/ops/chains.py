@@ -133,9 +133,11 @@ def _triton() -> str | None:
 
 @functools.cache
 def _steps(k: int, rank: int, index: int) -> TorchSteps:
+    from .backends import cuda_chain
     from .backends.triton.chain import TritonSteps, configs_for
 
-    return TritonSteps(configs_for(k, rank, index))
+    steps = cuda_chain.CudaSteps if cuda_chain.takes(k, rank, index) else TritonSteps
+    return steps(configs_for(k, rank, index))
 
 
 def _attention_for(x: Tensor, heads: int, dtype: torch.dtype) -> Attention | None:
@@ -224,16 +226,15 @@ def _kept(ctx: Any) -> tuple[_Kept, list[Any]]:
     return _Kept(w1, w2, b1, b2, Norm(weight, bias, ctx.eps), z, mean, rstd, p), more
 
 
-def _stream_grad(
-    ctx: Any, kept: _Kept, dz: Tensor, dx: Callable[[], Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of z and y from x̂'s and that of the stream after the half."""
+def _norm_grad(
+    ctx: Any, kept: _Kept, dz: Tensor, dx: Callable[[], Tensor], s: Tensor
+) -> tuple[Tensor | None, Tensor | None, Any]:
+    """Gradients of z and y from x̂'s and that of the stream after the half, and the sum of x̂^T·S."""
+    steps, norm = ctx.engine.steps, (kept.z, kept.mean, kept.rstd, kept.norm)
     if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        return None, None
-    dz_in, dy_in = ctx.engine.steps.norm_grad(
-        dx(), kept.z, kept.mean, kept.rstd, kept.norm, dz.contiguous()
-    )
-    return dz_in, dy_in if ctx.needs_input_grad[1] else None
+        return None, None, steps.norm_down_grad(*norm, s)
+    dz_in, dy_in, sum_down = steps.norm_grad(dx(), *norm, dz.contiguous(), s)
+    return dz_in, dy_in if ctx.needs_input_grad[1] else None, sum_down
 
 
 Backward = Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]
@@ -300,9 +301,8 @@ class AttentionHalf(torch.autograd.Function):
         parts = [_rows(part) for part in attention.backward(do, *qkv, o, *of_attention)]
         copy = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx, s, d_b = steps.gather_grad(parts, kept.b_first, kept.p_first, copy)
-        sum_down = steps.norm_down_grad(kept.z, kept.mean, kept.rstd, kept.norm, s)
+        *streams, sum_down = _norm_grad(ctx, kept, dz, lambda: dx @ kept.w_first, s)
         d_b_proj, d_down_proj, d_down = steps.finish(sum_b_proj, sum_down_proj, sum_down)
-        streams = _stream_grad(ctx, kept, dz, lambda: dx @ kept.w_first)
         return *streams, d_down, d_b, d_down_proj, d_b_proj, None
 
 
@@ -328,9 +328,8 @@ class MlpHalf(torch.autograd.Function):
         dh, s1, d_b1, d_down2 = steps.gelu_grad(
             dy @ kept.w_second, h, s2, kept.b_first, kept.p_first
         )
-        sum_down1 = steps.norm_down_grad(kept.z, kept.mean, kept.rstd, kept.norm, s1)
+        *streams, sum_down1 = _norm_grad(ctx, kept, dz, lambda: dh @ kept.w_first, s1)
         d_down1, d_b2 = steps.finish(sum_down1, sum_b2)
-        streams = _stream_grad(ctx, kept, dz, lambda: dh @ kept.w_first)
         return *streams, d_down1, d_b1, d_down2, d_b2, None
 
 

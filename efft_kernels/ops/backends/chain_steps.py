@@ -65,9 +65,16 @@ class TorchSteps:
         return Normed(z, out, out @ down, mean, rstd)
 
     def norm_grad(
-        self, dout: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The stream's gradient, and the same in dout's dtype for the branch."""
+        self,
+        dout: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: Norm,
+        residual: Tensor,
+        s: Tensor,
+    ) -> tuple[Tensor, Tensor, Sum]:
+        """The stream's gradient, the same in dout's dtype for the branch, and x̂^T·S."""
         dz = aten.native_layer_norm_backward(
             dout.to(z.dtype),
             z,
@@ -79,10 +86,10 @@ class TorchSteps:
             [True, False, False],
         )[0]
         dz = dz + residual
-        return dz, dz.to(dout.dtype)
+        return dz, dz.to(dout.dtype), self.norm_down_grad(z, mean, rstd, norm, s)
 
     def norm_down_grad(self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor) -> Sum:
-        """x̂^T·S, with x̂ made again."""
+        """x̂^T·S alone, with x̂ made again."""
         n = (z - mean.view(-1, 1)) * rstd.view(-1, 1)
         return self.tall_grad((n * norm.weight + norm.bias).to(s.dtype), s)
 

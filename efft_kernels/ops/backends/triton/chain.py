@@ -59,13 +59,14 @@ def configs_for(k: int, rank: int, index: int | None) -> Configs:
 
     tiles = tuning.cdiv(k, block_c)
     ragged = k % 64 != 0  # held, or in wide blocks, such rows would spill
+    registers = 128 if rank == 16 else None  # for two programs on a multiprocessor
     return Configs(
         NormConfig(16, 128 if wide or ragged else 256, not ragged, 8 if wide or k > 768 else 4),
         NormConfig(4, 256, True, 4),
         PassConfig(64 if wide else 32, 64, parts(tuning.cdiv(k, 64), 2 if wide else 4), 4, 3),
         PassConfig(64, block_c, parts(3 * tiles), 4, 3),
-        None if wide else ActConfig(64, 64, 4, 4, 2),
-        None if wide else ActConfig(64, 64, 8, 4, 3),
+        None if wide else ActConfig(32, 128, 2, 4, 2),
+        None if wide else ActConfig(32, 128, 11, 8, 3, registers),
     )
 
 
@@ -140,8 +141,16 @@ class TritonSteps(TorchSteps):
         return Normed(got.z, got.out, p, got.mean, got.rstd)
 
     def norm_grad(
-        self, dout: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        dout: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: Norm,
+        residual: Tensor,
+        s: Tensor,
+    ) -> tuple[Tensor, Tensor, Partial]:
+        sum_down = self.norm_down_grad(z, mean, rstd, norm, s)
         got = launch_norm_bwd(
             dout,
             z,
@@ -157,7 +166,7 @@ class TritonSteps(TorchSteps):
             cache=self._cache("norm_grad", dout, z.dtype),
         )
         assert got.dy is not None
-        return got.dz, got.dy
+        return got.dz, got.dy, sum_down
 
     def norm_down_grad(
         self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor

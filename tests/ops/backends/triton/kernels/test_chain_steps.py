@@ -17,7 +17,7 @@ from efft_kernels.testing.cpu_chain import CPU_ATTENTION
 from efft_kernels.testing.error_budget import assert_within_budget
 
 M, K, C, R = 37, 41, 53, 5
-K_CHAIN, HIDDEN = 32, 64
+K_CHAIN, HIDDEN = 32, 64  # HIDDEN: of whole blocks in SMALL
 # Several tiles in every direction.
 SMALL = Configs(
     norm=NormConfig(16, 16, True, 4),
@@ -41,7 +41,7 @@ def steps_of(index):
         ),
         "first norm": lambda s, o, d: s.norm(o["z"], None, norm(o), o["down"], d),
         "norm": lambda s, o, d: s.norm(o["z"], o["y"], norm(o), o["down"], d),
-        "norm_grad": lambda s, o, _: s.norm_grad(o["y"], *normed(o), norm(o), o["dz"]),
+        "norm_grad": lambda s, o, _: norm_grad(s, o),
         "thin": lambda s, o, _: s.thin(o["y"], o["down"]),
         "sums": lambda s, o, _: sums(s, o),
         "gather_grad": lambda s, o, _: s.gather_grad(parts(o), o["B_qkv"], o["s"], True),
@@ -55,6 +55,11 @@ def steps_of(index):
             o["h"] * 2, o["h"], o["s"], o["B"], o["s"]
         ),
     }[index]
+
+
+def norm_grad(steps, o):
+    dz, dy, sum_down = steps.norm_grad(o["y"], *normed(o), norm(o), o["dz"], o["s"])
+    return dz, dy, *steps.finish(steps.thin_grad(o["h"], o["B"], o["s"])[1], sum_down)
 
 
 def sums(steps, o):
@@ -72,8 +77,8 @@ def operands(dtype, device):
     sizes = {
         "z": (M, K), "dz": (M, K), "w_z": (K,), "b_z": (K,), "W_z": (C, K), "y": (M, K),
         "down": (K, R), "s": (M, R), "h": (M, C), "da": (M, HIDDEN), "B": (C, R),
-        "B_qkv": (3 * K, R), "qkv": (M, 3 * K), "s_wide": (M, 19), "B_stack": (6, C, R), "down_stack": (6, K, R),
-        "gammas_z": (6, C), "hidden": (M, HIDDEN), "B_hidden": (HIDDEN, R),
+        "B_qkv": (3 * K, R), "qkv": (M, 3 * K), "s_wide": (M, 19), "B_stack": (6, C, R),
+        "down_stack": (6, K, R), "gammas_z": (6, C), "hidden": (M, HIDDEN), "B_hidden": (HIDDEN, R),
     }  # fmt: skip
     return {
         name: torch.randn(size, generator=generator).to(
