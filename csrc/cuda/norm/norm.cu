@@ -192,11 +192,12 @@ cudaError_t launch_norm(const NormArguments& a, cudaStream_t stream) {
   const int warps = static_cast<int>(a.width / kNormCols);
   return for_width<false>(a.width, [&]<int kThreads, int kStages>() {
     const int smem = norm_smem<false>(warps, kStages);
+    constexpr int most = norm_smem<false>(kThreads / 32, kStages);
     return a.dtype == Dtype::kHalf
-               ? launch_with_smem<norm_kernel<__half, kThreads, kStages>>(grid, warps * 32, smem,
-                                                                          stream, parameters)
-               : launch_with_smem<norm_kernel<__nv_bfloat16, kThreads, kStages>>(
-                     grid, warps * 32, smem, stream, parameters);
+               ? launch_with_up_to<norm_kernel<__half, kThreads, kStages>>(most, grid, warps * 32,
+                                                                           smem, stream, parameters)
+               : launch_with_up_to<norm_kernel<__nv_bfloat16, kThreads, kStages>>(
+                     most, grid, warps * 32, smem, stream, parameters);
   });
 }
 

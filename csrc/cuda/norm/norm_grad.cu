@@ -215,11 +215,12 @@ cudaError_t launch_norm_grad(const NormGradArguments& a, cudaStream_t stream) {
   const int warps = static_cast<int>(a.width / kNormCols);
   return for_width<true>(a.width, [&]<int kThreads, int kStages>() {
     const int smem = norm_smem<true>(warps, kStages);
+    constexpr int most = norm_smem<true>(kThreads / 32, kStages);
     return a.dtype == Dtype::kHalf
-               ? launch_with_smem<norm_grad_kernel<__half, kThreads, kStages>>(
-                     grid, warps * 32, smem, stream, parameters)
-               : launch_with_smem<norm_grad_kernel<__nv_bfloat16, kThreads, kStages>>(
-                     grid, warps * 32, smem, stream, parameters);
+               ? launch_with_up_to<norm_grad_kernel<__half, kThreads, kStages>>(
+                     most, grid, warps * 32, smem, stream, parameters)
+               : launch_with_up_to<norm_grad_kernel<__nv_bfloat16, kThreads, kStages>>(
+                     most, grid, warps * 32, smem, stream, parameters);
   });
 }
 
