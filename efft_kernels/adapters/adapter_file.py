@@ -147,8 +147,14 @@ def _names(text: str, at_least: int = 0) -> list[str]:
     return names
 
 
-def read_adapter_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_adapter_file(
+    path: str | os.PathLike[str], *, file_format: str = FORMAT
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of an adapter file of a version that this release knows.
+
+    Args:
+        path: the file.
+        file_format: what its header must say; baselines have a format of their own.
 
     Raises:
         FileNotFoundError: no such file.
@@ -167,9 +173,9 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dic
     except Exception as error:  # safetensors raises KeyError and others on dtypes torch lacks
         reason = " ".join(str(error).splitlines())
         raise ValueError(f"path must be a whole safetensors file, got {path}: {reason}") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != file_format:
         raise ValueError(
-            f"path must be a file written by Adapter.save (format {FORMAT!r}), got {path} with"
+            f"path must be a file written by Adapter.save (format {file_format!r}), got {path} with"
             f" format {metadata.get('format')!r}"
         )
     if metadata.get("format_version") != str(FORMAT_VERSION):

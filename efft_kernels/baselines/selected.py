@@ -1,0 +1,105 @@
+"""Baselines that train some of a model's own parameters and add none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..adapters.sites import find_sites
+from ..methods.base import check_choice
+from .base import Baseline
+from .registry import register_baseline
+
+
+@register_baseline
+@dataclass(frozen=True)
+class LinearProbing(Baseline):
+    """The head alone: 0 parameters besides it (KAdaptation, section 5.1)."""
+
+    name: ClassVar[str] = "linear"
+
+
+@register_baseline
+@dataclass(frozen=True)
+class FullFineTuning(Baseline):
+    """Every parameter: 85,798,656 of ViT-B/16 besides the head (KAdaptation, section 5.1)."""
+
+    name: ClassVar[str] = "full"
+
+    def own_parameters(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
+
+
+@register_baseline
+@dataclass(frozen=True)
+class BitFit(Baseline):
+    """Every bias (arXiv:2106.10199): 102,912 parameters of ViT-B/16.
+
+    Tables of relative position biases are among them, as the papers' 0.201 M of Swin-B has it.
+    """
+
+    name: ClassVar[str] = "bitfit"
+
+    def own_parameters(self, model: nn.Module) -> list[str]:
+        names = [name for name, _ in model.named_parameters() if "bias" in name.rpartition(".")[2]]
+        return _found(names, "biases", model, self)
+
+
+@register_baseline
+@dataclass(frozen=True)
+class LayerNormTuning(Baseline):
+    """Weights and biases of the LayerNorms (KAdaptation, section 5.1): 38,400 of ViT-B/16.
+
+    Attributes:
+        norms: "all", or "outer" for those outside the blocks, which is what KAdaptation's Table 2
+            counts: 1,536 above the head for its ViT, 3,072 for CLIP's image tower.
+    """
+
+    norms: str = "all"
+
+    name: ClassVar[str] = "layernorm"
+
+    def __post_init__(self) -> None:
+        check_choice("norms", self.norms, ("all", "outer"))
+
+    def own_parameters(self, model: nn.Module) -> list[str]:
+        modules = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.LayerNorm)
+            and (self.norms == "all" or not any(part.isdigit() for part in name.split(".")))
+        ]
+        names = [f"{module}." for module in modules]
+        inside = [name for name, _ in model.named_parameters() if name.startswith(tuple(names))]
+        return _found(inside, f"LayerNorms (norms={self.norms!r})", model, self)
+
+
+@register_baseline
+@dataclass(frozen=True)
+class AttentionTuning(Baseline):
+    """Weights and biases of q, k, v and o (KAdaptation, section 5.1): 28,348,416 of ViT-B/16."""
+
+    name: ClassVar[str] = "attention"
+
+    def own_parameters(self, model: nn.Module) -> list[str]:
+        try:
+            sites = [site.name for site in find_sites(model, "mhsa")]
+        except ValueError:
+            sites = []
+        parents = {name.rpartition(".")[0] for name in sites}
+        whole = {
+            name for name in parents if isinstance(model.get_submodule(name), nn.MultiheadAttention)
+        }
+        prefixes = tuple(f"{name}." for name in {*sites, *whole})
+        inside = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+        return _found(inside if prefixes else [], "attention linears", model, self)
+
+
+def _found(names: list[str], what: str, model: nn.Module, baseline: Baseline) -> list[str]:
+    if not names:
+        raise ValueError(
+            f"model must have {what} for {baseline.name}, got a {type(model).__name__} without"
+        )
+    return names
