@@ -17,7 +17,6 @@ from ..adapters.attachment import (
     BASELINE_NAME,
     AttachedBank,
     Attachment,
-    is_inside,
     require_plain,
     state_buffers,
 )
@@ -91,7 +90,7 @@ def attach_baseline(
     trained = resolve_modules_to_train(model, modules_to_train)
     check_not_sharded(model, "be adapted: attach first")
     parameters = dict(model.named_parameters())
-    own = [name for name in baseline.own_parameters(model) if not is_inside(name, trained)]
+    own = baseline.own_parameters(model, trained)
     floats = [p for p in parameters.values() if p.is_floating_point()]
     if not floats:
         raise ValueError(f"model must have parameters, got a {type(model).__name__} without")

@@ -39,8 +39,12 @@ class Baseline:
 
     name: ClassVar[str]
 
-    def own_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the model's own parameters that train, besides the head; none by default.
+    def own_parameters(self, model: nn.Module, outside: Sequence[str]) -> list[str]:
+        """Names of the model's own parameters that train; none by default.
+
+        Args:
+            model: the model they are in.
+            outside: names of the modules that train whole, which are left alone.
 
         Raises:
             TypeError, ValueError: the baseline cannot take this model; it says so by name.

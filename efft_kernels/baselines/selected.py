@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
+from ..adapters.attachment import is_inside
 from ..adapters.sites import find_sites
 from ..methods.base import check_choice
 from .base import Baseline
@@ -28,8 +30,8 @@ class FullFineTuning(Baseline):
 
     name: ClassVar[str] = "full"
 
-    def own_parameters(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters()]
+    def own_parameters(self, model: nn.Module, outside: Sequence[str]) -> list[str]:
+        return _parameters(model, outside)
 
 
 @register_baseline
@@ -42,8 +44,8 @@ class BitFit(Baseline):
 
     name: ClassVar[str] = "bitfit"
 
-    def own_parameters(self, model: nn.Module) -> list[str]:
-        names = [name for name, _ in model.named_parameters() if "bias" in name.rpartition(".")[2]]
+    def own_parameters(self, model: nn.Module, outside: Sequence[str]) -> list[str]:
+        names = [n for n in _parameters(model, outside) if "bias" in n.rpartition(".")[2]]
         return _found(names, "biases", model, self)
 
 
@@ -64,15 +66,14 @@ class LayerNormTuning(Baseline):
     def __post_init__(self) -> None:
         check_choice("norms", self.norms, ("all", "outer"))
 
-    def own_parameters(self, model: nn.Module) -> list[str]:
+    def own_parameters(self, model: nn.Module, outside: Sequence[str]) -> list[str]:
         modules = [
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.LayerNorm)
             and (self.norms == "all" or not any(part.isdigit() for part in name.split(".")))
         ]
-        names = [f"{module}." for module in modules]
-        inside = [name for name, _ in model.named_parameters() if name.startswith(tuple(names))]
+        inside = [name for name in _parameters(model, outside) if is_inside(name, modules)]
         return _found(inside, f"LayerNorms (norms={self.norms!r})", model, self)
 
 
@@ -83,18 +84,22 @@ class AttentionTuning(Baseline):
 
     name: ClassVar[str] = "attention"
 
-    def own_parameters(self, model: nn.Module) -> list[str]:
+    def own_parameters(self, model: nn.Module, outside: Sequence[str]) -> list[str]:
         try:
-            sites = [site.name for site in find_sites(model, "mhsa")]
+            sites = [site.name for site in find_sites(model, "mhsa", exclude=outside)]
         except ValueError:
             sites = []
         parents = {name.rpartition(".")[0] for name in sites}
         whole = {
             name for name in parents if isinstance(model.get_submodule(name), nn.MultiheadAttention)
         }
-        prefixes = tuple(f"{name}." for name in {*sites, *whole})
-        inside = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
-        return _found(inside if prefixes else [], "attention linears", model, self)
+        modules = [*sites, *whole]
+        inside = [name for name in _parameters(model, outside) if is_inside(name, modules)]
+        return _found(inside, "attention linears", model, self)
+
+
+def _parameters(model: nn.Module, outside: Sequence[str]) -> list[str]:
+    return [name for name, _ in model.named_parameters() if not is_inside(name, outside)]
 
 
 def _found(names: list[str], what: str, model: nn.Module, baseline: Baseline) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapters.architectures import classifier_names
 from ..adapters.attachment import is_inside
 from .base import Baseline, Part, part_name
 from .registry import register_baseline
@@ -59,7 +60,7 @@ class SSF(Baseline):
                 "model must be timm's VisionTransformer or SwinTransformer for ssf, got"
                 f" {type(model).__name__}"
             )
-        operations = _operations(model, outside)
+        operations = _operations(model, [*outside, *classifier_names(model)])
         return {
             part_name(name): ScaleShift(_channels(module), isinstance(module, nn.Conv2d))
             for name, module in operations.items()
