@@ -18,6 +18,7 @@ noah.py               noah
 
 from .attached import AttachedBaseline, attach_baseline, find_baseline, load_baseline
 from .base import Baseline
+from .baseline_file import BASELINE_FORMAT
 from .bottleneck import AdapterDrop, AdapterTuning, AdaptFormer, Compacter
 from .low_rank import LoRAFix
 from .noah import NOAH
@@ -30,6 +31,7 @@ from .ssf import SSF
 
 __all__ = [
     "BASELINES",
+    "BASELINE_FORMAT",
     "NOAH",
     "SSF",
     "AdaptFormer",

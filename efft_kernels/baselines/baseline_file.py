@@ -17,7 +17,7 @@ from ..adapters.adapter_file import Header, read_adapter_file
 from .base import Baseline
 from .registry import baseline_from_config
 
-FORMAT = "efft-kernels.baseline"
+BASELINE_FORMAT = "efft-kernels.baseline"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BaselineHeader(Header):
         return cast(Baseline, self.method)
 
     def to_metadata(self) -> dict[str, str]:
-        return {**super().to_metadata(), "format": FORMAT}
+        return {**super().to_metadata(), "format": BASELINE_FORMAT}
 
 
 def read_baseline_file(
@@ -42,7 +42,7 @@ def read_baseline_file(
         FileNotFoundError: no such file.
         ValueError: damaged, of another format or version, or with an unreadable header.
     """
-    metadata, tensors = read_adapter_file(path, file_format=FORMAT)
+    metadata, tensors = read_adapter_file(path, formats=(BASELINE_FORMAT,))
     try:
         names = json.loads(metadata["modules_to_train"])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
