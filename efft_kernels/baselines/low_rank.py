@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.architectures import find_joined_qkv_bias
 from ..adapters.bypassed import why_bypassed
 from ..adapters.sites import find_sites
 from ..methods.base import Site
@@ -80,10 +81,10 @@ class LoRAFix(Baseline):
                 f"model must have q and v linears for lora_fix, got a {type(model).__name__}"
             )
         for site in sites:
-            if (reader := why_bypassed(model, site.name)) or _missing(model, site.name):
+            if reader := _why_uncalled(model, site):
                 raise TypeError(
-                    f"model must call its linear {site.name!r} for lora_fix, but"
-                    f" {reader or 'its attention'} uses the weight without that"
+                    f"model must call its linear {site.name!r} for lora_fix, but {reader} uses the"
+                    " weight without that"
                 )
         return {part_name(site.name): LowRank(method, site, fixed=True) for site in sites}
 
@@ -99,7 +100,11 @@ class LoRAFix(Baseline):
         return values
 
 
-def _missing(model: nn.Module, name: str) -> bool:
-    """Whether a site is part of an nn.MultiheadAttention, no module of its own."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(parent, nn.MultiheadAttention)
+def _why_uncalled(model: nn.Module, site: Site) -> str | None:
+    """What uses the linear's weight without calling it, as far as can be told."""
+    attention = model.get_submodule(site.name.rpartition(".")[0])
+    if isinstance(attention, nn.MultiheadAttention):
+        return "nn.MultiheadAttention"
+    if find_joined_qkv_bias(model, [site]):
+        return f"{type(attention).__name__} (unless its qkv_bias_separate is set)"
+    return why_bypassed(model, site.name)

@@ -80,22 +80,21 @@ class LayerNormTuning(Baseline):
 @register_baseline
 @dataclass(frozen=True)
 class AttentionTuning(Baseline):
-    """Weights and biases of q, k, v and o (KAdaptation, section 5.1): 28,348,416 of ViT-B/16."""
+    """The attention layers (KAdaptation, section 5.1): 28,348,416 parameters of ViT-B/16.
+
+    They are the modules that hold q, k, v and o, with all their parameters.
+    """
 
     name: ClassVar[str] = "attention"
 
     def own_parameters(self, model: nn.Module, outside: Sequence[str]) -> list[str]:
         try:
-            sites = [site.name for site in find_sites(model, "mhsa", exclude=outside)]
+            sites = find_sites(model, "mhsa", exclude=outside)
         except ValueError:
             sites = []
-        parents = {name.rpartition(".")[0] for name in sites}
-        whole = {
-            name for name in parents if isinstance(model.get_submodule(name), nn.MultiheadAttention)
-        }
-        modules = [*sites, *whole]
-        inside = [name for name in _parameters(model, outside) if is_inside(name, modules)]
-        return _found(inside, "attention linears", model, self)
+        layers = {site.name.rpartition(".")[0] for site in sites}
+        inside = [name for name in _parameters(model, outside) if is_inside(name, [*layers])]
+        return _found(inside, "attention layers", model, self)
 
 
 def _parameters(model: nn.Module, outside: Sequence[str]) -> list[str]:

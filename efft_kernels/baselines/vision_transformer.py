@@ -24,8 +24,9 @@ def vit_blocks(model: nn.Module, baseline: str, *, attention: bool = False) -> l
 
     if not isinstance(model, VisionTransformer):
         raise TypeError(
-            f"model must be timm's VisionTransformer for {baseline}, got {type(model).__name__};"
-            " linear, full, bitfit, layernorm and attention take other models too"
+            f"model must be timm's VisionTransformer for {baseline}, got {type(model).__name__} of"
+            f" {type(model).__module__}; linear, full, bitfit, layernorm, attention and lora_fix"
+            " take other models too"
         )
     blocks: list[Any] = list(model.blocks)
     for block in blocks:

@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import nn
 
+from efft_kernels import AdapterSet, export_peft_lora
 from efft_kernels.baselines import (
     BASELINES,
     NOAH,
@@ -86,6 +87,31 @@ def test_an_attention_that_hands_its_weights_on(unchanged: Unchanged) -> None:
         attach_baseline(encoder, LoRAFix(rank=2))
     handle = attach_baseline(encoder, AttentionTuning())  # whose parameters train all the same
     assert handle.num_parameters() == 4 * 12 * 12 + 4 * 12
+
+
+def test_a_qkv_whose_bias_is_joined_elsewhere(unchanged: Unchanged) -> None:
+    """timm's BEiT passes its qkv by, unless it is told not to."""
+    beit: Any = timm.create_model(
+        "beit_base_patch16_224", img_size=32, embed_dim=12, depth=2, num_heads=2, num_classes=5
+    )
+    with unchanged(beit), pytest.raises(TypeError, match="qkv_bias_separate"):
+        attach_baseline(beit, LoRAFix(rank=2))
+    for block in beit.blocks:
+        block.attn.qkv_bias_separate = True
+    handle = attach_baseline(beit, LoRAFix(rank=2))
+    beit(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in handle.parameters())
+
+
+def test_what_takes_adapters_alone(
+    make_vit: Callable[..., nn.Module], unchanged: Unchanged, tmp_path: Path
+) -> None:
+    model = make_vit()
+    handle = attach_baseline(model, LoRAFix(rank=2))
+    with unchanged(model):
+        for call in (AdapterSet, lambda each: export_peft_lora(each, tmp_path / "peft")):
+            with pytest.raises(TypeError, match="an Adapter, got AttachedBaseline"):
+                call(handle)
 
 
 @pytest.mark.parametrize(
