@@ -90,8 +90,8 @@ class AdapterTuning(Baseline):
     as Houlsby et al. have it: weights N(0, 0.01²), cut at two standard deviations.
 
     Attributes:
-        hidden: h.
-        after: "ffn", or "both" for one after the attention too, as KAdaptation describes it.
+        hidden: h, the width between the two matrices.
+        after: "ffn", or "both" for one after the attention too. KAdaptation describes two.
     """
 
     hidden: int = 8
@@ -123,8 +123,8 @@ class AdapterDrop(Baseline):
     kept·(2dh + h + d) parameters; on ViT-B/16 with h = 8: 13,064, a twelfth of Adapter's.
 
     Attributes:
-        hidden: h.
-        kept: how many of the last blocks have one; KAdaptation keeps the last block's alone.
+        hidden: h, the width between the two matrices.
+        kept: how many of the last blocks have one. KAdaptation keeps the last block's alone.
     """
 
     hidden: int = 8
@@ -159,7 +159,7 @@ class AdaptFormer(Baseline):
     kaiming_uniform_(a=√5), all else at zero, as in the release; so do s and the dropout.
 
     Attributes:
-        hidden: h.
+        hidden: h, the width between the two matrices.
         scale: s.
         dropout: after the ReLU, in training.
     """
@@ -227,27 +227,28 @@ class Compacter(Baseline):
     starts with N(0, 0.01²), near identity, u and v with Xavier's (gain √2).
 
     Attributes:
-        hidden: h, a multiple of n.
-        n: number and size of the A_i; KAdaptation's 4.
-        after: "both" for a = 2, after attention and FFN, as KAdaptation describes it; or "ffn".
+        hidden: h, the width between the two matrices, a multiple of n.
+        products: n, the number of the A_i and their size; 4 is KAdaptation's.
+        after: "ffn", or "both" for one after the attention too, a = 2. KAdaptation describes two.
     """
 
     hidden: int = 64
-    n: int = 4
+    products: int = 4
     after: str = "both"
 
     name: ClassVar[str] = "compacter"
 
     def __post_init__(self) -> None:
         check_count("hidden", self.hidden)
-        check_count("n", self.n)
+        check_count("products", self.products)
         check_choice("after", self.after, ("ffn", "both"))
 
     def build(self, model: nn.Module, outside: Sequence[str]) -> dict[str, Part]:
         blocks, d, h = vit_blocks(model, self.name), cast(int, model.embed_dim), self.hidden
-        if d % self.n or h % self.n:
-            raise ValueError(f"n must divide d={d} and hidden={h}, got {self.n}")
-        shared = nn.Parameter(torch.randn(self.n, self.n, self.n) * 0.01)
+        n = self.products
+        if d % n or h % n:
+            raise ValueError(f"products must divide d={d} and hidden={h}, got {n}")
+        shared = nn.Parameter(torch.randn(n, n, n) * 0.01)
         return {
             f"blocks_{i}_{branch}": Bottleneck(
                 KroneckerLinear(d, h, shared), KroneckerLinear(h, d, shared), nn.GELU()

@@ -78,7 +78,7 @@ class VPTShallow(_VPT):
     The papers' 0.063 M is a mean over the lengths that VPT chose for each task of VTAB-1k.
 
     Attributes:
-        prompts: l; 8 is what FacT's few-shot experiments take.
+        prompts: l, how many at a time. 8 is what FacT's few-shot experiments take.
         dropout: on P, in training.
     """
 
@@ -97,7 +97,7 @@ class VPTDeep(_VPT):
     The papers' 0.531 M is a mean over the lengths that VPT chose for each task of VTAB-1k.
 
     Attributes:
-        prompts: l; 8 is what FacT's few-shot experiments take.
+        prompts: l, how many at a time. 8 is what FacT's few-shot experiments take.
         dropout: on the P_i, in training.
     """
 
