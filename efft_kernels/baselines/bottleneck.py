@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.base import check_choice, check_number
+from ..methods.base import check_choice, check_number, constant_float
 from .base import Baseline, Part, check_count
 from .registry import register_baseline
 from .vision_transformer import vit_blocks
@@ -27,6 +27,8 @@ class Bottleneck(Part):
         scale: s.
         rate: dropout after φ, in training.
     """
+
+    scale, rate = constant_float("scale"), constant_float("rate")
 
     def __init__(
         self,

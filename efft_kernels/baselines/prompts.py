@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from ..methods.base import check_number
+from ..methods.base import check_number, constant_float
 from .base import Baseline, Part, check_count
 from .registry import register_baseline
 from .vision_transformer import vit_blocks
@@ -26,6 +26,8 @@ class Prompts(Part):
         previous: how many the block's input carries already, which these replace.
         rate: dropout on the prompts, in training.
     """
+
+    rate = constant_float("rate")
 
     def __init__(self, model: Any, count: int, previous: int, rate: float) -> None:
         super().__init__()
