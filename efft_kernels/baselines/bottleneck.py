@@ -86,7 +86,7 @@ def _branches(after: str) -> tuple[str, ...]:
 @register_baseline
 @dataclass(frozen=True)
 class AdapterTuning(Baseline):
-    """Adapter (arXiv:1902.00751; FacT's first formula): X + W_up·φ(W_down·X), X the FFN's output.
+    """X + W_up·φ(W_down·X), X the FFN's output (arXiv:1902.00751, as FacT writes it).
 
     L·(2dh + h + d) parameters; on ViT-B/16 with h = 8: 156,768. φ is GELU. It starts near identity,
     as Houlsby et al. have it: weights N(0, 0.01²), cut at two standard deviations.
@@ -155,10 +155,11 @@ class AdapterDrop(Baseline):
 @register_baseline
 @dataclass(frozen=True)
 class AdaptFormer(Baseline):
-    """X + FFN(LN(X)) + s·W_up·ReLU(W_down·X), X the FFN branch's input (arXiv:2205.13535, Eq. 2).
+    """X + FFN(X) + s·W_up·ReLU(W_down·X), X the FFN's input (arXiv:2205.13535, as FacT writes it).
 
-    L·(2dh + h + d) parameters; on ViT-B/16 with h = 8: 156,768. W_down starts with
-    kaiming_uniform_(a=√5), all else at zero, as in the release; so do s and the dropout.
+    L·(2dh + h + d) parameters; on ViT-B/16 with h = 8: 156,768. As in the release W_down reads X
+    before its norm, and starts with kaiming_uniform_(a=√5), all else at zero; s and the dropout are
+    the release's too.
 
     Attributes:
         hidden: h, the width between the two matrices.
@@ -222,7 +223,7 @@ class KroneckerLinear(nn.Module):
 @register_baseline
 @dataclass(frozen=True)
 class Compacter(Baseline):
-    """Adapters whose matrices are Σ_i A_i ⊗ (u_i·v_iᵀ), A shared by all (arXiv:2106.04647, Eq. 6).
+    """Adapters whose matrices are Σ_i A_i ⊗ (u_i·v_iᵀ), A shared by all (arXiv:2106.04647).
 
     3·L·a·(d + h) + n³ parameters with a adapters a block, a third of the first term biases; on
     ViT-B/16 by default 59,968. KAdaptation's Table 1 leaves out a factor n, and the biases. A

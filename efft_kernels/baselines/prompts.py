@@ -1,4 +1,4 @@
-"""Visual Prompt Tuning (arXiv:2203.12119)."""
+"""Visual Prompt Tuning (arXiv:2203.12119), as FacT writes it: X ← [X, P]."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _VPT(Baseline):
 @register_baseline
 @dataclass(frozen=True)
 class VPTShallow(_VPT):
-    """[X, P] before the first block, P carried on to the last: l·d parameters (VPT, Eq. 4 and 5).
+    """X ← [X, P] before the first block, P carried on to the last: l·d parameters.
 
     The papers' 0.063 M is a mean over the lengths that VPT chose for each task of VTAB-1k.
 
@@ -94,7 +94,7 @@ class VPTShallow(_VPT):
 @register_baseline
 @dataclass(frozen=True)
 class VPTDeep(_VPT):
-    """[X, P_i] before every block i, each P_i dropped after it: L·l·d parameters (VPT, Eq. 6).
+    """X ← [X, P_i] before every block i, each P_i dropped after it: L·l·d parameters.
 
     The papers' 0.531 M is a mean over the lengths that VPT chose for each task of VTAB-1k.
 
