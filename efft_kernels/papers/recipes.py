@@ -57,7 +57,10 @@ def method_options(method: str, task: str | None = None) -> dict[str, Any]:
         ValueError: no such task.
     """
     options: dict[str, Any] = {}
-    if method == "lora":
+    if method == "noah" and task is not None:
+        task_facts(task)
+        options["subnet"] = task
+    elif method == "lora":
         options |= recipe_facts()["lora"]
     elif task is not None and method in PER_TASK_METHODS:
         options |= task_facts(task)[method]

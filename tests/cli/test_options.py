@@ -108,7 +108,7 @@ TEXTS: dict[str, Any] = {  # field → what is written on the command line, and 
     "rank": ("3", 3),
     "ffn_rank": ("4,2", (4, 2)),
     "layer_rank": ("5", 5),
-    "products": ("2", 2),
+    "products": (2, 2),
     "scale": (0.5, 0.5),
     "dropout": (0.2, 0.2),
     "init": ("u", "u"),
