@@ -79,7 +79,7 @@ def _types(name: str) -> set[Any]:
 def _option_type(name: str) -> Any:
     """What typer reads: ranks and names are text, parsed here."""
     types = _types(name)
-    if types == {int}:
+    if types <= {int, type(None)}:
         return int
     return next((kind for kind in (bool, float) if kind in types), str)
 
