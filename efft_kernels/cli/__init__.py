@@ -1,9 +1,12 @@
 """The command line, `efft-kernels`.
 
-A command is a thin function in a file of its own, registered here. It imports what it needs when it
-runs: timm, torchvision, torchmetrics and matplotlib take seconds to load, and --help needs none.
+A command is a thin function in a file of its own, with a line in commands.py. That file is loaded
+when the command is called: torch, timm, torchvision, torchmetrics and matplotlib take seconds, and
+--version, the list of commands and a wrong path need none of them.
 
+commands.py  the commands by name, and the loading of the one that is called
 options.py   options and groups of options that commands share
+config.py    options from a file
 parse.py     the text of an option as numbers
 errors.py    exit codes, and how an error becomes one line
 terminal.py  progress bars and notes
@@ -11,38 +14,44 @@ terminal.py  progress bars and notes
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from .. import __version__
-from . import analyse, bench, demo, doctor, evaluate, train
-from .errors import in_one_line
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Adapt vision transformers with factor-tuning (EFFT) on fused kernels.",
-)
-app.command()(in_one_line(bench.bench))
-app.command()(in_one_line(demo.demo))
-app.command()(in_one_line(train.train))
-app.command("eval")(in_one_line(evaluate.evaluate))
-app.command()(in_one_line(doctor.doctor))
-app.add_typer(analyse.app, name="analyse")
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
 
-def _print_version(value: bool) -> None:
-    if value:
-        typer.echo(f"efft-kernels {__version__}")
-        raise typer.Exit()
+def main() -> None:
+    """Run the command line; the console script."""
+    with ended_by_interrupt():
+        from .commands import app
+    app()
 
 
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
-    ] = False,
-) -> None:
-    pass
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """While something is imported, Ctrl-C prints one line and exits with code 130."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, as in a shell's background
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    # No exception: an import in progress could catch it, or raise another in its place.
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from .commands import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

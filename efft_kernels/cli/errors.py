@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 import typer
 
 if TYPE_CHECKING:
@@ -70,12 +69,14 @@ def failures() -> Iterator[None]:
         yield
     except (typer.Exit, BrokenPipeError):  # of `| head`; typer ends it quietly
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except MemoryError as error:
         raise fail(_OUT_OF_MEMORY, FAILED) from error
     except OSError as error:
         raise fail(_one_line(error), FAILED) from error
     except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
+        from torch import OutOfMemoryError
+
+        if isinstance(error, OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise fail(_OUT_OF_MEMORY, FAILED) from error
         from ..training.loop import NonFiniteLossError
 

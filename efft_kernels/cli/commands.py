@@ -1,0 +1,138 @@
+"""The commands by name. What a command needs is loaded when it is called, and no earlier."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from . import ended_by_interrupt
+from .errors import USER_ERROR, fail, in_one_line
+
+# Options that name what must be there → what it must be. A wrong one is told before torch loads.
+_PATHS = {
+    "--data": "a folder with one folder of images per class",
+    "--checkpoint": "a file of weights",
+    "--adapter": "a file",
+    "--config": "a file",
+}
+_PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lies.
+
+    Attributes:
+        module: file in this folder.
+        name: of the function there, or of a `typer.Typer` with commands of its own.
+        help: one line, for the list of commands; the first of the function's docstring.
+        source: what the first argument names, for commands that have one: a file or folder that
+            must be there.
+    """
+
+    module: str
+    name: str
+    help: str
+    source: str | None = None
+
+    def load(self, called: str) -> Any:
+        """The command, as click has it, under the name `called`."""
+        with ended_by_interrupt():
+            importlib.import_module("torch")
+            target = getattr(importlib.import_module(f".{self.module}", __package__), self.name)
+        if isinstance(target, typer.Typer):
+            return typer.main.get_command(target)
+        alone = typer.Typer(**_PLAIN)
+        alone.command(called)(in_one_line(target))
+        return typer.main.get_command(alone)
+
+    def check_paths(self, arguments: Sequence[str]) -> None:
+        """Exit with code 2 where a path among the arguments leads to nothing."""
+        if "--help" in arguments:
+            return
+        if self.source and arguments and not arguments[0].startswith("-"):
+            _check(self.source, "a file or a folder", arguments[0])
+        for option, following in zip(arguments, [*arguments[1:], ""], strict=False):
+            option, assigned, value = option.partition("=")
+            if option in _PATHS:
+                _check(option[2:], _PATHS[option], value if assigned else following)
+
+
+def _check(name: str, what: str, path: str) -> None:
+    if not Path(path).exists():
+        raise fail(f"{name} must be {what}, got {path} (nothing there)", USER_ERROR)
+
+
+COMMANDS = {
+    "bench": Command(
+        "bench",
+        "bench",
+        "Time the operator against the frozen nn.Linear, layer by layer, on this machine.",
+    ),
+    "demo": Command(
+        "demo", "demo", "Adapt a small transformer to handwritten digits and show what it cost."
+    ),
+    "train": Command(
+        "train",
+        "train",
+        "Adapt a timm model to a folder of images; stop it at any time and --resume.",
+    ),
+    "eval": Command(
+        "evaluate",
+        "evaluate",
+        "Measure an adapter that train wrote: top-1 on held-out or new images.",
+    ),
+    "doctor": Command(
+        "doctor", "doctor", "Show versions, devices, and which backends run here, or why not."
+    ),
+    "analyse": Command(
+        "analyse",
+        "app",
+        "The analyses the papers ran: subspaces, intrinsic dimension, layers, scales.",
+    ),
+}
+
+
+class _Group(TyperGroup):
+    """Loads a command when it is called; what is listed before are names and their help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] in COMMANDS:  # typer's own parsing takes a quarter of a second
+            COMMANDS[args[0]].check_paths(args[1:])
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, COMMANDS[name].load(name) if name in COMMANDS else command, rest
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    help="Adapt vision transformers with factor-tuning (EFFT) on fused kernels.",
+    **_PLAIN,
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name, help=_command.help)(lambda: None)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"efft-kernels {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass
