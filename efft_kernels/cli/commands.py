@@ -89,6 +89,24 @@ COMMANDS = {
         "evaluate",
         "Measure an adapter that train wrote: top-1 on held-out or new images.",
     ),
+    "predict": Command(
+        "predict",
+        "predict",
+        "Name the classes of images: a CSV of path, top-k classes and their probabilities.",
+        source="source",
+    ),
+    "merge": Command(
+        "merge",
+        "merge",
+        "Fold what was trained into the backbone: a plain model that needs no efft-kernels.",
+        source="source",
+    ),
+    "export": Command(
+        "export",
+        "export",
+        "Write the merged model for others: safetensors, torch.export, ONNX.",
+        source="source",
+    ),
     "doctor": Command(
         "doctor", "doctor", "Show versions, devices, and which backends run here, or why not."
     ),

@@ -27,7 +27,8 @@ from .method_options import MethodOptions
 
 
 class Given(frozenset[str]):
-    """Names of the parameters that were given by hand; the others have their defaults."""
+    """Names of the parameters that were given, on the command line or in a file of options; the
+    others have their defaults."""
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -83,7 +84,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def _is_by_hand(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")  # or --config
 
 
 class Amp(str, Enum):

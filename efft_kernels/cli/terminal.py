@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,7 +17,10 @@ from rich.progress import (
 
 
 def progress(console: Console) -> Progress:
-    """A context in which `bar` shows bars; they vanish at its end."""
+    """A context in which `bar` shows bars; they vanish at its end.
+
+    What goes to the terminal's stderr meanwhile is printed above them.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -27,6 +30,7 @@ def progress(console: Console) -> Progress:
         console=console,
         transient=True,
         disable=not console.is_terminal,
+        redirect_stderr=sys.stderr.isatty(),
     )
 
 
@@ -38,4 +42,5 @@ def bar(progress: Progress, description: str) -> Callable[[int, int], None]:
 
 def note(message: str) -> None:
     """Tell the user something on stderr."""
-    typer.echo(f"note: {message}", err=True)
+    # sys.stderr as it is now: while bars are shown, what rich has put there.
+    print(f"note: {message}", file=sys.stderr, flush=True)

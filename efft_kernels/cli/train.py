@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..training.methods import TRAINABLE, has_rank
 from ..training.recipe import Recipe, recipe_for
 from ..training.settings import OWN_OPTIONS, TrainSettings, require
 from . import parse
+from .config import Config
 from .errors import input_errors, interruptible, training_errors
 from .method_options import MethodOptions
 from .options import Amp, Given, check_backend, with_options
@@ -75,7 +77,7 @@ class TrainOptions:
         str | None, _METHOD(help="Linears to adapt: mhsa, ffn, or names such as attn.qkv,fc1.")
     ] = None
     epochs: Annotated[int, _TRAINING()] = TrainSettings.epochs
-    batch_size: Annotated[int, _TRAINING(help="Images per step.")] = TrainSettings.batch_size
+    batch_size: Annotated[int, _TRAINING(help="Images per batch.")] = TrainSettings.batch_size
     drop_last: Annotated[
         bool, _TRAINING(help="Leave out an epoch's last batch where it is smaller.")
     ] = TrainSettings.drop_last
@@ -89,6 +91,22 @@ class TrainOptions:
     ] = TrainSettings.schedule
     weight_decay: Annotated[float, _TRAINING()] = TrainSettings.weight_decay
     drop_path: Annotated[float, _TRAINING(help="Stochastic depth.")] = TrainSettings.drop_path
+    mixup: Annotated[float, _TRAINING(help="α of mixup; 0: none.")] = TrainSettings.mixup
+    cutmix: Annotated[float, _TRAINING(help="α of CutMix; 0: none.")] = TrainSettings.cutmix
+    label_smoothing: Annotated[
+        float, _TRAINING(help="Share of a target that is spread over all classes.")
+    ] = TrainSettings.label_smoothing
+    ema: Annotated[
+        float | None,
+        _TRAINING(help="Validate and save a moving average of what trains, with this decay."),
+    ] = TrainSettings.ema
+    clip_grad: Annotated[float | None, _TRAINING(help="Largest norm of an update's gradient.")] = (
+        TrainSettings.clip_grad
+    )
+    accumulate: Annotated[int, _TRAINING(help="Batches to an update.")] = TrainSettings.accumulate
+    keep: Annotated[str, _TRAINING(help="Save the adapter of the last epoch, or of the best.")] = (
+        TrainSettings.keep
+    )
     amp: Annotated[Amp, _TRAINING(help="Autocast dtype.")] = Amp.none
     seed: Annotated[int, _TRAINING()] = TrainSettings.seed
     device: Annotated[str, _TRAINING(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
@@ -141,6 +159,10 @@ def train(
         Path | None, _RUN(help="Default: runs/train/DATA-MODEL-METHOD-rRANK.")
     ] = None,
     resume: Annotated[bool, _RUN("--resume", help="Continue the run in --output.")] = False,
+    log_dir: Annotated[
+        Path | None, _RUN(help="Also write the epochs there, for TensorBoard.")
+    ] = None,
+    config: Config = None,
 ) -> None:
     """Adapt a timm model to a folder of images; stop it at any time and --resume."""
     with input_errors():
@@ -149,14 +171,17 @@ def train(
         check_backend(settings.backend)
     interrupted = f"interrupted. the same command with --resume continues it in {output}"
     with interruptible(interrupted), use_backend(settings.backend):
-        _train(settings, output, resume)
+        _train(settings, output, resume, log_dir)
 
 
-def _train(settings: TrainSettings, output: Path, resume: bool) -> None:
+def _train(settings: TrainSettings, output: Path, resume: bool, log_dir: Path | None) -> None:
+    from ..training.curves import TensorBoardLog, require_tensorboard
     from ..training.run import fit, prepare
 
     console = Console(soft_wrap=True)
     with input_errors(), progress(console) as shown:
+        if log_dir is not None:
+            require_tensorboard()
         run = prepare(
             settings, output, resume=resume, notify=note, on_check=bar(shown, "checking images")
         )
@@ -173,9 +198,14 @@ def _train(settings: TrainSettings, output: Path, resume: bool) -> None:
         f" {len(run.classes)} classes, {images['train']:,} images to train,"
         f" {images['val']:,} to validate"
     )
-    with training_errors(run), progress(console) as shown:
+    with training_errors(run), ExitStack() as stack, progress(console) as shown:
         show_epochs, show_steps = bar(shown, "epochs"), bar(shown, "steps")
         show_epochs(len(run.history), settings.epochs)
+        log = (
+            None
+            if log_dir is None
+            else stack.enter_context(closing(TensorBoardLog(log_dir, len(run.history))))
+        )
 
         def on_epoch(row: EpochRow) -> None:
             show_epochs(row.epoch, settings.epochs)
@@ -184,6 +214,8 @@ def _train(settings: TrainSettings, output: Path, resume: bool) -> None:
                 f"  val top-1 {row.val_top1_percent:.2f} %  lr {row.lr:.2e}  {row.seconds:.1f} s",
                 highlight=False,
             )
+            if log is not None:
+                log(row)
 
         result = fit(run, on_step=show_steps, on_epoch=on_epoch)
     console.print(
@@ -192,4 +224,5 @@ def _train(settings: TrainSettings, output: Path, resume: bool) -> None:
         " (chosen on these images, so optimistic)",
         highlight=False,
     )
-    console.print(f"adapter: {result.adapter_path}", highlight=False)
+    of_epoch = f" (epoch {result.kept_epoch})" if settings.keep == "best" else ""
+    console.print(f"adapter: {result.adapter_path}{of_epoch}", highlight=False)

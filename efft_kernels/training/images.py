@@ -362,6 +362,17 @@ def without(
     return kept
 
 
+def data_config(model: nn.Module, img_size: int | None, normalize: str) -> dict[str, Any]:
+    """The preprocessing of evaluation, in timm's words; the arguments are `make_transforms`'."""
+    config: dict[str, Any] = resolve_model_data_config(
+        model, args=None if img_size is None else {"img_size": img_size}
+    )
+    config |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    if normalize == "imagenet":
+        config |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return config
+
+
 def make_transforms(
     model: nn.Module,
     *,
@@ -382,12 +393,7 @@ def make_transforms(
         (training, evaluation). Evaluation, and training without `augment`, resize the whole image
         to the input size with no crop, as the VTAB-1k recipe does.
     """
-    config: dict[str, Any] = resolve_model_data_config(
-        model, args=None if img_size is None else {"img_size": img_size}
-    )
-    config |= {"crop_pct": 1.0, "crop_mode": "squash"}
-    if normalize == "imagenet":
-        config |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    config = data_config(model, img_size, normalize)
     evaluation = create_transform(**config, is_training=False)
     if not augment:
         return evaluation, evaluation

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from .reproducible import epoch_seed, seed_everything
+from .updates import PLAIN, Updates
 
 MIB = 2**20
 
@@ -129,6 +130,7 @@ def train_epochs(
     autocast_dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    updates: Updates = PLAIN,
 ) -> Iterator[tuple[int, EpochResult]]:
     """Train epoch by epoch; the caller measures and saves between two.
 
@@ -160,6 +162,7 @@ def train_epochs(
             on_step=on_step,
             scaler=scaler,
             epoch=epoch,
+            updates=updates,
         )
         yield epoch, result
 
@@ -175,19 +178,22 @@ def train_one_epoch(
     on_step: Callable[[int, float], None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     epoch: int = 0,
+    updates: Updates = PLAIN,
 ) -> EpochResult:
-    """Train `model` on every batch of `loader` once, by cross entropy.
+    """Train `model` on every batch of `loader` once.
 
     Args:
         model: trained in place, on `device`.
-        loader: yields (images [B, C, H, W], targets [B] int64); needs a length with `scheduler`.
+        loader: yields (images [B, C, H, W], targets [B] int64); needs a length with `scheduler`
+            and with several batches to an update.
         optimizer: of the parameters to train.
         device: where the batches go.
-        scheduler: counted in updates; stepped with epoch·len(loader) + steps done.
+        scheduler: counted in updates; stepped with those of the epochs before + those done.
         autocast_dtype: of the forward pass; None for no autocast.
-        on_step: called after each update with (step, loss), steps counted from 0.
+        on_step: called after each batch with (step, loss), steps counted from 0.
         scaler: gradient scaler, for `autocast_dtype=torch.float16`.
         epoch: counted from 0 (in errors, epochs and steps count from 1); offsets the scheduler.
+        updates: the loss, and how many batches make an update; cross entropy of each by default.
 
     Raises:
         NonFiniteLossError: before the optimizer step, when a batch's loss is NaN or infinite; after
@@ -196,11 +202,10 @@ def train_one_epoch(
         ValueError: a loader without a batch.
     """
     device = torch.device(device)
-    updates_before = 0
-    if scheduler is not None:
-        if not isinstance(loader, Sized):
-            raise TypeError("loader must have a length when a scheduler is given")
-        updates_before = epoch * len(loader)
+    batches = len(loader) if isinstance(loader, Sized) else None
+    if batches is None and (scheduler is not None or updates.accumulate > 1):
+        raise TypeError("loader must have a length when a scheduler or accumulate is given")
+    updates_done = epoch * updates.of_epoch(batches or 0)
 
     model.train()
     loss_sum, images_seen = 0.0, 0
@@ -211,27 +216,39 @@ def train_one_epoch(
         _synchronize(device)
         start = time.perf_counter()
 
+        count = len(targets)
+        if updates.mix is not None:
+            images, targets = updates.mix(images, targets)
         with _autocast(device, autocast_dtype):
-            loss = cross_entropy(model(images), targets)
+            loss = updates.loss(model(images), targets)
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             raise NonFiniteLossError(f"loss is {loss_value} in epoch {epoch + 1}, step {step + 1}")
 
-        optimizer.zero_grad(set_to_none=True)
-        if scaler is None:
-            loss.backward()
-            optimizer.step()
-        else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        if scheduler is not None:
-            scheduler.step_update(updates_before + step + 1)
+        place = step % updates.accumulate
+        if place == 0:
+            optimizer.zero_grad(set_to_none=True)
+        if updates.accumulate > 1:
+            assert batches is not None
+            loss = loss / min(updates.accumulate, batches - (step - place))
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if place + 1 == updates.accumulate or step + 1 == batches:
+            updates.clip(optimizer, scaler)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            updates_done += 1
+            if scheduler is not None:
+                scheduler.step_update(updates_done)
+            if updates.after is not None:
+                updates.after(updates_done)
 
         _synchronize(device)
         step_ms.append((time.perf_counter() - start) * 1e3)
-        loss_sum += loss_value * len(targets)
-        images_seen += len(targets)
+        loss_sum += loss_value * count
+        images_seen += count
         if on_step is not None:
             on_step(step, loss_value)
     if images_seen == 0:

@@ -26,7 +26,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.attach import resolve_modules_to_train
 from ..atomic_files import replacing
 from . import images, run_folder
+from .averaging import Average, State, copy_state, lent
 from .backbone import Notify, build_backbone, fingerprint
+from .curves import draw_curves
 from .loop import (
     Schedule,
     UpdateScheduler,
@@ -37,6 +39,7 @@ from .loop import (
 from .methods import put_on
 from .reproducible import deterministic, epoch_seed, seed_everything
 from .settings import AMP_DTYPES, TrainSettings, require, resolve_device
+from .updates import Updates, make_loss
 
 WARMUP_LR = 1e-6
 
@@ -62,7 +65,11 @@ class EpochRow:
 
 @dataclass
 class Run:
-    """A training run that is ready to go on; `history` has a row for every finished epoch."""
+    """A training run that is ready to go on; `history` has a row for every finished epoch.
+
+    `kept` is the adapter's state to save, where it is another than what goes on to be trained: the
+    average's, or the best epoch's.
+    """
 
     settings: TrainSettings
     output: Path
@@ -76,7 +83,20 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: UpdateScheduler
     scaler: torch.amp.GradScaler | None
+    updates: Updates
+    average: Average | None
+    kept: State | None = None
     history: list[EpochRow] = field(default_factory=list)
+
+    @property
+    def best(self) -> EpochRow:
+        """The first of the epochs with the highest validation accuracy."""
+        return max(self.history, key=lambda row: row.val_top1_percent)
+
+    @property
+    def kept_epoch(self) -> int:
+        """Whose adapter is saved."""
+        return (self.best if self.settings.keep == "best" else self.history[-1]).epoch
 
 
 @dataclass(frozen=True)
@@ -88,13 +108,15 @@ class TrainResult:
         best_top1_percent: of the best epoch; chosen on the very images it is measured on, so it is
             optimistic.
         best_epoch: counted from 1.
-        adapter_path: file of the last epoch's adapter.
+        adapter_path: file of the adapter.
+        kept_epoch: whose adapter it is.
     """
 
     last_top1_percent: float
     best_top1_percent: float
     best_epoch: int
     adapter_path: Path
+    kept_epoch: int
 
 
 def prepare(
@@ -235,7 +257,23 @@ def _assemble(
         min_lr=settings.min_lr,
         step=settings.schedule,
     )
-    optimizer, scheduler = schedule.start(trained_parameters(model), len(train_loader))
+    loss, mix = make_loss(
+        len(splits.classes),
+        mixup=settings.mixup,
+        cutmix=settings.cutmix,
+        label_smoothing=settings.label_smoothing,
+    )
+    average = None if settings.ema is None else Average(model, settings.ema)
+    updates = Updates(
+        loss,
+        mix,
+        settings.accumulate,
+        settings.clip_grad,
+        after=None if average is None else average.update,
+    )
+    optimizer, scheduler = schedule.start(
+        trained_parameters(model), updates.of_epoch(len(train_loader))
+    )
     return Run(
         settings=settings,
         output=output,
@@ -249,6 +287,8 @@ def _assemble(
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type) if settings.amp == "float16" else None,
+        updates=updates,
+        average=average,
     )
 
 
@@ -262,7 +302,7 @@ def fit(
 
     Args:
         run: from `prepare`.
-        on_step: called with (updates done, updates of the epoch).
+        on_step: called with (batches done, batches of the epoch).
         on_epoch: called after an epoch is saved.
 
     Raises:
@@ -274,16 +314,16 @@ def fit(
     on_cuda = run.device.type == "cuda"
     with deterministic(run.device, warn_only=True) if on_cuda else nullcontext():
         for row in _rows(run, on_step):
-            run.history.append(row)
             _save(run)
             if on_epoch is not None:
                 on_epoch(row)
-    best = max(run.history, key=lambda row: row.val_top1_percent)
+    draw_curves(run.history, run.kept_epoch, run.output / run_folder.CURVES)
     return TrainResult(
         run.history[-1].val_top1_percent,
-        best.val_top1_percent,
-        best.epoch,
+        run.best.val_top1_percent,
+        run.best.epoch,
         run.output / run_folder.ADAPTER,
+        run.kept_epoch,
     )
 
 
@@ -302,24 +342,37 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
         autocast_dtype=autocast_dtype,
         scaler=run.scaler,
         on_step=None if on_step is None else lambda step, loss: on_step(step + 1, steps),
+        updates=run.updates,
     )
     start = time.perf_counter()
     for epoch, result in trained:
-        top1_percent = evaluate(
-            run.model,
-            run.val_loader,
-            device=run.device,
-            num_classes=len(run.classes),
-            autocast_dtype=autocast_dtype,
-        )
-        lr = run.optimizer.param_groups[0]["lr"]
-        yield EpochRow(epoch + 1, result.loss, top1_percent, lr, time.perf_counter() - start)
+        with nullcontext() if run.average is None else run.average.in_place():
+            top1_percent = evaluate(
+                run.model,
+                run.val_loader,
+                device=run.device,
+                num_classes=len(run.classes),
+                autocast_dtype=autocast_dtype,
+            )
+            lr, seconds = run.optimizer.param_groups[0]["lr"], time.perf_counter() - start
+            run.history.append(EpochRow(epoch + 1, result.loss, top1_percent, lr, seconds))
+            _keep(run)
+        yield run.history[-1]
         start = time.perf_counter()
+
+
+def _keep(run: Run) -> None:
+    """Hold on to the state that was validated, if it is the one to save and will not stay."""
+    if run.kept_epoch == len(run.history):
+        stays = run.average is None and run.settings.keep == "last"
+        run.kept = None if stays else copy_state(run.adapter)
 
 
 def _save(run: Run) -> None:
     state = {
         "trained": run.adapter.state_dict(),
+        "kept": run.kept,
+        "average": None if run.average is None else run.average.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": None if run.scaler is None else run.scaler.state_dict(),
         "history": [dataclasses.asdict(row) for row in run.history],
@@ -337,6 +390,9 @@ def _restore(run: Run) -> None:
         run.optimizer.load_state_dict(state["optimizer"])
         if run.scaler is not None:
             run.scaler.load_state_dict(state["scaler"])
+        if run.average is not None:
+            run.average.load_state_dict(state["average"])
+        run.kept = state.get("kept")
         run.history = [EpochRow(**row) for row in state["history"]]
     except Exception as error:  # torch's optimizers trip over whatever another state holds
         raise run_folder.damaged_state(run.output, error) from error
@@ -346,7 +402,8 @@ def _restore(run: Run) -> None:
 def _write_products(run: Run) -> None:
     """Write what is derived from the state: the adapter and the table of epochs."""
     header = {run_folder.HEADER_KEY: json.dumps(run.config)}
-    run.adapter.save(run.output / run_folder.ADAPTER, metadata=header)
+    with lent(run.adapter, run.kept):
+        run.adapter.save(run.output / run_folder.ADAPTER, metadata=header)
     with (
         replacing(run.output / run_folder.METRICS) as path,
         path.open("w", newline="") as file,

@@ -2,8 +2,9 @@
 
 config.json          settings, what they led to (classes, images, backbone), library versions
 state.pt             all that an epoch changes, replaced in one step; tensors and plain values only
-adapter.safetensors  the last epoch's adapter, derived from the state
+adapter.safetensors  the adapter of the last or the best epoch, derived from the state
 metrics.csv          a row per epoch, derived from the state
+curves.png           the same as a picture, once all epochs are done
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..baselines import BASELINE_FORMAT
 from .settings import BEFORE_THERE_WAS, TrainSettings, check_recorded
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
+CURVES = "curves.png"
 HEADER_KEY = "efft_kernels.train"
 
 # May differ when a run is resumed: without effect on the result, or compared by what they lead to
@@ -70,7 +72,8 @@ def remove_leftovers(output: Path) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    return path.name.startswith(tuple(f".{name}." for name in (CONFIG, STATE, METRICS, ADAPTER)))
+    names = (CONFIG, STATE, METRICS, ADAPTER, CURVES)
+    return path.name.startswith(tuple(f".{name}." for name in names))
 
 
 def library_versions() -> dict[str, str]:

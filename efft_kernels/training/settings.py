@@ -20,6 +20,7 @@ from .methods import TRAINABLE, has_rank
 AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NORMALIZE = ("model", "imagenet")
 SCHEDULES = ("update", "epoch")
+KEEP = ("last", "best")
 
 MOST_PIXELS = 8192
 MOST_WORKERS = 1024
@@ -45,7 +46,7 @@ class TrainSettings:
         layers: block indices from 0; None for all.
         targets: roles or patterns of the linears to adapt; None for the method's own.
         epochs: how many.
-        batch_size: images per update.
+        batch_size: images per batch; `accumulate` of them make an update.
         drop_last: leave out an epoch's last batch where it is smaller.
         lr: peak learning rate.
         weight_decay: of AdamW.
@@ -66,6 +67,14 @@ class TrainSettings:
         backend: of the kernels.
         img_size: pixels; None for the model's own.
         normalize: by whose mean and deviation, the "model"'s own or those of "imagenet".
+        mixup: α of mixup; 0 for none.
+        cutmix: α of CutMix; 0 for none.
+        label_smoothing: the share of a target that is spread over all classes.
+        ema: decay of a moving average of what is trained, which is then what is validated and
+            saved; None for none.
+        clip_grad: the largest norm of an update's gradient; None for any.
+        accumulate: batches whose gradients make one update.
+        keep: whose adapter is saved, the "last" epoch's or the "best"'s by validation accuracy.
         recipe: name of the recipe that the settings came from, for the record.
         task: the task whose published options they are, for the record.
 
@@ -106,20 +115,32 @@ class TrainSettings:
     backend: str = "auto"
     img_size: int | None = None
     normalize: str = "model"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    clip_grad: float | None = None
+    accumulate: int = 1
+    keep: str = "last"
     recipe: str | None = None
     task: str | None = None
 
     def __post_init__(self) -> None:
         require("method", self.method in TRAINABLE, f"one of {', '.join(TRAINABLE)}", self.method)
-        choices = {"amp": AMP_DTYPES, "normalize": NORMALIZE, "schedule": SCHEDULES}
+        choices = {
+            "amp": AMP_DTYPES,
+            "normalize": NORMALIZE,
+            "schedule": SCHEDULES,
+            "keep": KEEP,
+        }
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(name, value in allowed, f"one of {', '.join(allowed)}", value)
         if repeated := sorted(set(self.options) & OWN_OPTIONS):
             raise ValueError(f"options must leave out {', '.join(repeated)}: settings of their own")
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("weight_decay", "min_lr"):
+        for name in ("weight_decay", "min_lr", "mixup", "cutmix"):
             fits = 0 <= getattr(self, name) < math.inf
             require(name, fits, "at least 0 and finite", getattr(self, name))
         fits = 0 <= self.workers <= MOST_WORKERS
@@ -127,6 +148,11 @@ class TrainSettings:
         require("seed", 0 <= self.seed < 2**32, "within 0..2^32-1", self.seed)
         require("lr", 0 < self.lr < math.inf, "above 0", self.lr)
         require("min_lr", self.min_lr <= self.lr, f"at most lr={self.lr}", self.min_lr)
+        fits = 0 <= self.label_smoothing < 1
+        require("label_smoothing", fits, "within [0, 1)", self.label_smoothing)
+        require("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1", self.ema)
+        fits = self.clip_grad is None or 0 < self.clip_grad < math.inf
+        require("clip_grad", fits, "above 0 and finite", self.clip_grad)
         require("drop_path", 0 <= self.drop_path < 1, "within [0, 1)", self.drop_path)
         require("val_split", 0 < self.val_split < 1, "between 0 and 1", self.val_split)
         if self.img_size is not None:
@@ -217,6 +243,13 @@ BEFORE_THERE_WAS: dict[str, Any] = {
     "drop_last": False,
     "schedule": "update",
     "normalize": "model",
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "label_smoothing": 0.0,
+    "ema": None,
+    "clip_grad": None,
+    "accumulate": 1,
+    "keep": "last",
     "recipe": None,
     "task": None,
 }

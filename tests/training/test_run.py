@@ -88,7 +88,7 @@ def test_training_learns_and_evaluation_repeats_it(settings: TrainSettings, tmp_
     result = fit(run)
     assert result.last_top1_percent > 80  # chance is 33
     assert result.best_top1_percent >= result.last_top1_percent
-    files = {"adapter.safetensors", "config.json", "metrics.csv", "state.pt"}
+    files = {"adapter.safetensors", "config.json", "curves.png", "metrics.csv", "state.pt"}
     assert {path.name for path in output.iterdir()} == files
     assert [int(row["epoch"]) for row in rows(output)] == [1, 2, 3, 4, 5]
     assert float(rows(output)[-1]["val_top1_percent"]) == result.last_top1_percent
@@ -565,3 +565,64 @@ def test_the_adapter_loads_in_plain_code(uninterrupted: Path) -> None:
 
 def test_auto_device_is_there() -> None:
     assert resolve_device("auto").type in ("cpu", "cuda")
+
+
+EXTRAS: dict[str, Any] = {
+    "mixup": 0.4,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "ema": 0.9,
+    "clip_grad": 0.5,
+    "accumulate": 2,
+    "keep": "best",
+    "epochs": 4,
+}
+
+
+def test_a_run_with_every_extra_resumes_to_the_same_bits(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(settings, **EXTRAS)
+    result = fit(prepare(settings, tmp_path / "whole"))
+    again = evaluate_adapter(settings.data, result.adapter_path, device="cpu")
+    assert again.top1_percent == result.best_top1_percent
+
+    class Stopped(Exception):
+        pass
+
+    def stop(row: Any) -> None:
+        if row.epoch == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(prepare(settings, tmp_path / "stopped"), on_epoch=stop)
+    assert not (tmp_path / "stopped" / "curves.png").exists()
+    fit(prepare(settings, tmp_path / "stopped", resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "curves.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_the_kept_adapter_is_the_best_epochs(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
+) -> None:
+    """Also after a resumed run's first epoch, whatever goes on to be trained."""
+    validated: list[dict[str, torch.Tensor]] = []
+    run = prepare(dataclasses.replace(settings, keep="best", ema=ema), tmp_path / "run")
+
+    def measured(*args: Any, **kwargs: Any) -> float:
+        state = run.adapter.state_dict()
+        validated.append({name: tensor.clone() for name, tensor in state.items()})
+        return (50.0, 90.0, 90.0)[len(validated) - 1]
+
+    monkeypatch.setattr("efft_kernels.training.run.evaluate", measured)
+    result = fit(run)
+    assert (result.kept_epoch, result.best_epoch, result.last_top1_percent) == (2, 2, 90.0)
+    saved = load_file(result.adapter_path)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in validated[1].items())
+    same = [torch.equal(tensor, validated[1][n]) for n, tensor in run.adapter.state_dict().items()]
+    assert not all(same)
+    result.adapter_path.unlink()
+    prepare(run.settings, run.output, resume=True)
+    again = load_file(result.adapter_path)
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())

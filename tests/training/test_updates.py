@@ -1,0 +1,110 @@
+"""What makes an update: mixed and smoothed targets, several batches, a clipped gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from efft_kernels.training.averaging import Average
+from efft_kernels.training.loop import train_one_epoch
+from efft_kernels.training.reproducible import seed_everything
+from efft_kernels.training.updates import Updates, make_loss
+
+
+class Steps:
+    """A scheduler that notes what it was stepped with."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def step_update(self, num_updates: int) -> None:
+        self.steps.append(num_updates)
+
+
+def batches(sizes: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(n, 5, generator=generator), torch.randint(3, (n,), generator=generator))
+        for n in sizes
+    ]
+
+
+def trained(
+    loader: list[tuple[torch.Tensor, torch.Tensor]], updates: Updates, epoch: int = 0
+) -> tuple[nn.Linear, Steps]:
+    torch.manual_seed(1)
+    model, steps = nn.Linear(5, 3), Steps()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    train_one_epoch(
+        model, loader, optimizer, device="cpu", scheduler=steps, epoch=epoch, updates=updates
+    )
+    return model, steps
+
+
+def test_batches_of_an_update_are_one_larger_batch() -> None:
+    small = batches([4, 4, 4, 4, 4])
+    groups = [small[:2], small[2:4], small[4:]]
+    large = [tuple(torch.cat(part) for part in zip(*group, strict=True)) for group in groups]
+    done: list[int] = []
+    model, steps = trained(small, Updates(accumulate=2, after=done.append), epoch=2)
+    expected, _ = trained(large, Updates())  # type: ignore[arg-type]
+    torch.testing.assert_close(model.weight, expected.weight)
+    assert steps.steps == done == [7, 8, 9]
+    with pytest.raises(TypeError, match="loader must have a length"):
+        trained(iter(small), Updates(accumulate=2))  # type: ignore[arg-type]
+
+
+def test_a_gradient_is_clipped_to_its_norm() -> None:
+    torch.manual_seed(1)
+    before = nn.Linear(5, 3)
+    model, _ = trained(batches([8]), Updates(clip_grad=0.01))
+    moved = [p - q for p, q in zip(model.parameters(), before.parameters(), strict=True)]
+    assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.5 * 0.01, rel=1e-4)
+
+
+def test_smoothed_targets_are_torchs() -> None:
+    loss, mix = make_loss(3, label_smoothing=0.2)
+    logits, targets = batches([7])[0][0][:, :3], batches([7])[0][1]
+    assert mix is None
+    expected = cross_entropy(logits, targets, label_smoothing=0.2)
+    torch.testing.assert_close(loss(logits, targets), expected)
+    assert make_loss(3) == (cross_entropy, None)
+
+
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+@pytest.mark.parametrize("count", [6, 7, 1])
+def test_images_and_targets_are_mixed_alike(alphas: dict[str, float], count: int) -> None:
+    """Every image is its class's one-hot at each pixel, so the mean pixel is the mixed target."""
+    loss, mix = make_loss(4, **alphas)
+    assert mix is not None
+    targets = torch.arange(count) % 4
+    one_hot = nn.functional.one_hot(targets, 4).float()
+    changed = 0
+    for seed in range(8):
+        seed_everything(seed)
+        images, mixed = mix(one_hot[:, :, None, None].repeat(1, 1, 8, 8), targets)
+        torch.testing.assert_close(images.mean((2, 3)), mixed)
+        changed += not torch.equal(mixed, one_hot)
+        if count % 2:
+            assert torch.equal(mixed[-1], one_hot[-1])
+    assert changed == 0 if count == 1 else changed >= 6
+    logits = torch.randn(count, 4)
+    torch.testing.assert_close(loss(logits, mixed), cross_entropy(logits, mixed))
+
+
+def test_the_average_is_timms_and_only_of_what_trains() -> None:
+    model = nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    average = Average(model, 0.5)
+    assert len(average.state_dict()) == 1
+    expected = torch.zeros(1, 2)
+    for step, value in enumerate((1.0, 3.0, 4.0), start=1):
+        model.weight.data.fill_(value)
+        average.update(step)
+        decay = min(0.5, 1 - step ** (-2 / 3))
+        expected = decay * expected + (1 - decay) * value
+    with average.in_place():
+        torch.testing.assert_close(model.weight.data, expected)
+    assert model.weight.data.unique() == 4.0
