@@ -57,12 +57,10 @@ class TrainOptions:
     normalize: Annotated[
         str, _IMAGES(help="By the mean and deviation of the model, or of imagenet.")
     ] = TrainSettings.normalize
-    augment: Annotated[bool, _IMAGES("--augment", help="Random crops, flips and colours.")] = (
+    augment: Annotated[bool, _IMAGES(help="Random crops, flips and colours.")] = (
         TrainSettings.augment
     )
-    skip_bad_images: Annotated[
-        bool, _IMAGES("--skip-bad-images", help="Leave out images that cannot be read.")
-    ] = False
+    skip_bad_images: Annotated[bool, _IMAGES(help="Leave out images that cannot be read.")] = False
     workers: Annotated[int, _IMAGES(help="Processes that load images.")] = 2
     model: Annotated[str, _MODEL(help="timm model.")] = TrainSettings.model
     checkpoint: Annotated[
@@ -158,7 +156,7 @@ def train(
     output: Annotated[
         Path | None, _RUN(help="Default: runs/train/DATA-MODEL-METHOD-rRANK.")
     ] = None,
-    resume: Annotated[bool, _RUN("--resume", help="Continue the run in --output.")] = False,
+    resume: Annotated[bool, _RUN(help="Continue the run in --output.")] = False,
     log_dir: Annotated[
         Path | None, _RUN(help="Also write the epochs there, for TensorBoard.")
     ] = None,
