@@ -15,6 +15,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
+from .rank_batches import IGNORED
+from .ranks import ALONE, Ranks
+from .replica import finite, share_buffers, synced_batch_norm
 from .reproducible import epoch_seed, seed_everything
 
 MIB = 2**20
@@ -40,7 +43,7 @@ class EpochResult:
         loss: mean over the images.
         images: how many were seen.
         step_ms: milliseconds of each update, from the batch lying on the device to the finished
-            optimizer step, without data loading.
+            optimizer step, without data loading; of this process, as no other number is.
     """
 
     loss: float
@@ -129,13 +132,15 @@ def train_epochs(
     autocast_dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[int, EpochResult]]:
     """Train epoch by epoch; the caller measures and saves between two.
 
     Args:
         epochs: the epochs' numbers, counted from 0.
         seed: seeds every epoch anew, the loader's own generator too, so that an epoch does not
-            depend on those before it; None leaves the generators alone.
+            depend on those before it; None leaves the generators alone. Each process draws numbers
+            of its own, but the loader's generator is alike in all.
         (others): as for `train_one_epoch`.
 
     Yields:
@@ -147,7 +152,7 @@ def train_epochs(
     for epoch in epochs:
         if seed is not None:
             of_epoch = epoch_seed(seed, epoch + 1)  # 0 is the initialisation's
-            seed_everything(of_epoch)
+            seed_everything(of_epoch if ranks.first else epoch_seed(of_epoch, ranks.rank))
             if loader.generator is not None:
                 loader.generator.manual_seed(of_epoch)
         result = train_one_epoch(
@@ -160,6 +165,7 @@ def train_epochs(
             on_step=on_step,
             scaler=scaler,
             epoch=epoch,
+            ranks=ranks,
         )
         yield epoch, result
 
@@ -175,12 +181,14 @@ def train_one_epoch(
     on_step: Callable[[int, float], None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     epoch: int = 0,
+    ranks: Ranks = ALONE,
 ) -> EpochResult:
     """Train `model` on every batch of `loader` once, by cross entropy.
 
     Args:
-        model: trained in place, on `device`.
+        model: trained in place, on `device`; with several processes as `replicate` returns it.
         loader: yields (images [B, C, H, W], targets [B] int64); needs a length with `scheduler`.
+            With several processes it is one of `part_of_batches`.
         optimizer: of the parameters to train.
         device: where the batches go.
         scheduler: counted in updates; stepped with epoch·len(loader) + steps done.
@@ -188,6 +196,7 @@ def train_one_epoch(
         on_step: called after each update with (step, loss), steps counted from 0.
         scaler: gradient scaler, for `autocast_dtype=torch.float16`.
         epoch: counted from 0 (in errors, epochs and steps count from 1); offsets the scheduler.
+        ranks: the processes that train together. Loss and images are of all of them.
 
     Raises:
         NonFiniteLossError: before the optimizer step, when a batch's loss is NaN or infinite; after
@@ -211,9 +220,15 @@ def train_one_epoch(
         _synchronize(device)
         start = time.perf_counter()
 
-        with _autocast(device, autocast_dtype):
-            loss = cross_entropy(model(images), targets)
-        loss_value = loss.item()
+        counted = (targets != IGNORED).sum()
+        norm = synced_batch_norm(model, ranks, counts=ranks.world == 1 or bool(counted))
+        with _autocast(device, autocast_dtype), norm:
+            own_loss = cross_entropy(model(images), targets, reduction="sum")
+        sums = ranks.sum(torch.stack([own_loss.detach().double(), counted.double()]))
+        batch_loss, batch_images = sums.tolist()
+        loss_value = batch_loss / batch_images
+        # The gradients of all processes are averaged, and the loss is a mean over all images.
+        loss = own_loss * (ranks.world / batch_images)
         if not math.isfinite(loss_value):
             raise NonFiniteLossError(f"loss is {loss_value} in epoch {epoch + 1}, step {step + 1}")
 
@@ -230,19 +245,21 @@ def train_one_epoch(
 
         _synchronize(device)
         step_ms.append((time.perf_counter() - start) * 1e3)
-        loss_sum += loss_value * len(targets)
-        images_seen += len(targets)
+        loss_sum += batch_loss
+        images_seen += int(batch_images)
         if on_step is not None:
             on_step(step, loss_value)
     if images_seen == 0:
         raise ValueError("loader must yield at least one batch, got none")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
+    share_buffers(model, ranks)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    diverged = next((name for name, parameter in named if not finite(parameter)), None)
+    for name in filter(None, ranks.gather(diverged)):
+        name = name.removeprefix("module.")  # DDP's
+        raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
     return EpochResult(loss_sum / images_seen, images_seen, step_ms)
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: Batches,
@@ -250,6 +267,7 @@ def evaluate(
     device: torch.device | str,
     num_classes: int,
     autocast_dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Top-1 accuracy of `model` on `loader`.
 
@@ -261,25 +279,34 @@ def evaluate(
         device: where the batches go.
         num_classes: how many logits an image has.
         autocast_dtype: of the forward pass; None for no autocast.
+        ranks: the processes, each with its part of the images (`part_of_batches`).
 
     Returns:
-        Percent of the images.
+        Percent of the images of all processes.
 
     Raises:
         NonFiniteLossError: a logit is NaN or +∞, so that the largest means nothing.
     """
     device = torch.device(device)
-    accuracy = MulticlassAccuracy(num_classes, average="micro").to(device)
+    accuracy = MulticlassAccuracy(
+        num_classes, average="micro", ignore_index=IGNORED, sync_on_compute=ranks.world > 1
+    ).to(device)
     was_training = model.training
     model.eval()
     try:
-        for images, targets in loader:
-            with _autocast(device, autocast_dtype):
-                logits = model(images.to(device, non_blocking=True))
-            if (logits.isnan() | logits.isposinf()).any():
+        # What FSDP2 gathers in inference mode could not be trained afterwards.
+        with torch.no_grad() if ranks.fsdp else torch.inference_mode():
+            diverged = torch.zeros((), device=device)
+            for images, targets in loader:
+                with _autocast(device, autocast_dtype):
+                    logits = model(images.to(device, non_blocking=True))
+                diverged += (logits.isnan() | logits.isposinf()).any()
+                if diverged and ranks.world == 1:
+                    break
+                accuracy.update(logits, targets.to(device, non_blocking=True))
+            if ranks.sum(diverged):
                 raise NonFiniteLossError("the model's logits are not finite")
-            accuracy.update(logits, targets.to(device, non_blocking=True))
-        return 100.0 * accuracy.compute().item()
+            return 100.0 * accuracy.compute().item()
     finally:
         model.train(was_training)
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from ..adapters.adapter import Adapter
 from ..adapters.attach import resolve_modules_to_train
 from ..atomic_files import replacing
+from ..methods.sharded import whole_state
 from . import images, run_folder
 from .backbone import Notify, build_backbone, fingerprint
 from .loop import (
@@ -35,8 +36,11 @@ from .loop import (
     trained_parameters,
 )
 from .methods import put_on
+from .rank_batches import part_of_batches
+from .ranks import ALONE, Ranks
+from .replica import load_optimizer_state, replicate, whole_optimizer_state
 from .reproducible import deterministic, epoch_seed, seed_everything
-from .settings import AMP_DTYPES, TrainSettings, require, resolve_device
+from .settings import AMP_DTYPES, TrainSettings, require
 
 WARMUP_LR = 1e-6
 
@@ -62,13 +66,17 @@ class EpochRow:
 
 @dataclass
 class Run:
-    """A training run that is ready to go on; `history` has a row for every finished epoch."""
+    """A training run that is ready to go on; `history` has a row for every finished epoch.
+
+    `replica` is what training calls in the place of `model`: with several processes, DDP's copy.
+    """
 
     settings: TrainSettings
     output: Path
     config: run_folder.Config
     device: torch.device
     model: nn.Module
+    replica: nn.Module
     adapter: Adapter
     classes: tuple[str, ...]
     train_loader: DataLoader[tuple[Tensor, Tensor]]
@@ -76,6 +84,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: UpdateScheduler
     scaler: torch.amp.GradScaler | None
+    ranks: Ranks = ALONE
     history: list[EpochRow] = field(default_factory=list)
 
 
@@ -105,10 +114,15 @@ def prepare(
     resume: bool = False,
     notify: Notify = lambda message: None,
     on_check: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Check everything, build the model, and make or reopen the output folder.
 
     Nothing is written before all of the input has been found good.
+
+    With several processes, each calls this and `fit` within `ranks.session`. The first alone writes
+    and calls back. A batch is divided among them, so that the losses and factors are those of one
+    process, up to rounding and to the random numbers of dropout, stochastic depth and augmentation.
 
     Args:
         settings: what to train, and how.
@@ -117,20 +131,24 @@ def prepare(
         resume: continue the run that is there.
         notify: called with lines for the user.
         on_check: called with (images checked, all images).
+        ranks: the processes that train together.
 
     Raises:
         ValueError: the settings, the images, the checkpoint or the folder are wrong; it names what.
         TypeError: a setting of the wrong type.
     """
-    run_folder.check_output(output, resume=resume)
-    device = resolve_device(settings.device)
-    recorded = run_folder.read_config(output) if resume else None
+    if not ranks.first:
+        notify, on_check = _unheard, None
+    recorded = ranks.from_first(lambda: _recorded(output, resume))
+    device = ranks.device(settings.device)
+    expected = f"at least 1 image for each of the {ranks.world} processes"
+    require("batch_size", settings.batch_size >= ranks.world, expected, settings.batch_size)
     if recorded is not None:
         run_folder.compare_settings(recorded["settings"], settings.to_json())
     method = settings.method_config()
 
     before = [] if recorded is None else run_folder.left_out(recorded)
-    leave_out = partial(_unreadable, settings, before, notify, on_check)
+    leave_out = partial(_unreadable, settings, before, notify, on_check, ranks)
     if splits is not None:
         splits = splits.leaving_out(leave_out([*splits.train, *splits.val]))
     else:
@@ -162,31 +180,47 @@ def prepare(
         "skipped_images": list(splits.left_out),
         "backbone": fingerprint(model, resolve_modules_to_train(model, "head")),
     }
+    for name, value in ranks.from_first(lambda: identity).items():
+        same = identity[name] == value
+        require(name, same, "the same in every process", f"another in rank {ranks.rank}")
     adapter = put_on(model, method, targets=settings.targets, layers=settings.layers)
+    parameters = adapter.num_parameters()
     model.to(device)
 
-    run = _assemble(settings, output, splits, device, model, adapter)
+    run = _assemble(settings, output, splits, device, model, adapter, ranks)
     run.config = {
         "settings": settings.to_json(),
         "identity": identity,
         "method": method.to_config(),
-        "factor_parameters": adapter.num_parameters(),
+        "factor_parameters": parameters,
         "images": {"train": len(splits.train), "val": len(splits.val)},
+        "processes": ranks.world,
         "versions": run_folder.library_versions(),
     }
     if recorded is None:
         if resume:
             notify(f"{output}: nothing to resume yet, starting with epoch 1")
-        run_folder.write_config(output, run.config)
+        ranks.from_first(lambda: run_folder.write_config(output, run.config))
     else:
         run_folder.compare_identity(recorded["identity"], identity)
         if recorded["versions"] != run.config["versions"]:
             notify("other library versions than when the run began: its bits may differ")
+        if (began_with := recorded.get("processes", 1)) != ranks.world:
+            notify(f"the run began with {began_with} processes: its bits may differ")
         run.config = recorded
-        run_folder.remove_leftovers(output)
+        ranks.from_first(lambda: run_folder.remove_leftovers(output))
         _restore(run)
         notify(f"{output}: resuming after epoch {len(run.history)} of {settings.epochs}")
     return run
+
+
+def _unheard(message: str) -> None:
+    pass
+
+
+def _recorded(output: Path, resume: bool) -> run_folder.Config | None:
+    run_folder.check_output(output, resume=resume)
+    return run_folder.read_config(output) if resume else None
 
 
 def _unreadable(
@@ -194,12 +228,16 @@ def _unreadable(
     before: Collection[str],
     notify: Notify,
     on_check: Callable[[int, int], None] | None,
+    ranks: Ranks,
     samples: Sequence[images.Sample],
 ) -> set[str]:
     """The paths to leave out: those that a resumed run left out `before`, and the unreadable."""
     gone = {str(settings.data / name) for name in before} & {path for path, _ in samples}
     checked = [sample for sample in samples if sample[0] not in gone]
-    unreadable = images.find_unreadable(checked, workers=settings.workers, on_check=on_check)
+    own = checked[ranks.rank :: ranks.world]
+    found = images.find_unreadable(own, workers=settings.workers, on_check=on_check)
+    reasons = {path: reason for part in ranks.gather(found) for path, reason in part.items()}
+    unreadable = {path: reasons[path] for path, _ in checked if path in reasons}
     images.refuse_or_report(unreadable, skip=settings.skip_bad_images, notify=notify)
     return gone | set(unreadable)
 
@@ -211,6 +249,7 @@ def _assemble(
     device: torch.device,
     model: nn.Module,
     adapter: Adapter,
+    ranks: Ranks,
 ) -> Run:
     train_transform, val_transform = images.make_transforms(
         model,
@@ -226,6 +265,7 @@ def _assemble(
     train_loader = images.make_loader(
         splits.train, train_transform, shuffle=True, drop_last=settings.drop_last, **loading
     )
+    val_loader = images.make_loader(splits.val, val_transform, shuffle=False, **loading)
     schedule = Schedule(
         epochs=settings.epochs,
         lr=settings.lr,
@@ -235,6 +275,7 @@ def _assemble(
         min_lr=settings.min_lr,
         step=settings.schedule,
     )
+    replica = replicate(model, ranks)  # FSDP2 changes the parameters
     optimizer, scheduler = schedule.start(trained_parameters(model), len(train_loader))
     return Run(
         settings=settings,
@@ -242,13 +283,15 @@ def _assemble(
         config={},
         device=device,
         model=model,
+        replica=replica,
         adapter=adapter,
         classes=splits.classes,
-        train_loader=train_loader,
-        val_loader=images.make_loader(splits.val, val_transform, shuffle=False, **loading),
+        train_loader=part_of_batches(train_loader, ranks),
+        val_loader=part_of_batches(val_loader, ranks),
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type) if settings.amp == "float16" else None,
+        ranks=ranks,
     )
 
 
@@ -261,7 +304,7 @@ def fit(
     """Train the epochs that are left, saving after each.
 
     Args:
-        run: from `prepare`.
+        run: from `prepare`; with several processes, the first of them calls back.
         on_step: called with (updates done, updates of the epoch).
         on_epoch: called after an epoch is saved.
 
@@ -271,6 +314,8 @@ def fit(
     """
     # On CUDA, prefer deterministic kernels, so that a resumed run can repeat the bits; those of
     # the CPU do so anyway.
+    if not run.ranks.first:
+        on_step = on_epoch = None
     on_cuda = run.device.type == "cuda"
     with deterministic(run.device, warn_only=True) if on_cuda else nullcontext():
         for row in _rows(run, on_step):
@@ -292,7 +337,7 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
     autocast_dtype = AMP_DTYPES[run.settings.amp]
     steps = len(run.train_loader)
     trained = train_epochs(
-        run.model,
+        run.replica,
         run.train_loader,
         run.optimizer,
         range(len(run.history), run.settings.epochs),
@@ -302,6 +347,7 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
         autocast_dtype=autocast_dtype,
         scaler=run.scaler,
         on_step=None if on_step is None else lambda step, loss: on_step(step + 1, steps),
+        ranks=run.ranks,
     )
     start = time.perf_counter()
     for epoch, result in trained:
@@ -311,6 +357,7 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
             device=run.device,
             num_classes=len(run.classes),
             autocast_dtype=autocast_dtype,
+            ranks=run.ranks,
         )
         lr = run.optimizer.param_groups[0]["lr"]
         yield EpochRow(epoch + 1, result.loss, top1_percent, lr, time.perf_counter() - start)
@@ -319,22 +366,23 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
 
 def _save(run: Run) -> None:
     state = {
-        "trained": run.adapter.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "trained": whole_state(run.adapter.state_dict()),
+        "optimizer": whole_optimizer_state(run.optimizer),
         "scaler": None if run.scaler is None else run.scaler.state_dict(),
         "history": [dataclasses.asdict(row) for row in run.history],
     }
-    run_folder.save_state(run.output, state)
+    run.ranks.from_first(lambda: run_folder.save_state(run.output, state))
     _write_products(run)
 
 
 def _restore(run: Run) -> None:
-    state = run_folder.read_state(run.output, run.device)
+    cpu = torch.device("cpu")  # each process puts it on its own device
+    state = run.ranks.from_first(lambda: run_folder.read_state(run.output, cpu))
     if state is None:
         return
     try:
         run.adapter.load_state_dict(state["trained"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(run.optimizer, state["optimizer"])
         if run.scaler is not None:
             run.scaler.load_state_dict(state["scaler"])
         run.history = [EpochRow(**row) for row in state["history"]]
@@ -345,6 +393,14 @@ def _restore(run: Run) -> None:
 
 def _write_products(run: Run) -> None:
     """Write what is derived from the state: the adapter and the table of epochs."""
+    if run.ranks.first:
+        _write_first(run)
+    elif run.ranks.fsdp:
+        whole_state(run.adapter.state_dict())  # what the first gathers to save it
+    run.ranks.from_first(lambda: None)
+
+
+def _write_first(run: Run) -> None:
     header = {run_folder.HEADER_KEY: json.dumps(run.config)}
     run.adapter.save(run.output / run_folder.ADAPTER, metadata=header)
     with (
