@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class Command:
 
     def check_paths(self, arguments: Sequence[str]) -> None:
         """Exit with code 2 where a path among the arguments leads to nothing."""
-        if "--help" in arguments:
+        if "--help" in arguments or "RANK" in os.environ:  # of torchrun: one of many tells
             return
         if self.source and arguments and not arguments[0].startswith("-"):
             _check(self.source, "a file or a folder", arguments[0])

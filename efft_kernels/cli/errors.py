@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,8 +18,11 @@ _OUT_OF_MEMORY = "out of memory: a lower --batch-size takes less"
 
 
 def fail(message: str, code: int) -> typer.Exit:
-    """Print the line; the exception to raise."""
-    typer.echo(f"error: {message}", err=True)
+    """Print the line, unless another process has told of its own error; the exception to raise."""
+    ranks = sys.modules.get("efft_kernels.training.ranks")  # loaded where there are several
+    text = message if ranks is None else ranks.first_to_fail(message)
+    if text is not None:
+        typer.echo(f"error: {text}", err=True)
     return typer.Exit(code)
 
 
@@ -79,8 +83,9 @@ def failures() -> Iterator[None]:
         if isinstance(error, OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise fail(_OUT_OF_MEMORY, FAILED) from error
         from ..training.loop import NonFiniteLossError
+        from ..training.ranks import OtherRankError
 
-        if not isinstance(error, NonFiniteLossError):
+        if not isinstance(error, NonFiniteLossError | OtherRankError):
             raise
         raise fail(_one_line(error), FAILED) from error
 

@@ -27,6 +27,7 @@ from .options import Amp, Given, check_backend, with_options
 from .terminal import bar, note, progress
 
 if TYPE_CHECKING:
+    from ..training.ranks import Ranks
     from ..training.run import EpochRow
 
 _IMAGES, _MODEL, _METHOD, _TRAINING, _RUN = (
@@ -157,32 +158,43 @@ def train(
         Path | None, _RUN(help="Default: runs/train/DATA-MODEL-METHOD-rRANK.")
     ] = None,
     resume: Annotated[bool, _RUN(help="Continue the run in --output.")] = False,
+    fsdp: Annotated[
+        bool, _RUN(help="With torchrun, divide the weights too: FSDP2, not DDP.")
+    ] = False,
     log_dir: Annotated[
         Path | None, _RUN(help="Also write the epochs there, for TensorBoard.")
     ] = None,
     config: Config = None,
 ) -> None:
-    """Adapt a timm model to a folder of images; stop it at any time and --resume."""
-    with input_errors():
-        settings = options.settings(method_options, given)
-        output = output or options.default_output(settings)
-        check_backend(settings.backend)
-    interrupted = f"interrupted. the same command with --resume continues it in {output}"
-    with interruptible(interrupted), use_backend(settings.backend):
-        _train(settings, output, resume, log_dir)
+    """Adapt a timm model to a folder of images; stop it at any time and --resume.
+
+    On N devices: torchrun --nproc-per-node N -m efft_kernels train ...
+    """
+    from ..training.ranks import session
+
+    with ExitStack() as stack:
+        with input_errors():
+            ranks = stack.enter_context(session(fsdp=fsdp))
+            settings = options.settings(method_options, given)
+            output = output or options.default_output(settings)
+            check_backend(settings.backend)
+        interrupted = f"interrupted. the same command with --resume continues it in {output}"
+        with interruptible(interrupted), use_backend(settings.backend):
+            _train(settings, output, resume, log_dir, ranks)
 
 
-def _train(settings: TrainSettings, output: Path, resume: bool, log_dir: Path | None) -> None:
+def _train(
+    settings: TrainSettings, output: Path, resume: bool, log_dir: Path | None, ranks: Ranks
+) -> None:
     from ..training.curves import TensorBoardLog, require_tensorboard
     from ..training.run import fit, prepare
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, quiet=not ranks.first)
     with input_errors(), progress(console) as shown:
         if log_dir is not None:
             require_tensorboard()
-        run = prepare(
-            settings, output, resume=resume, notify=note, on_check=bar(shown, "checking images")
-        )
+        on_check = bar(shown, "checking images")
+        run = prepare(settings, output, resume=resume, notify=note, on_check=on_check, ranks=ranks)
     head = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     head -= run.adapter.num_parameters()
     images = run.config["images"]

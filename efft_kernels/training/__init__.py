@@ -9,4 +9,6 @@ settings.py      what a run is told
 run.py           prepare and fit: resumable training
 run_folder.py    the run's files
 evaluation.py    evaluate_adapter
+ranks.py         the processes that train together; rank_batches.py divides a loader's batches among
+                 them, replica.py the model
 """

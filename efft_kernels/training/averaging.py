@@ -10,6 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..methods.sharded import whole_state
 from .loop import trained_parameters
 
 State = dict[str, Tensor]
@@ -58,8 +59,9 @@ def _copy(values: Iterator[Tensor] | list[Tensor], parameters: nn.ParameterList)
 
 
 def copy_state(adapter: Adapter) -> State:
-    """The adapter's state in storage of its own."""
-    return {name: tensor.detach().clone() for name, tensor in adapter.state_dict().items()}
+    """The adapter's state, of whole tensors in storage of its own."""
+    state = whole_state(adapter.state_dict())
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 @contextmanager

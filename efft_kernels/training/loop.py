@@ -15,6 +15,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
+from .rank_batches import IGNORED
+from .ranks import ALONE, Ranks
+from .replica import finite, share_buffers, synced_batch_norm
 from .reproducible import epoch_seed, seed_everything
 from .updates import PLAIN, Updates
 
@@ -41,7 +44,7 @@ class EpochResult:
         loss: mean over the images.
         images: how many were seen.
         step_ms: milliseconds of each update, from the batch lying on the device to the finished
-            optimizer step, without data loading.
+            optimizer step, without data loading; of this process, as no other number is.
     """
 
     loss: float
@@ -130,6 +133,7 @@ def train_epochs(
     autocast_dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    ranks: Ranks = ALONE,
     updates: Updates = PLAIN,
 ) -> Iterator[tuple[int, EpochResult]]:
     """Train epoch by epoch; the caller measures and saves between two.
@@ -137,7 +141,8 @@ def train_epochs(
     Args:
         epochs: the epochs' numbers, counted from 0.
         seed: seeds every epoch anew, the loader's own generator too, so that an epoch does not
-            depend on those before it; None leaves the generators alone.
+            depend on those before it; None leaves the generators alone. Each process draws numbers
+            of its own, but the loader's generator is alike in all.
         (others): as for `train_one_epoch`.
 
     Yields:
@@ -149,7 +154,7 @@ def train_epochs(
     for epoch in epochs:
         if seed is not None:
             of_epoch = epoch_seed(seed, epoch + 1)  # 0 is the initialisation's
-            seed_everything(of_epoch)
+            seed_everything(of_epoch if ranks.first else epoch_seed(of_epoch, ranks.rank))
             if loader.generator is not None:
                 loader.generator.manual_seed(of_epoch)
         result = train_one_epoch(
@@ -162,6 +167,7 @@ def train_epochs(
             on_step=on_step,
             scaler=scaler,
             epoch=epoch,
+            ranks=ranks,
             updates=updates,
         )
         yield epoch, result
@@ -178,14 +184,16 @@ def train_one_epoch(
     on_step: Callable[[int, float], None] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     epoch: int = 0,
+    ranks: Ranks = ALONE,
     updates: Updates = PLAIN,
 ) -> EpochResult:
     """Train `model` on every batch of `loader` once.
 
     Args:
-        model: trained in place, on `device`.
+        model: trained in place, on `device`; with several processes as `replicate` returns it.
         loader: yields (images [B, C, H, W], targets [B] int64); needs a length with `scheduler`
-            and with several batches to an update.
+            and with several batches to an update. With several processes it is one of
+            `part_of_batches`.
         optimizer: of the parameters to train.
         device: where the batches go.
         scheduler: counted in updates; stepped with those of the epochs before + those done.
@@ -193,6 +201,7 @@ def train_one_epoch(
         on_step: called after each batch with (step, loss), steps counted from 0.
         scaler: gradient scaler, for `autocast_dtype=torch.float16`.
         epoch: counted from 0 (in errors, epochs and steps count from 1); offsets the scheduler.
+        ranks: the processes that train together. Loss and images are of all of them.
         updates: the loss, and how many batches make an update; cross entropy of each by default.
 
     Raises:
@@ -216,12 +225,17 @@ def train_one_epoch(
         _synchronize(device)
         start = time.perf_counter()
 
-        count = len(targets)
+        counted = (targets != IGNORED).sum()
         if updates.mix is not None:
             images, targets = updates.mix(images, targets)
-        with _autocast(device, autocast_dtype):
-            loss = updates.loss(model(images), targets)
-        loss_value = loss.item()
+        norm = synced_batch_norm(model, ranks, counts=ranks.world == 1 or bool(counted))
+        with _autocast(device, autocast_dtype), norm:
+            own_loss = updates.loss(model(images), targets)
+        sums = ranks.sum(torch.stack([own_loss.detach().double(), counted.double()]))
+        batch_loss, batch_images = sums.tolist()
+        loss_value = batch_loss / batch_images
+        # The gradients of all processes are averaged, and the loss is a mean over all images.
+        loss = own_loss * (ranks.world / batch_images)
         if not math.isfinite(loss_value):
             raise NonFiniteLossError(f"loss is {loss_value} in epoch {epoch + 1}, step {step + 1}")
 
@@ -247,19 +261,21 @@ def train_one_epoch(
 
         _synchronize(device)
         step_ms.append((time.perf_counter() - start) * 1e3)
-        loss_sum += loss_value * count
-        images_seen += count
+        loss_sum += batch_loss
+        images_seen += int(batch_images)
         if on_step is not None:
             on_step(step, loss_value)
     if images_seen == 0:
         raise ValueError("loader must yield at least one batch, got none")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
+    share_buffers(model, ranks)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    diverged = next((name for name, parameter in named if not finite(parameter)), None)
+    for name in filter(None, ranks.gather(diverged)):
+        name = name.removeprefix("module.")  # DDP's
+        raise NonFiniteLossError(f"{name} is not finite after epoch {epoch + 1}")
     return EpochResult(loss_sum / images_seen, images_seen, step_ms)
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: Batches,
@@ -267,6 +283,7 @@ def evaluate(
     device: torch.device | str,
     num_classes: int,
     autocast_dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Top-1 accuracy of `model` on `loader`.
 
@@ -278,25 +295,34 @@ def evaluate(
         device: where the batches go.
         num_classes: how many logits an image has.
         autocast_dtype: of the forward pass; None for no autocast.
+        ranks: the processes, each with its part of the images (`part_of_batches`).
 
     Returns:
-        Percent of the images.
+        Percent of the images of all processes.
 
     Raises:
         NonFiniteLossError: a logit is NaN or +∞, so that the largest means nothing.
     """
     device = torch.device(device)
-    accuracy = MulticlassAccuracy(num_classes, average="micro").to(device)
+    accuracy = MulticlassAccuracy(
+        num_classes, average="micro", ignore_index=IGNORED, sync_on_compute=ranks.world > 1
+    ).to(device)
     was_training = model.training
     model.eval()
     try:
-        for images, targets in loader:
-            with _autocast(device, autocast_dtype):
-                logits = model(images.to(device, non_blocking=True))
-            if (logits.isnan() | logits.isposinf()).any():
+        # What FSDP2 gathers in inference mode could not be trained afterwards.
+        with torch.no_grad() if ranks.fsdp else torch.inference_mode():
+            diverged = torch.zeros((), device=device)
+            for images, targets in loader:
+                with _autocast(device, autocast_dtype):
+                    logits = model(images.to(device, non_blocking=True))
+                diverged += (logits.isnan() | logits.isposinf()).any()
+                if diverged and ranks.world == 1:
+                    break
+                accuracy.update(logits, targets.to(device, non_blocking=True))
+            if ranks.sum(diverged):
                 raise NonFiniteLossError("the model's logits are not finite")
-            accuracy.update(logits, targets.to(device, non_blocking=True))
-        return 100.0 * accuracy.compute().item()
+            return 100.0 * accuracy.compute().item()
     finally:
         model.train(was_training)
 

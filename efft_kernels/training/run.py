@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from ..adapters.adapter import Adapter
 from ..adapters.attach import resolve_modules_to_train
 from ..atomic_files import replacing
+from ..methods.sharded import whole_state
 from . import images, run_folder
 from .averaging import Average, State, copy_state, lent
 from .backbone import Notify, build_backbone, fingerprint
@@ -37,8 +38,11 @@ from .loop import (
     trained_parameters,
 )
 from .methods import put_on
+from .rank_batches import part_of_batches
+from .ranks import ALONE, Ranks
+from .replica import load_optimizer_state, replicate, whole_optimizer_state
 from .reproducible import deterministic, epoch_seed, seed_everything
-from .settings import AMP_DTYPES, TrainSettings, require, resolve_device
+from .settings import AMP_DTYPES, TrainSettings, require
 from .updates import Updates, make_loss
 
 WARMUP_LR = 1e-6
@@ -67,6 +71,7 @@ class EpochRow:
 class Run:
     """A training run that is ready to go on; `history` has a row for every finished epoch.
 
+    `replica` is what training calls in the place of `model`: with several processes, DDP's copy.
     `kept` is the adapter's state to save, where it is another than what goes on to be trained: the
     average's, or the best epoch's.
     """
@@ -76,6 +81,7 @@ class Run:
     config: run_folder.Config
     device: torch.device
     model: nn.Module
+    replica: nn.Module
     adapter: Adapter
     classes: tuple[str, ...]
     train_loader: DataLoader[tuple[Tensor, Tensor]]
@@ -85,6 +91,7 @@ class Run:
     scaler: torch.amp.GradScaler | None
     updates: Updates
     average: Average | None
+    ranks: Ranks = ALONE
     kept: State | None = None
     history: list[EpochRow] = field(default_factory=list)
 
@@ -127,10 +134,15 @@ def prepare(
     resume: bool = False,
     notify: Notify = lambda message: None,
     on_check: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Check everything, build the model, and make or reopen the output folder.
 
     Nothing is written before all of the input has been found good.
+
+    With several processes, each calls this and `fit` within `ranks.session`. The first alone writes
+    and calls back. A batch is divided among them, so that the losses and factors are those of one
+    process, up to rounding and to the random numbers of dropout, stochastic depth and augmentation.
 
     Args:
         settings: what to train, and how.
@@ -139,20 +151,26 @@ def prepare(
         resume: continue the run that is there.
         notify: called with lines for the user.
         on_check: called with (images checked, all images).
+        ranks: the processes that train together.
 
     Raises:
         ValueError: the settings, the images, the checkpoint or the folder are wrong; it names what.
         TypeError: a setting of the wrong type.
     """
-    run_folder.check_output(output, resume=resume)
-    device = resolve_device(settings.device)
-    recorded = run_folder.read_config(output) if resume else None
+    if not ranks.first:
+        notify, on_check = _unheard, None
+    recorded = ranks.from_first(lambda: _recorded(output, resume))
+    device = ranks.device(settings.device)
+    expected = f"at least 1 image for each of the {ranks.world} processes"
+    require("batch_size", settings.batch_size >= ranks.world, expected, settings.batch_size)
     if recorded is not None:
         run_folder.compare_settings(recorded["settings"], settings.to_json())
     method = settings.method_config()
+    fits = settings.ema is None or not ranks.fsdp
+    require("ema", fits, "left out with fsdp", settings.ema)
 
     before = [] if recorded is None else run_folder.left_out(recorded)
-    leave_out = partial(_unreadable, settings, before, notify, on_check)
+    leave_out = partial(_unreadable, settings, before, notify, on_check, ranks)
     if splits is not None:
         splits = splits.leaving_out(leave_out([*splits.train, *splits.val]))
     else:
@@ -184,31 +202,47 @@ def prepare(
         "skipped_images": list(splits.left_out),
         "backbone": fingerprint(model, resolve_modules_to_train(model, "head")),
     }
+    for name, value in ranks.from_first(lambda: identity).items():
+        same = identity[name] == value
+        require(name, same, "the same in every process", f"another in rank {ranks.rank}")
     adapter = put_on(model, method, targets=settings.targets, layers=settings.layers)
+    parameters = adapter.num_parameters()
     model.to(device)
 
-    run = _assemble(settings, output, splits, device, model, adapter)
+    run = _assemble(settings, output, splits, device, model, adapter, ranks)
     run.config = {
         "settings": settings.to_json(),
         "identity": identity,
         "method": method.to_config(),
-        "factor_parameters": adapter.num_parameters(),
+        "factor_parameters": parameters,
         "images": {"train": len(splits.train), "val": len(splits.val)},
+        "processes": ranks.world,
         "versions": run_folder.library_versions(),
     }
     if recorded is None:
         if resume:
             notify(f"{output}: nothing to resume yet, starting with epoch 1")
-        run_folder.write_config(output, run.config)
+        ranks.from_first(lambda: run_folder.write_config(output, run.config))
     else:
         run_folder.compare_identity(recorded["identity"], identity)
         if recorded["versions"] != run.config["versions"]:
             notify("other library versions than when the run began: its bits may differ")
+        if (began_with := recorded.get("processes", 1)) != ranks.world:
+            notify(f"the run began with {began_with} processes: its bits may differ")
         run.config = recorded
-        run_folder.remove_leftovers(output)
+        ranks.from_first(lambda: run_folder.remove_leftovers(output))
         _restore(run)
         notify(f"{output}: resuming after epoch {len(run.history)} of {settings.epochs}")
     return run
+
+
+def _unheard(message: str) -> None:
+    pass
+
+
+def _recorded(output: Path, resume: bool) -> run_folder.Config | None:
+    run_folder.check_output(output, resume=resume)
+    return run_folder.read_config(output) if resume else None
 
 
 def _unreadable(
@@ -216,12 +250,16 @@ def _unreadable(
     before: Collection[str],
     notify: Notify,
     on_check: Callable[[int, int], None] | None,
+    ranks: Ranks,
     samples: Sequence[images.Sample],
 ) -> set[str]:
     """The paths to leave out: those that a resumed run left out `before`, and the unreadable."""
     gone = {str(settings.data / name) for name in before} & {path for path, _ in samples}
     checked = [sample for sample in samples if sample[0] not in gone]
-    unreadable = images.find_unreadable(checked, workers=settings.workers, on_check=on_check)
+    own = checked[ranks.rank :: ranks.world]
+    found = images.find_unreadable(own, workers=settings.workers, on_check=on_check)
+    reasons = {path: reason for part in ranks.gather(found) for path, reason in part.items()}
+    unreadable = {path: reasons[path] for path, _ in checked if path in reasons}
     images.refuse_or_report(unreadable, skip=settings.skip_bad_images, notify=notify)
     return gone | set(unreadable)
 
@@ -233,6 +271,7 @@ def _assemble(
     device: torch.device,
     model: nn.Module,
     adapter: Adapter,
+    ranks: Ranks,
 ) -> Run:
     train_transform, val_transform = images.make_transforms(
         model,
@@ -248,6 +287,7 @@ def _assemble(
     train_loader = images.make_loader(
         splits.train, train_transform, shuffle=True, drop_last=settings.drop_last, **loading
     )
+    val_loader = images.make_loader(splits.val, val_transform, shuffle=False, **loading)
     schedule = Schedule(
         epochs=settings.epochs,
         lr=settings.lr,
@@ -257,6 +297,7 @@ def _assemble(
         min_lr=settings.min_lr,
         step=settings.schedule,
     )
+    replica = replicate(model, ranks)  # FSDP2 changes the parameters
     loss, mix = make_loss(
         len(splits.classes),
         mixup=settings.mixup,
@@ -280,15 +321,17 @@ def _assemble(
         config={},
         device=device,
         model=model,
+        replica=replica,
         adapter=adapter,
         classes=splits.classes,
-        train_loader=train_loader,
-        val_loader=images.make_loader(splits.val, val_transform, shuffle=False, **loading),
+        train_loader=part_of_batches(train_loader, ranks),
+        val_loader=part_of_batches(val_loader, ranks),
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type) if settings.amp == "float16" else None,
         updates=updates,
         average=average,
+        ranks=ranks,
     )
 
 
@@ -301,7 +344,7 @@ def fit(
     """Train the epochs that are left, saving after each.
 
     Args:
-        run: from `prepare`.
+        run: from `prepare`; with several processes, the first of them calls back.
         on_step: called with (batches done, batches of the epoch).
         on_epoch: called after an epoch is saved.
 
@@ -311,13 +354,16 @@ def fit(
     """
     # On CUDA, prefer deterministic kernels, so that a resumed run can repeat the bits; those of
     # the CPU do so anyway.
+    if not run.ranks.first:
+        on_step = on_epoch = None
     on_cuda = run.device.type == "cuda"
     with deterministic(run.device, warn_only=True) if on_cuda else nullcontext():
         for row in _rows(run, on_step):
             _save(run)
             if on_epoch is not None:
                 on_epoch(row)
-    draw_curves(run.history, run.kept_epoch, run.output / run_folder.CURVES)
+    if run.ranks.first:
+        draw_curves(run.history, run.kept_epoch, run.output / run_folder.CURVES)
     return TrainResult(
         run.history[-1].val_top1_percent,
         run.best.val_top1_percent,
@@ -332,7 +378,7 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
     autocast_dtype = AMP_DTYPES[run.settings.amp]
     steps = len(run.train_loader)
     trained = train_epochs(
-        run.model,
+        run.replica,
         run.train_loader,
         run.optimizer,
         range(len(run.history), run.settings.epochs),
@@ -342,6 +388,7 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
         autocast_dtype=autocast_dtype,
         scaler=run.scaler,
         on_step=None if on_step is None else lambda step, loss: on_step(step + 1, steps),
+        ranks=run.ranks,
         updates=run.updates,
     )
     start = time.perf_counter()
@@ -353,6 +400,7 @@ def _rows(run: Run, on_step: Callable[[int, int], None] | None) -> Iterator[Epoc
                 device=run.device,
                 num_classes=len(run.classes),
                 autocast_dtype=autocast_dtype,
+                ranks=run.ranks,
             )
             lr, seconds = run.optimizer.param_groups[0]["lr"], time.perf_counter() - start
             run.history.append(EpochRow(epoch + 1, result.loss, top1_percent, lr, seconds))
@@ -370,24 +418,25 @@ def _keep(run: Run) -> None:
 
 def _save(run: Run) -> None:
     state = {
-        "trained": run.adapter.state_dict(),
+        "trained": whole_state(run.adapter.state_dict()),
         "kept": run.kept,
         "average": None if run.average is None else run.average.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": whole_optimizer_state(run.optimizer),
         "scaler": None if run.scaler is None else run.scaler.state_dict(),
         "history": [dataclasses.asdict(row) for row in run.history],
     }
-    run_folder.save_state(run.output, state)
+    run.ranks.from_first(lambda: run_folder.save_state(run.output, state))
     _write_products(run)
 
 
 def _restore(run: Run) -> None:
-    state = run_folder.read_state(run.output, run.device)
+    cpu = torch.device("cpu")  # each process puts it on its own device
+    state = run.ranks.from_first(lambda: run_folder.read_state(run.output, cpu))
     if state is None:
         return
     try:
         run.adapter.load_state_dict(state["trained"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(run.optimizer, state["optimizer"])
         if run.scaler is not None:
             run.scaler.load_state_dict(state["scaler"])
         if run.average is not None:
@@ -401,6 +450,15 @@ def _restore(run: Run) -> None:
 
 def _write_products(run: Run) -> None:
     """Write what is derived from the state: the adapter and the table of epochs."""
+    if run.ranks.first:
+        _write_first(run)
+    elif run.ranks.fsdp:
+        with lent(run.adapter, run.kept):
+            whole_state(run.adapter.state_dict())  # what the first gathers to save it
+    run.ranks.from_first(lambda: None)
+
+
+def _write_first(run: Run) -> None:
     header = {run_folder.HEADER_KEY: json.dumps(run.config)}
     with lent(run.adapter, run.kept):
         run.adapter.save(run.output / run_folder.ADAPTER, metadata=header)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .rank_batches import IGNORED
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The sum over the images; those with the target `IGNORED` are left out."""
+    return cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Updates:
     """How a batch becomes a loss, and losses an update.
 
     Attributes:
-        loss: of (logits [B, C], targets), the mean over the images.
+        loss: of (logits [B, C], targets), the sum over the images.
         mix: (images [B, C, H, W], targets [B] int64) → (images, targets as `loss` takes them);
             None where the batch stays as it is.
         accumulate: batches to an update, each of the same weight; an epoch's last may have fewer.
@@ -29,7 +37,7 @@ class Updates:
         after: called after each update with the number of updates since training began.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    loss: Loss = summed_cross_entropy
     mix: Mix | None = None
     accumulate: int = 1
     clip_grad: float | None = None
@@ -54,7 +62,7 @@ PLAIN = Updates()
 
 def make_loss(
     num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, label_smoothing: float = 0.0
-) -> tuple[Callable[[Tensor, Tensor], Tensor], Mix | None]:
+) -> tuple[Loss, Mix | None]:
     """`loss` and `mix` of `Updates`: cross entropy of mixed images or smoothed targets.
 
     Args:
@@ -64,10 +72,8 @@ def make_loss(
             with probability ½.
         label_smoothing: the share of a target that is spread over all classes.
     """
-    if label_smoothing and not (mixup or cutmix):
-        return LabelSmoothingCrossEntropy(label_smoothing), None
     if not (mixup or cutmix):
-        return cross_entropy, None
+        return partial(summed_cross_entropy, label_smoothing=label_smoothing), None
     mixed = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
 
     def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +82,9 @@ def make_loss(
         even = len(images) - len(images) % 2
         parts = [mixed(images[:even], targets[:even])] if even else []
         if even < len(images):
-            alone = mixup_target(targets[even:], num_classes, 1.0, label_smoothing)
-            parts.append((images[even:], alone))
+            ignored = targets[even:] == IGNORED
+            alone = mixup_target(targets[even:] * ~ignored, num_classes, 1.0, label_smoothing)
+            parts.append((images[even:], alone * ~ignored[:, None]))
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    return SoftTargetCrossEntropy(), mix
+    return summed_cross_entropy, mix

@@ -71,7 +71,7 @@ def test_a_file_gives_what_the_command_line_does_not(
         path.write_text(json.dumps(content))
     else:
         path.write_text(TOML if suffix == ".toml" else YAML)
-    result, (settings, output, resume, log_dir) = settings_of(monkeypatch, "--config", path)
+    result, (settings, output, resume, log_dir, _) = settings_of(monkeypatch, "--config", path)
     assert result.exit_code == 0, result.output
     assert settings == TrainSettings(data=Path("images"), workers=2, **MEANT)
     assert (output, resume, log_dir) == (Path("out"), False, None)

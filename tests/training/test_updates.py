@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from efft_kernels.training.averaging import Average
 from efft_kernels.training.loop import train_one_epoch
+from efft_kernels.training.rank_batches import IGNORED
 from efft_kernels.training.reproducible import seed_everything
 from efft_kernels.training.updates import Updates, make_loss
 
@@ -64,13 +66,14 @@ def test_a_gradient_is_clipped_to_its_norm() -> None:
     assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.5 * 0.01, rel=1e-4)
 
 
-def test_smoothed_targets_are_torchs() -> None:
+def test_smoothed_targets_are_timms() -> None:
     loss, mix = make_loss(3, label_smoothing=0.2)
     logits, targets = batches([7])[0][0][:, :3], batches([7])[0][1]
     assert mix is None
-    expected = cross_entropy(logits, targets, label_smoothing=0.2)
-    torch.testing.assert_close(loss(logits, targets), expected)
-    assert make_loss(3) == (cross_entropy, None)
+    torch.testing.assert_close(
+        loss(logits, targets) / 7, LabelSmoothingCrossEntropy(0.2)(logits, targets)
+    )
+    torch.testing.assert_close(make_loss(3)[0](logits, targets) / 7, cross_entropy(logits, targets))
 
 
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
@@ -91,7 +94,18 @@ def test_images_and_targets_are_mixed_alike(alphas: dict[str, float], count: int
             assert torch.equal(mixed[-1], one_hot[-1])
     assert changed == 0 if count == 1 else changed >= 6
     logits = torch.randn(count, 4)
-    torch.testing.assert_close(loss(logits, mixed), cross_entropy(logits, mixed))
+    expected = SoftTargetCrossEntropy()(logits, mixed)
+    torch.testing.assert_close(loss(logits, mixed) / count, expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_an_image_that_does_not_count_has_no_loss(mixup: float, smoothing: float) -> None:
+    loss, mix = make_loss(4, mixup=mixup, label_smoothing=smoothing)
+    images, targets = torch.ones(1, 3, 8, 8), torch.tensor([IGNORED])
+    if mix is not None:
+        images, targets = mix(images, targets)
+    assert loss(torch.randn(1, 4), targets) == 0
 
 
 def test_the_average_is_timms_and_only_of_what_trains() -> None:
