@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from .adapters.adapter import Adapter
     from .adapters.adapter_set import AdapterSet
     from .adapters.attach import attach, load
-    from .interop import export_peft_lora, import_fact, import_peft_lora
+    from .interop import (
+        export_peft_lora,
+        from_pretrained,
+        import_fact,
+        import_peft_lora,
+        push_to_hub,
+        save_pretrained,
+    )
     from .methods import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA
     from .nn import FactorBank, FusedEFFTLinear
     from .ops import reference
@@ -35,11 +42,14 @@ __all__ = [
     "attach",
     "available_backends",
     "export_peft_lora",
+    "from_pretrained",
     "import_fact",
     "import_peft_lora",
     "load",
     "low_rank_linear",
+    "push_to_hub",
     "reference",
+    "save_pretrained",
     "use_backend",
 ]
 
@@ -48,7 +58,14 @@ _ORIGINS = {
     "adapters.adapter": ("Adapter",),
     "adapters.adapter_set": ("AdapterSet",),
     "adapters.attach": ("attach", "load"),
-    "interop": ("export_peft_lora", "import_fact", "import_peft_lora"),
+    "interop": (
+        "export_peft_lora",
+        "from_pretrained",
+        "import_fact",
+        "import_peft_lora",
+        "push_to_hub",
+        "save_pretrained",
+    ),
     "methods": ("EFFT1", "EFFT2", "FacTTK", "FacTTT", "KAdaptation", "LoRA"),
     "nn": ("FactorBank", "FusedEFFTLinear"),
     "ops.dispatch": ("available_backends", "use_backend"),

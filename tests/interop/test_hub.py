@@ -1,0 +1,108 @@
+"""Folders and repositories of the hub: an adapter comes back, with a card that says what it is."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from torch import nn
+
+from efft_kernels import EFFT2, Adapter, attach, from_pretrained, push_to_hub, save_pretrained
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32, depth=2).eval()
+
+
+@pytest.fixture
+def adapter() -> Adapter:
+    adapter = attach(build(), EFFT2(rank=2))
+    torch.manual_seed(1)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return adapter
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.ones(1, 3, 32, 32))
+
+
+def test_a_folder_gives_the_adapter_back(adapter: Adapter, tmp_path: Path) -> None:
+    save_pretrained(adapter, tmp_path / "deep" / "folder")
+    again = from_pretrained(build(), tmp_path / "deep" / "folder")
+    assert torch.equal(logits(again.model), logits(adapter.model))
+    assert not torch.equal(logits(again.model), logits(build()))
+    card = huggingface_hub.ModelCard.load(tmp_path / "deep" / "folder" / "README.md")
+    assert card.data.library_name == "efft-kernels"
+    assert card.data.base_model.startswith("timm/vit_tiny_patch16_224")
+    assert "efft2" in card.data.tags
+    assert f"{adapter.num_parameters():,} parameters in 8 linears" in card.text
+
+
+def test_a_card_that_is_there_stays(adapter: Adapter, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    save_pretrained(adapter, tmp_path, base_model="me/other")
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_what_holds_no_adapter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"source must be a folder with adapter\.safetensors"):
+        from_pretrained(build(), tmp_path)
+
+    def absent(*args: object, **kwargs: object) -> str:
+        raise OSError("404 Client Error\nand more")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
+    with pytest.raises(ValueError, match=r"got me/nothing \(404 Client Error\)"):
+        from_pretrained(build(), "me/nothing")
+
+
+class Hub:
+    """The part of HfApi that is used, with a folder in the place of the hub."""
+
+    def __init__(self, root: Path, **login: Any) -> None:
+        self.root, self.calls = root, [login]
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        self.calls.append(options)
+        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+        return types.SimpleNamespace(repo_id=repo_id)
+
+    def file_exists(self, repo_id: str, name: str, revision: str | None) -> bool:
+        return (self.root / repo_id / name).exists()
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> Any:
+        self.calls.append(options)
+        for path in Path(folder_path).iterdir():
+            (self.root / repo_id / path.name).write_bytes(path.read_bytes())
+        return types.SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+def test_a_repository_gives_it_back(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **login: hub)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda repo, name, **more: str(tmp_path / repo / name)
+    )
+    address = push_to_hub(adapter, "me/mine", base_model="timm/base", private=True, revision="x")
+    assert address == "https://hub/me/mine/commit/1"
+    assert hub.calls[1:] == [
+        {"private": True, "exist_ok": True},
+        {"revision": "x", "commit_message": "Upload adapter"},
+    ]
+    card = tmp_path / "me" / "mine" / "README.md"
+    assert "base_model: timm/base" in card.read_text()
+    card.write_text("edited on the hub")
+    push_to_hub(adapter, "me/mine")
+    assert card.read_text() == "edited on the hub"
+    again = from_pretrained(build(), "me/mine")
+    assert torch.equal(logits(again.model), logits(adapter.model))
