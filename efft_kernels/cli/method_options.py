@@ -89,6 +89,8 @@ def _is_number(name: str) -> bool:
 
 
 def _parse(name: str, value: Any) -> Any:
+    if _option_type(name) is int:
+        return int(value)
     if _is_number(name):
         return parse.rank(value, name)
     if tuple in _types(name):

@@ -62,9 +62,7 @@ class Recipe:
         """
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["recipe"] = values.pop("name")
-        fields = {item.name: item.default for item in dataclasses.fields(TRAINABLE[self.method])}
-        own = {"rank": fields["rank"]} if "rank" in fields else {}
-        options = own | values.pop("method_options") | given.pop("options", {})
+        options = values.pop("method_options") | given.pop("options", {})
         values |= {name: options.pop(name) for name in OWN_OPTIONS & set(options)}
         if "epochs" in given:
             values["warmup_epochs"] = None

@@ -34,7 +34,8 @@ class TrainSettings:
         data: folder with one folder of images per class, or with train/ and val/ of such.
         model: name of a timm model.
         method: name of a method or of a baseline, a key of `TRAINABLE`.
-        rank: of the factors; (R1, R2) for different ones of U and V; a list with one per stage.
+        rank: of the factors; (R1, R2) for different ones of U and V; a list with one per stage;
+            None for the method's own, which it then becomes, if it has one.
         scale: factor s on ΔW; None for the method's own, as for the next three.
         init: the factor that starts at zero, "u" or "v".
         dropout: probability, on the factors.
@@ -75,7 +76,7 @@ class TrainSettings:
     data: Path
     model: str = "vit_tiny_patch16_224"
     method: str = "efft2"
-    rank: Rank | list[Rank] = 16
+    rank: Rank | list[Rank] | None = None
     scale: float | None = None
     init: str | None = None
     dropout: float | None = None
@@ -110,6 +111,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         require("method", self.method in TRAINABLE, f"one of {', '.join(TRAINABLE)}", self.method)
+        if self.rank is None:
+            fields = {
+                item.name: item.default for item in dataclasses.fields(TRAINABLE[self.method])
+            }
+            object.__setattr__(self, "rank", fields.get("rank"))
         choices = {"amp": AMP_DTYPES, "normalize": NORMALIZE, "schedule": SCHEDULES}
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -155,8 +161,6 @@ class TrainSettings:
         known = {item.name for item in dataclasses.fields(method)}
         own = {name: getattr(self, name) for name in OWN_OPTIONS}
         own["learn_scale"] = self.learn_scale or None
-        if "rank" not in known and self.rank == TrainSettings.rank:
-            own["rank"] = None
         chosen = {name: value for name, value in own.items() if value is not None}
         chosen |= self.options
         for name, value in chosen.items():

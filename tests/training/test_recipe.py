@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -13,16 +14,22 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch.func import functional_call
 from torchvision import transforms
+from torchvision.transforms import ToTensor
 
-from efft_kernels import attach
+from efft_kernels import KAdaptation, attach
+from efft_kernels.methods import METHODS
 from efft_kernels.papers.recipes import recipe_facts, task_facts, task_names
 from efft_kernels.training import images
 from efft_kernels.training.loop import Schedule
 from efft_kernels.training.recipe import recipe_for
-from efft_kernels.training.run import WARMUP_LR, prepare
+from efft_kernels.training.reproducible import epoch_seed
+from efft_kernels.training.run import WARMUP_LR, fit, prepare
 
 DATA = Path("images")
+LOADING: dict[str, Any] = {"batch_size": 64, "workers": 0, "shuffle": True}
 
 
 def test_training_is_that_of_both_releases() -> None:
@@ -119,28 +126,38 @@ def test_other_methods_options(task: str, method: str, expected: dict[str, Any])
 
 def test_a_method_without_published_options_keeps_its_own() -> None:
     settings = recipe_for("vtab", "cifar", "kadaptation").settings(DATA)
-    assert settings.method_config() == type(settings.method_config())()
+    assert settings.method_config() == KAdaptation()
 
 
 @pytest.mark.parametrize(
-    ("method", "parameters"), [("fact_tt", 36_649), ("fact_tk", 69_333), ("efft1", 109_847)]
+    ("method", "options", "parameters"),
+    [
+        ("fact_tt", {}, 36_649),
+        ("fact_tk", {}, 69_333),
+        ("efft1", {}, 109_847),
+        ("efft2", {"cores": "per_layer"}, 151_680),
+        ("efft2", {}, 116_832),
+    ],
 )
-def test_mean_counts_of_the_ranks(method: str, parameters: int) -> None:
-    """FacT's 0.037 and 0.069 million are means over the groups' means of the tasks' counts."""
-    d, layers = 768, 12
+def test_mean_counts_of_the_ranks(method: str, options: dict[str, Any], parameters: int) -> None:
+    """FacT's 0.037 and 0.069 million are means over the groups' means of the tasks' counts. EFFT's
+    0.16 and 0.245 are not: they are the counts of the largest rank."""
 
-    def count(r: int) -> int:
-        if method == "efft1":
-            return 5 * d * r + 3 * layers * r * r
-        if method == "fact_tt":
-            return 2 * d * r + 12 * layers * r * r
-        return 2 * d * r + r**3 + 12 * layers * r
+    @functools.cache
+    def count(rank: int) -> int:
+        with torch.device("meta"):
+            model = timm.create_model("vit_base_patch16_224")
+        given = recipe_for("vtab", None, method).method_options | options | {"rank": rank}
+        return attach(model, METHODS[method](**given)).num_parameters()
 
     groups = [
         [count(task_facts(task)[method]["rank"]) for task in tasks]
         for tasks in recipe_facts()["groups"].values()
     ]
     assert round(sum(sum(group) / len(group) for group in groups) / 3) == parameters
+    if method == "fact_tt":
+        tasks = [number for group in groups for number in group]
+        assert round(sum(tasks) / len(tasks)) == 39_734
 
 
 def test_the_tasks_are_vtabs() -> None:
@@ -196,6 +213,15 @@ def test_the_learning_rate_lags_an_epoch_as_in_the_releases() -> None:
     assert rates[0] == rates[29] == 1e-6  # epochs 0 and 1
     assert rates[150] == pytest.approx(9.0e-4, rel=2e-3)  # epoch 10
     assert sum(rates) == pytest.approx(0.683, abs=5e-4)
+
+
+def test_a_thousand_images_are_fifteen_updates() -> None:
+    samples = [("absent.png", 0)] * 1000
+    loaders = [
+        images.make_loader(samples, ToTensor(), **LOADING, drop_last=drop_last)
+        for drop_last in (True, False)
+    ]
+    assert [len(loader) for loader in loaders] == [15, 16]
 
 
 def test_images_are_the_releases(tmp_path: Path) -> None:
@@ -264,3 +290,48 @@ def test_images_may_come_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     run = prepare(settings, tmp_path / "run", splits=splits)
     assert run.config["images"] == {"train": 15, "val": 2}
     assert run.config["identity"]["skipped_images"] == ["a/3.png"]
+
+
+def test_a_run_trains_as_the_releases_loop(folder: Path, tmp_path: Path) -> None:
+    """fact_tt.py's loop, on the plain model with the weights W0 + ΔW (FacT, Eq. 8) and the run's
+    first factors and batches: AdamW, timm's CosineLRScheduler stepped with ep after epoch ep."""
+    given = SMALL | {"epochs": 3, "rank": 3, "dropout": 0.0, "drop_path": 0.0, "layers": (0,)}
+    settings = recipe_for("vtab", "svhn", "fact_tt").settings(folder, **given)
+    assert settings.scale == 100.0
+    run = prepare(settings, tmp_path / "run")
+    plain = timm.create_model(settings.model, img_size=32, num_classes=2).train()
+    names = dict(plain.named_parameters())
+    plain.load_state_dict({name: run.model.state_dict()[name] for name in plain.state_dict()})
+    group: Any = run.adapter.bank.all
+    u, v, core = (t.detach().clone().requires_grad_() for t in (group.U, group.V, group.core))
+    head = [names["head.weight"], names["head.bias"]]
+
+    def weights() -> dict[str, torch.Tensor]:
+        slices = settings.scale * u @ core @ v.T  # [12, d, d] as x·W
+        fc1, fc2 = torch.cat([*slices[4:8].mT]), torch.cat([*slices[8:].mT], 1)
+        deltas = {"attn.qkv": torch.cat([*slices[:3].mT]), "attn.proj": slices[3].T}
+        deltas |= {"mlp.fc1": fc1, "mlp.fc2": fc2}
+        keys = {f"blocks.0.{name}.weight": delta for name, delta in deltas.items()}
+        return {key: names[key].detach() + delta for key, delta in keys.items()}
+
+    for name, parameter in names.items():
+        parameter.requires_grad_(name.startswith("head."))
+    optimizer = torch.optim.AdamW([u, v, core, *head], lr=1e-3, weight_decay=1e-4)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=3, warmup_t=0, lr_min=1e-5, warmup_lr_init=1e-6
+    )
+    for epoch in range(3):
+        assert run.train_loader.generator is not None
+        run.train_loader.generator.manual_seed(epoch_seed(42, epoch + 1))
+        for x, y in run.train_loader:
+            loss = torch.nn.functional.cross_entropy(functional_call(plain, weights(), (x,)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step(epoch)
+    start = group.U.detach().clone()
+    fit(run)
+    assert (group.U - start).abs().max() > 1e-4
+    for found, expected in ((group.U, u), (group.V, v), (group.core, core)):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(run.model.head.weight, head[0], rtol=1e-3, atol=1e-6)  # type: ignore[union-attr, arg-type]
