@@ -79,7 +79,7 @@ def _types(name: str) -> set[Any]:
 def _option_type(name: str) -> Any:
     """What typer reads: ranks and names are text, parsed here."""
     types = _types(name)
-    if types == {int}:
+    if types <= {int, type(None)}:
         return int
     return next((kind for kind in (bool, float) if kind in types), str)
 
@@ -89,8 +89,6 @@ def _is_number(name: str) -> bool:
 
 
 def _parse(name: str, value: Any) -> Any:
-    if _option_type(name) is int:
-        return int(value)
     if _is_number(name):
         return parse.rank(value, name)
     if tuple in _types(name):

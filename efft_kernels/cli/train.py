@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .. import use_backend
 from ..baselines import BASELINES
-from ..training.methods import TRAINABLE
+from ..training.methods import TRAINABLE, has_rank
 from ..training.recipe import Recipe, recipe_for
 from ..training.settings import OWN_OPTIONS, TrainSettings, require
 from . import parse
@@ -127,8 +127,8 @@ class TrainOptions:
     def default_output(self, settings: TrainSettings) -> Path:
         """The run's folder where none is given."""
         name = f"{self.data.resolve().name}-{settings.model}-{self.method}"
-        if settings.rank is not None:
-            name += "-r" + re.sub(r"[^\d]+", "x", str(settings.rank)).strip("x")
+        if has_rank(self.method):
+            name += "-r" + re.sub(r"[^\d]+", "x", str(settings.resolved_rank)).strip("x")
         return Path("runs/train") / name.replace("/", "_").replace(":", "_")
 
 
@@ -163,7 +163,7 @@ def _train(settings: TrainSettings, output: Path, resume: bool) -> None:
     head = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     head -= run.adapter.num_parameters()
     images = run.config["images"]
-    rank = "" if settings.rank is None else f" rank {settings.rank}"
+    rank = f" rank {settings.resolved_rank}" if has_rank(settings.method) else ""
     recipe = f", recipe {settings.recipe}" if settings.recipe else ""
     recipe += f" for {settings.task}" if settings.task else ""
     kind = "" if settings.method in BASELINES else "factor "

@@ -15,7 +15,7 @@ import torch
 
 from ..baselines import Baseline
 from ..methods.base import Method, Rank, decode, encode
-from .methods import TRAINABLE
+from .methods import TRAINABLE, has_rank
 
 AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NORMALIZE = ("model", "imagenet")
@@ -35,8 +35,8 @@ class TrainSettings:
         model: name of a timm model.
         method: name of a method or of a baseline, a key of `TRAINABLE`.
         rank: of the factors; (R1, R2) for different ones of U and V; a list with one per stage;
-            None for the method's own, which it then becomes, if it has one.
-        scale: factor s on ΔW; None for the method's own, as for the next three.
+            None for the method's own, as for the next four.
+        scale: factor s on ΔW.
         init: the factor that starts at zero, "u" or "v".
         dropout: probability, on the factors.
         cores: "per_layer" or "shared".
@@ -111,11 +111,6 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         require("method", self.method in TRAINABLE, f"one of {', '.join(TRAINABLE)}", self.method)
-        if self.rank is None:
-            fields = {
-                item.name: item.default for item in dataclasses.fields(TRAINABLE[self.method])
-            }
-            object.__setattr__(self, "rank", fields.get("rank"))
         choices = {"amp": AMP_DTYPES, "normalize": NORMALIZE, "schedule": SCHEDULES}
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -150,6 +145,13 @@ class TrainSettings:
         """warmup_epochs, or a tenth of the epochs."""
         return self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
 
+    @property
+    def resolved_rank(self) -> Rank | list[Rank] | None:
+        """rank, or the method's own; None where it has none."""
+        if self.rank is None and has_rank(self.method):
+            return getattr(TRAINABLE[self.method], "rank", None)
+        return self.rank
+
     def method_config(self) -> Method | Baseline:
         """The method's configuration, with the method's own defaults where nothing is set.
 
@@ -173,8 +175,8 @@ class TrainSettings:
         for name, value in values.items():
             if isinstance(value, Path):
                 values[name] = str(value.resolve())
-        if isinstance(self.rank, list):
-            values["rank"] = {"stages": encode(self.rank)}
+        rank = self.resolved_rank
+        values["rank"] = {"stages": encode(rank)} if isinstance(rank, list) else rank
         values["options"] = {name: encode(value) for name, value in self.options.items()}
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,10 +45,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
     )
 
 
-def of(settings: TrainSettings, method: str, **given: Any) -> TrainSettings:
-    return dataclasses.replace(settings, **{"method": method, "rank": None} | given)
-
-
 @pytest.mark.parametrize(
     ("method", "options", "mergeable"),
     [
@@ -62,7 +57,7 @@ def of(settings: TrainSettings, method: str, **given: Any) -> TrainSettings:
 def test_trained_resumed_and_evaluated(
     settings: TrainSettings, method: str, options: dict[str, int], mergeable: bool, tmp_path: Path
 ) -> None:
-    settings = of(settings, method, options=options)
+    settings = dataclasses.replace(settings, method=method, options=options)
     run = prepare(settings, tmp_path / "run")
     assert isinstance(run.adapter, AttachedBaseline)
     assert run.config["method"] == {"name": method, **dataclasses.asdict(run.adapter.baseline)}
@@ -98,13 +93,13 @@ def test_trained_resumed_and_evaluated(
 def test_settings(settings: TrainSettings, tmp_path: Path) -> None:
     assert not set(METHODS) & set(BASELINES) and set(TRAINABLE) == {*METHODS, *BASELINES}
     for name, baseline in BASELINES.items():
-        assert isinstance(of(settings, name).method_config(), baseline)
+        assert isinstance(dataclasses.replace(settings, method=name).method_config(), baseline)
     with pytest.raises(ValueError, match="rank must be left out for method bitfit"):
-        of(settings, "bitfit", rank=4).method_config()
+        dataclasses.replace(settings, method="bitfit", rank=4).method_config()
     with pytest.raises(ValueError, match="hidden must be left out for method vpt_deep"):
-        of(settings, "vpt_deep", options={"hidden": 4}).method_config()
+        dataclasses.replace(settings, method="vpt_deep", options={"hidden": 4}).method_config()
     for given in ({"targets": ("ffn",)}, {"layers": (0,)}):
-        wrong = of(settings, "bitfit", **given)
+        wrong = dataclasses.replace(settings, method="bitfit", **given)
         with pytest.raises(ValueError, match="must be left out for the baseline bitfit"):
             prepare(wrong, tmp_path / "run")
         assert not (tmp_path / "run").exists()
@@ -112,7 +107,7 @@ def test_settings(settings: TrainSettings, tmp_path: Path) -> None:
 
 def test_a_recipe_s_settings(settings: TrainSettings) -> None:
     made = recipe_for("vtab", "cifar", "lora_fix").settings(settings.data)
-    assert made.method_config() == BASELINES["lora_fix"]()  # type: ignore[call-arg]
+    assert made.method_config() == BASELINES["lora_fix"](rank=4)  # type: ignore[call-arg]
     assert made.normalize == "imagenet" and made.drop_last
     made = recipe_for("vtab", "dtd", "noah").settings(settings.data)
     assert made.method_config() == BASELINES["noah"](subnet="dtd")  # type: ignore[call-arg]

@@ -179,6 +179,12 @@ def test_what_is_given_wins() -> None:
     assert recipe.settings(DATA).options["ffn_init"] == "v"
 
 
+def test_a_recipe_is_for_its_method() -> None:
+    assert recipe_for("vtab", "svhn").settings(DATA, method="efft2").method == "efft2"
+    with pytest.raises(ValueError, match=r"method must be efft2, whose options .* got 'lora'"):
+        recipe_for("vtab", "svhn").settings(DATA, method="lora")
+
+
 def test_unknown_names_are_named() -> None:
     for arguments, text in (
         (("vtab2",), "recipe must be one of vtab, got 'vtab2'"),
