@@ -10,13 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..adapters.attach import resolve_modules_to_train
 from . import images, run_folder
-from .backbone import Notify, build_backbone, fingerprint
+from .backbone import Notify
 from .loop import evaluate
-from .methods import load_trained
-from .reproducible import epoch_seed, seed_everything
-from .settings import AMP_DTYPES, require, resolve_device
+from .settings import AMP_DTYPES, require
+from .trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -77,54 +75,33 @@ def evaluate_adapter(
     require("batch_size", batch_size is None or batch_size >= 1, "at least 1", batch_size)
     require("workers", workers >= 0, "at least 0", workers)
     recorded = run_folder.read_adapter_header(adapter_path)
-    settings, identity = recorded["settings"], recorded["identity"]
-    classes = tuple(identity["classes"])
-    torch_device = resolve_device(device)
+    settings, classes = recorded["settings"], tuple(recorded["identity"]["classes"])
 
     samples, images_from = _choose_images(data_root, split, recorded, notify)
     unreadable = images.find_unreadable(samples, workers=workers)
     images.refuse_or_report(unreadable, skip=skip_bad_images, notify=notify)
     samples = images.without(samples, unreadable, classes)
 
-    if checkpoint is None and pretrained is None and settings["checkpoint"] is not None:
-        checkpoint = Path(settings["checkpoint"])
-        there = checkpoint.is_file()
-        require("checkpoint", there, f"given, as {checkpoint} is no longer there", "none")
-    seed_everything(epoch_seed(settings["seed"], 0))
-    model = build_backbone(
-        settings["model"],
-        num_classes=len(classes),
+    trained = open_trained(
+        adapter_path,
         checkpoint=checkpoint,
-        pretrained=settings["pretrained"] if pretrained is None else pretrained,
-        img_size=settings["img_size"],
-        drop_path=settings["drop_path"],
-    )
-    if fingerprint(model, resolve_modules_to_train(model, "head")) != identity["backbone"]:
-        notify(
-            "the backbone's weights differ from those the adapter was trained on:"
-            " the accuracy may mean nothing"
-        )
-    adapter = load_trained(model, adapter_path, settings["method"])
-    model.to(torch_device)
-    if merge:
-        adapter.merge()
-        adapter.detach()
-
-    _, transform = images.make_transforms(
-        model, img_size=settings["img_size"], normalize=settings["normalize"]
+        pretrained=pretrained,
+        merge=merge,
+        device=device,
+        notify=notify,
     )
     loader = images.make_loader(
         samples,
-        transform,
+        trained.transform,
         batch_size=batch_size or settings["batch_size"],
         workers=workers,
         shuffle=False,
-        pin_memory=torch_device.type == "cuda",
+        pin_memory=trained.device.type == "cuda",
     )
     top1_percent = evaluate(
-        model,
+        trained.model,
         _counted(loader, on_batch),
-        device=torch_device,
+        device=trained.device,
         num_classes=len(classes),
         autocast_dtype=AMP_DTYPES[amp or settings["amp"]],
     )

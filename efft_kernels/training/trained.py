@@ -121,7 +121,7 @@ def open_trained(
     if fingerprint(model, resolve_modules_to_train(model, "head")) != identity["backbone"]:
         notify(
             "the backbone's weights differ from those the adapter was trained on:"
-            " its predictions may mean nothing"
+            " what it computes may mean nothing"
         )
     adapter = load_trained(model, path, settings["method"])
     model.to(torch_device).eval()

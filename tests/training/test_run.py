@@ -112,7 +112,7 @@ def batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         model.patch_embed.norm = TokenBatchNorm(model.embed_dim)
         return model
 
-    for module in ("run", "evaluation"):
+    for module in ("run", "trained"):
         monkeypatch.setattr(f"efft_kernels.training.{module}.build_backbone", build)
 
 
