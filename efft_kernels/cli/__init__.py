@@ -6,6 +6,7 @@ when the command is called: torch, timm, torchvision, torchmetrics and matplotli
 
 commands.py  the commands by name, and the loading of the one that is called
 options.py   options and groups of options that commands share
+source.py    the options that open what training left
 config.py    options from a file
 parse.py     the text of an option as numbers
 errors.py    exit codes, and how an error becomes one line

@@ -18,7 +18,7 @@ from .errors import USER_ERROR, fail, in_one_line
 
 # Options that name what must be there → what it must be. A wrong one is told before torch loads.
 _PATHS = {
-    "--data": "a folder with one folder of images per class",
+    "--data": "a folder of images",
     "--checkpoint": "a file of weights",
     "--adapter": "a file",
     "--config": "a file",
