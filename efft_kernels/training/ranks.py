@@ -148,7 +148,7 @@ def session(*, fsdp: bool = False) -> Iterator[Ranks]:
         silent = "another process ended without a word, killed or out of memory"
         mine, text = _tell_first(_session, silent if lost else str(error))
         if lost or not mine:
-            raise OtherRankError(text) from error
+            raise OtherRankError(silent if mine else text) from error
         raise
     else:
         _session = None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
+import json
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,17 @@ import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
+from typer.testing import CliRunner
 
+from efft_kernels.cli import app
+from efft_kernels.training.images import UnreadableImageError
 from efft_kernels.training.methods import TRAINABLE
 from efft_kernels.training.ranks import ALONE, Ranks, session
 from efft_kernels.training.run import fit, prepare
 from efft_kernels.training.settings import TrainSettings
 
 WORLD = 2
+WITH_FSDP2 = ("efft2", "fact_tt", "lora", "full")
 
 
 class TokenBatchNorm(torch.nn.BatchNorm1d):
@@ -58,14 +66,14 @@ def batch_norm(pretrained: bool = False, **options: Any) -> VisionTransformer:
 
 
 def settings(root: Path, method: str, **given: Any) -> TrainSettings:
-    """17 images to train: of three batches the last has one, for two processes."""
+    """9 images to train and 5 to validate: the last batch of each has one, for two processes."""
     fields = {field.name for field in dataclasses.fields(TRAINABLE[method])}
     small = {"rank": 1 if method == "kadaptation" else 2, "dropout": 0.0}
     values = {
         "model": "two_blocks",
         "img_size": 16,
-        "epochs": 2,
-        "batch_size": 8,
+        "epochs": 1,
+        "batch_size": 4,
         "drop_path": 0.0,
         "lr": 1e-2,
         "device": "cpu",
@@ -77,7 +85,7 @@ def settings(root: Path, method: str, **given: Any) -> TrainSettings:
 
 def make_images(root: Path) -> None:
     draw = np.random.default_rng(1)
-    for split, count in (("train", (9, 8)), ("val", (5, 6))):
+    for split, count in (("train", (5, 4)), ("val", (2, 3))):
         for channel, images in enumerate(count):
             folder = root / "images" / split / f"class{channel}"
             folder.mkdir(parents=True)
@@ -111,7 +119,8 @@ def learns_as_one(root: Path, folder: Path, ranks: Ranks, method: str, **given: 
     chosen = settings(root, method, **given)
     if ranks.first:
         fit(prepare(chosen, folder / "alone"))
-    for fsdp in (False, True):
+    # FSDP2 takes seconds for each.
+    for fsdp in (False, True) if method in WITH_FSDP2 else (False,):
         output = folder / f"fsdp {fsdp}"
         result = fit(prepare(chosen, output, ranks=dataclasses.replace(ranks, fsdp=fsdp)))
         assert ranks.gather(result) == [result] * WORLD
@@ -148,7 +157,7 @@ CASES: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     method: (learns_as_one, {"method": method}) for method in TRAINABLE
 }
 CASES["noah"][1]["model"] = "twelve_blocks"
-CASES["statistics"] = (learns_as_one, {"method": "efft2", "model": "batch_norm"})
+CASES["statistics"] = (learns_as_one, {"method": "efft2", "model": "batch_norm", "epochs": 2})
 CASES["float16"] = (learns_as_one, {"method": "full", "amp": "float16"})
 CASES["accumulated"] = (
     learns_as_one,
@@ -163,11 +172,78 @@ CASES["accumulated"] = (
 CASES["resumes"] = (resumes, {})
 
 
-def worker(rank: int, root: Path, port: int) -> None:
+def unreadable(patch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        failing = Failing(UnreadableImageError("cannot read image 7.png"))
+        patch.setattr("efft_kernels.training.images.ImageList.__getitem__", failing)
+
+
+def disk_full(patch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+    if ranks.first:
+        failing = Failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        patch.setattr("efft_kernels.training.run_folder.save_state", failing)
+
+
+def fault(patch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        patch.setattr("efft_kernels.training.run.put_on", Failing(KeyError("a fault of ours")))
+
+
+def other_images(patch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        patch.setattr("efft_kernels.training.run.fingerprint", lambda *_: "another")
+
+
+def vanished(patch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+    """As a killed process, it says nothing to the others."""
+    if ranks.rank == 1:
+        patch.setattr("efft_kernels.training.run.put_on", Failing(SystemExit(3)))
+        patch.setattr("efft_kernels.training.ranks._tell_first", lambda *_: (True, ""))
+
+
+def nothing(patch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+    pass
+
+
+class Failing:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.error
+
+
+# What goes wrong, the command line's further options, the one line on stderr, exit codes by rank.
+FAILURES = {
+    "unreadable": (unreadable, (), "error: rank 1: cannot read image 7.png", (1, 2)),
+    "disk full": (disk_full, (), r"error: rank 0: \[Errno 28\] No space left on device", (1, 1)),
+    "a fault of ours": (fault, (), "", (1, "KeyError")),
+    "other images": (
+        other_images,
+        (),
+        "error: rank 1: backbone must be the same in every process, got another in rank 1",
+        (1, 2),
+    ),
+    "vanished": (
+        vanished,
+        (),
+        "error: rank 0: another process ended without a word, killed or out of memory",
+        (1, 3),
+    ),
+    "in every process": (
+        nothing,
+        ("--lr", "0"),
+        r"error: rank \d: lr must be above 0, got 0.0",
+        (2, 2),
+    ),
+}
+
+
+def worker(rank: int, root: Path, ports: Sequence[int]) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # Adam makes rounding of a gradient of 0 a whole step
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     with session() as ranks:
         for name, (check, given) in CASES.items():
             folder = root / name
@@ -177,6 +253,25 @@ def worker(rank: int, root: Path, port: int) -> None:
             ranks.gather(None)
             if ranks.first:
                 (folder / "passed").touch()
+    for (name, (patch, options, *_)), port in zip(FAILURES.items(), ports[1:], strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        shown = command_line(root, patch, options, Ranks(rank, WORLD))
+        (root / f"{name}.{rank}").write_text(json.dumps(shown))
+
+
+def command_line(
+    root: Path, broken: Callable[..., None], options: Sequence[str], ranks: Ranks
+) -> tuple[str, int | str]:
+    """What `train` prints on stderr, and its exit code or the name of the error."""
+    data, model = root / "images", "two_blocks"
+    arguments = ["train", "--data", data, "--model", model, "--method", "bitfit", "--no-pretrained"]
+    arguments += ["--img-size", 16, "--epochs", 1, "--batch-size", 4, "--device", "cpu"]
+    arguments += ["--workers", 0, "--output", root / "broken" / broken.__name__, *options]
+    with pytest.MonkeyPatch.context() as patch:
+        broken(patch, ranks)
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    unexpected = result.exception if not isinstance(result.exception, SystemExit) else None
+    return result.stderr, type(unexpected).__name__ if unexpected else result.exit_code
 
 
 @pytest.fixture(scope="module")
@@ -184,11 +279,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which two processes ran the checks up to the first that failed, and why."""
     root = tmp_path_factory.mktemp("ranks")
     make_images(root)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(1 + len(FAILURES))]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in free]
     try:
-        mp.spawn(worker, (root, port), nprocs=WORLD)
+        mp.spawn(worker, (root, ports), nprocs=WORLD)
     except mp.ProcessRaisedException as error:
         return root, str(error)
     return root, ""
@@ -198,3 +295,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_on_two_processes(ran: tuple[Path, str], name: str) -> None:
     root, error = ran
     assert (root / name / "passed").exists(), error
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_one_process_tells_why_all_end(ran: tuple[Path, str], name: str) -> None:
+    root, error = ran
+    assert not error
+    _, _, expected, codes = FAILURES[name]
+    shown = [json.loads((root / f"{name}.{rank}").read_text()) for rank in range(WORLD)]
+    lines = [line for text, _ in shown for line in text.splitlines() if "note:" not in line]
+    assert len(lines) == bool(expected) and re.fullmatch(expected, "".join(lines)), lines
+    assert tuple(code for _, code in shown) == codes
