@@ -19,7 +19,7 @@ from rich.progress import (
 def progress(console: Console) -> Progress:
     """A context in which `bar` shows bars; they vanish at its end.
 
-    What goes to the terminal's stderr meanwhile is printed above them.
+    What goes to the terminal meanwhile is printed above them; what goes elsewhere goes there.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -30,6 +30,7 @@ def progress(console: Console) -> Progress:
         console=console,
         transient=True,
         disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=sys.stderr.isatty(),
     )
 

@@ -44,7 +44,7 @@ def from_pretrained(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     fuse: str = "auto",
     strict: bool = False,
 ) -> Adapter:

@@ -23,16 +23,27 @@ note("after")
 """
 
 
-def _run_on_terminal(script: str, stderr_too: bool) -> tuple[str, str]:
-    """(what a terminal gets, what stderr gets elsewhere)."""
+BESIDE_ROWS = """
+from rich.console import Console
+from efft_kernels.cli.terminal import bar, progress
+with progress(Console(stderr=True, soft_wrap=True)) as shown:
+    show = bar(shown, "images")
+    for done in range(3):
+        show(done, 3)
+        shown.refresh()
+        print(f"row {done}")
+"""
+
+
+def _run_on_terminal(script: str, *, on_terminal: set[str]) -> tuple[str, str]:
+    """(what a terminal gets, what the other of stdout and stderr gets)."""
     terminal, end = os.openpty()
-    elsewhere = None if stderr_too else subprocess.PIPE
     environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         stdin=subprocess.DEVNULL,
-        stdout=end,
-        stderr=end if stderr_too else elsewhere,
+        stdout=end if "stdout" in on_terminal else subprocess.PIPE,
+        stderr=end if "stderr" in on_terminal else subprocess.PIPE,
         env=environment,
         text=True,
     )
@@ -46,23 +57,32 @@ def _run_on_terminal(script: str, stderr_too: bool) -> tuple[str, str]:
         if not part:
             break
         written += part
-    _, errors = process.communicate()
+    outputs = process.communicate()
     os.close(terminal)
-    assert process.returncode == 0, errors
-    return written.decode(), errors or ""
+    assert process.returncode == 0, outputs
+    return written.decode(), "".join(output or "" for output in outputs)
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
+pytestmark = pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
+
+
 def test_notes_stand_on_lines_of_their_own() -> None:
-    written, _ = _run_on_terminal(SHOWN, stderr_too=True)
+    written, _ = _run_on_terminal(SHOWN, on_terminal={"stdout", "stderr"})
     for done in range(3):
         # The bar's line is cleared, and the note ends with a line's end.
         assert re.search(rf"\x1b\[2Knote: skipped number {done}\r?\n", written), written
     assert "note: after\r\n" in written
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
 def test_notes_go_where_stderr_goes() -> None:
-    written, errors = _run_on_terminal(SHOWN, stderr_too=False)
+    written, errors = _run_on_terminal(SHOWN, on_terminal={"stdout"})
+    assert "images" in written
     assert "note" not in written
     assert errors.splitlines() == [*(f"note: skipped number {n}" for n in range(3)), "note: after"]
+
+
+def test_rows_go_where_stdout_goes() -> None:
+    written, rows = _run_on_terminal(BESIDE_ROWS, on_terminal={"stderr"})
+    assert "images" in written
+    assert "row" not in written
+    assert rows.splitlines() == ["row 0", "row 1", "row 2"]
