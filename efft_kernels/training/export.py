@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from ..atomic_files import replacing
 from .settings import require
 from .trained import MODEL_KEY, Trained, write_weights
+
+MOST_ONNX_BYTES = 1_500_000_000  # beyond, torch writes the weights into a second file
 
 
 def export(trained: Trained, path: Path, *, batch_size: int | None = None) -> float | None:
@@ -78,12 +81,17 @@ def _write_pt2(trained: Trained, path: Path, images: Tensor, any_batch: bool) ->
     # torch.export.save asks for the ending.
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.export.save(program, file, extra_files={MODEL_KEY: json.dumps(dict(trained.facts))})
-    found = torch.export.load(path).module()(images)
+    with warnings.catch_warnings():  # torch's own, about the buffers of its file
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        found = torch.export.load(path).module()(images)
     return float((found - trained.model(images)).abs().max())
 
 
 @torch.no_grad()
 def _write_onnx(trained: Trained, path: Path, images: Tensor, any_batch: bool) -> float | None:
+    weights = sum(tensor.nbytes for tensor in trained.model.state_dict().values())
+    fits = weights < MOST_ONNX_BYTES
+    require("output", fits, "a .pt2 file, as ONNX takes at most 1.5 GB in one file", path)
     program = _program(trained, images, any_batch)
     exported: Any = torch.onnx.export(
         program, (images,), input_names=["images"], output_names=["logits"], verbose=False

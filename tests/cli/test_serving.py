@@ -6,6 +6,8 @@ import csv
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from efft_kernels import Adapter
 from efft_kernels.cli.commands import app
+from efft_kernels.training.export import export
 from efft_kernels.training.run import fit, prepare
 from efft_kernels.training.settings import TrainSettings
 from efft_kernels.training.trained import MODEL_KEY, open_trained
@@ -90,7 +93,9 @@ def test_a_merged_model_is_timms_own(images: Path, run: Path, merged: Path) -> N
     found = logits(plain, image)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     base = Adapter(adapted.model).detach()
-    assert (logits(base, image) - expected).abs().max() > 1e-2  # ΔW counts
+    with torch.inference_mode():
+        without = base(adapted.transform(Image.open(image))[None])[0]
+    assert (without - expected).abs().max() > 1e-2  # ΔW counts
     assert plain.state_dict().keys() == base.state_dict().keys()
     with safe_open(merged / "model.safetensors", framework="pt") as file:
         facts = json.loads(file.metadata()[MODEL_KEY])
@@ -177,6 +182,37 @@ def test_onnx_names_what_is_missing(
     assert "onnx" in result.stderr
     assert "pip install 'efft-kernels[onnx]'" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_file_names_the_classes(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an exporter in the place of torch's, which may not be installed whole."""
+    calls: list[Any] = []
+    program = SimpleNamespace(
+        model=SimpleNamespace(metadata_props={}), save=lambda path: Path(path).write_text("graph")
+    )
+
+    def exporter(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return program
+
+    def find(name: str, *more: Any) -> Any:
+        return None if name == "onnxruntime" else object()
+
+    trained = open_trained(merged, merge=True, device="cpu")
+    monkeypatch.setattr("torch.onnx.export", exporter)
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    path = tmp_path / "model.onnx"
+    assert export(trained, path) is None
+    ((exported, (images,)),) = calls
+    assert isinstance(exported, torch.export.ExportedProgram)
+    assert images.shape == (2, 3, 32, 32)
+    assert json.loads(program.model.metadata_props[MODEL_KEY])["classes"] == CLASSES
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+    monkeypatch.setattr("efft_kernels.training.export.MOST_ONNX_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"output must be a \.pt2 file, as ONNX takes at most"):
+        export(trained, path)
 
 
 def test_an_onnx_file_computes_what_the_model_does(merged: Path, tmp_path: Path) -> None:
