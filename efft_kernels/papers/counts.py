@@ -1,0 +1,196 @@
+"""The papers' parameter counts, made again: by this package's methods, or by a formula.
+
+A count is without the head where the paper's is. KAdaptation's Table 2 counts the mean head of its
+data sets, for (10 + 100 + 397)/3 = 169 classes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import timm
+import torch
+from torch import nn
+
+from ..adapters.sites import find_sites
+from ..methods import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA
+from ..methods.base import Method
+from .results import table
+
+VIT_B = "vit_base_patch16_224"
+_MODELS = {
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "swin_l": "swin_large_patch4_window7_224",
+    "vit_l": "vit_large_patch16_224",
+    "vit_h": "vit_huge_patch14_224",
+}
+_HEAD_CLIP, _HEAD_VIT = 169 * (512 + 1), 169 * (768 + 1)
+_ATTENTION_B = 12 * (4 * 768**2 + 4 * 768)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A printed number of parameters and the one counted here.
+
+    Attributes:
+        table: key of the paper's table.
+        row: of the table.
+        column: of the table.
+        printed: as the paper has it, in the column's unit.
+        counted: parameters.
+        formula: how, in the papers' names.
+    """
+
+    table: str
+    row: str
+    column: str
+    printed: str
+    counted: int
+    formula: str
+
+    @property
+    def verdict(self) -> str:
+        """ "rounded" (or exact), "truncated", or "does not follow"."""
+        found = re.fullmatch(r"(\d+)(?:\.(\d+))?([MB]?)", self.printed.replace(",", ""))
+        if found is None:
+            return "does not follow"
+        unit = {"M": 6, "B": 9}.get(found[3], 6 if self.column == "params_m" else 0)
+        decimals = len(found[2] or "")
+        printed = round(float(f"{found[1]}.{found[2] or 0}") * 10**decimals)
+        exact = self.counted / 10 ** (unit - decimals)
+        if printed == math.floor(exact + 0.5):
+            return "rounded"
+        return "truncated" if printed == math.floor(exact) else "does not follow"
+
+
+@cache
+def counts() -> tuple[Count, ...]:
+    """Every printed count that a formula gives, or ought to."""
+    found: list[Count] = []
+
+    def add(key: str, row: str, column: str, counted: int, formula: str) -> None:
+        printed = table(key).cells[row, column]
+        found.append(Count(key, row, column, printed, counted, formula))
+
+    adapter = 12 * (2 * 768 * 8 + 8 + 768)
+    on_vit_b: dict[str, tuple[int, str]] = {
+        "full": (backbone(VIT_B), "all of ViT-B/16 but the head"),
+        "linear": (0, "the head alone"),
+        "bitfit": (biases(VIT_B), "all biases"),
+        "adapter": (adapter, "L(2dh + h + d), h = 8"),
+        "adaptformer": (adapter, "L(2dh + h + d), h = 8"),
+        "lora_r8": (factors(VIT_B, LoRA(rank=8)), "4Ldr"),
+        "ssf": (2 * 768 * (2 + 12 * 11), "a scale and a shift for the output of every operation"),
+        "fact_tt_r4": (factors(VIT_B, FacTTT(rank=4)), "2dr + 12Lr²"),
+        "fact_tk_r8": (factors(VIT_B, FacTTK(rank=8)), "2dr + 12Lr + r³"),
+        "efft1_r16": (factors(VIT_B, EFFT1(rank=16)), "5dr + 3Lr²"),
+        "efft2_r16": (factors(VIT_B, EFFT2(rank=16)), "7dr + 6Lr²"),
+        "efft1_le32": (factors(VIT_B, EFFT1(rank=32)), "5dr + 3Lr² at r = 32"),
+        "efft2_le32": (factors(VIT_B, EFFT2(rank=32)), "7dr + 6Lr² at r = 32"),
+    }
+    for key in ("efft_table_1", "fact_table_1"):
+        for row in table(key).rows:
+            if row in on_vit_b:
+                add(key, row, "params_m", *on_vit_b[row])
+    swin_b = _MODELS["swin_b"]
+    add("fact_table_2", "full", "params_m", backbone(swin_b), "all of Swin-B but the head")
+    add("fact_table_2", "linear", "params_m", 0, "the head alone")
+    add("fact_table_2", "bitfit", "params_m", biases(swin_b), "all biases and position biases")
+    fact = factors(swin_b, FacTTT(rank=16))
+    add("fact_table_2", "fact_tt_r16", "params_m", fact, "Σ over stages of 2dr + 12Lr²")
+    for size, model in _MODELS.items():
+        column = f"{size}_params"
+        add("efft_table_3", "full", column, backbone(model), "all but the head")
+        add("efft_table_3", "linear", column, 0, "the head alone")
+        lora, efft2 = _SCALED[size]
+        add("efft_table_3", "lora", column, lora(), "4Ldr, on Swin r = k·⌊d/128⌋ by stage")
+        add("efft_table_3", "efft2", column, factors(model, efft2), "7dr + 6r² by stage")
+    for row, (clip, vit, formula) in _kadaptation().items():
+        for column, head, counted in (
+            ("clip_params", _HEAD_CLIP, clip),
+            ("vit_params", _HEAD_VIT, vit),
+        ):
+            if counted is not None:
+                add("kadaptation_table_2", row, column, head + counted, f"head + {formula}")
+    return tuple(found)
+
+
+def _kadaptation() -> dict[str, tuple[int | None, int | None, str]]:
+    """Row → parameters above the head on CLIP and on ViT-B, None where no formula is known."""
+    block_512, block_768 = (12 * d**2 + 13 * d for d in (512, 768))
+    lora = factors(VIT_B, LoRA(rank=4))
+    # CLIP's towers: 768 wide for images, 512 wide for texts; LoRA's count is of the latter.
+    kron = factors(VIT_B, KAdaptation(products=4, rank=1, matrices=("q", "v")))
+    text_attention = 12 * (4 * 512**2 + 4 * 512)
+    return {
+        "full": (151_277_313, backbone(VIT_B) + 769_000, "all, on ViT its old head too"),
+        "linear": (0, 0, "nothing more"),
+        "bitfit": (None, biases(VIT_B), "all biases"),
+        "lora": (4 * 12 * 512 * 4, lora, "4Ldr, r = 4; on CLIP d = 512"),
+        "lora_fix": (2 * 12 * 512 * 4, lora // 2, "2Ldr, r = 4; on CLIP d = 512"),
+        "layernorm": (2 * 2 * 768, 2 * 768, "the norms before and after the blocks; the last"),
+        "attention": (_ATTENTION_B + text_attention, _ATTENTION_B, "L(4d² + 4d) of every tower"),
+        "transformer_probing": (block_512, block_768, "12d² + 13d"),
+        "lepe": (12 * 512 * 10, 12 * 768 * 10, "L·d·(3² + 1)"),
+        "rpb": (12 * 8 * 13**2, 12 * 12 * 27**2, "L·heads·(2w - 1)², w = 7 and 14"),
+        "kadaptation": (None, kron, "4Ldr + n³ by Eq. 4, q and v, n = 4, r = 1"),
+    }
+
+
+def backbone(model: str) -> int:
+    """All parameters of a timm model without its head."""
+    return sum(parameter.numel() for parameter in _on_meta(model).parameters())
+
+
+def biases(model: str) -> int:
+    """Those whose name has "bias" in it: Swin's relative position biases too."""
+    named = _on_meta(model).named_parameters()
+    return sum(parameter.numel() for name, parameter in named if "bias" in name)
+
+
+def factors(model: str, method: Method) -> int:
+    """Parameters of a method on a timm model, the head left out."""
+    with torch.device("meta"):
+        groups = method.build(method.select(find_sites(_on_meta(model))))
+    return sum(parameter.numel() for group in groups.values() for parameter in group.parameters())
+
+
+@cache
+def _on_meta(model: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(model, num_classes=0)
+
+
+def _lora_on_swin(width: int, depths: tuple[int, ...], k: int) -> Callable[[], int]:
+    widths = [width * 2**stage for stage in range(4)]
+    return lambda: sum(
+        4 * depth * d * (d // 128 * k) for d, depth in zip(widths, depths, strict=True)
+    )
+
+
+def _efft2_on_swin(a: int) -> EFFT2:
+    ranks = [a * 2**stage for stage in range(4)]
+    return EFFT2(rank=[*ranks], ffn_rank=[(2 * r, r) for r in ranks], cores="shared")
+
+
+# The ranks are the release's, on ViT-L and ViT-H found by search: the paper prints none.
+_SCALED: dict[str, tuple[Callable[[], int], EFFT2]] = {
+    "swin_t": (_lora_on_swin(96, (2, 2, 6, 2), 4), _efft2_on_swin(3)),
+    "swin_s": (_lora_on_swin(96, (2, 2, 18, 2), 3), _efft2_on_swin(4)),
+    "swin_b": (_lora_on_swin(128, (2, 2, 18, 2), 2), _efft2_on_swin(4)),
+    "swin_l": (_lora_on_swin(192, (2, 2, 18, 2), 3), _efft2_on_swin(8)),
+    "vit_l": (
+        lambda: factors(_MODELS["vit_l"], LoRA(rank=4)),
+        EFFT2(rank=48, cores="shared"),
+    ),
+    "vit_h": (
+        lambda: factors(_MODELS["vit_h"], LoRA(rank=4)),
+        EFFT2(rank=64, cores="shared"),
+    ),
+}
