@@ -7,7 +7,7 @@ core.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +24,7 @@ from .base import (
     Rank,
     Site,
     by_stage,
+    check_choice,
     check_number,
     check_rank_fits,
     check_ranks,
@@ -31,6 +32,8 @@ from .base import (
     require_roles,
 )
 from .joint import keep_graph
+
+Draw = Callable[["TensorTrainGroup", nn.Parameter], None]
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,17 @@ def _progressions(indices: Sequence[int]) -> Iterator[slice]:
         start = stop
 
 
+def draw_xavier(group: TensorTrainGroup, factor: nn.Parameter) -> None:
+    """The factor that does not start at zero, and each Σ_i as an r1×r2 matrix: xavier_uniform_."""
+    nn.init.xavier_uniform_(factor)
+    for matrix in group.core.unbind():
+        nn.init.xavier_uniform_(matrix)
+
+
 class TensorTrainGroup(FactorGroup):
     """U [D1, r1], V [D2, r2], core Σ [n, r1, r2] and a scale s, a float or a learnable scalar.
 
-    The factor that `init` names starts at zero, so that ΔW does; the other and each Σ_i, as an
-    r1×r2 matrix, with xavier_uniform_.
+    The factor that `init` names starts at zero, so that ΔW does; `draw` draws the others.
 
     Args:
         placements: site → where it sits.
@@ -142,6 +151,7 @@ class TensorTrainGroup(FactorGroup):
         scale: s.
         learn_scale: make s a learnable scalar.
         init: the factor that starts at zero, "v" or "u".
+        draw: called with (this group, the factor that does not start at zero); fills it and `core`.
         dropout: probability of dropping an entry of U, V and Σ in training; masks are drawn anew
             for each site.
         activation_dropout: probability of dropping an entry of x·U·Σ in training.
@@ -174,12 +184,14 @@ class TensorTrainGroup(FactorGroup):
         scale: float,
         learn_scale: bool = False,
         init: str = "v",
+        draw: Draw = draw_xavier,
         dropout: float = 0.0,
         activation_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.placements = dict(placements)
         self.init = init
+        self._draw = draw
         self.initial_scale = float(scale)
         # Settled here: torch.compile would guard a comparison in factors(), vmap refuse it.
         self._scaled = learn_scale or self.initial_scale != 1.0
@@ -211,9 +223,7 @@ class TensorTrainGroup(FactorGroup):
     def reset_parameters(self) -> None:
         zero, random = (self.V, self.U) if self.init == "v" else (self.U, self.V)
         nn.init.zeros_(zero)
-        nn.init.xavier_uniform_(random)
-        for matrix in self.core.unbind():
-            nn.init.xavier_uniform_(matrix)
+        self._draw(self, random)
         if isinstance(self.scale, nn.Parameter):
             nn.init.constant_(self.scale, self.initial_scale)
 
@@ -311,12 +321,14 @@ class TensorTrainGroup(FactorGroup):
 
 
 class Layout(NamedTuple):
-    """One group's tensor: where each site sits in it, and its sizes."""
+    """One group's tensor: where each site sits in it, its sizes, and how it starts."""
 
     placements: dict[str, Placement]
     dims: tuple[int, int]  # the rows of U and of V
     rank: tuple[int, int]
     cores: int
+    init: str = "v"
+    draw: Draw = draw_xavier
 
 
 class TensorTrainMethod(Method):
@@ -329,6 +341,7 @@ class TensorTrainMethod(Method):
     scale: float
     dropout: float
     learn_scale: bool
+    factor_init: str = "xavier"
 
     def __post_init__(self) -> None:
         check_ranks("rank", self.rank)
@@ -336,6 +349,7 @@ class TensorTrainMethod(Method):
         check_number("dropout", self.dropout, low=0.0, below=1.0)
         if not isinstance(self.learn_scale, bool):
             raise TypeError(f"learn_scale must be a bool, got {type(self.learn_scale).__name__}")
+        check_choice("factor_init", self.factor_init, ("xavier", "release"))
 
     def part(self, site: Site) -> str:
         """The name of the group, within its stage, that a site belongs to."""

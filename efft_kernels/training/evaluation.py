@@ -109,7 +109,9 @@ def evaluate_adapter(
         adapter.merge()
         adapter.detach()
 
-    _, transform = images.make_transforms(model, img_size=settings["img_size"])
+    _, transform = images.make_transforms(
+        model, img_size=settings["img_size"], normalize=settings["normalize"]
+    )
     loader = images.make_loader(
         samples,
         transform,

@@ -21,7 +21,7 @@ import torch
 from .. import __version__
 from ..adapters.adapter_file import read_adapter_file
 from ..atomic_files import write_bytes, write_text
-from .settings import TrainSettings, check_recorded
+from .settings import BEFORE_THERE_WAS, TrainSettings, check_recorded
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
 HEADER_KEY = "efft_kernels.train"
@@ -126,6 +126,8 @@ def _checked(config: Any) -> Config:
     for part, names in wanted.items():
         if not isinstance(config, dict) or not isinstance(config.get(part), dict):
             raise ValueError(f"no {part}")
+        if part == "settings":
+            config[part] = BEFORE_THERE_WAS | config[part]
         if missing := sorted(names - set(config[part])):
             raise ValueError(f"{part} without {', '.join(missing)}")
     lists = {"classes": config["identity"]["classes"], "skipped_images": left_out(config)}
