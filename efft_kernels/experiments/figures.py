@@ -7,7 +7,7 @@ lines.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -175,6 +175,43 @@ def scatter(scores: Sequence[Scores], tasks: Sequence[str], title: str) -> Figur
         if accuracy is not None:
             points.append((_label(item), item.parameters, accuracy, item.published))
     return accuracy_against_parameters(points, title, "mean of groups, top-1 (%)")
+
+
+def shots_lines(panels: Mapping[str, Mapping[str, Mapping[int, Estimate]]], y_label: str) -> Figure:
+    """A panel per set, a line per method: accuracy over images a class (FacT, Fig. 6).
+
+    Args:
+        panels: set → method → images a class → accuracy.
+        y_label: which accuracy.
+    """
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.4 * columns + 0.6, 3.2 * rows + 0.5), dpi=150, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, methods) in zip(grid.flat, panels.items(), strict=False):
+        shots = sorted({count for by_shots in methods.values() for count in by_shots})
+        for index, (method, by_shots) in enumerate(methods.items()):
+            axes.errorbar(
+                list(by_shots),
+                [accuracy.mean for accuracy in by_shots.values()],
+                yerr=_whiskers(list(by_shots.values())),
+                color=_colour(index),
+                marker=_marker(index),
+                capsize=2,
+                label=method,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(shots, [str(count) for count in shots])
+        axes.minorticks_off()
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel("images a class")
+        _tidy(axes)
+    grid[0, 0].set_ylabel(y_label)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
 
 
 def of_papers() -> dict[str, Figure]:

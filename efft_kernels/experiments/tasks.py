@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -63,7 +64,6 @@ CLASSES: Mapping[str, int] = MappingProxyType(
 FEWSHOT: tuple[str, ...] = ("fgvc_aircraft", "pets", "food101", "stanford_cars", "flowers102")
 SHOTS = (1, 2, 4, 8, 16)
 
-# Written as `_plain` leaves them.
 _VTAB_ALIASES = {
     "cifar": ("cifar100",),
     "caltech101": ("caltech",),
@@ -71,8 +71,8 @@ _VTAB_ALIASES = {
     "oxford_flowers102": ("oxford_flowers", "flowers102", "flowers", "flower102"),
     "oxford_iiit_pet": ("oxford_pet", "oxford_pets", "pets", "pet", "iiit_pet"),
     "svhn": ("svhn_cropped",),
-    "sun397": ("sun_397", "sun"),
-    "patch_camelyon": ("camelyon", "pcam", "patchcamelyon"),
+    "sun397": ("sun",),
+    "patch_camelyon": ("camelyon", "pcam"),
     "eurosat": (),
     "resisc45": ("resisc",),
     "diabetic_retinopathy": ("retinopathy", "diabetic"),
@@ -88,7 +88,7 @@ _VTAB_ALIASES = {
 _FEWSHOT_ALIASES = {
     "fgvc_aircraft": ("aircraft", "fgvc"),
     "pets": ("oxford_pets", "oxford_pet", "oxford_iiit_pet"),
-    "food101": ("food_101", "food"),
+    "food101": ("food",),
     "stanford_cars": ("standford_cars", "cars"),  # the release's own spelling
     "flowers102": ("oxford_flowers102", "oxford_flowers", "flowers"),
 }
@@ -97,9 +97,9 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 
 
-def plain(name: str) -> str:
-    """A name in small letters, with _ for - and blanks."""
-    return name.strip().lower().replace("-", "_").replace(" ", "_")
+def _plain(name: str) -> str:
+    """A name in small letters without -, _ and blanks."""
+    return re.sub(r"[-_\s]", "", name.lower())
 
 
 def canonical(name: str, suite: str) -> str:
@@ -109,9 +109,8 @@ def canonical(name: str, suite: str) -> str:
         name: a task, one of its aliases, or a task of the user's own.
         suite: "vtab" or "fewshot".
     """
-    wanted = plain(name)
     for task, others in ALIASES[suite].items():
-        if wanted == task or wanted in others:
+        if _plain(name) in map(_plain, (task, *others)):
             return task
     return name.strip()
 
@@ -127,7 +126,7 @@ def choose(names: Sequence[str], suite: str) -> list[str]:
     for name in names:
         if not name.strip():
             raise ValueError(f"tasks must be names or all, got {','.join(names)!r}")
-        for task in known if plain(name) == "all" else (canonical(name, suite),):
+        for task in known if _plain(name) == "all" else (canonical(name, suite),):
             if task in chosen:
                 both = dict.fromkeys((chosen[task], name.strip()))
                 raise ValueError(

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 
 from ..adapters.sites import find_sites
-from ..methods import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA
+from ..methods import EFFT1, EFFT2, METHODS, FacTTK, FacTTT, KAdaptation, LoRA
 from ..methods.base import Method
+from .recipes import recipe_facts
 from .results import table
 
 VIT_B = "vit_base_patch16_224"
@@ -89,6 +92,8 @@ def counts() -> tuple[Count, ...]:
         "ssf": (2 * 768 * (2 + 12 * 11), "a scale and a shift for the output of every operation"),
         "fact_tt_r4": (factors(VIT_B, FacTTT(rank=4)), "2dr + 12Lr²"),
         "fact_tk_r8": (factors(VIT_B, FacTTK(rank=8)), "2dr + 12Lr + r³"),
+        "fact_tt_le16": (mean_over_tasks("fact_tt"), "2dr + 12Lr², mean over the tasks' r"),
+        "fact_tk_le32": (mean_over_tasks("fact_tk"), "2dr + 12Lr + r³, mean over the tasks' r"),
         "efft1_r16": (factors(VIT_B, EFFT1(rank=16)), "5dr + 3Lr²"),
         "efft2_r16": (factors(VIT_B, EFFT2(rank=16)), "7dr + 6Lr²"),
         "efft1_le32": (factors(VIT_B, EFFT1(rank=32)), "5dr + 3Lr² at r = 32"),
@@ -141,6 +146,21 @@ def _kadaptation() -> dict[str, tuple[int | None, int | None, str]]:
         "rpb": (12 * 8 * 13**2, 12 * 12 * 27**2, "L·heads·(2w - 1)², w = 7 and 14"),
         "kadaptation": (None, kron, "4Ldr + n³ by Eq. 4, q and v, n = 4, r = 1"),
     }
+
+
+def mean_over_tasks(name: str, **options: Any) -> int:
+    """Parameters on ViT-B at the ranks of the released recipes: the mean over groups of tasks.
+
+    Args:
+        name: "efft1", "efft2", "fact_tt" or "fact_tk".
+        options: of the method, besides its rank.
+    """
+    facts = recipe_facts()
+    method: Any = METHODS[name]
+    ranks = [[facts["tasks"][task][name]["rank"] for task in g] for g in facts["groups"].values()]
+    different = {rank for group in ranks for rank in group}
+    counted = {rank: factors(VIT_B, method(rank=rank, **options)) for rank in different}
+    return round(statistics.fmean(statistics.fmean(counted[r] for r in g) for g in ranks))
 
 
 def backbone(model: str) -> int:
