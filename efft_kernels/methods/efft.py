@@ -41,7 +41,7 @@ class _EFFT(TensorTrainMethod):
     Attributes:
         rank: r, or (r1, r2) for U and V, or a list with one of these per stage (Swin).
         scale: s in ΔW = s·Σ ×2 U^T ×3 V^T.
-        init: the factor that starts at zero, "v" or "u"; the others start with xavier_uniform_.
+        init: the factor that starts at zero, "v" or "u".
         dropout: probability of dropping an entry of U, V and Σ in training.
         cores: "per_layer" (one Σ per slice and layer, the papers' counts) or "shared" (one Σ per
             slice kind for all layers, as released).
@@ -77,14 +77,28 @@ class _EFFT(TensorTrainMethod):
 @register_method
 @dataclass(frozen=True)
 class EFFT1(_EFFT):
-    """One group of three 4d×d slices per layer: [q;k;v;o] stacked along out, fc1, fc2^T.
+    """One group of three 4d×d slices per layer: [q;k;v;o], fc1, fc2^T.
 
     U [4d, r1], V [d, r2], Σ [3L, r1, r2]: 5dr + 3L·r² parameters (r1 = r2 = r); 70,656 on ViT-B at
     r = 16. Needs FFN linears of 4d hidden features. With MHSA alone U has rows only for the
-    matrices that are there.
+    matrices that are there. Factors and cores that are not zero start with xavier_uniform_, as the
+    paper has no other and the release has no code for EFFT1.
+
+    Attributes:
+        attention_side: the side of q, k, v and o that U's 4d rows span, "out" or "in". The paper
+            stacks the four to 4d×d (3.2) and does not say along which side; it writes x·W, where
+            "in" is the stack along the rows, while "out" is the same in torch's W [out, in]. The
+            counts are equal, the functions are not: with "out" ΔW_q = (V·Σ^T·U_q^T)^T and q, k and
+            v share x·V; with "in" ΔW_q = (U_q·Σ·V^T)^T and each has a projection of its own, so
+            that a fused qkv costs rank 3·r1.
     """
 
     name: ClassVar[str] = "efft1"
+    attention_side: str = "out"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("attention_side", self.attention_side, ("out", "in"))
 
     def layout(self, members: Sequence[Site], sites: Sequence[Site]) -> Layout:
         d = members[0].width
@@ -103,7 +117,9 @@ class EFFT1(_EFFT):
                 check_square(site, d, "EFFT1's attention slice")
                 start = stacked.index(site.matrices[0]) * d
                 rows = (start, start + site.out_features)
-                placements[site.name] = Placement(index.take(site.block, "mhsa"), 1, "out", rows)
+                first, side = index.take(site.block, "mhsa"), self.attention_side
+                chunks = site.slices if side == "in" else 1
+                placements[site.name] = Placement(first, 1, side, rows, u_chunks=chunks)
             else:
                 first = index.take(site.block, site.role, site.slices)
                 side = "in" if site.role == "fc2" else "out"
@@ -122,14 +138,14 @@ class EFFT2(_EFFT):
 
     Attributes:
         ffn_rank: the FFN group's rank where it differs from `rank`.
-        ffn_init: the FFN group's factor that starts at zero, where it differs from `init`: "u" is
-            the hidden side, "v" the d side. 12 of the release's 19 VTAB-1K recipes (configs/
-            EFFT2.json, "vv") are init="v", ffn_init="u": its second letter names the FFN's factors
-            the other way round than the paper does.
-        factor_init: how the rest starts: "xavier", each Σ_i as a matrix, or "release", as
-            Set_EFFT.py draws it: xavier_uniform_ on all cores of a group as one tensor, whose extra
-            axis counts as a convolution's window, so that they are 2 (attention) and √2 (FFN) times
-            smaller. The release's scales presuppose it.
+        ffn_init: the FFN group's factor that starts at zero, where it differs from `init`. "u" is
+            the hidden side, "v" the d side: 12 of the release's 19 VTAB-1K recipes ("vv" in its
+            configs/EFFT2.json) are init="v", ffn_init="u", as its second letter names the FFN's
+            factors the other way round than the paper does.
+        factor_init: how the rest starts, "xavier" or "release", which the release's scales
+            presuppose. There (Set_EFFT.py) xavier_uniform_ takes a group's cores as one tensor and
+            its extra axis for a convolution's window, so that they are 2 (attention) and √2 (FFN)
+            times smaller than each Σ_i as a matrix.
     """
 
     name: ClassVar[str] = "efft2"

@@ -48,6 +48,8 @@ class Placement:
         u_rows: (start, stop), the rows of U that the site uses.
         stacked: the axis along which the slices are stacked, "out" (each gives part of y) or "in"
             (each takes part of x, and their products add up).
+        u_chunks: how many matrices, stacked along out, have rows of U each of their own for the
+            whole of x, and one Σ together.
     """
 
     first_core: int
@@ -55,6 +57,7 @@ class Placement:
     u_side: str
     u_rows: tuple[int, int]
     stacked: str = "out"
+    u_chunks: int = 1
 
 
 class CoreIndex:
@@ -244,7 +247,7 @@ class TensorTrainGroup(FactorGroup):
         place = self.placements[site]
         if place.stacked == "in":
             return None
-        return ("U", place.u_rows) if place.u_side == "in" else ("V",)
+        return ("U", place.u_rows, place.u_chunks) if place.u_side == "in" else ("V",)
 
     def factors(self, site: str, dropout: bool) -> Factors:
         place = self.placements[site]
@@ -260,6 +263,9 @@ class TensorTrainGroup(FactorGroup):
             core = core * (self.scale if learnt else self.initial_scale)
         if place.stacked == "in":
             return Factors(torch.matmul(u, core).flatten(0, 1), None, v.unsqueeze(0))
+        if place.u_chunks > 1:
+            core = _each_its_own(core[0], place.u_chunks, "gh,ab->ghab").flatten(1, 2)
+            return Factors(_side_by_side(u, place.u_chunks), core, v.unsqueeze(0))
         if place.u_side == "in":
             return Factors(u, core, v.unsqueeze(0))
         return Factors(v, core.mT, u.unsqueeze(0))
@@ -292,6 +298,10 @@ class TensorTrainGroup(FactorGroup):
         for family in self._families:
             kept, folded = next(stacks).unbind(), next(stacks).split(list(family.sites.values()))
             for site, plain, fold in zip(family.sites, kept, folded, strict=True):
+                if (chunks := self.placements[site].u_chunks) > 1:
+                    up = _each_its_own(fold[0], chunks, "gh,nr->gnhr").flatten(2)
+                    factors[site] = Factors(_side_by_side(plain, chunks), None, up)
+                    continue
                 factors[site] = (
                     Factors(fold.flatten(0, 1), None, plain.unsqueeze(0))
                     if family.folds_down
@@ -318,6 +328,21 @@ class TensorTrainGroup(FactorGroup):
         return (
             f"{shapes}, scale={self.initial_scale:g}, init={self.init!r}, dropout={self.dropout:g}"
         )
+
+
+def _side_by_side(u: Tensor, chunks: int) -> Tensor:
+    """[chunks·K, r] → [K, chunks·r]."""
+    return u.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1)
+
+
+def _each_its_own(matrix: Tensor, chunks: int, equation: str) -> Tensor:
+    """`matrix` once for each slice g, at the rank indices of chunk h = g, and zero at the others'.
+
+    Args:
+        equation: "gh,ab->ghab" for a core [r1, r2] or "gh,nr->gnhr" for a factor [N, r].
+    """
+    eye = torch.eye(chunks, dtype=matrix.dtype, device=matrix.device)
+    return torch.einsum(equation, eye, matrix)
 
 
 class Layout(NamedTuple):

@@ -27,8 +27,8 @@ CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "ada
 HEADER_KEY = "efft_kernels.train"
 
 # May differ when a run is resumed: without effect on the result, or compared by what they lead to
-# (the images' names, the backbone's bits).
-FREE_ON_RESUME = {"data", "checkpoint", "pretrained", "workers"}
+# (the images' names, the backbone's bits, the recipe's settings).
+FREE_ON_RESUME = {"data", "checkpoint", "pretrained", "workers", "recipe", "task"}
 
 Config = dict[str, Any]
 
@@ -153,8 +153,12 @@ def compare_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -
     Raises:
         ValueError: a setting that decides the result differs; it names the first.
     """
-    for name, value in settings.items():
-        before = recorded[name]
+    names = [*settings, *recorded["options"], *settings["options"]]
+    for name in dict.fromkeys(name for name in names if name != "options"):
+        before, value = (
+            values[name] if name in values else values["options"].get(name)
+            for values in (recorded, settings)
+        )
         if name == "layers" and before and value and set(before) == set(value):
             continue  # their order means nothing
         if name not in FREE_ON_RESUME and before != value:
