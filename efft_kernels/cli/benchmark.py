@@ -198,8 +198,6 @@ def _write(
     from ..atomic_files import write_text
     from ..experiments import tables
 
-    for grid in grids:
-        grid.show(console)
     text = "\n".join(grid.markdown() for grid in grids)
     missing = [f"{task}: no folder" for task in plan.missing]
     missing += [f"{what}: {why}" for what, why in (*plan.left_out.items(), *outcome.failed.items())]
@@ -211,6 +209,8 @@ def _write(
     write_text(output / "results.json", content + "\n")
     for name, figure in figures.items():
         save(figure, output, name)
+    for grid in grids:
+        grid.show(console)
     console.print(
         f"wrote table.md, cells.csv, results.json and {len(figures)} figures to {output}",
         highlight=False,

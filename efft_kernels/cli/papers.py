@@ -27,14 +27,11 @@ def papers(
             raise ValueError(f"output must be a folder, got the file {output}")
         output.mkdir(parents=True, exist_ok=True)
     grids = paper_tables.grids()
-    for grid in grids:
-        grid.show(console)
     not_drawn = [
         f"{figure.paper.key} {figure.number} ({figure.title}): {figure.why_not}"
         for figure in results.figures()
         if figure.why_not is not None
     ]
-    console.print("Not drawn:", *not_drawn, sep="\n  ", markup=False, highlight=False)
     with input_errors():
         missing = "".join(f"- {line}\n" for line in not_drawn)
         text = "\n".join(grid.markdown() for grid in grids)
@@ -43,4 +40,7 @@ def papers(
         write_text(output / "papers.json", content + "\n")
         for name, figure in figures.of_papers().items():
             save(figure, output, name)
+    for grid in grids:
+        grid.show(console)
+    console.print("Not drawn:", *not_drawn, sep="\n  ", markup=False, highlight=False)
     console.print(f"wrote papers.md, papers.json and the figures to {output}", highlight=False)

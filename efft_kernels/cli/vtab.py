@@ -45,17 +45,21 @@ def vtab(
         return vtab_grids(outcome, options.report)
 
     def figures(outcome: Outcome) -> dict[str, Figure]:
+        from ..experiments.cell import BEST_ON_TEST
         from ..experiments.figures import group_bars, radar, scatter
         from ..experiments.tables import tasks_run, vtab_scores, with_published
 
         ran = tasks_run(outcome)
         scores = with_published(vtab_scores(outcome, options.report), ran)
+        title = f"VTAB-1K, {options.report}"
+        if options.report == BEST_ON_TEST:
+            title += " (optimistic)"
         found = {
-            "groups": group_bars(scores, ran, "VTAB-1K"),
-            "parameters": scatter(scores, ran, "VTAB-1K"),
+            "groups": group_bars(scores, ran, title),
+            "parameters": scatter(scores, ran, title),
         }
         if len(ran) > 2:
-            found["radar"] = radar(scores, ran, "VTAB-1K")
+            found["radar"] = radar(scores, ran, title)
         return found
 
     run_and_report(options, output, make_plan, grids, figures)

@@ -97,7 +97,7 @@ def group_bars(
             label=_label(item),
         )
     axes.set_xticks(range(len(columns)), columns)
-    axes.set_ylim(max(0.0, lowest - 10), None)
+    axes.set_ylim(max(0.0, lowest - 10), min(100.0, axes.get_ylim()[1]))
     axes.set_ylabel("top-1 accuracy (%)")
     suffix = "; bars as wide as their parameters" if by_size else ""
     axes.set_title(title + suffix, fontsize=10, loc="left")
@@ -155,6 +155,7 @@ def accuracy_against_parameters(
             linestyle="none",
             label=f"{text}, {_short(parameters)}",
         )
+    axes.set_ylim(None, min(101.0, axes.get_ylim()[1]))
     axes.set_xlabel("trained parameters, head left out (log scale)")
     axes.set_ylabel(y_label)
     axes.set_title(title, fontsize=10, loc="left")
