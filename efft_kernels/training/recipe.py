@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..methods import METHODS
 from ..papers.recipes import method_options, recipe_facts
+from .methods import TRAINABLE
 from .settings import OWN_OPTIONS, TrainSettings, require
 
 RECIPES = ("vtab",)
@@ -23,7 +23,7 @@ class Recipe:
 
     Attributes:
         name: a member of `RECIPES`.
-        method: key of `METHODS`.
+        method: key of `TRAINABLE`.
         task: the task whose rank, scale and init these are; None for none's.
         method_options: the method's options by name; those that are not here are the method's own.
         model, img_size, normalize, epochs, batch_size, drop_last, lr, weight_decay, warmup_epochs,
@@ -62,7 +62,7 @@ class Recipe:
         """
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["recipe"] = values.pop("name")
-        fields = {item.name: item.default for item in dataclasses.fields(METHODS[self.method])}
+        fields = {item.name: item.default for item in dataclasses.fields(TRAINABLE[self.method])}
         own = {"rank": fields["rank"]} if "rank" in fields else {}
         options = own | values.pop("method_options") | given.pop("options", {})
         values |= {name: options.pop(name) for name in OWN_OPTIONS & set(options)}
@@ -83,7 +83,7 @@ def recipe_for(name: str, task: str | None = None, method: str = "efft2") -> Rec
     Args:
         name: a member of `RECIPES`.
         task: one of VTAB-1K's 19; None leaves rank, scale and init to the method.
-        method: key of `METHODS`.
+        method: key of `TRAINABLE`.
 
     Raises:
         ValueError: no such recipe, task or method.
@@ -92,7 +92,7 @@ def recipe_for(name: str, task: str | None = None, method: str = "efft2") -> Rec
     arXiv:2212.03145, 4.1, and its release's fact_tt.py, fact_tk.py, vtab.py and configs/.
     """
     require("recipe", name in RECIPES, f"one of {', '.join(RECIPES)}", repr(name))
-    require("method", method in METHODS, f"one of {', '.join(METHODS)}", repr(method))
+    require("method", method in TRAINABLE, f"one of {', '.join(TRAINABLE)}", repr(method))
     training = recipe_facts()["training"]
     names = "model epochs batch_size drop_last lr weight_decay warmup_epochs min_lr drop_path seed"
     return Recipe(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import attach, resolve_modules_to_train
+from ..adapters.attach import resolve_modules_to_train
 from ..atomic_files import replacing
 from . import images, run_folder
 from .backbone import Notify, build_backbone, fingerprint
@@ -34,6 +34,7 @@ from .loop import (
     train_epochs,
     trained_parameters,
 )
+from .methods import put_on
 from .reproducible import deterministic, epoch_seed, seed_everything
 from .settings import AMP_DTYPES, TrainSettings, require, resolve_device
 
@@ -161,7 +162,7 @@ def prepare(
         "skipped_images": list(splits.left_out),
         "backbone": fingerprint(model, resolve_modules_to_train(model, "head")),
     }
-    adapter = attach(model, method, targets=settings.targets, layers=settings.layers)
+    adapter = put_on(model, method, targets=settings.targets, layers=settings.layers)
     model.to(device)
 
     run = _assemble(settings, output, splits, device, model, adapter)

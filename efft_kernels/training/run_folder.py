@@ -19,8 +19,10 @@ import timm
 import torch
 
 from .. import __version__
+from ..adapters.adapter_file import FORMAT as ADAPTER_FORMAT
 from ..adapters.adapter_file import read_adapter_file
 from ..atomic_files import write_bytes, write_text
+from ..baselines import BASELINE_FORMAT
 from .settings import BEFORE_THERE_WAS, TrainSettings, check_recorded
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
@@ -105,7 +107,7 @@ def read_adapter_header(path: Path) -> Config:
     """
     if not path.is_file():
         raise ValueError(f"adapter must be a file, got {path} (nothing there)")
-    metadata, _ = read_adapter_file(path)
+    metadata, _ = read_adapter_file(path, formats=(ADAPTER_FORMAT, BASELINE_FORMAT))
     if HEADER_KEY not in metadata:
         raise ValueError(
             f"adapter must be one that `efft-kernels train` wrote, got {path}, which names no"

@@ -13,8 +13,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..methods import METHODS
+from ..baselines import Baseline
 from ..methods.base import Method, Rank, decode, encode
+from .methods import TRAINABLE
 
 AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NORMALIZE = ("model", "imagenet")
@@ -32,7 +33,7 @@ class TrainSettings:
     Attributes:
         data: folder with one folder of images per class, or with train/ and val/ of such.
         model: name of a timm model.
-        method: name of a method, a key of `METHODS`.
+        method: name of a method or of a baseline, a key of `TRAINABLE`.
         rank: of the factors; (R1, R2) for different ones of U and V; a list with one per stage.
         scale: factor s on ΔW; None for the method's own, as for the next three.
         init: the factor that starts at zero, "u" or "v".
@@ -108,7 +109,7 @@ class TrainSettings:
     task: str | None = None
 
     def __post_init__(self) -> None:
-        require("method", self.method in METHODS, f"one of {', '.join(METHODS)}", self.method)
+        require("method", self.method in TRAINABLE, f"one of {', '.join(TRAINABLE)}", self.method)
         choices = {"amp": AMP_DTYPES, "normalize": NORMALIZE, "schedule": SCHEDULES}
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -143,14 +144,14 @@ class TrainSettings:
         """warmup_epochs, or a tenth of the epochs."""
         return self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
 
-    def method_config(self) -> Method:
+    def method_config(self) -> Method | Baseline:
         """The method's configuration, with the method's own defaults where nothing is set.
 
         Raises:
             ValueError: a setting that the method does not have, or a value that it refuses.
             TypeError: a value of another type than the method takes.
         """
-        method = METHODS[self.method]
+        method = TRAINABLE[self.method]
         known = {item.name for item in dataclasses.fields(method)}
         own = {name: getattr(self, name) for name in OWN_OPTIONS}
         own["learn_scale"] = self.learn_scale or None
