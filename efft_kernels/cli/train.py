@@ -161,8 +161,10 @@ def _train(settings: TrainSettings, output: Path, resume: bool) -> None:
     head = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     head -= run.adapter.num_parameters()
     images = run.config["images"]
+    recipe = f", recipe {settings.recipe}" if settings.recipe else ""
+    recipe += f" for {settings.task}" if settings.task else ""
     console.print(
-        f"{settings.model} on {run.device}, {settings.method} rank {settings.rank}:"
+        f"{settings.model} on {run.device}, {settings.method} rank {settings.rank}{recipe}:"
         f" {run.adapter.num_parameters():,} factor parameters and {head:,} of the head;"
         f" {len(run.classes)} classes, {images['train']:,} images to train,"
         f" {images['val']:,} to validate"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from efft_kernels import EFFT1, EFFT2, AdapterSet, attach, load
-from efft_kernels.methods import method_from_config
+from efft_kernels.methods import Site, method_from_config
 
 D, DEPTH = 12, 2  # of the small model
 
@@ -357,6 +357,50 @@ def test_the_side_of_attention_is_another_function_of_as_many_numbers(make_vit, 
         assert factors.down.shape == (D, rank)
 
 
+def test_a_fused_qkv_is_its_three_matrices_whatever_the_side(randomize):
+    """The same U, Σ and V give a fused qkv, and q, k and v by themselves, one ΔW."""
+
+    def site(role, slices=1):
+        return Site(f"blocks.0.{role}", role, 0, 0, D, slices * D)
+
+    def delta(group, name):
+        down, core, up = group.factors(f"blocks.0.{name}", False)
+        return torch.cat(
+            [(down @ c @ up[0 if len(up) == 1 else g].T).T for g, c in enumerate(core)]
+        )
+
+    for side in ("out", "in"):
+        method = EFFT1(rank=(3, 2), attention_side=side)
+        fused = method.build([site("qkv", 3), site("o")])["all"]
+        apart = method.build([site("q"), site("k"), site("v"), site("o")])["all"]
+        randomize(fused)
+        apart.load_state_dict(fused.state_dict())
+        for name, found, u in zip(
+            "qkv", delta(fused, "qkv").split(D), fused.U.split(D)[:3], strict=True
+        ):
+            torch.testing.assert_close(found, delta(apart, name))
+            matrix = 10.0 * u @ fused.core[0] @ fused.V.T
+            torch.testing.assert_close(found, matrix.T if side == "in" else matrix)
+
+
+def test_adapters_of_the_other_side_save_load_and_share_a_batch(make_vit, randomize, tmp_path):
+    model, images = make_vit().eval(), torch.randn(3, 3, 8, 8)
+    adapter = attach(model, EFFT1_IN(rank=(3, 2)))
+    randomize(adapter)
+    expected = model(images)
+    adapter.save(tmp_path / "in.safetensors")
+    twin = make_vit().eval()
+    tasks = AdapterSet(load(twin, tmp_path / "in.safetensors"))
+    assert torch.equal(twin(images), expected)
+    tasks.add("a", tmp_path / "in.safetensors")
+    tasks.add("b")
+    with tasks.tasks("aba"), torch.no_grad():
+        torch.testing.assert_close(twin(images), expected, rtol=1e-4, atol=1e-5)
+    attach(make_vit(), EFFT1(rank=(3, 2))).save(tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="attention_side"):
+        tasks.add("c", tmp_path / "out.safetensors")
+
+
 @pytest.mark.parametrize("init", ["u", "v"])
 @pytest.mark.parametrize("ffn_init", ["u", "v"])
 def test_each_group_has_a_zero_of_its_own(make_vit, init, ffn_init):
@@ -400,6 +444,20 @@ def test_the_release_draws_swins_cores_by_another_shape():
             core = getattr(bank, f"stage{stage}_{part}").core
             bound = nn.init.xavier_uniform_(tensor).abs().max().item()
             assert core.abs().max().item() == pytest.approx(bound, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "expected"),
+    [  # E's Table 3 has 0.36 and 0.59 million and no ranks: 48 and 64 fit; released are 24 and 32
+        ("vit_large_patch16_224", 48, 357_888),
+        ("vit_huge_patch14_224", 64, 598_016),
+        ("vit_large_patch16_224", 24, 175_488),
+        ("vit_huge_patch14_224", 32, 292_864),
+    ],
+)
+def test_parameter_counts_on_larger_vits(vit_base, name, rank, expected):
+    method = EFFT2(rank=rank, cores="shared")
+    assert attach(vit_base(name), method).num_parameters() == expected
 
 
 SWIN_COUNTS = [  # E's Table 3, with the cores that are read: 0.28, 0.37, 0.49 and 1.51 million

@@ -43,6 +43,15 @@ def test_parameter_counts_on_vit_base(method, expected):
     assert attach(meta("vit_base_patch16_224"), method).num_parameters() == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("vit_large_patch16_224", 393_216), ("vit_huge_patch14_224", 655_360)],
+)
+def test_parameter_counts_on_larger_vits(name, expected):
+    """E's Table 3: 0.39 and 0.65 million."""
+    assert attach(meta(name), LoRA(rank=4)).num_parameters() == expected
+
+
 def leaves_of(adapter):
     return {
         site: {

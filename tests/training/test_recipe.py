@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -14,8 +15,10 @@ import timm
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import ToTensor
 
 from efft_kernels import attach
+from efft_kernels.methods import METHODS
 from efft_kernels.papers.recipes import recipe_facts, task_facts, task_names
 from efft_kernels.training import images
 from efft_kernels.training.loop import Schedule
@@ -23,6 +26,7 @@ from efft_kernels.training.recipe import recipe_for
 from efft_kernels.training.run import WARMUP_LR, prepare
 
 DATA = Path("images")
+LOADING: dict[str, Any] = {"batch_size": 64, "workers": 0, "shuffle": True}
 
 
 def test_training_is_that_of_both_releases() -> None:
@@ -123,24 +127,34 @@ def test_a_method_without_published_options_keeps_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "parameters"), [("fact_tt", 36_649), ("fact_tk", 69_333), ("efft1", 109_847)]
+    ("method", "options", "parameters"),
+    [
+        ("fact_tt", {}, 36_649),
+        ("fact_tk", {}, 69_333),
+        ("efft1", {}, 109_847),
+        ("efft2", {"cores": "per_layer"}, 151_680),
+        ("efft2", {}, 116_832),
+    ],
 )
-def test_mean_counts_of_the_ranks(method: str, parameters: int) -> None:
-    """FacT's 0.037 and 0.069 million are means over the groups' means of the tasks' counts."""
-    d, layers = 768, 12
+def test_mean_counts_of_the_ranks(method: str, options: dict[str, Any], parameters: int) -> None:
+    """FacT's 0.037 and 0.069 million are means over the groups' means of the tasks' counts. EFFT's
+    0.16 and 0.245 are not: they are the counts of the largest rank."""
 
-    def count(r: int) -> int:
-        if method == "efft1":
-            return 5 * d * r + 3 * layers * r * r
-        if method == "fact_tt":
-            return 2 * d * r + 12 * layers * r * r
-        return 2 * d * r + r**3 + 12 * layers * r
+    @functools.cache
+    def count(rank: int) -> int:
+        with torch.device("meta"):
+            model = timm.create_model("vit_base_patch16_224")
+        given = recipe_for("vtab", None, method).method_options | options | {"rank": rank}
+        return attach(model, METHODS[method](**given)).num_parameters()
 
     groups = [
         [count(task_facts(task)[method]["rank"]) for task in tasks]
         for tasks in recipe_facts()["groups"].values()
     ]
     assert round(sum(sum(group) / len(group) for group in groups) / 3) == parameters
+    if method == "fact_tt":
+        tasks = [number for group in groups for number in group]
+        assert round(sum(tasks) / len(tasks)) == 39_734
 
 
 def test_the_tasks_are_vtabs() -> None:
@@ -196,6 +210,15 @@ def test_the_learning_rate_lags_an_epoch_as_in_the_releases() -> None:
     assert rates[0] == rates[29] == 1e-6  # epochs 0 and 1
     assert rates[150] == pytest.approx(9.0e-4, rel=2e-3)  # epoch 10
     assert sum(rates) == pytest.approx(0.683, abs=5e-4)
+
+
+def test_a_thousand_images_are_fifteen_updates() -> None:
+    samples = [("absent.png", 0)] * 1000
+    loaders = [
+        images.make_loader(samples, ToTensor(), **LOADING, drop_last=drop_last)
+        for drop_last in (True, False)
+    ]
+    assert [len(loader) for loader in loaders] == [15, 16]
 
 
 def test_images_are_the_releases(tmp_path: Path) -> None:

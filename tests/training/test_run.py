@@ -223,6 +223,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_a_run_that_steps_once_an_epoch_resumes_to_the_same_bits(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """21 images in batches of 8 and no smaller one: 2 updates an epoch."""
+    released = dataclasses.replace(settings, schedule="epoch", drop_last=True, warmup_epochs=1)
+    fit(prepare(released, tmp_path / "whole"))
+    with pytest.raises(Killed):
+        fit(prepare(released, tmp_path / "killed"), on_step=stop_in_an_epoch(monkeypatch))
+    run = prepare(released, tmp_path / "killed", resume=True)
+    assert len(run.history) == 2
+    assert run.optimizer.param_groups[0]["lr"] == run.history[-1].lr
+    fit(run)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    low, peak = settings.min_lr, settings.lr
+    fall = [low + (peak - low) / 2 * (1 + math.cos(math.pi * t / 3)) for t in (1, 2)]
+    rates = [float(row["lr"]) for row in rows(tmp_path / "whole")]
+    assert rates == pytest.approx([WARMUP_LR, *fall])
+
+
 def test_half_precision_with_augmentation_resumes_too(
     settings: TrainSettings, tmp_path: Path
 ) -> None:
@@ -292,6 +311,9 @@ def test_a_bad_setting_writes_nothing(settings: TrainSettings, tmp_path: Path) -
         ({"rank": 0}, "rank"),
         ({"rank": 5000}, "rank"),
         ({"init": "w"}, "init"),
+        ({"options": {"ffn_init": "w"}}, "ffn_init must be one of"),
+        ({"options": {"layer_rank": 3}}, "layer_rank must be left out for method efft2, got 3"),
+        ({"rank": [2, 4]}, "rank must have one entry per stage"),
         ({"dropout": 1.5}, "dropout"),
         ({"layers": (12,)}, "layers"),
         ({"targets": ("nothing",)}, "targets"),
@@ -321,6 +343,8 @@ def test_a_bad_setting_writes_nothing(settings: TrainSettings, tmp_path: Path) -
         {"seed": -1},
         {"workers": -1},
         {"img_size": 0},
+        {"normalize": "clip"},
+        {"schedule": "step"},
     ],
 )
 def test_senseless_settings_are_named(settings: TrainSettings, change: dict[str, Any]) -> None:
