@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from .. import use_backend
-from ..methods import METHODS
+from ..training.methods import TRAINABLE
 from . import parse
 from .errors import FAILED, USER_ERROR, fail, input_errors, interruptible
 from .options import Amp, Device, check_backend
@@ -32,8 +32,8 @@ class BenchmarkOptions:
 
     data: Annotated[Path, typer.Option(help="Folder of the tasks' folders.")]
     methods: Annotated[
-        str, typer.Option(help=f"Separated by commas, or all: {', '.join(METHODS)}.")
-    ] = "efft1,efft2,fact_tt,fact_tk,lora"
+        str, typer.Option(help=f"Separated by commas, or all: {', '.join(TRAINABLE)}.")
+    ] = "linear,lora,fact_tt,fact_tk,efft1,efft2"
     model: Annotated[
         str | None, typer.Option("--model", help="timm model; default: the papers' ViT-B/16.")
     ] = None
@@ -82,7 +82,7 @@ class BenchmarkOptions:
         require("report", self.report in PROTOCOLS, f"one of {', '.join(PROTOCOLS)}", self.report)
         check_backend(self.backend)
         resolve_device(self.device)
-        names = METHODS if self.methods.strip() == "all" else self.methods.split(",")
+        names = TRAINABLE if self.methods.strip() == "all" else self.methods.split(",")
         given: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("model", "checkpoint", "img_size", "epochs", "batch_size", "lr")

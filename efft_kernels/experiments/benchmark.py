@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..methods import METHODS
+from ..training.methods import TRAINABLE
 from ..training.loop import NonFiniteLossError
 from ..training.recipe import recipe_for
 from ..training.settings import TrainSettings, require
@@ -35,7 +35,7 @@ class Choices:
     """What every cell of a benchmark is told.
 
     Attributes:
-        methods: keys of `METHODS`.
+        methods: keys of `TRAINABLE`.
         given: settings of `TrainSettings` that win over the recipe's.
         options: the methods' options that win over the recipe's, for the methods that have them.
         test_every: epochs between two measurements on the test images.
@@ -51,7 +51,7 @@ class Choices:
     def __post_init__(self) -> None:
         require("methods", bool(self.methods), "names of methods", "none")
         for method in self.methods:
-            require("methods", method in METHODS, f"of {', '.join(METHODS)}", repr(method))
+            require("methods", method in TRAINABLE, f"of {', '.join(TRAINABLE)}", repr(method))
         twice = len(set(self.methods)) < len(self.methods)
         require("methods", not twice, "each named once", ",".join(self.methods))
         require("test_every", self.test_every >= 1, "at least 1", self.test_every)
@@ -181,7 +181,7 @@ def _cells(
     found = []
     for method in choices.methods:
         recipe = recipe_for("vtab", published, method)
-        known = {item.name for item in dataclasses.fields(METHODS[method])}
+        known = {item.name for item in dataclasses.fields(TRAINABLE[method])}
         options = {name: value for name, value in choices.options.items() if name in known}
         for seed in dict.fromkeys(seeds):
             settings = recipe.settings(

@@ -130,8 +130,8 @@ def averages_grid(outcome: Outcome) -> Grid:
     known = [task for task in tasks if task in TASKS]
     if len(known) < len(TASKS):
         notes.append(
-            f"{len(known)} of VTAB-1K's {len(TASKS)} tasks: all means here, the published too, are"
-            " over these alone."
+            "All means, the published too, are over the tasks that ran:"
+            f" {len(known)} of VTAB-1K's {len(TASKS)}."
         )
     return Grid("Averages, top-1 %", ("", "#param", *header), tuple(rows), tuple(notes))
 

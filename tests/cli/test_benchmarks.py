@@ -99,7 +99,7 @@ def test_vtab_writes_tables_beside_the_published_numbers(done: tuple[Path, Resul
     # Of the tasks that ran: groups ((72.1 + 89.6)/2 + 82.7)/2, tasks (72.1 + 89.6 + 82.7)/3.
     assert published.endswith("| - | - | - | - | 81.8 | 81.5 |")
     for note in (
-        "3 of VTAB-1K's 19 tasks",
+        "over the tasks that ran: 3 of VTAB-1K's 19.",
         "best_on_test: best tested epoch, chosen on the test",
         "± is the 95 % interval over seeds",
         "- caltech101: no folder",
