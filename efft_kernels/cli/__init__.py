@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyse, bench, demo, doctor, evaluate, fewshot, papers, train, vtab
+from . import analyse, bench, demo, demo_vtab, doctor, evaluate, fewshot, papers, train, vtab
 from .errors import in_one_line
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(in_one_line(bench.bench))
 app.command()(in_one_line(demo.demo))
+app.command()(in_one_line(demo_vtab.demo_vtab))
 app.command()(in_one_line(train.train))
 app.command("eval")(in_one_line(evaluate.evaluate))
 app.command()(in_one_line(doctor.doctor))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,8 +113,17 @@ def run_and_report(
     make_plan: Callable[[Choices], Plan],
     grids: Callable[[Outcome], list[Grid]],
     figures: Callable[[Outcome], Mapping[str, Figure]],
+    lead: Sequence[str] = (),
 ) -> None:
     """Run what the ledger in `output` lacks, and write the tables and figures of all that is there.
+
+    Args:
+        options: of the command.
+        output: the folder.
+        make_plan: the cells.
+        grids: the tables of what finished.
+        figures: by name, likewise.
+        lead: paragraphs for the top of the report.
 
     Raises:
         typer.Exit: 2 where nothing can run, 1 where a cell failed.
@@ -154,7 +163,7 @@ def run_and_report(
 
         outcome = run(plan, ledger, notify=note, on_cell=on_cell, on_epoch=show_epochs)
     if outcome.finished:
-        _write(output, plan, outcome, grids(outcome), figures(outcome), console)
+        _write(output, plan, outcome, grids(outcome), figures(outcome), lead, console)
     for name, why in outcome.failed.items():
         note(f"failed {name}: {why}")
     if outcome.failed:
@@ -192,11 +201,12 @@ def _write(
     outcome: Outcome,
     grids: list[Grid],
     figures: Mapping[str, Figure],
+    lead: Sequence[str],
     console: Console,
 ) -> None:
     from ..analysis.plots import save
     from ..atomic_files import write_text
-    from ..experiments import tables
+    from ..experiments import page, tables
 
     text = "\n".join(grid.markdown() for grid in grids)
     missing = [f"{task}: no folder" for task in plan.missing]
@@ -209,10 +219,14 @@ def _write(
     write_text(output / "results.json", content + "\n")
     for name, figure in figures.items():
         save(figure, output, name)
+    title = f"{plan.suite}: {', '.join(dict.fromkeys(cell.task for cell in plan.cells))}"
+    pictures = [f"{name}.svg" for name in figures]
+    text = page.html(title, [*lead, *missing], grids, pictures)
+    write_text(output / "report.html", text)
     for grid in grids:
         grid.show(console)
     console.print(
-        f"wrote table.md, cells.csv, results.json and {len(figures)} figures to {output}",
+        f"wrote report.html, table.md, cells.csv, results.json and figures to {output}",
         highlight=False,
         soft_wrap=True,
     )

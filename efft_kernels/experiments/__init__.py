@@ -8,6 +8,8 @@ benchmark.py     which cells there are, and running them one by one
 scores.py        means over seeds, groups and tasks, beside the published
 grid.py          a table of texts, for the terminal and for Markdown
 tables.py        the tables of a benchmark
+page.py          tables and pictures as one page for a browser
+photographs.py   two small tasks in VTAB-1K's layout, and a backbone for them
 figures.py       its figures, and those of the papers
 paper_tables.py  the papers' tables, with what they print wrongly marked
 """

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..training.methods import TRAINABLE
 from ..training.loop import NonFiniteLossError
+from ..training.methods import TRAINABLE
 from ..training.recipe import recipe_for
 from ..training.settings import TrainSettings, require
 from .cell import Cell, Notify, run_cell
