@@ -1,5 +1,8 @@
 """The papers' baselines on the same life cycle as the methods: attach, train, save, load, detach.
 
+EFFT is arXiv:2311.06749, FacT arXiv:2212.03145, KAdaptation arXiv:2203.16329; docs/baselines.md
+lists what each baseline trains and how that agrees with what they print.
+
 base.py               what a baseline is, and its parts with their hooks
 registry.py           baselines by name
 attached.py           attach_baseline, load_baseline, the handle

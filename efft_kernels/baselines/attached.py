@@ -211,7 +211,8 @@ class AttachedBaseline(Adapter):
 
         Raises:
             ValueError: the baseline is no change of weights.
-            RuntimeError: FSDP2 has sharded the model.
+            RuntimeError: FSDP2 has sharded the model, or a weight has since been pruned or
+                parametrized.
         """
         _ = self._attachment  # raises where it was detached
         if self.merged:
@@ -220,9 +221,14 @@ class AttachedBaseline(Adapter):
         device = next(self.model.parameters()).device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             values = self.baseline.folded(self.model, dict(self.record.parts.items()))
+        for module, leaf in map(self._owner, values):
+            if leaf not in module._parameters:
+                raise RuntimeError(
+                    f"{leaf} must be a parameter to take a merge, but {module} computes it"
+                )
         for name, value in values.items():
             module, leaf = self._owner(name)
-            parameter = getattr(module, leaf)
+            parameter = module._parameters[leaf]
             self.record.unmerged[name] = None if parameter is None else parameter.data
             if parameter is None:
                 like = next(module.parameters())
@@ -240,7 +246,8 @@ class AttachedBaseline(Adapter):
             if data is None:
                 module.register_parameter(leaf, None)
             else:
-                getattr(module, leaf).data = data
+                parameter = module.get_parameter(leaf)
+                parameter.data = data.to(parameter)  # it may have been moved
         self.record.unmerged = {}
         self._set_merged(False)
 
@@ -263,22 +270,35 @@ class AttachedBaseline(Adapter):
             The model.
 
         Raises:
-            RuntimeError: it was detached before, or FSDP2 has sharded the model.
+            RuntimeError: it was detached before, one of the model's own trained parameters was
+                replaced by one of another shape, or FSDP2 has sharded the model.
         """
         attachment = self._attachment
         check_not_sharded(
             self.model, "give its baseline back: save it, and load it on a plain model"
         )
         if not self.merged:
+            own = {name: self._own_parameter(name) for name in self.record.own}
             with torch.no_grad():
-                for name, base in self.record.own.items():
-                    self.model.get_parameter(name).copy_(base)
+                for name, parameter in own.items():
+                    parameter.copy_(self.record.own[name])
             self._set_buffers({})
         _remove_hooks(self.model)
         delattr(self.model, BASELINE_NAME)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(attachment.required_grad.get(name, parameter.requires_grad))
         return self.model
+
+    def _own_parameter(self, name: str) -> nn.Parameter:
+        """One of the model's own parameters, of the shape it had."""
+        base = self.record.own[name]
+        now = dict(self.model.named_parameters()).get(name)
+        if now is None or now.shape != base.shape:
+            raise RuntimeError(
+                f"the model must have the parameter {name} {list(base.shape)} that it had when the"
+                " baseline was attached: merge first, to keep it as it is now"
+            )
+        return now
 
     def required_state(self) -> dict[str, Tensor]:
         """What every state holds: parts, own trained parameters, and trained modules."""

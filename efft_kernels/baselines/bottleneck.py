@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.base import check_choice, check_number
+from ..methods.base import check_choice, check_number, constant_float
 from .base import Baseline, Part, check_count
 from .registry import register_baseline
 from .vision_transformer import vit_blocks
@@ -27,6 +27,8 @@ class Bottleneck(Part):
         scale: s.
         rate: dropout after φ, in training.
     """
+
+    scale, rate = constant_float("scale"), constant_float("rate")
 
     def __init__(
         self,
@@ -84,14 +86,14 @@ def _branches(after: str) -> tuple[str, ...]:
 @register_baseline
 @dataclass(frozen=True)
 class AdapterTuning(Baseline):
-    """Adapter (arXiv:1902.00751; FacT's first formula): X + W_up·φ(W_down·X), X the FFN's output.
+    """X + W_up·φ(W_down·X), X the FFN's output (arXiv:1902.00751, as FacT writes it).
 
     L·(2dh + h + d) parameters; on ViT-B/16 with h = 8: 156,768. φ is GELU. It starts near identity,
     as Houlsby et al. have it: weights N(0, 0.01²), cut at two standard deviations.
 
     Attributes:
-        hidden: h.
-        after: "ffn", or "both" for one after the attention too, as KAdaptation describes it.
+        hidden: h, the width between the two matrices.
+        after: "ffn", or "both" for one after the attention too. KAdaptation describes two.
     """
 
     hidden: int = 8
@@ -123,8 +125,8 @@ class AdapterDrop(Baseline):
     kept·(2dh + h + d) parameters; on ViT-B/16 with h = 8: 13,064, a twelfth of Adapter's.
 
     Attributes:
-        hidden: h.
-        kept: how many of the last blocks have one; KAdaptation keeps the last block's alone.
+        hidden: h, the width between the two matrices.
+        kept: how many of the last blocks have one. KAdaptation keeps the last block's alone.
     """
 
     hidden: int = 8
@@ -153,13 +155,14 @@ class AdapterDrop(Baseline):
 @register_baseline
 @dataclass(frozen=True)
 class AdaptFormer(Baseline):
-    """X + FFN(LN(X)) + s·W_up·ReLU(W_down·X), X the FFN branch's input (arXiv:2205.13535, Eq. 2).
+    """X + FFN(X) + s·W_up·ReLU(W_down·X), X the FFN's input (arXiv:2205.13535, as FacT writes it).
 
-    L·(2dh + h + d) parameters; on ViT-B/16 with h = 8: 156,768. W_down starts with
-    kaiming_uniform_(a=√5), all else at zero, as in the release; so do s and the dropout.
+    L·(2dh + h + d) parameters; on ViT-B/16 with h = 8: 156,768. As in the release W_down reads X
+    before its norm, and starts with kaiming_uniform_(a=√5), all else at zero; s and the dropout are
+    the release's too.
 
     Attributes:
-        hidden: h.
+        hidden: h, the width between the two matrices.
         scale: s.
         dropout: after the ReLU, in training.
     """
@@ -220,34 +223,35 @@ class KroneckerLinear(nn.Module):
 @register_baseline
 @dataclass(frozen=True)
 class Compacter(Baseline):
-    """Adapters whose matrices are Σ_i A_i ⊗ (u_i·v_iᵀ), A shared by all (arXiv:2106.04647, Eq. 6).
+    """Adapters whose matrices are Σ_i A_i ⊗ (u_i·v_iᵀ), A shared by all (arXiv:2106.04647).
 
     3·L·a·(d + h) + n³ parameters with a adapters a block, a third of the first term biases; on
     ViT-B/16 by default 59,968. KAdaptation's Table 1 leaves out a factor n, and the biases. A
     starts with N(0, 0.01²), near identity, u and v with Xavier's (gain √2).
 
     Attributes:
-        hidden: h, a multiple of n.
-        n: number and size of the A_i; KAdaptation's 4.
-        after: "both" for a = 2, after attention and FFN, as KAdaptation describes it; or "ffn".
+        hidden: h, the width between the two matrices, a multiple of n.
+        products: n, the number of the A_i and their size; 4 is KAdaptation's.
+        after: "ffn", or "both" for one after the attention too, a = 2. KAdaptation describes two.
     """
 
     hidden: int = 64
-    n: int = 4
+    products: int = 4
     after: str = "both"
 
     name: ClassVar[str] = "compacter"
 
     def __post_init__(self) -> None:
         check_count("hidden", self.hidden)
-        check_count("n", self.n)
+        check_count("products", self.products)
         check_choice("after", self.after, ("ffn", "both"))
 
     def build(self, model: nn.Module, outside: Sequence[str]) -> dict[str, Part]:
         blocks, d, h = vit_blocks(model, self.name), cast(int, model.embed_dim), self.hidden
-        if d % self.n or h % self.n:
-            raise ValueError(f"n must divide d={d} and hidden={h}, got {self.n}")
-        shared = nn.Parameter(torch.randn(self.n, self.n, self.n) * 0.01)
+        n = self.products
+        if d % n or h % n:
+            raise ValueError(f"products must divide d={d} and hidden={h}, got {n}")
+        shared = nn.Parameter(torch.randn(n, n, n) * 0.01)
         return {
             f"blocks_{i}_{branch}": Bottleneck(
                 KroneckerLinear(d, h, shared), KroneckerLinear(h, d, shared), nn.GELU()

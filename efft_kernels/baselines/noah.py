@@ -41,21 +41,21 @@ class NOAH(Baseline):
     adapters by Xavier, these start as `AdapterTuning`'s. Takes ViT-B-like models of 12 blocks.
 
     Attributes:
-        task: of VTAB-1k, "cifar" to "smallnorb_ele".
+        subnet: a task of VTAB-1k, "cifar" to "smallnorb_ele".
         dropout: on the prompts, in training.
     """
 
-    task: str = "cifar"
+    subnet: str = "cifar"
     dropout: float = 0.1
 
     name: ClassVar[str] = "noah"
 
     def __post_init__(self) -> None:
-        check_choice("task", self.task, noah_subnets())
+        check_choice("subnet", self.subnet, noah_subnets())
         check_number("dropout", self.dropout, low=0, below=1)
 
     def build(self, model: nn.Module, outside: Sequence[str]) -> dict[str, Part]:
-        blocks, sizes = vit_blocks(model, self.name, attention=True), noah_subnets()[self.task]
+        blocks, sizes = vit_blocks(model, self.name, attention=True), noah_subnets()[self.subnet]
         if len(blocks) != len(sizes["hidden"]):
             raise ValueError(
                 f"model must have {len(sizes['hidden'])} blocks for noah, got {len(blocks)}"

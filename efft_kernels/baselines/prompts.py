@@ -1,4 +1,4 @@
-"""Visual Prompt Tuning (arXiv:2203.12119)."""
+"""Visual Prompt Tuning (arXiv:2203.12119), as FacT writes it: X ← [X, P]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from ..methods.base import check_number
+from ..methods.base import check_number, constant_float
 from .base import Baseline, Part, check_count
 from .registry import register_baseline
 from .vision_transformer import vit_blocks
@@ -26,6 +26,8 @@ class Prompts(Part):
         previous: how many the block's input carries already, which these replace.
         rate: dropout on the prompts, in training.
     """
+
+    rate = constant_float("rate")
 
     def __init__(self, model: Any, count: int, previous: int, rate: float) -> None:
         super().__init__()
@@ -73,12 +75,12 @@ class _VPT(Baseline):
 @register_baseline
 @dataclass(frozen=True)
 class VPTShallow(_VPT):
-    """[X, P] before the first block, P carried on to the last: l·d parameters (VPT, Eq. 4 and 5).
+    """X ← [X, P] before the first block, P carried on to the last: l·d parameters.
 
     The papers' 0.063 M is a mean over the lengths that VPT chose for each task of VTAB-1k.
 
     Attributes:
-        prompts: l; 8 is what FacT's few-shot experiments take.
+        prompts: l, how many at a time. 8 is what FacT's few-shot experiments take.
         dropout: on P, in training.
     """
 
@@ -92,12 +94,12 @@ class VPTShallow(_VPT):
 @register_baseline
 @dataclass(frozen=True)
 class VPTDeep(_VPT):
-    """[X, P_i] before every block i, each P_i dropped after it: L·l·d parameters (VPT, Eq. 6).
+    """X ← [X, P_i] before every block i, each P_i dropped after it: L·l·d parameters.
 
     The papers' 0.531 M is a mean over the lengths that VPT chose for each task of VTAB-1k.
 
     Attributes:
-        prompts: l; 8 is what FacT's few-shot experiments take.
+        prompts: l, how many at a time. 8 is what FacT's few-shot experiments take.
         dropout: on the P_i, in training.
     """
 

@@ -55,7 +55,7 @@ class LayerNormTuning(Baseline):
     """Weights and biases of the LayerNorms (KAdaptation, section 5.1): 38,400 of ViT-B/16.
 
     Attributes:
-        norms: "all", or "outer" for those outside the blocks, which is what KAdaptation's Table 2
+        norms: "all", or "outer" for those outside the blocks. These are what KAdaptation's Table 2
             counts: 1,536 above the head for its ViT, 3,072 for CLIP's image tower.
     """
 

@@ -42,10 +42,10 @@ class ScaleShift(Part):
 @register_baseline
 @dataclass(frozen=True)
 class SSF(Baseline):
-    """y ← γ ⊙ y + β after every linear, LayerNorm and patch convolution (SSF, Eq. 3).
+    """y ← γ ⊙ y + β after every linear, LayerNorm and patch convolution (arXiv:2210.08823).
 
     205,824 parameters of ViT-B/16; the papers' 0.24 M counts the head as well, on average 38,045.
-    It merges: W ← γ ⊙ W, b ← γ ⊙ b + β (SSF, Eq. 4). Takes timm's VisionTransformer and
+    It merges: W ← γ ⊙ W, b ← γ ⊙ b + β. Takes timm's VisionTransformer and
     SwinTransformer.
     """
 

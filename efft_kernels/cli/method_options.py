@@ -1,4 +1,4 @@
-"""The methods' own fields as options of the command line: what a method declares is an option."""
+"""The fields of methods and baselines as options of the command line: what one declares is one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 from rich.markup import escape
 
-from ..methods import METHODS
+from ..baselines import Baseline
 from ..methods.base import Method
+from ..training.methods import TRAINABLE
 from . import parse
 
 _RANKS, _NAMES = "R|R1,R2|R:R:...", "NAME,NAME|all"
@@ -50,10 +51,10 @@ def given(values: Mapping[str, Any]) -> MethodOptions:
     )
 
 
-def _fields() -> dict[str, list[type[Method]]]:
+def _fields() -> dict[str, list[type[Method] | type[Baseline]]]:
     """Field → the methods that have it, "rank" first."""
-    fields: dict[str, list[type[Method]]] = {}
-    for method in METHODS.values():
+    fields: dict[str, list[type[Method] | type[Baseline]]] = {}
+    for method in TRAINABLE.values():
         for field in dataclasses.fields(method):
             fields.setdefault(field.name, []).append(method)
     return fields
@@ -78,6 +79,8 @@ def _types(name: str) -> set[Any]:
 def _option_type(name: str) -> Any:
     """What typer reads: ranks and names are text, parsed here."""
     types = _types(name)
+    if types <= {int, type(None)}:
+        return int
     return next((kind for kind in (bool, float) if kind in types), str)
 
 
@@ -98,7 +101,7 @@ def _describe(name: str) -> Any:
     texts = (_documented(method).get(name) for method in methods)
     text = next((text for text in texts if text), "")
     names = ", ".join(method.name for method in methods)
-    names = f" ({names})" if len(methods) < len(METHODS) else ""
+    names = f" ({names})" if len(methods) < len(TRAINABLE) else ""
     metavar = _RANKS if _is_number(name) else _NAMES if tuple in _types(name) else None
     flag = f"--{name.replace('_', '-')}"
     return typer.Option(
@@ -110,7 +113,7 @@ def _describe(name: str) -> Any:
     )
 
 
-def _documented(method: type[Method]) -> dict[str, str]:
+def _documented(method: type[Method] | type[Baseline]) -> dict[str, str]:
     """Field → the first sentence on it in the docstrings' Attributes, the method's own first."""
     found: dict[str, str] = {}
     for part in method.__mro__:

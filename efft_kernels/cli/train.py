@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 
 from .. import use_backend
-from ..methods import METHODS
+from ..baselines import BASELINES
+from ..training.methods import TRAINABLE, has_rank
 from ..training.recipe import Recipe, recipe_for
 from ..training.settings import OWN_OPTIONS, TrainSettings, require
 from . import parse
@@ -68,7 +69,7 @@ class TrainOptions:
     pretrained: Annotated[
         bool, _MODEL(help="Fetch timm's weights where no --checkpoint is given.")
     ] = True
-    method: Annotated[str, _METHOD(help=f"{', '.join(METHODS)}.")] = TrainSettings.method
+    method: Annotated[str, _METHOD(help=f"{', '.join(TRAINABLE)}.")] = TrainSettings.method
     layers: Annotated[str | None, _METHOD(help="Blocks to adapt, e.g. 0-3,11.")] = None
     targets: Annotated[
         str | None, _METHOD(help="Linears to adapt: mhsa, ffn, or names such as attn.qkv,fc1.")
@@ -125,8 +126,9 @@ class TrainOptions:
 
     def default_output(self, settings: TrainSettings) -> Path:
         """The run's folder where none is given."""
-        rank = re.sub(r"[^\d]+", "x", str(settings.rank)).strip("x")
-        name = f"{self.data.resolve().name}-{settings.model}-{self.method}-r{rank}"
+        name = f"{self.data.resolve().name}-{settings.model}-{self.method}"
+        if has_rank(self.method):
+            name += "-r" + re.sub(r"[^\d]+", "x", str(settings.resolved_rank)).strip("x")
         return Path("runs/train") / name.replace("/", "_").replace(":", "_")
 
 
@@ -161,11 +163,13 @@ def _train(settings: TrainSettings, output: Path, resume: bool) -> None:
     head = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     head -= run.adapter.num_parameters()
     images = run.config["images"]
+    rank = f" rank {settings.resolved_rank}" if has_rank(settings.method) else ""
     recipe = f", recipe {settings.recipe}" if settings.recipe else ""
     recipe += f" for {settings.task}" if settings.task else ""
+    kind = "" if settings.method in BASELINES else "factor "
     console.print(
-        f"{settings.model} on {run.device}, {settings.method} rank {settings.rank}{recipe}:"
-        f" {run.adapter.num_parameters():,} factor parameters and {head:,} of the head;"
+        f"{settings.model} on {run.device}, {settings.method}{rank}{recipe}:"
+        f" {run.adapter.num_parameters():,} {kind}parameters and {head:,} of the head;"
         f" {len(run.classes)} classes, {images['train']:,} images to train,"
         f" {images['val']:,} to validate"
     )

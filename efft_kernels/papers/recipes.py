@@ -1,4 +1,4 @@
-"""The settings that the EFFT and FacT releases published for VTAB-1K (recipes.json)."""
+"""The settings that the papers and their releases published (recipes.json)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ PER_TASK_METHODS = ("efft1", "efft2", "fact_tt", "fact_tk")
 
 @functools.cache
 def recipe_facts() -> dict[str, Any]:
-    """recipes.json as it is: "training", "groups", "tasks", "lora", and "_sources" of each."""
+    """recipes.json as it is.
+
+    VTAB-1K's are "training", "groups", "tasks" and "lora"; "few_shot" and "kadaptation" are the
+    other experiments'. "_sources" says where each is from.
+    """
     text = resources.files(__package__).joinpath("recipes.json").read_text(encoding="utf-8")
     return json.loads(text)  # type: ignore[no-any-return]
 
@@ -53,7 +57,10 @@ def method_options(method: str, task: str | None = None) -> dict[str, Any]:
         ValueError: no such task.
     """
     options: dict[str, Any] = {}
-    if method == "lora":
+    if method == "noah" and task is not None:
+        task_facts(task)
+        options["subnet"] = task
+    elif method == "lora":
         options |= recipe_facts()["lora"]
     elif task is not None and method in PER_TASK_METHODS:
         options |= task_facts(task)[method]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,11 @@ def put_on(
         if value is not None:
             raise ValueError(f"{name} must be left out for the baseline {method.name}, got {value}")
     return attach_baseline(model, method)
+
+
+def has_rank(name: str) -> bool:
+    """Whether what `TRAINABLE` knows by this name has a rank."""
+    return any(field.name == "rank" for field in dataclasses.fields(TRAINABLE[name]))
 
 
 def load_trained(model: nn.Module, path: str | os.PathLike[str], name: str) -> Adapter:

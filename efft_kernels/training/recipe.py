@@ -57,14 +57,15 @@ class Recipe:
                 itself. With other epochs, the warm-up is a tenth of them.
 
         Raises:
-            ValueError: a value that makes no sense; it names the setting.
+            ValueError: a value that makes no sense, or another method; it names the setting.
             TypeError: no setting of that name.
         """
+        method = given.get("method", self.method)
+        fits = method == self.method
+        require("method", fits, f"{self.method}, whose options the recipe has", repr(method))
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["recipe"] = values.pop("name")
-        fields = {item.name: item.default for item in dataclasses.fields(TRAINABLE[self.method])}
-        own = {"rank": fields["rank"]} if "rank" in fields else {}
-        options = own | values.pop("method_options") | given.pop("options", {})
+        options = values.pop("method_options") | given.pop("options", {})
         values |= {name: options.pop(name) for name in OWN_OPTIONS & set(options)}
         if "epochs" in given:
             values["warmup_epochs"] = None

@@ -15,7 +15,7 @@ import torch
 
 from ..baselines import Baseline
 from ..methods.base import Method, Rank, decode, encode
-from .methods import TRAINABLE
+from .methods import TRAINABLE, has_rank
 
 AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NORMALIZE = ("model", "imagenet")
@@ -34,8 +34,9 @@ class TrainSettings:
         data: folder with one folder of images per class, or with train/ and val/ of such.
         model: name of a timm model.
         method: name of a method or of a baseline, a key of `TRAINABLE`.
-        rank: of the factors; (R1, R2) for different ones of U and V; a list with one per stage.
-        scale: factor s on ΔW; None for the method's own, as for the next three.
+        rank: of the factors; (R1, R2) for different ones of U and V; a list with one per stage;
+            None for the method's own, as for the next four.
+        scale: factor s on ΔW.
         init: the factor that starts at zero, "u" or "v".
         dropout: probability, on the factors.
         cores: "per_layer" or "shared".
@@ -75,7 +76,7 @@ class TrainSettings:
     data: Path
     model: str = "vit_tiny_patch16_224"
     method: str = "efft2"
-    rank: Rank | list[Rank] = 16
+    rank: Rank | list[Rank] | None = None
     scale: float | None = None
     init: str | None = None
     dropout: float | None = None
@@ -144,6 +145,13 @@ class TrainSettings:
         """warmup_epochs, or a tenth of the epochs."""
         return self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
 
+    @property
+    def resolved_rank(self) -> Rank | list[Rank] | None:
+        """rank, or the method's own; None where it has none."""
+        if self.rank is None and has_rank(self.method):
+            return getattr(TRAINABLE[self.method], "rank", None)
+        return self.rank
+
     def method_config(self) -> Method | Baseline:
         """The method's configuration, with the method's own defaults where nothing is set.
 
@@ -155,8 +163,6 @@ class TrainSettings:
         known = {item.name for item in dataclasses.fields(method)}
         own = {name: getattr(self, name) for name in OWN_OPTIONS}
         own["learn_scale"] = self.learn_scale or None
-        if "rank" not in known and self.rank == TrainSettings.rank:
-            own["rank"] = None
         chosen = {name: value for name, value in own.items() if value is not None}
         chosen |= self.options
         for name, value in chosen.items():
@@ -169,8 +175,8 @@ class TrainSettings:
         for name, value in values.items():
             if isinstance(value, Path):
                 values[name] = str(value.resolve())
-        if isinstance(self.rank, list):
-            values["rank"] = {"stages": encode(self.rank)}
+        rank = self.resolved_rank
+        values["rank"] = {"stages": encode(rank)} if isinstance(rank, list) else rank
         values["options"] = {name: encode(value) for name, value in self.options.items()}
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
 

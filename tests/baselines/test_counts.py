@@ -107,6 +107,6 @@ def test_noah_s_subnets(vit: nn.Module) -> None:
     """FacT's Table 1 prints 0.361 M, a mean over the groups."""
     tasks = list(noah_subnets())
     groups = tasks[:7], tasks[7:11], tasks[11:]
-    counts = {task: counted(vit, NOAH(task=task)) for task in tasks}
+    counts = {task: counted(vit, NOAH(subnet=task)) for task in tasks}
     mean = statistics.mean(statistics.mean(counts[task] for task in group) for group in groups)
     assert round(mean) == 361_531

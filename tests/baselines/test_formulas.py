@@ -111,7 +111,7 @@ def test_adaptformer(vit: Any, images: Tensor, parts: Any) -> None:
 
 
 def test_compacter(vit: Any, images: Tensor, parts: Any) -> None:
-    own = parts(Compacter(hidden=8, n=2, after="ffn"))
+    own = parts(Compacter(hidden=8, products=2, after="ffn"))
     shared = {id(part.down.A) for part in own.values()} | {id(p.up.A) for p in own.values()}
     assert len(shared) == 1
 
@@ -222,7 +222,7 @@ def test_ssf_is_the_model_with_scaled_weights(vit: Any, images: Tensor, parts: A
 
 def test_noah(make_vit: Any, images: Tensor, moved: Moved) -> None:
     vit: Any = make_vit(dtype=torch.float64, depth=12).eval()
-    own: Any = moved(vit, NOAH(task="dtd"), modules_to_train=()).record.parts
+    own: Any = moved(vit, NOAH(subnet="dtd"), modules_to_train=()).record.parts
     assert [len(own[f"prompts_{i}"].prompts) for i in range(3)] == [10, 5, 1]
 
     def before(i: int, x: Tensor) -> Tensor:

@@ -243,6 +243,25 @@ def test_batch_norm_s_statistics_belong_to_it(build: Build, images: Tensor, tmp_
     assert statistics.abs().max() == 0
 
 
+def test_a_model_that_changed_since(build: Build, moved: Moved) -> None:
+    model: Any = build(BitFit())
+    handle = moved(model, BitFit())
+    now = {name: p.clone() for name, p in handle.named_parameters()}
+    bias, model.patch_embed.proj.bias = model.patch_embed.proj.bias, nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"patch_embed\.proj\.bias \[12\]"):
+        handle.detach()
+    model.patch_embed.proj.bias = bias
+    assert_same(dict(handle.named_parameters()), now)  # type: ignore[arg-type]
+    handle.detach()
+
+    handle = moved(model, SSF())
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[1].mlp.fc1)
+    weights = backbone(model)
+    with pytest.raises(RuntimeError, match="weight must be a parameter"):
+        handle.merge()
+    assert_same(backbone(model), weights)
+
+
 def test_described(build: Build, baseline: Baseline) -> None:
     handle = attach_baseline(build(baseline), baseline)
     description = handle.describe()

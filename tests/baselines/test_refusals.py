@@ -118,7 +118,7 @@ def test_what_takes_adapters_alone(
     ("baseline", "options", "message"),
     [
         (AdapterDrop(kept=3), {}, "kept must be at most"),
-        (Compacter(n=5, hidden=10), {}, "n must divide d=12"),
+        (Compacter(products=5, hidden=10), {}, "products must divide d=12"),
         (LoRAFix(rank=13), {}, "rank must be at most"),
         (NOAH(), {}, "12 blocks for noah"),
         (LePETuning(), {"dynamic_img_size": True}, "one grid"),
@@ -147,11 +147,11 @@ def test_sizes_that_do_not_fit(
         (lambda: AdapterTuning(after="attention"), ValueError),
         (lambda: AdaptFormer(scale=float("nan")), ValueError),
         (lambda: AdapterDrop(kept=0), ValueError),
-        (lambda: Compacter(n=-1), ValueError),
+        (lambda: Compacter(products=-1), ValueError),
         (lambda: LayerNormTuning(norms="some"), ValueError),
         (lambda: LoRAFix(rank=0), ValueError),
-        (lambda: NOAH(task="mnist"), ValueError),
-        (lambda: NOAH(task=["cifar"]), ValueError),  # type: ignore[arg-type]
+        (lambda: NOAH(subnet="mnist"), ValueError),
+        (lambda: NOAH(subnet=["cifar"]), ValueError),  # type: ignore[arg-type]
         (lambda: BitFit.from_config({"name": "bitfit", "rank": 3}), ValueError),
     ],
 )

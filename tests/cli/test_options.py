@@ -107,8 +107,8 @@ def test_train_options_become_settings() -> None:
 TEXTS: dict[str, Any] = {  # field → what is written on the command line, and what it means
     "rank": ("3", 3),
     "ffn_rank": ("4,2", (4, 2)),
-    "layer_rank": ("5", 5),
-    "products": ("2", 2),
+    "layer_rank": (5, 5),
+    "products": (2, 2),
     "scale": (0.5, 0.5),
     "dropout": (0.2, 0.2),
     "init": ("u", "u"),

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from efft_kernels.baselines import BASELINES, AttachedBaseline
+from efft_kernels.cli import app
 from efft_kernels.methods import METHODS
 from efft_kernels.training.evaluation import evaluate_adapter
 from efft_kernels.training.methods import TRAINABLE
@@ -107,3 +109,30 @@ def test_a_recipe_s_settings(settings: TrainSettings) -> None:
     made = recipe_for("vtab", "cifar", "lora_fix").settings(settings.data)
     assert made.method_config() == BASELINES["lora_fix"](rank=4)  # type: ignore[call-arg]
     assert made.normalize == "imagenet" and made.drop_last
+    made = recipe_for("vtab", "dtd", "noah").settings(settings.data)
+    assert made.method_config() == BASELINES["noah"](subnet="dtd")  # type: ignore[call-arg]
+
+
+def test_the_command(settings: TrainSettings, tmp_path: Path) -> None:
+    """A baseline's fields are options, its file is what `eval` takes."""
+    common = ["--data", str(settings.data), "--device", "cpu", "--workers", "0"]
+    arguments = ["--method", "adaptformer", "--hidden", "4", "--epochs", "1", "--img-size", "32"]
+    arguments += ["--model", settings.model, "--no-pretrained", "--output", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, ["train", *common, *arguments])
+    assert done.exit_code == 0 and "adaptformer: 20,784 parameters" in done.output, done.output
+    file = tmp_path / "run" / "adapter.safetensors"
+    done = CliRunner().invoke(app, ["eval", *common, "--adapter", str(file)])
+    assert done.exit_code == 0 and "top-1" in done.output, done.output
+    for wrong, message in (
+        (["--method", "bitfit", "--hidden", "4"], "hidden must be left out for method bitfit"),
+        (["--method", "bitfit", "--rank", "4"], "rank must be left out for method bitfit"),
+        (["--method", "vpt_deep", "--prompts", "0"], "prompts must be at least 1"),
+        (["--method", "rpb", "--model", "swin_tiny_patch4_window7_224"], "for rpb, got Swin"),
+    ):
+        refused = CliRunner().invoke(
+            app, ["train", *common, "--no-pretrained", "--output", str(tmp_path / "no"), *wrong]
+        )
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split()), (
+            refused.output
+        )
+        assert not (tmp_path / "no").exists()

@@ -14,16 +14,19 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch.func import functional_call
 from torchvision import transforms
 from torchvision.transforms import ToTensor
 
-from efft_kernels import attach
+from efft_kernels import KAdaptation, attach
 from efft_kernels.methods import METHODS
 from efft_kernels.papers.recipes import recipe_facts, task_facts, task_names
 from efft_kernels.training import images
 from efft_kernels.training.loop import Schedule
 from efft_kernels.training.recipe import recipe_for
-from efft_kernels.training.run import WARMUP_LR, prepare
+from efft_kernels.training.reproducible import epoch_seed
+from efft_kernels.training.run import WARMUP_LR, fit, prepare
 
 DATA = Path("images")
 LOADING: dict[str, Any] = {"batch_size": 64, "workers": 0, "shuffle": True}
@@ -123,7 +126,7 @@ def test_other_methods_options(task: str, method: str, expected: dict[str, Any])
 
 def test_a_method_without_published_options_keeps_its_own() -> None:
     settings = recipe_for("vtab", "cifar", "kadaptation").settings(DATA)
-    assert settings.method_config() == type(settings.method_config())()
+    assert settings.method_config() == KAdaptation()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +177,12 @@ def test_what_is_given_wins() -> None:
     assert (method.ffn_init, method.factor_init) == ("u", "release")
     assert recipe.settings(DATA, epochs=40, warmup_epochs=0).resolved_warmup_epochs == 0
     assert recipe.settings(DATA).options["ffn_init"] == "v"
+
+
+def test_a_recipe_is_for_its_method() -> None:
+    assert recipe_for("vtab", "svhn").settings(DATA, method="efft2").method == "efft2"
+    with pytest.raises(ValueError, match=r"method must be efft2, whose options .* got 'lora'"):
+        recipe_for("vtab", "svhn").settings(DATA, method="lora")
 
 
 def test_unknown_names_are_named() -> None:
@@ -287,3 +296,48 @@ def test_images_may_come_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     run = prepare(settings, tmp_path / "run", splits=splits)
     assert run.config["images"] == {"train": 15, "val": 2}
     assert run.config["identity"]["skipped_images"] == ["a/3.png"]
+
+
+def test_a_run_trains_as_the_releases_loop(folder: Path, tmp_path: Path) -> None:
+    """fact_tt.py's loop, on the plain model with the weights W0 + ΔW (FacT, Eq. 8) and the run's
+    first factors and batches: AdamW, timm's CosineLRScheduler stepped with ep after epoch ep."""
+    given = SMALL | {"epochs": 3, "rank": 3, "dropout": 0.0, "drop_path": 0.0, "layers": (0,)}
+    settings = recipe_for("vtab", "svhn", "fact_tt").settings(folder, **given)
+    assert settings.scale == 100.0
+    run = prepare(settings, tmp_path / "run")
+    plain = timm.create_model(settings.model, img_size=32, num_classes=2).train()
+    names = dict(plain.named_parameters())
+    plain.load_state_dict({name: run.model.state_dict()[name] for name in plain.state_dict()})
+    group: Any = run.adapter.bank.all
+    u, v, core = (t.detach().clone().requires_grad_() for t in (group.U, group.V, group.core))
+    head = [names["head.weight"], names["head.bias"]]
+
+    def weights() -> dict[str, torch.Tensor]:
+        slices = settings.scale * u @ core @ v.T  # [12, d, d] as x·W
+        fc1, fc2 = torch.cat([*slices[4:8].mT]), torch.cat([*slices[8:].mT], 1)
+        deltas = {"attn.qkv": torch.cat([*slices[:3].mT]), "attn.proj": slices[3].T}
+        deltas |= {"mlp.fc1": fc1, "mlp.fc2": fc2}
+        keys = {f"blocks.0.{name}.weight": delta for name, delta in deltas.items()}
+        return {key: names[key].detach() + delta for key, delta in keys.items()}
+
+    for name, parameter in names.items():
+        parameter.requires_grad_(name.startswith("head."))
+    optimizer = torch.optim.AdamW([u, v, core, *head], lr=1e-3, weight_decay=1e-4)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=3, warmup_t=0, lr_min=1e-5, warmup_lr_init=1e-6
+    )
+    for epoch in range(3):
+        assert run.train_loader.generator is not None
+        run.train_loader.generator.manual_seed(epoch_seed(42, epoch + 1))
+        for x, y in run.train_loader:
+            loss = torch.nn.functional.cross_entropy(functional_call(plain, weights(), (x,)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step(epoch)
+    start = group.U.detach().clone()
+    fit(run)
+    assert (group.U - start).abs().max() > 1e-4
+    for found, expected in ((group.U, u), (group.V, v), (group.core, core)):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(run.model.head.weight, head[0], rtol=1e-3, atol=1e-6)  # type: ignore[union-attr, arg-type]

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import efft_kernels
 from efft_kernels.adapters.adapter import Adapter
+from efft_kernels.methods import METHODS
 from efft_kernels.training.backbone import build_backbone
 from efft_kernels.training.evaluation import evaluate_adapter
 from efft_kernels.training.images import UnreadableImageError, open_splits
@@ -351,6 +352,13 @@ def test_senseless_settings_are_named(settings: TrainSettings, change: dict[str,
     (name,) = change
     with pytest.raises(ValueError, match=f"{name} must be .*, got"):
         dataclasses.replace(settings, **change)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rank_is_the_methods_own_by_default(method: str) -> None:
+    settings = TrainSettings(Path("images"), method=method)
+    assert settings.method_config() == METHODS[method]()
+    assert settings.resolved_rank == settings.to_json()["rank"] == METHODS[method]().rank  # type: ignore[attr-defined]
 
 
 def test_warmup_is_a_tenth_by_default(settings: TrainSettings) -> None:
