@@ -23,7 +23,7 @@ SMALL = [
     "--device=cpu",
     "--rank=2",
     "--test-every=1",
-    "--methods=lora,efft2",
+    "--methods=efft2",
 ]
 
 
@@ -74,7 +74,7 @@ def test_vtab_says_what_is_missing_and_goes_on(done: tuple[Path, Result], data: 
     (missing,) = (line for line in result.stderr.splitlines() if "no folder" in line)
     assert missing.startswith(f"note: no folder in {data}, so left out: caltech101, dtd,")
     assert len(missing.split(", ")) == 17  # 16 tasks, one comma in the sentence
-    assert "12 cells, 0 finished before" in result.stdout
+    assert "6 cells, 0 finished before" in result.stdout
     assert result.stderr.count("weights are random") == 1
     lines = [line for line in result.stdout.splitlines() if line.startswith("kitti-efft2-seed2: ")]
     assert len(lines) == 1
@@ -90,7 +90,7 @@ def test_vtab_writes_tables_beside_the_published_numbers(done: tuple[Path, Resul
     text = (output / "table.md").read_text(encoding="utf-8")
     assert "### Natural: top-1 %, after the last epoch" in text
     assert "| EFFT2 ≤32 (published) | 245,000 | 72.1 | 89.6 | 80.8 |" in text
-    assert "| LoRA (published) | 295,000 | 78.5 | 78.5 |" in text
+    assert "| EFFT2 ≤32 (published) | 245,000 | 82.7 | 82.7 |" in text
     (published,) = (
         line
         for line in text.splitlines()
@@ -107,7 +107,7 @@ def test_vtab_writes_tables_beside_the_published_numbers(done: tuple[Path, Resul
         assert note in text
     with (output / "cells.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12
+    assert len(rows) == 6
     assert {row["task"] for row in rows} == {"cifar", "svhn", "kitti"}
     content = json.loads((output / "results.json").read_text())
     assert content["cells"][0]["results"]["val_chosen"]["protocol"].startswith("after the epoch")
@@ -120,10 +120,10 @@ def test_vtab_writes_tables_beside_the_published_numbers(done: tuple[Path, Resul
 def test_a_second_call_trains_nothing(done: tuple[Path, Result], data: Path) -> None:
     output, first = done
     cells = {path: path.read_bytes() for path in output.glob("cells/*/result.json")}
-    assert len(cells) == 12
+    assert len(cells) == 6
     again = invoke("vtab", "--data", data, "--output", output, "--seeds=1,2", *SMALL)
     assert again.exit_code == 0, again.output
-    assert "12 cells, 12 finished before" in again.stdout
+    assert "6 cells, 6 finished before" in again.stdout
     assert again.stdout.split("finished before")[1] == first.stdout.split("finished before")[1]
     assert {path: path.read_bytes() for path in output.glob("cells/*/result.json")} == cells
     more = invoke(
@@ -137,7 +137,7 @@ def test_a_second_call_trains_nothing(done: tuple[Path, Result], data: Path) -> 
         "--report=best_on_test",
         *SMALL,
     )
-    assert "6 cells, 4 finished before" in more.stdout
+    assert "3 cells, 2 finished before" in more.stdout
     assert "optimistic" in more.stdout.split("Structured: ")[1].splitlines()[0]
 
 
@@ -255,15 +255,15 @@ def test_fewshot(tmp_path: Path) -> None:
     assert result.exit_code == 2  # one list is missing; the rest ran
     assert "left out: fgvc_aircraft, food101, flowers102" in result.stderr
     assert "left out stanford_cars, 2 shots, seed 1: " in result.stderr
-    assert "14 cells, 0 finished before" in result.stdout
+    assert "7 cells, 0 finished before" in result.stdout
     text = (output / "table.md").read_text(encoding="utf-8")
     for title in ("### pets: top-1 % by images a class, after the last epoch", "### mean of sets"):
         assert title in text
     means = text.split("### mean of sets")[1]
-    (lora,) = (line for line in means.splitlines() if line.startswith("| lora |"))
-    cells = [cell.strip() for cell in lora.strip("|").split("|")]
+    (row,) = (line for line in means.splitlines() if line.startswith("| efft2 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert "±" in cells[1] and "±" not in cells[2]  # of 2 shots one seed alone has both sets
     assert (output / "shots.png").is_file() and (output / "shots.svg").is_file()
     content = json.loads((output / "results.json").read_text())
     assert all("val_chosen" not in cell["results"] for cell in content["cells"])
-    assert "14 cells, 14 finished before" in invoke(*arguments).stdout
+    assert "7 cells, 7 finished before" in invoke(*arguments).stdout
