@@ -167,6 +167,8 @@ def _checked(
     """Check the labels against the task's classes, or those of a task that is not known."""
     train_labels = {label for _, label in lists[TRAIN]}
     classes = CLASSES.get(task, max(train_labels) + 1)
+    if classes < 2:
+        raise ListError(f"{root.name}, {TRAIN}: labels must be of at least 2 classes, got 0 alone")
     for name, samples in lists.items():
         for path, label in samples:
             if label >= classes:
@@ -180,4 +182,6 @@ def _checked(
             never_seen = {label for _, label in lists[name]} - {label for _, label in lists[of]}
             if never_seen:
                 told.append(f"{len(never_seen)} classes of {name} are not in {of}: never learnt")
+            if both := dict(lists[name]).keys() & dict(lists[of]).keys():
+                told.append(f"{len(both)} images of {name} are in {of} too: its top-1 is too high")
     return ImageLists(root, classes, lists, tuple(told))

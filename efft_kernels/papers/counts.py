@@ -9,16 +9,30 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..adapters.sites import find_sites
+from ..baselines import (
+    NOAH,
+    SSF,
+    AdapterTuning,
+    AdaptFormer,
+    AttentionTuning,
+    Baseline,
+    BitFit,
+    LePETuning,
+    LoRAFix,
+    RPBTuning,
+    TransformerProbing,
+)
 from ..methods import EFFT1, EFFT2, METHODS, FacTTK, FacTTT, KAdaptation, LoRA
 from ..methods.base import Method
 from .recipes import recipe_facts
@@ -34,7 +48,6 @@ _MODELS = {
     "vit_h": "vit_huge_patch14_224",
 }
 _HEAD_CLIP, _HEAD_VIT = 169 * (512 + 1), 169 * (768 + 1)
-_ATTENTION_B = 12 * (4 * 768**2 + 4 * 768)
 
 
 @dataclass(frozen=True)
@@ -81,15 +94,15 @@ def counts() -> tuple[Count, ...]:
         printed = table(key).cells[row, column]
         found.append(Count(key, row, column, printed, counted, formula))
 
-    adapter = 12 * (2 * 768 * 8 + 8 + 768)
     on_vit_b: dict[str, tuple[int, str]] = {
         "full": (backbone(VIT_B), "all of ViT-B/16 but the head"),
         "linear": (0, "the head alone"),
-        "bitfit": (biases(VIT_B), "all biases"),
-        "adapter": (adapter, "L(2dh + h + d), h = 8"),
-        "adaptformer": (adapter, "L(2dh + h + d), h = 8"),
+        "bitfit": (factors(VIT_B, BitFit()), "all biases"),
+        "adapter": (factors(VIT_B, AdapterTuning(hidden=8)), "L(2dh + h + d), h = 8"),
+        "adaptformer": (factors(VIT_B, AdaptFormer(hidden=8)), "L(2dh + h + d), h = 8"),
+        "noah": (_noah(), "the published subnets, mean over the tasks"),
         "lora_r8": (factors(VIT_B, LoRA(rank=8)), "4Ldr"),
-        "ssf": (2 * 768 * (2 + 12 * 11), "a scale and a shift for the output of every operation"),
+        "ssf": (factors(VIT_B, SSF()), "a scale and a shift for the output of every operation"),
         "fact_tt_r4": (factors(VIT_B, FacTTT(rank=4)), "2dr + 12Lr²"),
         "fact_tk_r8": (factors(VIT_B, FacTTK(rank=8)), "2dr + 12Lr + r³"),
         "fact_tt_le16": (mean_over_tasks("fact_tt"), "2dr + 12Lr², mean over the tasks' r"),
@@ -106,7 +119,8 @@ def counts() -> tuple[Count, ...]:
     swin_b = _MODELS["swin_b"]
     add("fact_table_2", "full", "params_m", backbone(swin_b), "all of Swin-B but the head")
     add("fact_table_2", "linear", "params_m", 0, "the head alone")
-    add("fact_table_2", "bitfit", "params_m", biases(swin_b), "all biases and position biases")
+    bias = factors(swin_b, BitFit())
+    add("fact_table_2", "bitfit", "params_m", bias, "all biases and position biases")
     fact = factors(swin_b, FacTTT(rank=16))
     add("fact_table_2", "fact_tt_r16", "params_m", fact, "Σ over stages of 2dr + 12Lr²")
     for size, model in _MODELS.items():
@@ -128,22 +142,24 @@ def counts() -> tuple[Count, ...]:
 
 def _kadaptation() -> dict[str, tuple[int | None, int | None, str]]:
     """Row → parameters above the head on CLIP and on ViT-B, None where no formula is known."""
-    block_512, block_768 = (12 * d**2 + 13 * d for d in (512, 768))
-    lora = factors(VIT_B, LoRA(rank=4))
+    # CLIP is no timm model of one tower: its counts are by formula.
+    block_512, block_768 = 12 * 512**2 + 13 * 512, factors(VIT_B, TransformerProbing())
+    lora, lora_fix = factors(VIT_B, LoRA(rank=4)), factors(VIT_B, LoRAFix(rank=4))
+    attention = factors(VIT_B, AttentionTuning())
     # CLIP's towers: 768 wide for images, 512 wide for texts; LoRA's count is of the latter.
     kron = factors(VIT_B, KAdaptation(products=4, rank=1, matrices=("q", "v")))
     text_attention = 12 * (4 * 512**2 + 4 * 512)
     return {
         "full": (151_277_313, backbone(VIT_B) + 769_000, "all, on ViT its old head too"),
         "linear": (0, 0, "nothing more"),
-        "bitfit": (None, biases(VIT_B), "all biases"),
+        "bitfit": (None, factors(VIT_B, BitFit()), "all biases"),
         "lora": (4 * 12 * 512 * 4, lora, "4Ldr, r = 4; on CLIP d = 512"),
-        "lora_fix": (2 * 12 * 512 * 4, lora // 2, "2Ldr, r = 4; on CLIP d = 512"),
+        "lora_fix": (2 * 12 * 512 * 4, lora_fix, "2Ldr, r = 4; on CLIP d = 512"),
         "layernorm": (2 * 2 * 768, 2 * 768, "the norms before and after the blocks; the last"),
-        "attention": (_ATTENTION_B + text_attention, _ATTENTION_B, "L(4d² + 4d) of every tower"),
+        "attention": (attention + text_attention, attention, "L(4d² + 4d) of every tower"),
         "transformer_probing": (block_512, block_768, "12d² + 13d"),
-        "lepe": (12 * 512 * 10, 12 * 768 * 10, "L·d·(3² + 1)"),
-        "rpb": (12 * 8 * 13**2, 12 * 12 * 27**2, "L·heads·(2w - 1)², w = 7 and 14"),
+        "lepe": (12 * 512 * 10, factors(VIT_B, LePETuning()), "L·d·(3² + 1)"),
+        "rpb": (12 * 8 * 13**2, factors(VIT_B, RPBTuning()), "L·heads·(2w - 1)², w = 7 and 14"),
         "kadaptation": (None, kron, "4Ldr + n³ by Eq. 4, q and v, n = 4, r = 1"),
     }
 
@@ -155,12 +171,21 @@ def mean_over_tasks(name: str, **options: Any) -> int:
         name: "efft1", "efft2", "fact_tt" or "fact_tk".
         options: of the method, besides its rank.
     """
-    facts = recipe_facts()
+    tasks = recipe_facts()["tasks"]
     method: Any = METHODS[name]
-    ranks = [[facts["tasks"][task][name]["rank"] for task in g] for g in facts["groups"].values()]
-    different = {rank for group in ranks for rank in group}
-    counted = {rank: factors(VIT_B, method(rank=rank, **options)) for rank in different}
-    return round(statistics.fmean(statistics.fmean(counted[r] for r in g) for g in ranks))
+    return _mean_over_groups(lambda t: method(rank=tasks[t][name]["rank"], **options))
+
+
+def _noah() -> int:
+    return _mean_over_groups(lambda task: NOAH(subnet=task))
+
+
+def _mean_over_groups(method: Callable[[str], Method | Baseline]) -> int:
+    groups = recipe_facts()["groups"].values()
+    methods = {task: method(task) for group in groups for task in group}
+    counted = {each: factors(VIT_B, each) for each in set(methods.values())}
+    means = (statistics.fmean(counted[methods[task]] for task in group) for group in groups)
+    return round(statistics.fmean(means))
 
 
 def backbone(model: str) -> int:
@@ -168,23 +193,40 @@ def backbone(model: str) -> int:
     return sum(parameter.numel() for parameter in _on_meta(model).parameters())
 
 
-def biases(model: str) -> int:
-    """Those whose name has "bias" in it: Swin's relative position biases too."""
-    named = _on_meta(model).named_parameters()
-    return sum(parameter.numel() for name, parameter in named if "bias" in name)
-
-
-def factors(model: str, method: Method) -> int:
-    """Parameters of a method on a timm model, the head left out."""
-    with torch.device("meta"):
-        groups = method.build(method.select(find_sites(_on_meta(model))))
-    return sum(parameter.numel() for group in groups.values() for parameter in group.parameters())
+def factors(model: str, method: Method | Baseline) -> int:
+    """What a method or a baseline trains on a timm model, the head left out."""
+    plain = _on_meta(model)
+    own: list[str] = []
+    with torch.device("meta"), _NoValues():
+        parts: Mapping[str, nn.Module]
+        if isinstance(method, Baseline):
+            own, parts = method.own_parameters(plain, ()), method.build(plain, ())
+        else:
+            parts = method.build(method.select(find_sites(plain)))
+    new = [parameter for part in parts.values() for parameter in part.parameters()]
+    trained = [*(p for p in new if p.requires_grad), *map(plain.get_parameter, own)]
+    return sum(parameter.numel() for parameter in trained)
 
 
 @cache
 def _on_meta(model: str) -> nn.Module:
-    with torch.device("meta"):
+    with torch.device("meta"), _NoValues():
         return timm.create_model(model, num_classes=0)
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out what initialises: of tensors without values it is most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _INITIALISERS:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_INITIALISERS = {
+    getattr(Tensor, name)
+    for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+}
 
 
 def _lora_on_swin(width: int, depths: tuple[int, ...], k: int) -> Callable[[], int]:

@@ -166,6 +166,21 @@ def test_classes_that_were_never_learnt_are_told(vtab_task: Write) -> None:
     )
 
 
+def test_images_that_are_trained_and_tested_on_are_told(vtab_task: Write) -> None:
+    root = vtab_task("kitti")
+    folder = root / "kitti"
+    with (folder / "test.txt").open("a") as file:
+        file.write("images/train/no 01.png 1\nimages/val/no 01.png 1\n")
+    assert vtab_lists(root, "kitti").notes == (
+        "2 images of test are in train800val200 too: its top-1 is too high",
+    )
+
+
+def test_one_class_alone(vtab_task: Write) -> None:
+    with pytest.raises(ListError, match="faces, train800val200: labels must be of at least 2"):
+        vtab_lists(vtab_task("faces", classes=1), "faces")
+
+
 @pytest.mark.parametrize("images", ["images", "."])
 def test_fewshot(fewshot_set: Write, images: str) -> None:
     root = fewshot_set("standford-cars", images)

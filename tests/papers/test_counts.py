@@ -16,6 +16,7 @@ EXACT = {
     ("efft_table_1", "adapter", "params_m"): 156_768,
     ("efft_table_1", "adaptformer", "params_m"): 156_768,
     ("efft_table_1", "lora_r8", "params_m"): 294_912,
+    ("efft_table_1", "noah", "params_m"): 361_531,
     ("efft_table_1", "ssf", "params_m"): 205_824,
     ("efft_table_1", "efft1_r16", "params_m"): 70_656,
     ("efft_table_1", "efft2_r16", "params_m"): 104_448,
