@@ -37,7 +37,12 @@ def fewshot(
 
     def make_plan(choices: Choices) -> Plan:
         from ..experiments.benchmark import plan_fewshot
+        from ..experiments.cell import VAL_CHOSEN
         from ..experiments.tasks import choose
+        from ..training.settings import require
+
+        report = options.report
+        require("report", report != VAL_CHOSEN, "last or best_on_test for few-shot sets", report)
 
         chosen = choose(tasks.split(","), "fewshot")
         counts, numbers = parse.integers(shots, "shots"), parse.integers(seeds, "seeds")

@@ -51,6 +51,8 @@ def vtab(
 
         ran = tasks_run(outcome)
         scores = with_published(vtab_scores(outcome, options.report), ran)
+        if not scores:  # no cell has this result
+            return {}
         title = f"VTAB-1K, {options.report}"
         if options.report == BEST_ON_TEST:
             title += " (optimistic)"

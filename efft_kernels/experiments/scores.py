@@ -87,8 +87,13 @@ class Scores:
         return self._over_seeds([[task] for task in among])
 
     def group_average(self, among: Sequence[str]) -> Estimate | None:
-        """The mean over the groups of their means, of the tasks in `among`."""
+        """The mean over the groups of their means, of the tasks in `among`.
+
+        None where one of these is in no group.
+        """
         present = [[t for t in group if t in among] for group in self.groups.values()]
+        if sum(map(len, present)) < len(among):
+            return None
         return self._over_seeds([tasks for tasks in present if tasks])
 
     def _over_seeds(self, groups: Sequence[Sequence[str]]) -> Estimate | None:
@@ -97,14 +102,11 @@ class Scores:
         complete = [tasks for tasks in self.top1.values() if needed <= set(tasks)]
         if not needed or not complete:
             return None
-        return estimate(
-            [
-                statistics.fmean(
-                    statistics.fmean(tasks[task] for task in group) for group in groups
-                )
-                for tasks in complete
-            ]
-        )
+
+        def mean(tasks: Mapping[str, float]) -> float:
+            return statistics.fmean(statistics.fmean(tasks[t] for t in group) for group in groups)
+
+        return estimate([mean(tasks) for tasks in complete])
 
 
 def published_vtab() -> dict[str, Scores]:

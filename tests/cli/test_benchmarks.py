@@ -141,6 +141,20 @@ def test_a_second_call_trains_nothing(done: tuple[Path, Result], data: Path) -> 
     assert "optimistic" in more.stdout.split("Structured: ")[1].splitlines()[0]
 
 
+def test_a_result_that_no_cell_has(data: Path, tmp_path: Path) -> None:
+    write_vtab_task(tmp_path / "kitti")
+    (tmp_path / "kitti/val200.txt").unlink()
+    arguments = ("--output", tmp_path / "run", "--report=val_chosen", *SMALL)
+    result = invoke("vtab", "--data", tmp_path, "--tasks=kitti", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "note: kitti: val200.txt not there" in result.stderr
+    assert "kitti-efft2-seed42: last " in result.stdout
+    assert not list((tmp_path / "run").glob("*.png"))
+    result = invoke("fewshot", "--data", tmp_path, *arguments)
+    assert "report must be last or best_on_test for few-shot sets" in result.stderr
+    assert result.exit_code == 2
+
+
 def test_bad_lists_are_named_and_the_rest_runs(data: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     for task in ("kitti", "svhn", "dtd", "cifar"):

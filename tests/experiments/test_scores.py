@@ -53,3 +53,4 @@ def test_averages_over_seeds_and_the_tasks_that_are_there() -> None:
     cifar = scores.task("cifar")
     assert cifar and cifar.seeds == 3
     assert scores.tasks() == ["cifar"]
+    assert scores.group_average(["cifar", "of the user's own"]) is None
