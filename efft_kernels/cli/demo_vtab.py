@@ -27,7 +27,7 @@ def demo_vtab(
     methods: Annotated[
         str | None, typer.Option(help="As for vtab; default: all but noah, which needs 12 blocks.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Of every training.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Of every training.")] = 6,
     source_epochs: Annotated[int, typer.Option(min=1, help="Of the backbone's training.")] = 20,
 ) -> None:
     """vtab with every method on two small tasks of real photographs, in some minutes."""
@@ -55,7 +55,7 @@ def demo_vtab(
         batch_size=16,
         lr=2e-3,  # of 1e-3 the few updates gain little
         rank="4",
-        test_every=4,
+        test_every=3,
         workers=0,
         device="cpu",
     )
@@ -87,7 +87,7 @@ def demo_vtab(
 
 _ABOUT = """
 Two small tasks of photographs that scikit-image ships: faces (80 images to train on, 120 to test)
-and textures (128 and 160), and a ViT of half a million parameters trained here on crops of six
+and textures (128 and 96), and a ViT of half a million parameters trained here on crops of six
 other photographs. They show that everything runs and learns; which method is best on VTAB-1K they
 do not show.
 """

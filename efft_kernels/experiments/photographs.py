@@ -66,7 +66,7 @@ def write_tasks(root: Path, seed: int = 0) -> None:
     parts = {"train": [], "val": [], "test": []}
     for label, photograph in enumerate(TEXTURES):
         left, right = _halves(getattr(data, photograph)())
-        for name, half, count in (("train", left, 12), ("val", left, 4), ("test", right, 20)):
+        for name, half, count in (("train", left, 12), ("val", left, 4), ("test", right, 12)):
             parts[name] += [(crop, label) for crop in _crops(half, count, generator)]
     _write_task(root / "textures", parts)
 

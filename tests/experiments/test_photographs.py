@@ -20,7 +20,7 @@ from efft_kernels.training.backbone import build_backbone
 def test_tasks_are_whole_and_repeat_their_bits(tmp_path: Path) -> None:
     for root in (tmp_path / "a", tmp_path / "b"):
         photographs.write_tasks(root)
-    sizes = {"faces": (64, 16, 80, 120, 2), "textures": (96, 32, 128, 160, 8)}
+    sizes = {"faces": (64, 16, 80, 120, 2), "textures": (96, 32, 128, 96, 8)}
     for task, expected in sizes.items():
         lists = vtab_lists(tmp_path / "a", task)
         assert lists.notes == ()
