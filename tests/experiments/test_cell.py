@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ def test_the_key_is_of_what_decides_the_result(cell: Cell, tmp_path: Path) -> No
         other(lists=dataclasses.replace(cell.lists, classes=5)),
     ]
     assert len({same, *different}) == 1 + len(different)
+
+
+def test_a_cell_travels_to_another_process(cell: Cell) -> None:
+    again = pickle.loads(pickle.dumps(cell))
+    assert again == cell
+    assert key(again) == key(cell)
 
 
 def test_the_papers_recipe_is_what_runs(vtab_task: Write) -> None:

@@ -127,6 +127,23 @@ def test_claims_about_tasks_won() -> None:
     assert "9, tied in 2 more" in fourteen.why and "alone 13" in fourteen.why
 
 
+def test_claims_about_sizes_that_follow() -> None:
+    follow = {claim.erratum.printed for claim in results.claims() if claim.erratum.right is None}
+    assert follow == {
+        "0.28 % of the parameters",
+        "search space reduced by 52 %",
+        "better than NOAH in 11 of 19 tasks, the best of all in 7",
+        "0.07 % and 0.17 % of the parameters",
+    }
+    assert 0.28 <= 100 * 245_760 / 85_798_656 < 0.29
+    assert 1 - (3 * 4) / (5 * 5) == pytest.approx(0.52)
+    table = results.table("kadaptation_table_2")
+    for tower, percent in (("clip", 0.07), ("vit", 0.17)):
+        ours, full = (table.value(row, f"{tower}_params") for row in ("kadaptation", "full"))
+        assert ours and full
+        assert round(100 * ours / full, 2) == percent
+
+
 def test_what_is_wrong_in_tables_that_no_formula_finds() -> None:
     swapped = {item.row: item.right for item in results.table("efft_table_5").errata}
     swin = results.table("efft_table_2")
