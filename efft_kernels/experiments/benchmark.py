@@ -272,7 +272,7 @@ def run(
         if result is None:
             try:
                 result = run_cell(cell, notify=once, on_epoch=on_epoch)
-            except (ValueError, NonFiniteLossError, torch.OutOfMemoryError) as error:
+            except (ValueError, TypeError, NonFiniteLossError, torch.OutOfMemoryError) as error:
                 failed[cell.name] = " ".join(str(error).split())
                 ledger.fail(cell, failed[cell.name])
                 on_cell(index, len(plan.cells), cell, None)

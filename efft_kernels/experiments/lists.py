@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 from ..training.images import ImageSplits, Sample
 from .tasks import ALIASES, CLASSES, canonical
@@ -53,8 +54,9 @@ class ImageLists:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all paths and labels, wherever the root lies."""
+        start = len(str(self.root)) + 1
         parts = {
-            name: [(Path(path).relative_to(self.root).as_posix(), label) for path, label in samples]
+            name: [(path[start:].replace(os.sep, "/"), label) for path, label in samples]
             for name, samples in self.lists.items()
         }
         content = json.dumps([self.classes, parts], sort_keys=True)
@@ -126,7 +128,7 @@ def read_list(path: Path, root: Path) -> tuple[Sample, ...]:
     """The images of one list.
 
     Blanks within a path are part of it: the label is what stands after the last one. Line ends may
-    be Windows', and empty lines count for nothing.
+    be Windows', and empty lines count for nothing. An image that is listed twice counts twice.
 
     Args:
         path: the list.
@@ -134,13 +136,21 @@ def read_list(path: Path, root: Path) -> tuple[Sample, ...]:
 
     Raises:
         ListError: a line without a label, a label that is no whole number from 0, a path out of
-            `root`, an image that is listed twice, or no line at all.
+            `root`, an image under two labels, or no line at all.
     """
+    stat = path.stat()
+    return _read_list(path, root, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read_list(path: Path, root: Path, mtime_ns: int, size: int) -> tuple[Sample, ...]:
+    """`read_list`, once for a file that stays as it is: a set's test list goes with all others."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ListError(f"{path} must be text in UTF-8 ({error})") from error
-    samples: dict[str, int] = {}
+    samples: list[Sample] = []
+    labels: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         fields = line.rsplit(maxsplit=1)
         if not fields:
@@ -149,16 +159,16 @@ def read_list(path: Path, root: Path) -> tuple[Sample, ...]:
         if len(fields) < 2 or not (fields[1].isascii() and fields[1].isdecimal()):
             got = line.strip()[:80]
             raise ListError(f"{where} must be 'path label', labels from 0, got {got!r}")
-        name, label = PurePosixPath(fields[0].strip()), int(fields[1])
-        if name.is_absolute() or ".." in name.parts:
-            raise ListError(f"{where} must be a path within {root}, got {str(name)!r}")
-        image = str(root / name)
-        if image in samples:
-            raise ListError(f"{where} must list every image once, got {str(name)!r} again")
-        samples[image] = label
+        name, label = os.path.normpath(fields[0].strip()), int(fields[1])
+        if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+            raise ListError(f"{where} must be a path within {root}, got {name!r}")
+        image = os.path.join(root, name)
+        if labels.setdefault(image, label) != label:
+            raise ListError(f"{where} must give an image one label, got {label} for {name!r}")
+        samples.append((image, label))
     if not samples:
         raise ListError(f"{path} must list images, got an empty list")
-    return tuple(samples.items())
+    return tuple(samples)
 
 
 def _checked(
@@ -177,6 +187,9 @@ def _checked(
                     f" got {label} for {path}"
                 )
     told = list(notes)
+    for name, samples in lists.items():
+        if again := len(samples) - len(dict(samples)):  # as in NOAH's one-shot lists of Pets
+            told.append(f"{again} lines of {name} repeat an image: it counts as often as listed")
     for name, of in ((SELECT_VAL, SELECT_TRAIN), (TEST, TRAIN)):
         if name in lists:
             never_seen = {label for _, label in lists[name]} - {label for _, label in lists[of]}
