@@ -233,9 +233,9 @@ def find_finished(ledger: Ledger, cell: Cell) -> dict[str, Any] | None:
         cell: whose.
     """
     result = ledger.find(cell)
-    if result is not None and result["skipped_images"] and not cell.settings.skip_bad_images:
+    if result is None or not {"results", "parameters", "skipped_images"} <= set(result):
         return None
-    return result
+    return result if cell.settings.skip_bad_images or not result["skipped_images"] else None
 
 
 def run(

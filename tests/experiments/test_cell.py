@@ -67,6 +67,7 @@ def test_without_validation_images_no_epoch_is_chosen(cell: Cell) -> None:
     result = run_cell(alone)
     assert list(result["results"]) == ["last", "best_on_test"]
     assert result["val_top1_percent"] is None
+    assert result["results"]["last"] == run_cell(cell)["results"]["last"]
 
 
 def test_the_key_is_of_what_decides_the_result(cell: Cell, tmp_path: Path) -> None:
@@ -123,15 +124,16 @@ def test_finished_cells_are_skipped_and_failed_ones_run_again(
         ran.append(cell.settings.method)
         if cell.settings.method == "efft2" and len(ran) < 4:
             raise NonFiniteLossError("loss is nan in epoch 1, step 1")
-        return {"results": {}, "skipped_images": []}
+        return {"results": {}, "parameters": 1, "skipped_images": []}
 
     monkeypatch.setattr(benchmark, "run_cell", fake)
     outcome: Outcome = run(found, ledger)
     assert ran == ["lora", "efft2", "fact_tt"]
     assert outcome.failed == {"kitti-efft2-seed1": "loss is nan in epoch 1, step 1"}
     assert ledger.failure(found.cells[1]) == "loss is nan in epoch 1, step 1"
+    ledger.finish(found.cells[2], {"results": {}})  # of a release that recorded less
     again = run(found, ledger)
-    assert ran[3:] == ["efft2"]
+    assert ran[3:] == ["efft2", "fact_tt"]
     assert again.failed == {}
     assert [cell.settings.method for cell, _ in again.finished] == ["lora", "efft2", "fact_tt"]
 
@@ -147,7 +149,7 @@ def test_killed_in_between_only_the_running_cell_is_lost(
         ran.append(cell.settings.method)
         if ran == ["lora", "efft2"]:
             raise KeyboardInterrupt
-        return {"results": {}, "skipped_images": []}
+        return {"results": {}, "parameters": 1, "skipped_images": []}
 
     monkeypatch.setattr(benchmark, "run_cell", killed)
     with pytest.raises(KeyboardInterrupt):
