@@ -4,13 +4,14 @@ A command is a thin function in a file of its own, with a line in commands.py. T
 when the command is called: torch, timm, torchvision, torchmetrics and matplotlib take seconds, and
 --version, the list of commands and a wrong path need none of them.
 
-commands.py  the commands by name, and the loading of the one that is called
-options.py   options and groups of options that commands share
-source.py    the options that open what training left
-config.py    options from a file
-parse.py     the text of an option as numbers
-errors.py    exit codes, and how an error becomes one line
-terminal.py  progress bars and notes
+commands.py   the commands by name, and the loading of the one that is called
+options.py    options and groups of options that commands share
+benchmark.py  what vtab and fewshot share
+source.py     the options that open what training left
+config.py     options from a file
+parse.py      the text of an option as numbers
+errors.py     exit codes, and how an error becomes one line
+terminal.py   progress bars and notes
 """
 
 from __future__ import annotations

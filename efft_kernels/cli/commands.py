@@ -80,6 +80,11 @@ COMMANDS = {
     "demo": Command(
         "demo", "demo", "Adapt a small transformer to handwritten digits and show what it cost."
     ),
+    "demo-vtab": Command(
+        "demo_vtab",
+        "demo_vtab",
+        "vtab with every method on two small tasks of real photographs, in some minutes.",
+    ),
     "train": Command(
         "train",
         "train",
@@ -110,6 +115,21 @@ COMMANDS = {
     ),
     "doctor": Command(
         "doctor", "doctor", "Show versions, devices, and which backends run here, or why not."
+    ),
+    "vtab": Command(
+        "vtab",
+        "vtab",
+        "VTAB-1K: tasks × methods × seeds beside the published numbers; finished cells are kept.",
+    ),
+    "fewshot": Command(
+        "fewshot",
+        "fewshot",
+        "Fine-grained few-shot sets × shots × methods × seeds, in the layout of NOAH's lists.",
+    ),
+    "papers": Command(
+        "papers",
+        "papers",
+        "The three papers' tables and figures again, with what they print wrongly marked.",
     ),
     "analyse": Command(
         "analyse",
