@@ -15,8 +15,10 @@ from . import images, run_folder
 from .backbone import Notify, build_backbone, fingerprint
 from .loop import evaluate
 from .methods import load_trained
+from .rank_batches import part_of_batches
+from .ranks import ALONE, Ranks
 from .reproducible import epoch_seed, seed_everything
-from .settings import AMP_DTYPES, require, resolve_device
+from .settings import AMP_DTYPES, require
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def evaluate_adapter(
     skip_bad_images: bool = False,
     notify: Notify = lambda message: None,
     on_batch: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> EvalResult:
     """Rebuild the model an adapter was trained on, load the adapter, and measure its top-1.
 
@@ -68,6 +71,8 @@ def evaluate_adapter(
         skip_bad_images: leave out images that cannot be decoded.
         notify: called with lines for the user.
         on_batch: called with (batches done, all batches).
+        ranks: the processes that share the images; each calls this, within `ranks.session`, and has
+            the result for all of them.
 
     Raises:
         ValueError: the adapter, the images or the backbone do not fit; it names what.
@@ -79,7 +84,7 @@ def evaluate_adapter(
     recorded = run_folder.read_adapter_header(adapter_path)
     settings, identity = recorded["settings"], recorded["identity"]
     classes = tuple(identity["classes"])
-    torch_device = resolve_device(device)
+    torch_device = ranks.device(device)
 
     samples, images_from = _choose_images(data_root, split, recorded, notify)
     unreadable = images.find_unreadable(samples, workers=workers)
@@ -123,10 +128,11 @@ def evaluate_adapter(
     )
     top1_percent = evaluate(
         model,
-        _counted(loader, on_batch),
+        _counted(part_of_batches(loader, ranks), on_batch),
         device=torch_device,
         num_classes=len(classes),
         autocast_dtype=AMP_DTYPES[amp or settings["amp"]],
+        ranks=ranks,
     )
     return EvalResult(top1_percent, len(samples), images_from)
 
