@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from . import images, run_folder
 from .backbone import Notify
 from .loop import evaluate
+from .rank_batches import part_of_batches
+from .ranks import ALONE, Ranks
 from .settings import AMP_DTYPES, require
 from .trained import open_trained
 
@@ -47,6 +49,7 @@ def evaluate_adapter(
     skip_bad_images: bool = False,
     notify: Notify = lambda message: None,
     on_batch: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> EvalResult:
     """Rebuild the model an adapter was trained on, load the adapter, and measure its top-1.
 
@@ -66,6 +69,8 @@ def evaluate_adapter(
         skip_bad_images: leave out images that cannot be decoded.
         notify: called with lines for the user.
         on_batch: called with (batches done, all batches).
+        ranks: the processes that share the images; each calls this, within `ranks.session`, and has
+            the result for all of them.
 
     Raises:
         ValueError: the adapter, the images or the backbone do not fit; it names what.
@@ -76,6 +81,7 @@ def evaluate_adapter(
     require("workers", workers >= 0, "at least 0", workers)
     recorded = run_folder.read_adapter_header(adapter_path)
     settings, classes = recorded["settings"], tuple(recorded["identity"]["classes"])
+    torch_device = ranks.device(device)
 
     samples, images_from = _choose_images(data_root, split, recorded, notify)
     unreadable = images.find_unreadable(samples, workers=workers)
@@ -87,7 +93,7 @@ def evaluate_adapter(
         checkpoint=checkpoint,
         pretrained=pretrained,
         merge=merge,
-        device=device,
+        device=str(torch_device),
         notify=notify,
     )
     loader = images.make_loader(
@@ -96,14 +102,15 @@ def evaluate_adapter(
         batch_size=batch_size or settings["batch_size"],
         workers=workers,
         shuffle=False,
-        pin_memory=trained.device.type == "cuda",
+        pin_memory=torch_device.type == "cuda",
     )
     top1_percent = evaluate(
         trained.model,
-        _counted(loader, on_batch),
-        device=trained.device,
+        _counted(part_of_batches(loader, ranks), on_batch),
+        device=torch_device,
         num_classes=len(classes),
         autocast_dtype=AMP_DTYPES[amp or settings["amp"]],
+        ranks=ranks,
     )
     return EvalResult(top1_percent, len(samples), images_from)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import distribute_tensor
@@ -32,23 +33,24 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
         ranks: the processes.
     """
     if ranks.fsdp:
-        return _shard(model)
+        return _shard(model, ranks)
     if ranks.world == 1:
         return model
     # A static graph: what trains but takes no part in the loss has no gradient, as without DDP.
     return DistributedDataParallel(model, static_graph=True)
 
 
-def _shard(model: nn.Module) -> nn.Module:
+def _shard(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Shard the blocks of a model, which are gathered one after the other, and the rest."""
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world,))
     for holder in reversed(list(model.modules())):
         children = list(holder.children())
         alike = len(children) > 1 and len({type(child) for child in children}) == 1
         if isinstance(holder, nn.Sequential | nn.ModuleList) and alike:
             for child in children:
                 if any(True for _ in child.children()) and any(True for _ in child.parameters()):
-                    fully_shard(child)
-    fully_shard(model)
+                    fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
