@@ -166,6 +166,7 @@ CASES["accumulated"] = (
     learns_as_one,
     {
         "method": "efft2",
+        "epochs": 2,
         "accumulate": 2,
         "clip_grad": 0.1,
         "label_smoothing": 0.1,
