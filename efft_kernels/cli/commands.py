@@ -18,7 +18,6 @@ from .errors import USER_ERROR, fail, in_one_line
 
 # Options that name what must be there → what it must be. A wrong one is told before torch loads.
 _PATHS = {
-    "--data": "a folder of images",
     "--checkpoint": "a file of weights",
     "--adapter": "a file",
     "--config": "a file",
@@ -34,6 +33,7 @@ class Command:
         module: file in this folder.
         name: of the function there, or of a `typer.Typer` with commands of its own.
         help: one line, for the list of commands; the first of the function's docstring.
+        data: what --data must be.
         source: what the first argument names, for commands that have one: a file or folder that
             must be there.
     """
@@ -41,6 +41,7 @@ class Command:
     module: str
     name: str
     help: str
+    data: str = "a folder of images"
     source: str | None = None
 
     def load(self, called: str) -> Any:
@@ -60,10 +61,11 @@ class Command:
             return
         if self.source and arguments and not arguments[0].startswith("-"):
             _check(self.source, "a file or a folder", arguments[0])
+        paths = _PATHS | {"--data": self.data}
         for option, following in zip(arguments, [*arguments[1:], ""], strict=False):
             option, assigned, value = option.partition("=")
-            if option in _PATHS:
-                _check(option[2:], _PATHS[option], value if assigned else following)
+            if option in paths:
+                _check(option[2:], paths[option], value if assigned else following)
 
 
 def _check(name: str, what: str, path: str) -> None:
@@ -120,11 +122,13 @@ COMMANDS = {
         "vtab",
         "vtab",
         "VTAB-1K: tasks × methods × seeds beside the published numbers; finished cells are kept.",
+        data="a folder of tasks' folders",
     ),
     "fewshot": Command(
         "fewshot",
         "fewshot",
         "Fine-grained few-shot sets × shots × methods × seeds, in the layout of NOAH's lists.",
+        data="a folder of tasks' folders",
     ),
     "papers": Command(
         "papers",
