@@ -7,7 +7,7 @@ BUILD_REQUIRES := setuptools torch ninja pybind11 nvidia-cutlass "cuda-toolkit[c
 CSRC   = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-check tables aot asan clean
+.PHONY: help setup demo demo-vtab test lint format bench bench-check tables aot asan clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ setup: $(STAMP) ## create .venv, build the native libraries, and show what runs 
 
 demo: $(STAMP) ## fine-tune a small vision transformer and show what it cost
 	$(BIN)/efft-kernels demo
+
+demo-vtab: $(STAMP) ## the papers' comparison in small: every method and baseline on two tasks of photographs
+	$(BIN)/efft-kernels demo-vtab
 
 test: $(STAMP) ## run the tests in JOBS processes (default 2), one torch thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
