@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +34,7 @@ class TaskBatch(NamedTuple):
 
     parameters: dict[str, Tensor]  # bank parameter name → [tasks, ...]
     task_of_row: Tensor  # [B]
+    check: Callable[[], None]  # raises where the model's rows may not be one image after the other
 
 
 # Of the present thread or coroutine; others that use the model meanwhile see none.
@@ -141,6 +142,7 @@ class FactorBank(nn.Module):
         batch; the core is folded into up."""
         tasks = self.tasks
         assert tasks is not None
+        tasks.check()
         prefix = self.group_of[site] + "."
         own = {
             key.removeprefix(prefix): tensor
