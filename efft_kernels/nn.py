@@ -20,7 +20,7 @@ from .methods.sharded import copy_into, factors_of, is_sharded, whole
 from .methods.tensor_train import Placement, TensorTrainGroup
 from .ops import recompute
 from .ops.backends.torch_backend import fold
-from .ops.checks import autocast_enabled
+from .ops.checks import without_autocast
 from .ops.layer import adapted_linear
 from .ops.recompute import Recipe, Source
 from .ops.reference import delta_weight
@@ -43,13 +43,9 @@ _MIXING = threading.Lock()
 
 
 def _without_autocast(group: nn.Module) -> AbstractContextManager[object]:
-    """What a group makes its operands in. Autocast would make those that are products half
-    precision and leave the others as they are.
-    """
+    """What a group makes its operands in."""
     parameter = next(group.parameters(), None)
-    if parameter is None or not autocast_enabled(parameter.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(parameter.device.type, enabled=False)
+    return contextlib.nullcontext() if parameter is None else without_autocast(parameter.device)
 
 
 class FactorBank(nn.Module):
@@ -337,7 +333,9 @@ class FusedEFFTLinear(nn.Linear):
 
     def current_factors(self, dropout: bool = False) -> Factors:
         """(down [K, Ra], core [G, Ra, Rb], up [1 or G, N/G, Rb]), differentiable in the factors."""
-        return factors_of(self._group(), self._site, dropout)
+        group = self._group()
+        with _without_autocast(group):
+            return factors_of(group, self._site, dropout)
 
     def delta_weight(self) -> Tensor:
         """ΔW [N, K], detached, in float32 (float64 where the factors are)."""
@@ -345,9 +343,9 @@ class FusedEFFTLinear(nn.Linear):
             down, core, up = self.current_factors()
             dtype = torch.promote_types(down.dtype, torch.float32)
             slices = up.shape[0] if core is None else core.shape[0]
-            return delta_weight(
-                down.to(dtype), None if core is None else core.to(dtype), up.to(dtype), slices
-            )
+            core = None if core is None else core.to(dtype)
+            with without_autocast(down.device):
+                return delta_weight(down.to(dtype), core, up.to(dtype), slices)
 
     @property
     def merged(self) -> bool:
