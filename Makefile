@@ -48,6 +48,9 @@ fuzz: $(STAMP) ## random calls against the specification, for SECONDS (default 6
 soak: $(STAMP) ## kill save, train and a sweep at random moments, KILLS times (default 200)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --kills $(or $(KILLS),200)
 
+mutate: $(STAMP) ## put SAMPLE small faults into the core (default 40, 0 for all) and count those noticed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutate --sample $(or $(SAMPLE),40)
+
 lint: $(STAMP) ## check style, types, formatting and which module imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
