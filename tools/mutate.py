@@ -34,7 +34,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "efft_kernels"
-SECONDS = 240.0  # a fault may make a loop endless
+SECONDS = 400.0  # a fault may make a loop endless
 
 # Module → the tests that are about it; these alone are run.
 FILES: dict[str, tuple[str, ...]] = {
@@ -80,6 +80,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "up = self.B if self.scale == 1.0 else self.B * self.scale",
         "2.5",
     ): "spares a product by one",
+    (
+        "adapters/sites.py",
+        'known = first.setdefault((id(module), IN_PROJ if stacked else ""), own)',
+        "'' if stacked else IN_PROJ",
+    ): "the same two keys, exchanged",
 }
 
 Steps = tuple[tuple[str, int], ...]  # field, and index in a list or -1, from the module to a node
@@ -285,7 +290,8 @@ def main() -> None:
     start, passed = time.monotonic(), 0
     for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file):
         if not passes(None, FILES[file]):
-            sys.exit(f"error: without a fault the tests of {file} fail: {' '.join(FILES[file])}")
+            tests = " ".join(FILES[file])
+            sys.exit(f"error: without a fault the tests of {file} fail or take too long: {tests}")
         tried = list(faults)
         survivors = [fault for fault in tried if passes(fault, FILES[file])]
         for fault in survivors:
