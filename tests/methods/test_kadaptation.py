@@ -171,3 +171,9 @@ REFUSED = [
 def test_refused(make_vit, options, text):
     with pytest.raises(ValueError, match=text):
         attach(make_vit(), KAdaptation(**options))
+
+
+@pytest.mark.parametrize("field", ["products", "rank"])
+def test_a_size_below_one_is_refused_at_once(field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+        KAdaptation(**{field: 0})
