@@ -177,13 +177,16 @@ class Recorder:
         steps.norm(z, None, norm, down, half)
         normed = steps.norm(z, y, norm, down, half)
         statistics = normed.z, normed.mean, normed.rstd
-        steps.norm_grad(dx, *statistics, norm, dz)
+        steps.norm_grad(dx, *statistics, norm, dz, p)
         sums = [steps.norm_down_grad(*statistics, norm, p), steps.tall_grad(y, steps.thin(y, down))]
         s, sum_b = steps.thin_grad(y, down, p)
         steps.gather_grad([y, y, y], empty(3 * k, rank), s, True)
         steps.gather_grad([y, y, y], empty(3 * k, rank), s, False)
         steps.finish(sum_b, *sums)
         steps.finish(*sums)
+        h, wide_down = empty(ROWS, 4 * k), empty(4 * k, rank)
+        steps.gelu(h, wide_down)
+        steps.gelu_grad(h, h, p, wide_down, s)
         for gamma in (None, wide(1, k)):
             steps.merge([wide(k, k)], empty(1, k, rank), empty(1, k, rank), gamma)
         for x in (z, y):

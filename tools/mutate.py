@@ -77,7 +77,7 @@ FILES: dict[str, tuple[str, ...]] = {
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "methods/lora.py",
-        "up = self.B if self.scale == 1.0 else self.B * self.scale",
+        "up = up if self.scale == 1.0 else up * self.scale",
         "2.5",
     ): "spares a product by one",
     (

@@ -1,12 +1,12 @@
 """Every launch of a chain (efft_kernels/ops/chains.py) by itself, in several block shapes.
 
-    python -m benchmarks.gpu.chain [--images 64] [--rank 16] [--rounds 10]
+    python -m benchmarks.gpu.chain [--images 64] [--rank 16] [--rounds 10] [--out chain.csv]
     python -m benchmarks.gpu.chain --compile    # no GPU: registers and stack of every launch
 
 At the sizes of a ViT-B, beside the same step in torch's operators: microseconds with a cold L2
 cache, and the relative difference of the results. The first shape of a launch is the shipped one.
-GELU is torch's own in the package; here its kernels, which carry the thin products along, are
-measured against it. A whole training step is measured by step.py.
+"passes" are GELU by torch with passes for its thin products. A whole training step is measured by
+step.py.
 
 Launches are compiled beforehand, in processes that start before CUDA does. `--device cpu` walks
 through all of it with a tiny model in Triton's interpreter, in float16.
@@ -22,16 +22,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from efft_kernels.ops.backends import native_library
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 
+from ..lib.rows import CHAIN_COLUMNS, Row, append_rows, provenance
 from ..lib.timing import interleave
 from .between import Usage, compiled_by, label
 
+NATIVE = "CUDA C++"  # in the place of a block shape
 MOST_COMPILING = 60.0  # seconds that a measurement waits for all launches to be compiled
 FARTHEST = 0.03  # a launch's results from torch's, relative; both round to bfloat16
 
@@ -49,19 +53,8 @@ class Shape(NamedTuple):
 TINY = Shape(51, 48, 64, 5, 5)
 
 
-class Shapes(NamedTuple):
-    """Block shapes of a chain's launches and of GELU's."""
-
-    norm: Any
-    norm_grad: Any
-    norm_down_grad: Any
-    gather: Any
-    gelu: Any = None  # None: torch's activation and passes of their own
-    gelu_grad: Any = None
-
-
 def candidates(device: str) -> dict[str, list[Any]]:
-    """By field of `Shapes`, what is tried; the first is shipped."""
+    """By field of triton/chain.py's Configs, what is tried; the first is shipped."""
     from efft_kernels.ops.backends.triton.act import ActConfig
     from efft_kernels.ops.backends.triton.configs import PassConfig
     from efft_kernels.ops.backends.triton.norm import NormConfig
@@ -73,90 +66,50 @@ def candidates(device: str) -> dict[str, list[Any]]:
             "norm_grad": [NormConfig(4, 16, True, 4)],
             "norm_down_grad": [PassConfig(32, 16, 2, 4, 1)],
             "gather": [PassConfig(32, 16, 2, 4, 1)],
-            "gelu": [None, ActConfig(32, 32, 2, 4, 1)],
-            "gelu_grad": [None, ActConfig(32, 32, 2, 4, 1)],
+            "gelu": [ActConfig(32, 32, 2, 4, 1), None],
+            "gelu_grad": [ActConfig(32, 32, 2, 4, 1), None],
         }
     return {
-        "norm": [
-            NormConfig(16, 256, True, 4),
-            NormConfig(16, 128, True, 8),
-            NormConfig(16, 256, True, 8, max_registers=128),
-            NormConfig(32, 128, False, 8, max_registers=128),
-            NormConfig(16, 64, False, 4),
-        ],
-        "norm_grad": [
-            NormConfig(4, 256, True, 4),
-            NormConfig(2, 256, True, 2),
-            NormConfig(1, 1024, True, 4),
-            NormConfig(4, 1024, True, 8),
-        ],
+        "norm": [NormConfig(16, 256, True, 4), NATIVE, NormConfig(4, 256, True, 4)],
+        "norm_grad": [NormConfig(4, 256, True, 4), NATIVE],
         "norm_down_grad": [
-            PassConfig(64, 128, 44, 4, 3),
             PassConfig(32, 64, 44, 4, 3),
-            PassConfig(32, 128, 66, 4, 3),
-            PassConfig(64, 128, 44, 8, 3),
+            PassConfig(32, 64, 22, 4, 3),
         ],
         "gather": [
             PassConfig(64, 128, 15, 4, 3),
-            PassConfig(64, 128, 29, 4, 3),
-            PassConfig(64, 256, 44, 8, 2),
             PassConfig(32, 256, 29, 4, 3),
         ],
         "gelu": [
+            ActConfig(32, 128, 2, 4, 2),
             None,
-            ActConfig(64, 32, 5, 4, 2),
-            ActConfig(64, 32, 8, 4, 3),
-            ActConfig(32, 64, 4, 4, 3),
             ActConfig(64, 64, 4, 4, 2),
+            ActConfig(64, 128, 4, 8, 3),
+            ActConfig(32, 128, 3, 4, 2),
+            ActConfig(32, 256, 2, 8, 2),
         ],
         "gelu_grad": [
+            ActConfig(32, 128, 11, 8, 3, max_registers=128),
             None,
-            ActConfig(64, 64, 8, 4, 2),
             ActConfig(64, 64, 8, 4, 3),
-            ActConfig(32, 64, 13, 4, 3),
-            ActConfig(32, 128, 11, 8, 2),
-            ActConfig(64, 128, 11, 8, 2),
+            ActConfig(32, 128, 16, 4, 3),
+            ActConfig(32, 128, 22, 4, 3, max_registers=128),
+            ActConfig(32, 128, 22, 8, 2, max_registers=128),
+            ActConfig(64, 128, 11, 8, 2, max_registers=128),
         ],
     }
 
 
-def make_steps(shapes: Shapes) -> TorchSteps:
-    """The steps as launches in these block shapes."""
-    from efft_kernels.ops.backends.triton.act import launch_act_bwd, launch_act_fwd
-    from efft_kernels.ops.backends.triton.chain import Configs, TritonSteps
-    from efft_kernels.ops.backends.triton.reduce import launch_reduce
+def make_steps(shapes: Any) -> TorchSteps:
+    """The steps as launches in these block shapes (triton/chain.py's Configs)."""
+    from efft_kernels.ops.backends.cuda_chain import CudaSteps
+    from efft_kernels.ops.backends.triton.chain import TritonSteps
 
-    nothing = (None, None)
-
-    class Steps(TritonSteps):
-        """With GELU's kernels where they have a shape."""
-
-        def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-            if shapes.gelu is None:
-                return super().gelu(h, down)
-            cache = self._cache("gelu", h)
-            got = launch_act_fwd(h, None, None, None, down, config=shapes.gelu, cache=cache)
-            assert got.p is not None
-            if got.p.dim() == 2:
-                return got.a, got.p
-            p = h.new_empty(h.shape[0], down.shape[1])
-            launch_reduce((nothing, nothing, (got.p, p)), cache)
-            return got.a, p
-
-        def gelu_grad(
-            self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            if shapes.gelu_grad is None:
-                return super().gelu_grad(da, h, s, b, p)
-            cache = self._cache("gelu_grad", h)
-            config = shapes.gelu_grad
-            got = launch_act_bwd(da, h, s, None, p, b, in_place=True, config=config, cache=cache)
-            s_in = torch.empty_like(p)
-            d_b, d_down = (h.new_empty(h.shape[1], t.shape[1], dtype=torch.float32) for t in (b, s))
-            launch_reduce(((got.d_up, d_b), (got.q, s_in), (got.d_down, d_down)), cache)
-            return got.dh, s_in, d_b, d_down
-
-    return Steps(Configs(*shapes[:4]))
+    if NATIVE not in shapes:
+        return TritonSteps(shapes)
+    if (reason := native_library.cuda_unavailable()) is not None:
+        raise RuntimeError(reason)
+    return CudaSteps(shapes)
 
 
 def calls(
@@ -164,7 +117,7 @@ def calls(
 ) -> dict[str, Callable[[], Any]]:
     """Every launch of a step at a model's sizes, on random operands or the meta device's.
 
-    A name's first word is the field of `Shapes` that the launch depends on, if it is one.
+    A name's first word is the field of Configs that the launch depends on, if it is one.
     """
     M, K, C, r, L = shape
 
@@ -181,6 +134,10 @@ def calls(
         }
         return steps.finish(*[found[name]() for name in names])
 
+    def norm_grad() -> tuple[Tensor, ...]:
+        dz, dy, sum_down = steps.norm_grad(x, z, mean, rstd, norm, z, p)
+        return dz, dy, *steps.finish(steps.thin_grad(y, down, p)[1], sum_down)
+
     z, x, y, p = make(M, K, like=torch.float32), make(M, K), make(M, K), make(M, r)
     h, da = make(M, C), make(M, C)
     mean, rstd = make(M, like=torch.float32), make(M, like=torch.float32)
@@ -189,7 +146,7 @@ def calls(
     found: dict[str, Callable[[], Any]] = {
         "norm first": lambda: steps.norm(z, None, norm, down, dtype),
         "norm": lambda: steps.norm(z, y, norm, down, dtype),
-        "norm_grad": lambda: steps.norm_grad(x, z, mean, rstd, norm, z),
+        "norm_grad": norm_grad,
         "norm_down_grad": lambda: sums("thin_grad", "norm_down_grad"),
         "thin proj": lambda: steps.thin(x, down),
         "sums of the attention half": lambda: sums("thin_grad", "tall_grad", "norm_down_grad"),
@@ -206,26 +163,28 @@ def calls(
     return found
 
 
-def tried(what: str, device: str) -> list[Shapes]:
+def tried(what: str, device: str) -> list[Any]:
     """All block shapes of one launch."""
+    from efft_kernels.ops.backends.triton.chain import Configs
+
     own = candidates(device)
-    shipped = Shapes(*[configs[0] for configs in own.values()])
+    shipped = Configs(**{field: configs[0] for field, configs in own.items()})
     field = what.partition(" ")[0]
     return [shipped._replace(**{field: c}) for c in own.get(field, ())] or [shipped]
 
 
-def shape_label(what: str, shapes: Shapes) -> str:
+def shape_label(what: str, shapes: Any) -> str:
     """The block shape of a launch."""
     config = getattr(shapes, what.partition(" ")[0], None)
     if config is None:
         return "passes" if what.startswith("gelu") else ""
-    return label(config)
+    return config if config == NATIVE else label(config)
 
 
 # Compiling ahead
 
 
-def _compile(shapes: Shapes, what: str, shape: Shape, arch: int) -> Usage:
+def _compile(shapes: Any, what: str, shape: Shape, arch: int) -> Usage:
     return compiled_by(calls(make_steps(shapes), shape, "meta", torch.bfloat16)[what], arch)
 
 
@@ -242,6 +201,7 @@ def compile_all(shape: Shape, arch: int, processes: int, seconds: float) -> bool
         (what, shapes, pool.submit(_compile, shapes, what, shape, arch))
         for what in calls(TorchSteps(), shape, "meta", torch.bfloat16)
         for shapes in tried(what, "cuda")
+        if NATIVE not in shapes
     ]
     for what, shapes, job in jobs:
         usage: Usage
@@ -263,9 +223,9 @@ def _usage(one: Any) -> str:
 # Every launch by itself
 
 
-def measure(shape: Shape, device: str, rounds: int) -> bool:
+def measure(shape: Shape, device: str, rounds: int, out: Path | None) -> bool:
     """Print each launch's microseconds in torch and in all block shapes, and how far its results
-    are from torch's.
+    are from torch's; append them to `out` as well.
 
     Returns:
         Whether all ran and were right.
@@ -274,20 +234,25 @@ def measure(shape: Shape, device: str, rounds: int) -> bool:
     whole = True
     for what in calls(TorchSteps(), shape, "meta", dtype):
         try:
-            whole &= _measure(what, shape, device, dtype, rounds)
+            right, rows = _measure(what, shape, device, dtype, rounds)
+            whole &= right
+            if out is not None:
+                append_rows(out, CHAIN_COLUMNS, rows)
         except Exception as error:  # one launch must not stop the others
             whole = False
             print(f"{what:27} FAILED: {type(error).__name__}: {str(error)[:300]}", flush=True)
     return whole
 
 
-def _measure(what: str, shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> bool:
+def _measure(
+    what: str, shape: Shape, device: str, dtype: torch.dtype, rounds: int
+) -> tuple[bool, list[Row]]:
     def made(steps: TorchSteps) -> Callable[[], Any]:
         torch.manual_seed(0)  # the same operands for all
         return calls(steps, shape, device, dtype)[what]
 
     timed = {"torch": made(TorchSteps())}
-    apart: dict[str, str] = {}
+    apart: dict[str, str] = {"torch": ""}
     whole = True
     with torch.no_grad():
         expected = _tensors(timed["torch"]())
@@ -315,8 +280,17 @@ def _measure(what: str, shape: Shape, device: str, dtype: torch.dtype, rounds: i
             warm_ups=1 if device == "cuda" else 0,
         )
     cells = [f"{name} {1e3 * timings.time(name).p50:.1f}" for name in timed]
-    print(f"{what:27} µs: {'; '.join(cells)}   apart: {'; '.join(apart.values())}", flush=True)
-    return whole
+    distances = "; ".join(filter(None, apart.values()))
+    print(f"{what:27} µs: {'; '.join(cells)}   apart: {distances}", flush=True)
+    sizes = {"launch": what, "M": shape.M, "K": shape.K, "C": shape.C, "r": shape.r}
+    rows: list[Row] = []
+    for name in timed:
+        spread = timings.time(name)
+        us = {p: f"{1e3 * getattr(spread, p):.1f}" for p in ("p20", "p50", "p80")}
+        times = {f"us_{p}": value for p, value in us.items()}
+        row = {**sizes, "form": name, "rounds": rounds, **times, "apart": apart[name]}
+        rows.append({**row, **provenance(device)})
+    return whole, rows
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -342,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, default=90, help="compiled ahead for this GPU")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, help="append the rows to this CSV as well")
     options = parser.parse_args(arguments)
     if options.compile or options.device == "cuda":
         shape = Shape(options.images * 197, 768, 3072, options.rank, 12)
@@ -354,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
             os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]])
         shape, options.rounds = TINY, 1
-    return 0 if measure(shape, options.device, options.rounds) else 1
+    return 0 if measure(shape, options.device, options.rounds, options.out) else 1
 
 
 if __name__ == "__main__":

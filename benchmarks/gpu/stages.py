@@ -31,7 +31,7 @@ def _sanitizer(tool: str, limit_s: float) -> Stage:
     nothing of the parts of torch's cached blocks.
     """
     smoke = _module("benchmarks.gpu.smoke", "--inline", "--seconds", str(limit_s - 3))
-    watched = ("--error-exitcode", "1", "--kernel-regex", "kns=efft_kernels")
+    watched = ("--error-exitcode", "1", "--kernel-name", "kns=efft_kernels")
     return Stage(
         f"compute-sanitizer {tool}",
         "second",
@@ -86,6 +86,13 @@ STAGES = (
         ),
     ),
     Stage(
+        "chain",
+        "first",
+        45,
+        _module("benchmarks.gpu.chain", "--out", "{results}/chain.csv"),
+        dry=_module("benchmarks.gpu.chain", "--device", "cpu", "--out", "{results}/chain.csv"),
+    ),
+    Stage(
         "between the GEMMs",
         "first",
         75,
@@ -111,6 +118,15 @@ STAGES = (
         dry=_module(
             *("benchmarks.gpu.kernel_times", *_LAYER, "--weights", "float32"),
             *("--out", "{results}/kernel_times.csv"),
+        ),
+    ),
+    Stage(
+        "tests, chain",
+        "second",
+        50,
+        _pytest(
+            *("tests/ops/backends/test_cuda_chain.py", "tests/ops/test_chains.py"),
+            *("tests/adapters/test_chained.py", "tests/adapters/test_joint_factors.py"),
         ),
     ),
     Stage("tests, CUDA C++", "second", 60, _pytest("tests/ops/backends/test_cuda_backend.py")),

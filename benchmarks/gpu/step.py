@@ -61,7 +61,9 @@ from ..whole_model import Gate, draw_batch, make_base, saved_mib, step_of, times
 
 MODES = ("eager", "graph", "compiled", "compiled-graph")
 AUTO = "auto"  # what a user gets: blocks in a chain where they can, else a backend per linear
-BACKENDS = {"cuda": (AUTO, "cuda", "triton", "torch"), "cpu": (AUTO, "cpp", "torch")}
+PAIRS = "pairs"  # the same without chains: linears by themselves, no x kept that can be made again
+FUSE = {AUTO: "auto", PAIRS: "pairs"}  # `attach`'s; "off" for a backend by name
+BACKENDS = {"cuda": (AUTO, PAIRS, "cuda", "triton", "torch"), "cpu": (AUTO, "cpp", "torch")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AMP = torch.bfloat16
 LEAST_SHARE = 0.003  # of a step, for a kernel to be listed
@@ -73,7 +75,7 @@ Step = Callable[[], Tensor]
 @dataclass(frozen=True)
 class Entry:
     """What one peer is made of; `backend` is empty for a peer that is not this package, and `AUTO`
-    for one that chooses, and runs its blocks in a chain.
+    or `PAIRS` for one that chooses, with its blocks in a chain or without.
     """
 
     impl: str
@@ -90,10 +92,10 @@ class Entry:
 
     def build(self, base: nn.Module, rank: int) -> Peer:
         """The peer over `base`, its layers bound to the backend and strategy."""
-        fuse = "auto" if self.backend == AUTO else "off"
-        peer = peers.build(self.impl, base, rank, fuse=fuse)
+        peer = peers.build(self.impl, base, rank, fuse=FUSE.get(self.backend, "off"))
         for layer in fused_layers(peer.model):
-            layer.backend, layer.strategy = self.backend, self.strategy
+            layer.backend = AUTO if self.backend in FUSE else self.backend
+            layer.strategy = self.strategy
         return Peer(self.name, peer.model, peer.method, peer.factors)
 
 
@@ -222,7 +224,7 @@ class Bench:
 
     def _print_choices(self, entry: Entry, peer: Peer) -> None:
         """What `auto` takes for each kind of linear, forward / backward."""
-        if entry.backend == AUTO:
+        if entry.backend in FUSE:
             alone = Adapter(peer.model).describe().alone
             print(f"{entry.name}: {'its blocks may run in a chain' if alone is None else alone}")
             return
@@ -388,7 +390,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--methods", nargs="*", default=("EFFT2", "LoRA"), choices=peers.methods(16)
     )
     parser.add_argument(
-        "--backends", nargs="*", help="default: auto cuda triton torch, or auto cpp torch"
+        "--backends", nargs="*", help="default: auto pairs cuda triton torch, or auto cpp torch"
     )
     parser.add_argument("--strategy", default="auto", help="of all peers of this package")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager graph, or eager")

@@ -30,4 +30,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy,                
                                                       Tensor up,  // [1 or G, N/G, Rb]
                                                       int64_t needs, int64_t strategy);
 
+// (z + y, x̂, P, mean [M], rstd [M]); without y the first is empty. x̂ and P are in down's dtype.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm(Tensor z,                 // [M, K]
+                                                               std::optional<Tensor> y,  // [M, K]
+                                                               Tensor weight,            // [K]
+                                                               Tensor bias,              // [K]
+                                                               Tensor down,  // [K, rank]
+                                                               double eps);
+
+// (dz [M, K], the same in dout's dtype, the partial sums [programs, K, R] of d_down).
+std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout,      // [M, K]
+                                                    Tensor z,         // [M, K]
+                                                    Tensor mean,      // [M]
+                                                    Tensor rstd,      // [M]
+                                                    Tensor weight,    // [K]
+                                                    Tensor bias,      // [K]
+                                                    Tensor residual,  // [M, K]
+                                                    Tensor s);        // [M, rank]
+
 }  // namespace efft_kernels::cuda

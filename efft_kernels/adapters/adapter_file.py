@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +147,14 @@ def _names(text: str, at_least: int = 0) -> list[str]:
     return names
 
 
-def read_adapter_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_adapter_file(
+    path: str | os.PathLike[str], *, formats: Sequence[str] = (FORMAT,)
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of an adapter file of a version that this release knows.
+
+    Args:
+        path: the file.
+        formats: which its header may name; a baseline's file has a format of its own.
 
     Raises:
         FileNotFoundError: no such file.
@@ -167,9 +173,10 @@ def read_adapter_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dic
     except Exception as error:  # safetensors raises KeyError and others on dtypes torch lacks
         reason = " ".join(str(error).splitlines())
         raise ValueError(f"path must be a whole safetensors file, got {path}: {reason}") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in formats:
+        known = " or ".join(map(repr, formats))
         raise ValueError(
-            f"path must be a file written by Adapter.save (format {FORMAT!r}), got {path} with"
+            f"path must be a file written by Adapter.save (format {known}), got {path} with"
             f" format {metadata.get('format')!r}"
         )
     if metadata.get("format_version") != str(FORMAT_VERSION):

@@ -44,7 +44,7 @@ class AdapterSet:
     """
 
     def __init__(self, adapter: Adapter) -> None:
-        if not isinstance(adapter, Adapter):
+        if not isinstance(adapter, Adapter) or not adapter.sites:  # a baseline has none
             raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
         if adapter.merged:
             raise ValueError("adapter must not be merged: call unmerge() first")

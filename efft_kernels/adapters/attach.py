@@ -17,7 +17,7 @@ from ..methods.sharded import check_not_sharded
 from ..nn import FusedEFFTLinear, check_weight_is_stored
 from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
-from .adapter_file import Header, errors_about, read_adapter_file, read_header, shorten
+from .adapter_file import errors_about, read_adapter_file, read_header, shorten
 from .architectures import (
     classifier_names,
     find_joined_qkv_bias,
@@ -182,7 +182,7 @@ def load(
 def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str, strict: bool) -> Adapter:
     metadata, tensors = read_adapter_file(path)
     header = read_header(metadata, path)
-    _check_architecture(model, header)
+    check_architecture(model, header.base_shapes, header.modules_to_train)
     adapter = attach(
         model,
         header.method,
@@ -283,8 +283,19 @@ def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFF
     share_inputs(model, bank, attachment.sites)
 
 
-def _check_architecture(model: nn.Module, header: Header) -> None:
-    expected, trained = header.base_shapes, header.modules_to_train
+def check_architecture(
+    model: nn.Module, expected: Mapping[str, tuple[int, ...]], trained: Sequence[str]
+) -> None:
+    """Check that a model has the parameters that a file was written for.
+
+    Args:
+        model: the plain model.
+        expected: parameter name → shape.
+        trained: modules that the file holds whole.
+
+    Raises:
+        ValueError: it has others; it names the first.
+    """
     found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     names = [
         name for name in dict.fromkeys([*expected, *found]) if expected.get(name) != found.get(name)

@@ -13,6 +13,7 @@ from ..nn import FactorBank
 from .call_watch import CallWatch
 
 BANK_NAME = "factor_bank"
+BASELINE_NAME = "baseline"  # a baseline's parts, at the model's root likewise
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def require_plain(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is no nn.Module.
-        ValueError: it carries an adapter.
+        ValueError: it carries an adapter or a baseline.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -138,4 +139,9 @@ def require_plain(model: nn.Module) -> None:
         raise ValueError(
             f"model must carry no adapter, got a {type(model).__name__} that has one:"
             " detach it first"
+        )
+    if hasattr(model, BASELINE_NAME):
+        raise ValueError(
+            f"model must carry no baseline, and have no attribute {BASELINE_NAME!r} of its own, got"
+            f" a {type(model).__name__} that has one: detach it first"
         )

@@ -1,7 +1,9 @@
 """What commands share: options, groups of options, and the check of a backend's name.
 
 A group is a dataclass whose fields are annotated as typer wants its parameters. A command takes the
-group as one parameter, and `with_options` shows typer the fields in its place.
+group as one parameter, and `with_options` shows typer the fields in its place; so it does with
+`MethodOptions`, the methods' fields. A parameter `Given` gets the names of what was on the command
+line.
 """
 
 from __future__ import annotations
@@ -19,6 +21,13 @@ import typer
 
 from .. import use_backend
 from ..ops.dispatch import requested_backend
+from . import method_options
+from .errors import input_errors
+from .method_options import MethodOptions
+
+
+class Given(frozenset[str]):
+    """Names of the parameters that were given by hand; the others have their defaults."""
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -27,10 +36,15 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     Args:
         function: a command; a parameter annotated with a dataclass is a group.
     """
-    parameters: list[inspect.Parameter] = []
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context]
     groups: dict[str, Any] = {}
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         group: Any = parameter.annotation
+        if group in (Given, MethodOptions):
+            groups[parameter.name] = group
+            parameters += method_options.parameters() if group is MethodOptions else []
+            continue
         if not dataclasses.is_dataclass(group):
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue
@@ -48,15 +62,28 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             )
 
     @functools.wraps(function)
-    def command(**values: Any) -> None:
+    def command(context: typer.Context, **values: Any) -> None:
+        by_hand = Given(name for name in values if _is_by_hand(context, name))
         for name, group in groups.items():
-            fields = {field.name: values.pop(field.name) for field in dataclasses.fields(group)}
-            values[name] = group(**fields)
+            if group is Given:
+                values[name] = by_hand
+            elif group is MethodOptions:
+                names = [parameter.name for parameter in method_options.parameters()]
+                with input_errors():
+                    values[name] = method_options.given({n: values.pop(n) for n in names})
+            else:
+                fields = {field.name: values.pop(field.name) for field in dataclasses.fields(group)}
+                values[name] = group(**fields)
         function(**values)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _is_by_hand(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 class Amp(str, Enum):

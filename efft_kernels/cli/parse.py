@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from ..methods.base import Rank
+
 MOST_BLOCKS = 10_000  # no model has so many, and a range of them is made in no time
 
 
-def rank(text: str) -> int | tuple[int, int]:
-    """ "16" -> 16, "8,16" -> (8, 16)."""
+def rank(text: str, name: str = "rank") -> Rank | list[Rank]:
+    """ "16" -> 16, "8,16" -> (8, 16), and with a colon one per stage: "4:8,16" -> [4, (8, 16)]."""
+    stages = [_one_rank(part) for part in text.split(":")]
+    if None in stages:
+        raise ValueError(
+            f"{name} must be a number R or two, R1,R2, or one of these per stage, R:R:R:R,"
+            f" got {_got(text)}"
+        )
+    ranks = [each for each in stages if each is not None]
+    return ranks if ":" in text else ranks[0]
+
+
+def _one_rank(text: str) -> Rank | None:
     try:
         ranks = [int(part) for part in text.split(",")]
     except ValueError:
-        ranks = []
-    if len(ranks) not in (1, 2):
-        raise ValueError(f"rank must be a number R or two, R1,R2, got {_got(text)}")
-    return ranks[0] if len(ranks) == 1 else (ranks[0], ranks[1])
+        return None
+    if len(ranks) == 1:
+        return ranks[0]
+    return (ranks[0], ranks[1]) if len(ranks) == 2 else None
 
 
 def integers(text: str, name: str) -> tuple[int, ...]:

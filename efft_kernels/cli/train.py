@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,14 @@ import typer
 from rich.console import Console
 
 from .. import use_backend
-from ..methods import METHODS
-from ..training.settings import TrainSettings
+from ..baselines import BASELINES
+from ..training.methods import TRAINABLE, has_rank
+from ..training.recipe import Recipe, recipe_for
+from ..training.settings import OWN_OPTIONS, TrainSettings, require
 from . import parse
 from .errors import input_errors, interruptible, training_errors
-from .options import Amp, check_backend, with_options
+from .method_options import MethodOptions
+from .options import Amp, Given, check_backend, with_options
 from .terminal import bar, note, progress
 
 if TYPE_CHECKING:
@@ -30,15 +35,26 @@ _IMAGES, _MODEL, _METHOD, _TRAINING, _RUN = (
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The fields of `TrainSettings` as options; rank, layers and targets are text to parse."""
+    """The fields of `TrainSettings` as options, but for the method's; layers and targets are text
+    to parse."""
 
     data: Annotated[
         Path, _IMAGES(help="One folder of images per class, or train/ and val/ of such.")
     ]
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Published settings, where no option says otherwise: vtab."),
+    ] = None
+    task: Annotated[
+        str | None, typer.Option(help="With --recipe: whose rank, scale and init, e.g. cifar.")
+    ] = None
     val_split: Annotated[float, _IMAGES(help="Fraction held out where there is no val/.")] = (
         TrainSettings.val_split
     )
     img_size: Annotated[int | None, _IMAGES(help="Pixels; default: the model's.")] = None
+    normalize: Annotated[
+        str, _IMAGES(help="By the mean and deviation of the model, or of imagenet.")
+    ] = TrainSettings.normalize
     augment: Annotated[bool, _IMAGES("--augment", help="Random crops, flips and colours.")] = (
         TrainSettings.augment
     )
@@ -53,26 +69,24 @@ class TrainOptions:
     pretrained: Annotated[
         bool, _MODEL(help="Fetch timm's weights where no --checkpoint is given.")
     ] = True
-    method: Annotated[str, _METHOD(help=f"{', '.join(METHODS)}.")] = TrainSettings.method
-    rank: Annotated[str, _METHOD(help="Rank R, or R1,R2 for U and V.")] = "16"
-    scale: Annotated[float | None, _METHOD(help="Factor s on ΔW.")] = None
-    init: Annotated[str | None, _METHOD(help="Factor that starts at zero: u or v.")] = None
-    dropout: Annotated[float | None, _METHOD(help="Dropout on the factors.")] = None
-    cores: Annotated[str | None, _METHOD(help="per_layer or shared.")] = None
-    learn_scale: Annotated[bool, _METHOD("--learn-scale", help="Train the scale too.")] = (
-        TrainSettings.learn_scale
-    )
+    method: Annotated[str, _METHOD(help=f"{', '.join(TRAINABLE)}.")] = TrainSettings.method
     layers: Annotated[str | None, _METHOD(help="Blocks to adapt, e.g. 0-3,11.")] = None
     targets: Annotated[
         str | None, _METHOD(help="Linears to adapt: mhsa, ffn, or names such as attn.qkv,fc1.")
     ] = None
     epochs: Annotated[int, _TRAINING()] = TrainSettings.epochs
     batch_size: Annotated[int, _TRAINING(help="Images per step.")] = TrainSettings.batch_size
+    drop_last: Annotated[
+        bool, _TRAINING(help="Leave out an epoch's last batch where it is smaller.")
+    ] = TrainSettings.drop_last
     lr: Annotated[float, _TRAINING(help="Peak learning rate.")] = TrainSettings.lr
     min_lr: Annotated[float, _TRAINING(help="Last learning rate.")] = TrainSettings.min_lr
     warmup_epochs: Annotated[int | None, _TRAINING(help="Default: a tenth of the epochs.")] = (
         TrainSettings.warmup_epochs
     )
+    schedule: Annotated[
+        str, _TRAINING(help="When the learning rate moves: after each update or each epoch.")
+    ] = TrainSettings.schedule
     weight_decay: Annotated[float, _TRAINING()] = TrainSettings.weight_decay
     drop_path: Annotated[float, _TRAINING(help="Stochastic depth.")] = TrainSettings.drop_path
     amp: Annotated[Amp, _TRAINING(help="Autocast dtype.")] = Amp.none
@@ -80,31 +94,49 @@ class TrainOptions:
     device: Annotated[str, _TRAINING(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
     backend: Annotated[str, _TRAINING(help="Kernels: auto, torch, triton, ...")] = "auto"
 
-    def settings(self) -> TrainSettings:
+    def settings(
+        self, method_options: Mapping[str, Any] | None = None, given: Collection[str] = ()
+    ) -> TrainSettings:
         """The settings that the options stand for.
+
+        Args:
+            method_options: the method's fields that were given.
+            given: the options that win over a recipe.
 
         Raises:
             ValueError: an option that cannot be parsed or makes no sense.
         """
-        given: dict[str, Any] = {
+        values: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
-        given["rank"] = parse.rank(self.rank)
-        given["layers"] = None if self.layers is None else parse.blocks(self.layers)
-        given["targets"] = None if self.targets is None else tuple(self.targets.split(","))
-        given["amp"] = self.amp.value
-        return TrainSettings(**given)
+        values["layers"] = None if self.layers is None else parse.blocks(self.layers)
+        values["targets"] = None if self.targets is None else tuple(self.targets.split(","))
+        values["amp"] = self.amp.value
+        options = dict(method_options or {})
+        values |= {name: options.pop(name) for name in OWN_OPTIONS & set(options)}
+        values["options"] = options
+        if self.recipe is None:
+            require("task", self.task is None, "left out without --recipe", self.task)
+            return TrainSettings(**values)
+        recipe = recipe_for(self.recipe, self.task, self.method)
+        published = {field.name for field in dataclasses.fields(Recipe)} - set(given)
+        for name in ("recipe", *published & set(values)):
+            del values[name]
+        return recipe.settings(**values)
 
-    def default_output(self) -> Path:
+    def default_output(self, settings: TrainSettings) -> Path:
         """The run's folder where none is given."""
-        rank = self.rank.replace(",", "x")
-        name = f"{self.data.resolve().name}-{self.model}-{self.method}-r{rank}"
+        name = f"{self.data.resolve().name}-{settings.model}-{self.method}"
+        if has_rank(self.method):
+            name += "-r" + re.sub(r"[^\d]+", "x", str(settings.resolved_rank)).strip("x")
         return Path("runs/train") / name.replace("/", "_").replace(":", "_")
 
 
 @with_options
 def train(
     options: TrainOptions,
+    method_options: MethodOptions,
+    given: Given,
     output: Annotated[
         Path | None, _RUN(help="Default: runs/train/DATA-MODEL-METHOD-rRANK.")
     ] = None,
@@ -112,8 +144,8 @@ def train(
 ) -> None:
     """Adapt a timm model to a folder of images; stop it at any time and --resume."""
     with input_errors():
-        settings = options.settings()
-        output = output or options.default_output()
+        settings = options.settings(method_options, given)
+        output = output or options.default_output(settings)
         check_backend(settings.backend)
     interrupted = f"interrupted. the same command with --resume continues it in {output}"
     with interruptible(interrupted), use_backend(settings.backend):
@@ -131,9 +163,13 @@ def _train(settings: TrainSettings, output: Path, resume: bool) -> None:
     head = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     head -= run.adapter.num_parameters()
     images = run.config["images"]
+    rank = f" rank {settings.resolved_rank}" if has_rank(settings.method) else ""
+    recipe = f", recipe {settings.recipe}" if settings.recipe else ""
+    recipe += f" for {settings.task}" if settings.task else ""
+    kind = "" if settings.method in BASELINES else "factor "
     console.print(
-        f"{settings.model} on {run.device}, {settings.method} rank {settings.rank}:"
-        f" {run.adapter.num_parameters():,} factor parameters and {head:,} of the head;"
+        f"{settings.model} on {run.device}, {settings.method}{rank}{recipe}:"
+        f" {run.adapter.num_parameters():,} {kind}parameters and {head:,} of the head;"
         f" {len(run.classes)} classes, {images['train']:,} images to train,"
         f" {images['val']:,} to validate"
     )

@@ -178,7 +178,7 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
         OSError: the folder cannot be written.
         RuntimeError: the adapter was detached.
     """
-    if not isinstance(adapter, Adapter):
+    if not isinstance(adapter, Adapter) or not adapter.sites:  # a baseline has none
         raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

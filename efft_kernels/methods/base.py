@@ -138,7 +138,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    free_fields: ClassVar[frozenset[str]] = frozenset({"rank", "init", "dropout"})
+    free_fields: ClassVar[frozenset[str]] = frozenset({"rank", "init", "factor_init", "dropout"})
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         """Those of the targeted sites that the method adapts; all unless it says otherwise."""
@@ -162,7 +162,7 @@ class Method(ABC):
 
     def to_config(self) -> dict[str, Any]:
         """The configuration as data for JSON, a tuple marked as {"tuple": [...]}."""
-        fields = {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        fields = {f.name: encode(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"name": self.name, **fields}
 
     @classmethod
@@ -173,25 +173,27 @@ class Method(ABC):
             ValueError: an unknown field.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        given = {key: _decode(value) for key, value in config.items() if key != "name"}
+        given = {key: decode(value) for key, value in config.items() if key != "name"}
         if unknown := sorted(set(given) - known):
             raise ValueError(f"{cls.__name__} has fields {sorted(known)}, got unknown {unknown}")
         return cls(**given)
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """A field's value as data for JSON, a tuple marked as {"tuple": [...]}."""
     if isinstance(value, tuple):
-        return {"tuple": [_encode(item) for item in value]}
+        return {"tuple": [encode(item) for item in value]}
     if isinstance(value, list):
-        return [_encode(item) for item in value]
+        return [encode(item) for item in value]
     return value
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
+    """The inverse of `encode`."""
     if isinstance(value, dict):
-        return tuple(_decode(item) for item in value["tuple"])
+        return tuple(decode(item) for item in value["tuple"])
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return [decode(item) for item in value]
     return value
 
 

@@ -6,8 +6,9 @@ along its input, so that y += Σ_i x_i·U·Σ_i·V^T for fc2's input chunks x_i.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,35 +18,43 @@ from .base import MHSA_ROLES, Method, Rank, Site, check_ranks, stage_rank
 from .registry import register_method
 from .tensor_train import (
     CoreIndex,
+    Draw,
     Layout,
     Placement,
     TensorTrainGroup,
     TensorTrainMethod,
     check_square,
+    draw_xavier,
 )
 
 
 @dataclass(frozen=True)
 class _FacT(TensorTrainMethod):
-    """What FacT-TT and FacT-TK share. V starts at zero, the others with xavier_uniform_.
+    """What FacT-TT and FacT-TK share. V starts at zero.
 
     Attributes:
         rank: r, or (r1, r2) for U and V, or a list with one of these per stage (Swin).
         scale: s in ΔW = s·Σ ×2 U^T ×3 V^T.
         dropout: probability of dropping an entry of the rank-r activation x·U·Σ in training.
         learn_scale: make s a learnable scalar, one per stage.
+        factor_init: how the rest starts: "xavier", each factor and slice as a matrix, or "release",
+            as fact_tt.py and fact_tk.py draw it, which the release's scales presuppose.
     """
 
     rank: Rank | list[Rank] = 16
     scale: float = 1.0
     dropout: float = 0.1
     learn_scale: bool = False
+    factor_init: str = field(default="xavier", kw_only=True)
+
+    released: ClassVar[Draw]
 
     def layout(self, members: Sequence[Site], sites: Sequence[Site]) -> Layout:
         d, index = members[0].width, CoreIndex(shared=False)
         placements = {site.name: _place(site, d, index) for site in members}
         rank = stage_rank("rank", self.rank, sites, members[0].stage)
-        return Layout(placements, (d, d), rank, index.total)
+        draw = draw_xavier if self.factor_init == "xavier" else type(self).released
+        return Layout(placements, (d, d), rank, index.total, draw=draw)
 
     def new_group(self, layout: Layout) -> TensorTrainGroup:
         return TensorTrainGroup(layout.placements, **self._options(layout))
@@ -57,6 +66,7 @@ class _FacT(TensorTrainMethod):
             "cores": layout.cores,
             "scale": self.scale,
             "learn_scale": self.learn_scale,
+            "draw": layout.draw,
             "activation_dropout": self.dropout,
         }
 
@@ -77,6 +87,29 @@ def _place(site: Site, d: int, index: CoreIndex) -> Placement:
     return Placement(index.take(site.block, site.role, slices), slices, "in", (0, d), stacked)
 
 
+def _draw_linears(group: TensorTrainGroup, factor: nn.Parameter) -> None:
+    """As fact_tt.py: U and Σ are nn.Linear's own start, within ±1/√in_features, and fc2's cores are
+    one nn.Linear of all its slices."""
+    _draw_uniform(factor, factor.shape[0])
+    for place in group.placements.values():
+        joined = place.slices if place.stacked == "in" else 1
+        cores = group.core[place.first_core : place.first_core + place.slices]
+        _draw_uniform(cores, joined * cores.shape[1])
+
+
+def _draw_tucker(group: TensorTrainGroup, factor: nn.Parameter) -> None:
+    """As fact_tk.py: U is nn.Linear's own start, C [r1, r2, t] and P are xavier_uniform_."""
+    _draw_uniform(factor, factor.shape[0])
+    layer_rank, r1, r2 = group.core.shape
+    _draw_uniform(group.core, layer_rank * (r1 + r2) / 6)
+
+
+@torch.no_grad()
+def _draw_uniform(tensor: Tensor, fan: float) -> None:
+    bound = 1 / math.sqrt(fan)
+    tensor.uniform_(-bound, bound)
+
+
 @register_method
 @dataclass(frozen=True)
 class FacTTT(_FacT):
@@ -86,6 +119,7 @@ class FacTTT(_FacT):
     """
 
     name: ClassVar[str] = "fact_tt"
+    released: ClassVar[Draw] = staticmethod(_draw_linears)
 
 
 @register_method
@@ -102,6 +136,7 @@ class FacTTK(_FacT):
 
     name: ClassVar[str] = "fact_tk"
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"layer_rank"}
+    released: ClassVar[Draw] = staticmethod(_draw_tucker)
     layer_rank: int | None = None
 
     def __post_init__(self) -> None:

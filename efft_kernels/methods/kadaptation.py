@@ -38,8 +38,11 @@ class KAdaptation(Method):
         rank: r of the fast weights.
         scale: s, a factor on ΔW (1 in the paper).
         init: the fast weight that starts at zero, "v" or "u". The release starts both at zero,
-            after which neither learns; here the other, and A, start with xavier_uniform_.
+            after which neither learns; here the other starts with xavier_uniform_.
         matrices: as in LoRA; the paper adapts the attention's.
+        factor_init: how A starts: "xavier", or "release", each A_i a product of two vectors within
+            ±0.01 as in the PEViT release, whose scale is 160. It keeps A_i of rank 1; here A is
+            trained whole, as in the paper (Eq. 3).
     """
 
     products: int = 4
@@ -47,6 +50,7 @@ class KAdaptation(Method):
     scale: float = 1.0
     init: str = "v"
     matrices: tuple[str, ...] | None = ("q", "k", "v", "o")
+    factor_init: str = "xavier"
 
     name: ClassVar[str] = "kadaptation"
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"products"}
@@ -59,6 +63,7 @@ class KAdaptation(Method):
         check_number("scale", self.scale)
         check_choice("init", self.init, ("u", "v"))
         check_matrices(self.matrices)
+        check_choice("factor_init", self.factor_init, ("xavier", "release"))
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         return [site for site in sites if chosen_slices(site, self.matrices)[0]]
@@ -76,6 +81,7 @@ class KroneckerGroup(FactorGroup):
         super().__init__()
         n = method.products
         self.init = method.init
+        self.factor_init = method.factor_init
         self.scale = float(method.scale)
         self.chosen = {site.name: chosen_slices(site, method.matrices) for site in sites}
         for site in sites:
@@ -104,7 +110,12 @@ class KroneckerGroup(FactorGroup):
 
     def reset_parameters(self) -> None:
         for matrix in self.A.unbind():
-            nn.init.xavier_uniform_(matrix)
+            if self.factor_init == "xavier":
+                nn.init.xavier_uniform_(matrix)
+            else:
+                column, row = (matrix.new_empty(len(matrix)).uniform_(-0.01, 0.01) for _ in "ab")
+                with torch.no_grad():
+                    matrix.copy_(torch.outer(column, row))
         zero, random = (self.v, self.u) if self.init == "v" else (self.u, self.v)
         for parameter in zero.values():
             nn.init.zeros_(parameter)

@@ -20,6 +20,7 @@ from .base import (
     check_number,
     check_rank_fits,
     check_ranks,
+    constant_float,
     rank_pair,
     undotted_names,
 )
@@ -78,65 +79,112 @@ def stack_matrices(
 class LoRA(Method):
     """ΔW = s·(A·B)^T for each matrix by itself, A [K, r] and B [r, N] (arXiv:2106.09685).
 
-    r·(K + N) parameters a matrix; on ViT-B with q and v at r = 8: 294,912. A starts with
-    kaiming_uniform_(a=√5), B at zero.
+    r·(K + N) parameters a matrix; on ViT-B with q and v at r = 8: 294,912. B starts at zero.
 
     Attributes:
-        rank: r.
+        rank: r, or a list with one per stage (Swin), where 0 leaves a stage alone: the EFFT
+            release's is (d // 128)·k for the width d, e.g. [2, 4, 8, 16] for Swin-B.
         scale: s, the original's α/r.
         matrices: the kinds of matrix adapted, of q, k, v, o, gate, fc1, fc2; in a fused qkv the
             others' outputs stay exactly as they are. None adapts every targeted linear as one
             matrix, a fused qkv included.
+        dropout: probability of dropping an entry of A and B in training; 0.1 in the EFFT release.
+        factor_init: how A starts: "kaiming", kaiming_uniform_(a=√5) as the original, or "release",
+            xavier_uniform_ as in the EFFT release's Set_LoRA.py.
     """
 
-    rank: int = 8
+    rank: int | list[int] = 8
     scale: float = 1.0
     matrices: tuple[str, ...] | None = ("q", "v")
+    dropout: float = 0.0
+    factor_init: str = "kaiming"
 
     name: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int):
-            raise TypeError(f"rank must be an int, got {self.rank!r}")
-        check_ranks("rank", self.rank)
+        _check_ranks(self.rank)
         check_number("scale", self.scale)
         check_matrices(self.matrices)
+        check_number("dropout", self.dropout, low=0.0, below=1.0)
+        check_choice("factor_init", self.factor_init, ("kaiming", "release"))
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
-        return [site for site in sites if chosen_slices(site, self.matrices)[0]]
+        chosen = [site for site in sites if chosen_slices(site, self.matrices)[0]]
+        if isinstance(self.rank, int):
+            return chosen
+        ranks = self._stage_ranks(chosen)
+        return [site for site in chosen if ranks[site.stage]]
+
+    def _stage_ranks(self, sites: Sequence[Site]) -> dict[int, int]:
+        """Stage → its rank, among those that `sites` span: all, or those whose rank is not 0.
+
+        Raises:
+            ValueError: a list whose length is not the number of stages.
+        """
+        stages = sorted({site.stage for site in sites})
+        if isinstance(self.rank, int):
+            return dict.fromkeys(stages, self.rank)
+        adapted = [rank for rank in self.rank if rank]
+        ranks = adapted if len(adapted) == len(stages) else self.rank
+        if len(ranks) != len(stages):
+            raise ValueError(
+                f"rank must have one entry per stage ({len(stages)}), got {len(self.rank)}"
+            )
+        return dict(zip(stages, ranks, strict=True))
 
     def members(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
         names = undotted_names(sites)
         return {names[site.name]: [site] for site in sites}
 
     def build(self, sites: Sequence[Site]) -> dict[str, FactorGroup]:
-        check_rank_fits("rank", rank_pair("rank", self.rank), sites)
+        ranks = self._stage_ranks(sites)
+        for stage, rank in ranks.items():
+            members = [site for site in sites if site.stage == stage]
+            check_rank_fits("rank", rank_pair("rank", rank), members)
         return {
-            name: LoRAGroup(site, *chosen_slices(site, self.matrices), self.rank, self.scale)
+            name: LoRAGroup(self, site, ranks[site.stage])
             for name, (site,) in self.members(sites).items()
         }
+
+
+def _check_ranks(rank: object) -> None:
+    """Raise unless rank is an int, at least 1, or a list of these and 0, not all 0."""
+    ranks = rank if isinstance(rank, list) else [rank]
+    if any(isinstance(each, bool) or not isinstance(each, int) for each in ranks):
+        raise TypeError(f"rank must be an int, or a list with one per stage, got {rank!r}")
+    check_ranks("rank", [each or 1 for each in ranks] if isinstance(rank, list) else rank)
+    if not any(ranks):
+        raise ValueError(f"rank must be at least 1 in one stage, got {rank!r}")
 
 
 class LoRAGroup(FactorGroup):
     """A [m, r, K] and B [m, N/G, r] of one linear's m adapted matrices."""
 
-    def __init__(
-        self, site: Site, chosen: tuple[int, ...], slices: int, rank: int, scale: float
-    ) -> None:
+    dropout: float = constant_float("dropout")
+
+    def __init__(self, method: LoRA, site: Site, rank: int) -> None:
         super().__init__()
-        self.chosen = chosen
-        self.slices = slices
-        self.scale = float(scale)
-        n = site.out_features // slices
-        self.A = nn.Parameter(torch.empty(len(chosen), rank, site.in_features))
-        self.B = nn.Parameter(torch.empty(len(chosen), n, rank))
+        self.chosen, self.slices = chosen_slices(site, method.matrices)
+        self.scale = float(method.scale)
+        self.dropout = method.dropout
+        self.factor_init = method.factor_init
+        n = site.out_features // self.slices
+        self.A = nn.Parameter(torch.empty(len(self.chosen), rank, site.in_features))
+        self.B = nn.Parameter(torch.empty(len(self.chosen), n, rank))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for matrix in self.A.unbind():
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            if self.factor_init == "kaiming":
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            else:
+                nn.init.xavier_uniform_(matrix)
         nn.init.zeros_(self.B)
 
     def factors(self, site: str, dropout: bool) -> Factors:
-        up = self.B if self.scale == 1.0 else self.B * self.scale
-        return stack_matrices(self.A.mT, up, self.chosen, self.slices)
+        down: Tensor = self.A.mT
+        up: Tensor = self.B
+        if dropout and self.dropout > 0:
+            down, up = F.dropout(down, self.dropout), F.dropout(up, self.dropout)
+        up = up if self.scale == 1.0 else up * self.scale
+        return stack_matrices(down, up, self.chosen, self.slices)

@@ -7,7 +7,7 @@ core.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +24,7 @@ from .base import (
     Rank,
     Site,
     by_stage,
+    check_choice,
     check_number,
     check_rank_fits,
     check_ranks,
@@ -31,6 +32,8 @@ from .base import (
     require_roles,
 )
 from .joint import keep_graph
+
+Draw = Callable[["TensorTrainGroup", nn.Parameter], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Placement:
         u_rows: (start, stop), the rows of U that the site uses.
         stacked: the axis along which the slices are stacked, "out" (each gives part of y) or "in"
             (each takes part of x, and their products add up).
+        u_chunks: how many matrices, stacked along out, have rows of U each of their own for the
+            whole of x, and one Σ together.
     """
 
     first_core: int
@@ -52,6 +57,7 @@ class Placement:
     u_side: str
     u_rows: tuple[int, int]
     stacked: str = "out"
+    u_chunks: int = 1
 
 
 class CoreIndex:
@@ -128,11 +134,17 @@ def _progressions(indices: Sequence[int]) -> Iterator[slice]:
         start = stop
 
 
+def draw_xavier(group: TensorTrainGroup, factor: nn.Parameter) -> None:
+    """The factor that does not start at zero, and each Σ_i as an r1×r2 matrix: xavier_uniform_."""
+    nn.init.xavier_uniform_(factor)
+    for matrix in group.core.unbind():
+        nn.init.xavier_uniform_(matrix)
+
+
 class TensorTrainGroup(FactorGroup):
     """U [D1, r1], V [D2, r2], core Σ [n, r1, r2] and a scale s, a float or a learnable scalar.
 
-    The factor that `init` names starts at zero, so that ΔW does; the other and each Σ_i, as an
-    r1×r2 matrix, with xavier_uniform_.
+    The factor that `init` names starts at zero, so that ΔW does; `draw` draws the others.
 
     Args:
         placements: site → where it sits.
@@ -142,6 +154,7 @@ class TensorTrainGroup(FactorGroup):
         scale: s.
         learn_scale: make s a learnable scalar.
         init: the factor that starts at zero, "v" or "u".
+        draw: called with (this group, the factor that does not start at zero); fills it and `core`.
         dropout: probability of dropping an entry of U, V and Σ in training; masks are drawn anew
             for each site.
         activation_dropout: probability of dropping an entry of x·U·Σ in training.
@@ -174,12 +187,14 @@ class TensorTrainGroup(FactorGroup):
         scale: float,
         learn_scale: bool = False,
         init: str = "v",
+        draw: Draw = draw_xavier,
         dropout: float = 0.0,
         activation_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.placements = dict(placements)
         self.init = init
+        self._draw = draw
         self.initial_scale = float(scale)
         # Settled here: torch.compile would guard a comparison in factors(), vmap refuse it.
         self._scaled = learn_scale or self.initial_scale != 1.0
@@ -211,9 +226,7 @@ class TensorTrainGroup(FactorGroup):
     def reset_parameters(self) -> None:
         zero, random = (self.V, self.U) if self.init == "v" else (self.U, self.V)
         nn.init.zeros_(zero)
-        nn.init.xavier_uniform_(random)
-        for matrix in self.core.unbind():
-            nn.init.xavier_uniform_(matrix)
+        self._draw(self, random)
         if isinstance(self.scale, nn.Parameter):
             nn.init.constant_(self.scale, self.initial_scale)
 
@@ -234,7 +247,7 @@ class TensorTrainGroup(FactorGroup):
         place = self.placements[site]
         if place.stacked == "in":
             return None
-        return ("U", place.u_rows) if place.u_side == "in" else ("V",)
+        return ("U", place.u_rows, place.u_chunks) if place.u_side == "in" else ("V",)
 
     def factors(self, site: str, dropout: bool) -> Factors:
         place = self.placements[site]
@@ -250,6 +263,9 @@ class TensorTrainGroup(FactorGroup):
             core = core * (self.scale if learnt else self.initial_scale)
         if place.stacked == "in":
             return Factors(torch.matmul(u, core).flatten(0, 1), None, v.unsqueeze(0))
+        if place.u_chunks > 1:
+            core = _each_its_own(core[0], place.u_chunks, "gh,ab->ghab").flatten(1, 2)
+            return Factors(_side_by_side(u, place.u_chunks), core, v.unsqueeze(0))
         if place.u_side == "in":
             return Factors(u, core, v.unsqueeze(0))
         return Factors(v, core.mT, u.unsqueeze(0))
@@ -282,6 +298,10 @@ class TensorTrainGroup(FactorGroup):
         for family in self._families:
             kept, folded = next(stacks).unbind(), next(stacks).split(list(family.sites.values()))
             for site, plain, fold in zip(family.sites, kept, folded, strict=True):
+                if (chunks := self.placements[site].u_chunks) > 1:
+                    up = _each_its_own(fold[0], chunks, "gh,nr->gnhr").flatten(2)
+                    factors[site] = Factors(_side_by_side(plain, chunks), None, up)
+                    continue
                 factors[site] = (
                     Factors(fold.flatten(0, 1), None, plain.unsqueeze(0))
                     if family.folds_down
@@ -313,13 +333,30 @@ class TensorTrainGroup(FactorGroup):
         )
 
 
+def _side_by_side(u: Tensor, chunks: int) -> Tensor:
+    """[chunks·K, r] → [K, chunks·r]."""
+    return u.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1)
+
+
+def _each_its_own(matrix: Tensor, chunks: int, equation: str) -> Tensor:
+    """`matrix` once for each slice g, at the rank indices of chunk h = g, and zero at the others'.
+
+    Args:
+        equation: "gh,ab->ghab" for a core [r1, r2] or "gh,nr->gnhr" for a factor [N, r].
+    """
+    eye = torch.eye(chunks, dtype=matrix.dtype, device=matrix.device)
+    return torch.einsum(equation, eye, matrix)
+
+
 class Layout(NamedTuple):
-    """One group's tensor: where each site sits in it, and its sizes."""
+    """One group's tensor: where each site sits in it, its sizes, and how it starts."""
 
     placements: dict[str, Placement]
     dims: tuple[int, int]  # the rows of U and of V
     rank: tuple[int, int]
     cores: int
+    init: str = "v"
+    draw: Draw = draw_xavier
 
 
 class TensorTrainMethod(Method):
@@ -332,6 +369,7 @@ class TensorTrainMethod(Method):
     scale: float
     dropout: float
     learn_scale: bool
+    factor_init: str = "xavier"
 
     def __post_init__(self) -> None:
         check_ranks("rank", self.rank)
@@ -339,6 +377,7 @@ class TensorTrainMethod(Method):
         check_number("dropout", self.dropout, low=0.0, below=1.0)
         if not isinstance(self.learn_scale, bool):
             raise TypeError(f"learn_scale must be a bool, got {type(self.learn_scale).__name__}")
+        check_choice("factor_init", self.factor_init, ("xavier", "release"))
 
     def part(self, site: Site) -> str:
         """The name of the group, within its stage, that a site belongs to."""

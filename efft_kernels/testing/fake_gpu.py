@@ -44,6 +44,22 @@ class Launch:
         return {names[place]: value for (place,), value in self.compiled.src.constants.items()}
 
 
+class _Launcher:
+    """As Triton's CudaLauncher: called with tensors, or its `launch` with whatever it was asked."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+
+    def __call__(self, *arguments: Any) -> None:
+        self._record(*arguments)
+
+    def launch(self, x, y, z, stream, function, cooperative, pdl, scratch, profile, *rest):  # type: ignore[no-untyped-def]
+        self._record(x, y, z, stream, function, *rest)
+
+
 class FakeGpu:
     """As much of Triton's CUDA driver as compiling and launching ask for.
 
@@ -79,12 +95,12 @@ class FakeGpu:
         """The launcher of one compiled kernel, which Triton calls at every launch."""
         self._kernels.add(source.fn)
 
-        def launch(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        def record(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
             kernels = source.fn.device_caches[self._number][0].values()
             compiled = next(kernel for kernel in kernels if kernel.src is source)
             self.launches.append(Launch(compiled, (x, y, z), stream, metadata, arguments))
 
-        return launch if self._record else lambda *_: None
+        return _Launcher(record if self._record else lambda *_: None)
 
     def close(self) -> None:
         """Drop the compiled kernels that Triton keeps; those in `launches` stay."""

@@ -132,6 +132,33 @@ class Case:
         ]
 
 
+@dataclass(frozen=True)
+class NormCase:
+    """A chain's norm and its gradient by the CUDA kernels (ops/backends/cuda_chain.py).
+
+    Attributes:
+        M, K, rank: rows and columns of the stream, and columns of P and S.
+        dtype: of the GEMMs.
+        branch: whether something is added to the stream.
+    """
+
+    M: int
+    K: int
+    rank: int
+    dtype: torch.dtype
+    branch: bool = True
+
+    def __str__(self) -> str:
+        branch = "" if self.branch else " first"
+        return f"norm{branch} {self.M}x{self.K} r{self.rank} {str(self.dtype).split('.')[1]}"
+
+    @property
+    def plan(self) -> list[str]:
+        """The CUDA kernels of a forward and a backward."""
+        threads = 384 if self.K <= 768 else 512
+        return [f"{kernel}-{DTYPES[self.dtype]}-{threads}" for kernel in ("norm", "norm_grad")]
+
+
 _HALVES = (torch.bfloat16, torch.float16)
 _BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -268,6 +295,18 @@ def _triton_cases() -> list[Case]:
 
 
 CUDA_CASES = _cuda_cases()
+NORM_CASES = [
+    NormCase(M, K, rank, dtype, branch)
+    for dtype in _HALVES
+    for M, K, rank, branch in (
+        (12608, 768, 16, True),
+        (1, 64, 1, True),
+        (1021, 192, 5, False),
+        (3000, 384, 16, True),
+        (509, 832, 13, True),
+        (2100, 1024, 16, False),
+    )
+]
 TRITON_CASES = _triton_cases()
 
 
@@ -284,4 +323,7 @@ def cases_by_kernel() -> dict[str, list[str]]:
     for case in CUDA_CASES:
         for kernel in sorted(set(case.plan)):
             found[kernel].append(case.name)
+    for norm in NORM_CASES:
+        for kernel in norm.plan:
+            found[kernel].append(str(norm))
     return dict(sorted(found.items()))

@@ -46,7 +46,7 @@ def build_backbone(
         num_classes: outputs of the head.
         checkpoint: .safetensors, .pth, or the original .npz of ViT.
         pretrained: whether timm's weights are fetched where there is no checkpoint.
-        img_size: pixels; None for the model's own.
+        img_size: pixels; None for the model's own. A model that takes none may be given its own.
         drop_path: probability, stochastic depth.
         notify: called with a line on anything the user should know.
 
@@ -134,6 +134,10 @@ def _create(name: str, **options: Any) -> nn.Module:
     try:
         return timm.create_model(name, **options)
     except TypeError as error:
+        config = get_pretrained_cfg(name) if ":" not in name else None
+        size = options.get("img_size")
+        if "'img_size'" in str(error) and config is not None and config.input_size[-1] == size:
+            return _create(name, **options | {"img_size": None})
         for option, advice in (
             ("img_size", "leave --img-size out"),
             ("drop_path_rate", "pass --drop-path 0"),

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..adapters.attach import load, resolve_modules_to_train
+from ..adapters.attach import resolve_modules_to_train
 from . import images, run_folder
 from .backbone import Notify, build_backbone, fingerprint
 from .loop import evaluate
+from .methods import load_trained
 from .reproducible import epoch_seed, seed_everything
 from .settings import AMP_DTYPES, require, resolve_device
 
@@ -103,13 +104,15 @@ def evaluate_adapter(
             "the backbone's weights differ from those the adapter was trained on:"
             " the accuracy may mean nothing"
         )
-    adapter = load(model, adapter_path)
+    adapter = load_trained(model, adapter_path, settings["method"])
     model.to(torch_device)
     if merge:
         adapter.merge()
         adapter.detach()
 
-    _, transform = images.make_transforms(model, img_size=settings["img_size"])
+    _, transform = images.make_transforms(
+        model, img_size=settings["img_size"], normalize=settings["normalize"]
+    )
     loader = images.make_loader(
         samples,
         transform,

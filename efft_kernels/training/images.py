@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,12 @@ from typing import Any
 import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    create_transform,
+    resolve_model_data_config,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, find_classes
@@ -55,6 +61,20 @@ class ImageSplits:
             for part in (self.train, self.val)
         ]
         return hashlib.sha256(json.dumps([self.classes, parts]).encode()).hexdigest()
+
+    def leaving_out(self, gone: Collection[str]) -> ImageSplits:
+        """The same without the images at the paths `gone`.
+
+        Raises:
+            ValueError: a class of which nothing would be left.
+        """
+        names = [*self.left_out, *(Path(path).relative_to(self.root).as_posix() for path in gone)]
+        return dataclasses.replace(
+            self,
+            train=tuple(without(self.train, gone, self.classes)),
+            val=tuple(without(self.val, gone, self.classes)),
+            left_out=tuple(sorted(names)),
+        )
 
 
 def read_folder(
@@ -187,12 +207,12 @@ def open_splits(
                 f"{val_root} must hold the classes of {train_root},"
                 f" got a difference in {_few(different)}"
             )
-    gone = leave_out([*train, *val])
-    train, val = without(train, gone, classes), without(val, gone, classes)
+    splits = ImageSplits(data, tuple(classes), tuple(train), tuple(val), held_out)
+    splits = splits.leaving_out(leave_out([*train, *val]))
     if held_out:
-        train, val = _hold_out(classes, train, val_split, seed)
-    names = sorted(Path(path).relative_to(data).as_posix() for path in gone)
-    return ImageSplits(data, tuple(classes), tuple(train), tuple(val), held_out, tuple(names))
+        train, val = _hold_out(classes, splits.train, val_split, seed)
+        splits = dataclasses.replace(splits, train=tuple(train), val=tuple(val))
+    return splits
 
 
 def _require_two(classes: Sequence[str], root: Path) -> None:
@@ -343,7 +363,11 @@ def without(
 
 
 def make_transforms(
-    model: nn.Module, *, img_size: int | None = None, augment: bool = False
+    model: nn.Module,
+    *,
+    img_size: int | None = None,
+    augment: bool = False,
+    normalize: str = "model",
 ) -> tuple[Callable[[Image.Image], Tensor], Callable[[Image.Image], Tensor]]:
     """timm's transforms for the model's own data config.
 
@@ -351,6 +375,8 @@ def make_transforms(
         model: a timm model.
         img_size: pixels; None for the model's own.
         augment: train with timm's random crops, flips and colour jitter.
+        normalize: by the "model"'s own mean and deviation, or by those of "imagenet", which the
+            EFFT and FacT releases (their vtab.py) use on every model. ViTs have 0.5 and 0.5.
 
     Returns:
         (training, evaluation). Evaluation, and training without `augment`, resize the whole image
@@ -360,6 +386,8 @@ def make_transforms(
         model, args=None if img_size is None else {"img_size": img_size}
     )
     config |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    if normalize == "imagenet":
+        config |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     evaluation = create_transform(**config, is_training=False)
     if not augment:
         return evaluation, evaluation
@@ -373,6 +401,7 @@ def make_loader(
     batch_size: int,
     workers: int,
     shuffle: bool,
+    drop_last: bool = False,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Batches of (images [B, 3, H, W], targets [B] int64).
@@ -386,6 +415,8 @@ def make_loader(
         batch_size: images per batch.
         workers: processes that load; 0 for this one.
         shuffle: whether the order is random.
+        drop_last: leave out the last batch where it is smaller; with `shuffle`, other images each
+            epoch.
         pin_memory: for a CUDA device.
     """
     images: Dataset[Any] = ImageList(samples, transform)
@@ -393,6 +424,7 @@ def make_loader(
         images,
         batch_size=batch_size,
         shuffle=shuffle,
+        drop_last=drop_last,
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),

@@ -27,7 +27,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class UpdateScheduler(Protocol):
-    """What the loop needs of a timm scheduler made with `step_on_epochs=False`."""
+    """What the loop needs of a scheduler: timm's made with `step_on_epochs=False` have it."""
 
     def step_update(self, num_updates: int) -> None: ...
 
@@ -52,6 +52,10 @@ class EpochResult:
 class Schedule:
     """AdamW with a learning rate that rises linearly, then falls as a cosine.
 
+    Once an epoch, it moves as in the EFFT and FacT releases, which call timm's `scheduler.step(e)`
+    after epoch e, counted from 0: epochs 0 and 1 both run at `warmup_lr`, and every other at what
+    the schedule has for the epoch before.
+
     Attributes:
         epochs: how many.
         lr: the peak learning rate.
@@ -59,6 +63,7 @@ class Schedule:
         warmup_epochs: epochs of the rise.
         warmup_lr: where the rise begins.
         min_lr: where the cosine ends.
+        step: when the learning rate moves, after each "update" or each "epoch".
     """
 
     epochs: int
@@ -67,6 +72,7 @@ class Schedule:
     warmup_epochs: int
     warmup_lr: float
     min_lr: float = 0.0
+    step: str = "update"
 
     def start(
         self, parameters: Iterable[Any], updates_per_epoch: int
@@ -85,10 +91,25 @@ class Schedule:
             warmup_epochs=self.warmup_epochs,
             warmup_lr=self.warmup_lr,
             min_lr=self.min_lr,
-            step_on_epochs=False,
+            step_on_epochs=self.step == "epoch",
             updates_per_epoch=updates_per_epoch,
         )[0]
+        if self.step == "epoch":
+            return optimizer, _OncePerEpoch(scheduler, updates_per_epoch)
         return optimizer, scheduler
+
+
+@dataclass(frozen=True)
+class _OncePerEpoch:
+    """Counts updates, and steps a timm scheduler after an epoch's last with the epoch's number."""
+
+    scheduler: Any
+    updates_per_epoch: int
+
+    def step_update(self, num_updates: int) -> None:
+        epochs, updates = divmod(num_updates, self.updates_per_epoch)
+        if updates == 0:
+            self.scheduler.step(epochs - 1)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

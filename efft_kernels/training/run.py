@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import attach, resolve_modules_to_train
+from ..adapters.attach import resolve_modules_to_train
 from ..atomic_files import replacing
 from . import images, run_folder
 from .backbone import Notify, build_backbone, fingerprint
@@ -34,8 +34,9 @@ from .loop import (
     train_epochs,
     trained_parameters,
 )
+from .methods import put_on
 from .reproducible import deterministic, epoch_seed, seed_everything
-from .settings import AMP_DTYPES, TrainSettings, resolve_device
+from .settings import AMP_DTYPES, TrainSettings, require, resolve_device
 
 WARMUP_LR = 1e-6
 
@@ -100,6 +101,7 @@ def prepare(
     settings: TrainSettings,
     output: Path,
     *,
+    splits: images.ImageSplits | None = None,
     resume: bool = False,
     notify: Notify = lambda message: None,
     on_check: Callable[[int, int], None] | None = None,
@@ -111,6 +113,7 @@ def prepare(
     Args:
         settings: what to train, and how.
         output: the run's folder.
+        splits: the images, where they are not to be read from the folders in settings.data.
         resume: continue the run that is there.
         notify: called with lines for the user.
         on_check: called with (images checked, all images).
@@ -127,13 +130,21 @@ def prepare(
     method = settings.method_config()
 
     before = [] if recorded is None else run_folder.left_out(recorded)
-    splits = images.open_splits(
-        settings.data,
-        val_split=settings.val_split,
-        seed=settings.seed,
-        leave_out=partial(_unreadable, settings, before, notify, on_check),
-        notify=notify,
-    )
+    leave_out = partial(_unreadable, settings, before, notify, on_check)
+    if splits is not None:
+        splits = splits.leaving_out(leave_out([*splits.train, *splits.val]))
+    else:
+        splits = images.open_splits(
+            settings.data,
+            val_split=settings.val_split,
+            seed=settings.seed,
+            leave_out=leave_out,
+            notify=notify,
+        )
+    if settings.drop_last:
+        fits = settings.batch_size <= len(splits.train)
+        expected = f"at most the {len(splits.train)} images to train, with drop_last"
+        require("batch_size", fits, expected, settings.batch_size)
 
     seed_everything(epoch_seed(settings.seed, 0))
     model = build_backbone(
@@ -151,7 +162,7 @@ def prepare(
         "skipped_images": list(splits.left_out),
         "backbone": fingerprint(model, resolve_modules_to_train(model, "head")),
     }
-    adapter = attach(model, method, targets=settings.targets, layers=settings.layers)
+    adapter = put_on(model, method, targets=settings.targets, layers=settings.layers)
     model.to(device)
 
     run = _assemble(settings, output, splits, device, model, adapter)
@@ -202,14 +213,19 @@ def _assemble(
     adapter: Adapter,
 ) -> Run:
     train_transform, val_transform = images.make_transforms(
-        model, img_size=settings.img_size, augment=settings.augment
+        model,
+        img_size=settings.img_size,
+        augment=settings.augment,
+        normalize=settings.normalize,
     )
     loading: dict[str, Any] = {
         "batch_size": settings.batch_size,
         "workers": settings.workers,
         "pin_memory": device.type == "cuda",
     }
-    train_loader = images.make_loader(splits.train, train_transform, shuffle=True, **loading)
+    train_loader = images.make_loader(
+        splits.train, train_transform, shuffle=True, drop_last=settings.drop_last, **loading
+    )
     schedule = Schedule(
         epochs=settings.epochs,
         lr=settings.lr,
@@ -217,6 +233,7 @@ def _assemble(
         warmup_epochs=settings.resolved_warmup_epochs,
         warmup_lr=min(WARMUP_LR, settings.lr),
         min_lr=settings.min_lr,
+        step=settings.schedule,
     )
     optimizer, scheduler = schedule.start(trained_parameters(model), len(train_loader))
     return Run(

@@ -19,16 +19,18 @@ import timm
 import torch
 
 from .. import __version__
+from ..adapters.adapter_file import FORMAT as ADAPTER_FORMAT
 from ..adapters.adapter_file import read_adapter_file
 from ..atomic_files import write_bytes, write_text
-from .settings import TrainSettings, check_recorded
+from ..baselines import BASELINE_FORMAT
+from .settings import BEFORE_THERE_WAS, TrainSettings, check_recorded
 
 CONFIG, STATE, METRICS, ADAPTER = "config.json", "state.pt", "metrics.csv", "adapter.safetensors"
 HEADER_KEY = "efft_kernels.train"
 
 # May differ when a run is resumed: without effect on the result, or compared by what they lead to
-# (the images' names, the backbone's bits).
-FREE_ON_RESUME = {"data", "checkpoint", "pretrained", "workers"}
+# (the images' names, the backbone's bits, the recipe's settings).
+FREE_ON_RESUME = {"data", "checkpoint", "pretrained", "workers", "recipe", "task"}
 
 Config = dict[str, Any]
 
@@ -105,7 +107,7 @@ def read_adapter_header(path: Path) -> Config:
     """
     if not path.is_file():
         raise ValueError(f"adapter must be a file, got {path} (nothing there)")
-    metadata, _ = read_adapter_file(path)
+    metadata, _ = read_adapter_file(path, formats=(ADAPTER_FORMAT, BASELINE_FORMAT))
     if HEADER_KEY not in metadata:
         raise ValueError(
             f"adapter must be one that `efft-kernels train` wrote, got {path}, which names no"
@@ -126,6 +128,8 @@ def _checked(config: Any) -> Config:
     for part, names in wanted.items():
         if not isinstance(config, dict) or not isinstance(config.get(part), dict):
             raise ValueError(f"no {part}")
+        if part == "settings":
+            config[part] = BEFORE_THERE_WAS | config[part]
         if missing := sorted(names - set(config[part])):
             raise ValueError(f"{part} without {', '.join(missing)}")
     lists = {"classes": config["identity"]["classes"], "skipped_images": left_out(config)}
@@ -151,8 +155,12 @@ def compare_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -
     Raises:
         ValueError: a setting that decides the result differs; it names the first.
     """
-    for name, value in settings.items():
-        before = recorded[name]
+    names = [*settings, *recorded["options"], *settings["options"]]
+    for name in dict.fromkeys(name for name in names if name != "options"):
+        before, value = (
+            values[name] if name in values else values["options"].get(name)
+            for values in (recorded, settings)
+        )
         if name == "layers" and before and value and set(before) == set(value):
             continue  # their order means nothing
         if name not in FREE_ON_RESUME and before != value:

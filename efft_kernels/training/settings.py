@@ -6,17 +6,20 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..methods import METHODS
-from ..methods.base import Method
+from ..baselines import Baseline
+from ..methods.base import Method, Rank, decode, encode
+from .methods import TRAINABLE, has_rank
 
 AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NORMALIZE = ("model", "imagenet")
+SCHEDULES = ("update", "epoch")
 
 MOST_PIXELS = 8192
 MOST_WORKERS = 1024
@@ -24,26 +27,32 @@ MOST_WORKERS = 1024
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides a run; the defaults are the papers' VTAB-1k recipe.
+    """Everything that decides a run. Where the papers' VTAB-1K recipe differs from the defaults,
+    `recipe_for` has it.
 
     Attributes:
         data: folder with one folder of images per class, or with train/ and val/ of such.
         model: name of a timm model.
-        method: name of a method, a key of `METHODS`.
-        rank: of the factors; (R1, R2) for different ones of U and V.
-        scale: factor s on ΔW; None for the method's own, as for the next three.
+        method: name of a method or of a baseline, a key of `TRAINABLE`.
+        rank: of the factors; (R1, R2) for different ones of U and V; a list with one per stage;
+            None for the method's own, as for the next four.
+        scale: factor s on ΔW.
         init: the factor that starts at zero, "u" or "v".
         dropout: probability, on the factors.
         cores: "per_layer" or "shared".
         learn_scale: train s too.
+        options: the method's further options, by name.
         layers: block indices from 0; None for all.
         targets: roles or patterns of the linears to adapt; None for the method's own.
         epochs: how many.
         batch_size: images per update.
+        drop_last: leave out an epoch's last batch where it is smaller.
         lr: peak learning rate.
         weight_decay: of AdamW.
         warmup_epochs: epochs in which the learning rate rises; None for a tenth of them.
         min_lr: where the cosine ends.
+        schedule: when the learning rate moves, after each "update" or each "epoch" as the releases
+            do it (`Schedule`).
         drop_path: probability, stochastic depth.
         seed: of everything random.
         val_split: fraction of the images held out, for a folder without train/ and val/.
@@ -56,6 +65,9 @@ class TrainSettings:
         skip_bad_images: leave out images that cannot be decoded.
         backend: of the kernels.
         img_size: pixels; None for the model's own.
+        normalize: by whose mean and deviation, the "model"'s own or those of "imagenet".
+        recipe: name of the recipe that the settings came from, for the record.
+        task: the task whose published options they are, for the record.
 
     Raises:
         ValueError: a value that makes no sense; it names the setting.
@@ -64,20 +76,23 @@ class TrainSettings:
     data: Path
     model: str = "vit_tiny_patch16_224"
     method: str = "efft2"
-    rank: int | tuple[int, int] = 16
+    rank: Rank | list[Rank] | None = None
     scale: float | None = None
     init: str | None = None
     dropout: float | None = None
     cores: str | None = None
     learn_scale: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     targets: tuple[str, ...] | None = None
     epochs: int = 100
     batch_size: int = 64
+    drop_last: bool = False
     lr: float = 1e-3
     weight_decay: float = 1e-4
     warmup_epochs: int | None = None
     min_lr: float = 1e-5
+    schedule: str = "update"
     drop_path: float = 0.1
     seed: int = 42
     val_split: float = 0.2
@@ -90,10 +105,18 @@ class TrainSettings:
     skip_bad_images: bool = False
     backend: str = "auto"
     img_size: int | None = None
+    normalize: str = "model"
+    recipe: str | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
-        require("method", self.method in METHODS, f"one of {', '.join(METHODS)}", self.method)
-        require("amp", self.amp in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}", self.amp)
+        require("method", self.method in TRAINABLE, f"one of {', '.join(TRAINABLE)}", self.method)
+        choices = {"amp": AMP_DTYPES, "normalize": NORMALIZE, "schedule": SCHEDULES}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(name, value in allowed, f"one of {', '.join(allowed)}", value)
+        if repeated := sorted(set(self.options) & OWN_OPTIONS):
+            raise ValueError(f"options must leave out {', '.join(repeated)}: settings of their own")
         for name in ("epochs", "batch_size"):
             require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for name in ("weight_decay", "min_lr"):
@@ -122,35 +145,44 @@ class TrainSettings:
         """warmup_epochs, or a tenth of the epochs."""
         return self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
 
-    def method_config(self) -> Method:
+    @property
+    def resolved_rank(self) -> Rank | list[Rank] | None:
+        """rank, or the method's own; None where it has none."""
+        if self.rank is None and has_rank(self.method):
+            return getattr(TRAINABLE[self.method], "rank", None)
+        return self.rank
+
+    def method_config(self) -> Method | Baseline:
         """The method's configuration, with the method's own defaults where nothing is set.
 
         Raises:
             ValueError: a setting that the method does not have, or a value that it refuses.
             TypeError: a value of another type than the method takes.
         """
-        method = METHODS[self.method]
-        chosen: dict[str, Any] = {
-            "rank": self.rank,
-            "scale": self.scale,
-            "init": self.init,
-            "dropout": self.dropout,
-            "cores": self.cores,
-            "learn_scale": self.learn_scale or None,
-        }
-        chosen = {name: value for name, value in chosen.items() if value is not None}
+        method = TRAINABLE[self.method]
         known = {item.name for item in dataclasses.fields(method)}
+        own = {name: getattr(self, name) for name in OWN_OPTIONS}
+        own["learn_scale"] = self.learn_scale or None
+        chosen = {name: value for name, value in own.items() if value is not None}
+        chosen |= self.options
         for name, value in chosen.items():
             require(name, name in known, f"left out for method {self.method}", value)
         return method(**chosen)
 
     def to_json(self) -> dict[str, Any]:
         """The settings in JSON's own types, paths absolute."""
-        values = dataclasses.asdict(self)
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         for name, value in values.items():
             if isinstance(value, Path):
                 values[name] = str(value.resolve())
+        rank = self.resolved_rank
+        values["rank"] = {"stages": encode(rank)} if isinstance(rank, list) else rank
+        values["options"] = {name: encode(value) for name, value in self.options.items()}
         return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+
+# Options of a method that are settings by themselves.
+OWN_OPTIONS = frozenset({"rank", "scale", "init", "dropout", "cores", "learn_scale"})
 
 
 def check_recorded(values: Mapping[str, Any]) -> None:
@@ -159,7 +191,7 @@ def check_recorded(values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a value of another type, or one that makes no sense.
     """
-    in_json = {Path: (str,), tuple: (list,), float: (int, float)}
+    in_json = {Path: (str,), tuple: (list,), float: (int, float), list: (dict,), Mapping: (dict,)}
     given: dict[str, Any] = {}
     for name, hint in get_type_hints(TrainSettings).items():
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -171,9 +203,23 @@ def check_recorded(values: Mapping[str, Any]) -> None:
         if Path in plain and value is not None:
             given[name] = Path(value)
     try:
+        if isinstance(given["rank"], dict):
+            given["rank"] = decode(given["rank"]["stages"])
+        given["options"] = {name: decode(value) for name, value in given["options"].items()}
         TrainSettings(**given)
-    except TypeError as error:  # what a list holds
+    except (TypeError, LookupError) as error:  # what a list or a dictionary holds
         raise ValueError(str(error)) from None
+
+
+# Settings that runs of older releases have not recorded, and what they did.
+BEFORE_THERE_WAS: dict[str, Any] = {
+    "options": {},
+    "drop_last": False,
+    "schedule": "update",
+    "normalize": "model",
+    "recipe": None,
+    "task": None,
+}
 
 
 def require(name: str, condition: bool, expected: str, got: object) -> None:

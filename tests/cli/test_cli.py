@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import efft_kernels_command
+from efft_kernels import EFFT2
 from efft_kernels.cli import app
 from efft_kernels.training.loop import NonFiniteLossError
 
@@ -111,7 +112,7 @@ def test_eval_errors_are_one_line(images: Path, trained: tuple[Path, Result]) ->
     [
         ("--rank 0", "rank must be"),
         ("--rank 9999", "rank must be"),
-        ("--rank many", "rank must be a number R or two, R1,R2, got 'many'"),
+        ("--rank many", "rank must be a number R or two, R1,R2, or one of these per stage"),
         ("--layers 3-x", "layers must be numbers and ranges"),
         ("--layers 40", "layers must be within 0..11, got 40"),
         ("--layers 0-999999999", "layers must be numbers and ranges"),
@@ -347,6 +348,60 @@ def test_killed_it_resumes_to_the_same_result(
     assert "resuming after epoch 1 of 4" in resumed.stderr
     assert resumed.stdout.splitlines()[-2] == trained[1].stdout.splitlines()[-2]
     assert_same_adapter(output, trained[0])
+
+
+def test_train_follows_a_recipe_and_eval_repeats_it(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    given = ("--model", "vit_tiny_patch16_224", "--epochs", 2, "--lr", 0.002, "--no-drop-last")
+    command = ("--recipe", "vtab", "--task", "svhn", *given, "--ffn-init", "u")
+    result = train(images, output, *command)
+    assert result.exit_code == 0, result.output
+    config = json.loads((output / "config.json").read_text())
+    settings, method = config["settings"], config["method"]
+    assert (settings["recipe"], settings["task"]) == ("vtab", "svhn")
+    assert "efft2 rank 4, recipe vtab for svhn: " in result.stdout
+    by_hand = {"epochs": 2, "lr": 0.002, "batch_size": 8, "img_size": 32, "drop_last": False}
+    recipes = {"normalize": "imagenet", "schedule": "epoch", "weight_decay": 1e-4}
+    assert {name: settings[name] for name in by_hand | recipes} == by_hand | recipes
+    assert (
+        method
+        == EFFT2(rank=4, scale=80, cores="shared", ffn_init="u", factor_init="release").to_config()
+    )
+
+    again = invoke("eval", "--data", images, "--adapter", output / "adapter.safetensors")
+    accuracy = [
+        float(re.findall(r"top-1: ([\d.]+)", text)[0]) for text in (result.stdout, again.stdout)
+    ]
+    assert accuracy[0] == accuracy[1]
+
+    other = train(images, output, *command[:-1], "v", "--resume")
+    message = "ffn_init must be u as when the run began, got v: resume with the same --ffn-init"
+    assert message in error_of(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "vtab2"], "recipe must be one of vtab, got 'vtab2'"),
+        (["--recipe", "vtab", "--task", "cats"], "task must be one of VTAB-1K's 19, got 'cats'"),
+        (["--task", "cifar"], "task must be left out without --recipe, got cifar"),
+        (
+            ["--method", "lora", "--ffn-rank", "4"],
+            "ffn_rank must be left out for method lora, got 4",
+        ),
+        (["--factor-init", "paper"], "factor_init must be one of ('xavier', 'release')"),
+        (["--ffn-rank", "4:x"], "ffn_rank must be a number R or two, R1,R2, or one of these"),
+        (["--rank", "4:8"], "rank must have one entry per stage (1), got 2"),
+        (["--normalize", "clip"], "normalize must be one of model, imagenet, got clip"),
+        (["--schedule", "step"], "schedule must be one of update, epoch, got step"),
+    ],
+)
+def test_wrong_recipes_and_method_options_are_named(
+    images: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    result = train(images, tmp_path / "run", *options)
+    assert message in error_of(result)
+    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_prints_tables_or_json() -> None:

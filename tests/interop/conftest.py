@@ -16,7 +16,8 @@ IMAGES = torch.linspace(-1, 1, 768).view(4, 3, 8, 8)
 EVERY_METHOD: list[Method] = [
     EFFT1(rank=3, scale=0.7),
     EFFT1(rank=(4, 3), scale=0.7, learn_scale=True),
-    EFFT2(rank=3, scale=0.7),
+    EFFT1(rank=(3, 2), scale=0.7, attention_side="in"),
+    EFFT2(rank=3, scale=0.7, ffn_init="u", factor_init="release"),
     EFFT2(rank=(5, 3), ffn_rank=2, init="u", cores="shared"),
     FacTTT(rank=3, scale=0.7),
     FacTTK(rank=3, scale=0.7, layer_rank=2),

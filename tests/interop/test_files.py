@@ -132,7 +132,9 @@ class TestOurFormat:
             if method.__module__.startswith("efft_kernels."):
                 fields = {field.name for field in dataclasses.fields(method)}
                 assert set(SCHEMA["$defs"][name]["properties"]) == {"name", *fields}
-                assert set(SCHEMA["$defs"][name]["required"]) == {"name", *fields}
+                later = {"ffn_init", "factor_init", "attention_side"}  # absent in older files
+                later |= {"dropout"} if name == "lora" else set()
+                assert set(SCHEMA["$defs"][name]["required"]) == {"name", *fields} - later
 
     def test_every_method_is_documented(self):
         text = (DOCS / "adapter_format.md").read_text()

@@ -98,6 +98,8 @@ CONFIGURATIONS = [
     FacTTK(rank=(3, 2), layer_rank=7, scale=100.0),
     LoRA(rank=5, matrices=("q", "fc2")),
     LoRA(matrices=None),
+    LoRA(rank=[0, 2, 4], dropout=0.1, factor_init="release"),
+    FacTTK(factor_init="release"),
     KAdaptation(products=2, rank=3, init="u", matrices=("k",)),
 ]
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
 from efft_kernels import EFFT1, EFFT2, AdapterSet, attach, load
-from efft_kernels.methods import method_from_config
+from efft_kernels.methods import Site, method_from_config
 
 D, DEPTH = 12, 2  # of the small model
 
@@ -128,7 +130,18 @@ def efft2_deltas(groups, layers, parts, shared):
     return deltas
 
 
-DENSE = {EFFT1: efft1_deltas, EFFT2: efft2_deltas}
+def efft1_in_deltas(groups, layers, parts, shared):
+    """The same with [q;k;v;o] stacked along in: as the paper's x·W, W_q is its rows' U_q·Σ·V^T."""
+    deltas = efft1_deltas(groups, layers, parts, shared)
+    for name, delta in deltas.items():
+        if ".attn." in name:  # [slices·d, d], each slice's own rows
+            deltas[name] = torch.cat([matrix.T for matrix in delta.split(D)])
+    return deltas
+
+
+EFFT1_IN = functools.partial(EFFT1, attention_side="in")
+DENSE = {EFFT1: efft1_deltas, EFFT2: efft2_deltas, EFFT1_IN: efft1_in_deltas}
+EVERY_KIND = [EFFT1, EFFT2, pytest.param(EFFT1_IN, id="EFFT1-in")]
 
 
 def group_tensors(adapter, leaves=False):
@@ -161,7 +174,7 @@ METHOD_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("kind", [EFFT1, EFFT2])
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("where", ATTACH_OPTIONS)
 @pytest.mark.parametrize("options", METHOD_OPTIONS, ids=str)
 def test_every_slice_is_the_papers(make_vit, randomize, kind, where, options):
@@ -211,7 +224,7 @@ def test_random_factors_are_xavier_uniform(make_vit, kind):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("kind", [EFFT1, EFFT2])
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("options", METHOD_OPTIONS[1:4], ids=str)
 @pytest.mark.parametrize("strategy", ["auto", "split", "merged"])
 def test_training_step_is_that_of_the_dense_model(
@@ -315,15 +328,180 @@ def test_bad_options(kind, options, error_type, texts):
     assert all(text in str(error.value) for text in texts), str(error.value)
 
 
-def test_bad_ffn_rank():
-    with pytest.raises(ValueError, match="ffn_rank must be at least 1"):
-        EFFT2(ffn_rank=0)
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: EFFT2(ffn_rank=0), "ffn_rank must be at least 1"),
+        (lambda: EFFT2(ffn_init="vv"), r"ffn_init must be one of \('u', 'v'\), got 'vv'"),
+        (
+            lambda: EFFT2(factor_init="paper"),
+            r"factor_init must be one of .*'release'\), got 'paper'",
+        ),
+        (
+            lambda: EFFT1(attention_side="q"),
+            r"attention_side must be one of \('out', 'in'\), got 'q'",
+        ),
+    ],
+)
+def test_bad_options_of_one(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+def test_the_side_of_attention_is_another_function_of_as_many_numbers(make_vit, vit_base):
+    """Separate q, k and v would share x·V, or have each a rank of its own."""
+    assert attach(vit_base(), EFFT1_IN(rank=16)).num_parameters() == 70_656
+    for kind, rank in ((EFFT1, 3), (EFFT1_IN, 9)):
+        adapter = attach(make_vit(), kind(rank=3))
+        factors = adapter.layers()["blocks.0.attn.qkv"].current_factors(dropout=False)
+        assert factors.down.shape == (D, rank)
+
+
+def test_a_fused_qkv_is_its_three_matrices_whatever_the_side(randomize):
+    """The same U, Σ and V give a fused qkv, and q, k and v by themselves, one ΔW."""
+
+    def site(role, slices=1):
+        return Site(f"blocks.0.{role}", role, 0, 0, D, slices * D)
+
+    def delta(group, name):
+        down, core, up = group.factors(f"blocks.0.{name}", False)
+        return torch.cat(
+            [(down @ c @ up[0 if len(up) == 1 else g].T).T for g, c in enumerate(core)]
+        )
+
+    for side in ("out", "in"):
+        method = EFFT1(rank=(3, 2), attention_side=side)
+        fused = method.build([site("qkv", 3), site("o")])["all"]
+        apart = method.build([site("q"), site("k"), site("v"), site("o")])["all"]
+        randomize(fused)
+        apart.load_state_dict(fused.state_dict())
+        for name, found, u in zip(
+            "qkv", delta(fused, "qkv").split(D), fused.U.split(D)[:3], strict=True
+        ):
+            torch.testing.assert_close(found, delta(apart, name))
+            matrix = 10.0 * u @ fused.core[0] @ fused.V.T
+            torch.testing.assert_close(found, matrix.T if side == "in" else matrix)
+
+
+def test_adapters_of_the_other_side_save_load_and_share_a_batch(make_vit, randomize, tmp_path):
+    model, images = make_vit().eval(), torch.randn(3, 3, 8, 8)
+    adapter = attach(model, EFFT1_IN(rank=(3, 2)))
+    randomize(adapter)
+    expected = model(images)
+    adapter.save(tmp_path / "in.safetensors")
+    twin = make_vit().eval()
+    tasks = AdapterSet(load(twin, tmp_path / "in.safetensors"))
+    assert torch.equal(twin(images), expected)
+    tasks.add("a", tmp_path / "in.safetensors")
+    tasks.add("b")
+    with tasks.tasks("aba"), torch.no_grad():
+        torch.testing.assert_close(twin(images), expected, rtol=1e-4, atol=1e-5)
+    attach(make_vit(), EFFT1(rank=(3, 2))).save(tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="attention_side"):
+        tasks.add("c", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("init", ["u", "v"])
+@pytest.mark.parametrize("ffn_init", ["u", "v"])
+def test_each_group_has_a_zero_of_its_own(make_vit, init, ffn_init):
+    bank = attach(make_vit(), EFFT2(rank=3, init=init, ffn_init=ffn_init)).bank
+    for group, letter in ((bank.mhsa, init), (bank.ffn, ffn_init)):
+        zero, random = (group.U, group.V) if letter == "u" else (group.V, group.U)
+        assert not zero.any() and random.all()
+    assert bank.ffn.U.shape == (4 * D, 3)
+
+
+def uniform(tensor, bound):
+    """Whether the entries look like a uniform draw from ±bound."""
+    assert 0.9 * bound < tensor.abs().max() <= bound
+    assert tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    return True
+
+
+@pytest.mark.parametrize("cores", ["per_layer", "shared"])
+def test_the_release_draws_a_groups_cores_as_one_tensor(make_vit, cores):
+    """Set_EFFT.py: xavier_uniform_ on U [d, r] and on EFFTc [r, r, 4] and [r, r, 2]."""
+    r, model = 16, make_vit(embed_dim=48, depth=6)
+    bank = attach(model, EFFT2(rank=r, cores=cores, factor_init="release")).bank
+    for group, kinds, smaller in ((bank.mhsa, 4, 2.0), (bank.ffn, 2, 2**0.5)):
+        released = nn.init.xavier_uniform_(torch.empty(r, r, kinds))
+        assert group.core.std().item() == pytest.approx(released.std().item(), rel=0.1)
+        assert uniform(group.core, (3 / r) ** 0.5 / smaller)  # each as a matrix: ±√(3/r)
+        assert uniform(group.U, (6 / sum(group.U.shape)) ** 0.5)
+
+
+def test_the_release_draws_swins_cores_by_another_shape():
+    """Set_EFFT.py, set_Swin_EFFT: [4, r, r] in attention, [2, r, 2r] in FFNs, 18 in stage 3."""
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
+    ranks = [4, 8, 16, 32]
+    method = EFFT2(
+        rank=ranks, ffn_rank=[(2 * r, r) for r in ranks], cores="shared", factor_init="release"
+    )
+    bank = attach(model, method).bank
+    for stage, r in enumerate(ranks):
+        ffn = torch.empty(18 if stage == 2 else 2, r, 2 * r)
+        for part, tensor in (("mhsa", torch.empty(4, r, r)), ("ffn", ffn)):
+            core = getattr(bank, f"stage{stage}_{part}").core
+            bound = nn.init.xavier_uniform_(tensor).abs().max().item()
+            assert core.abs().max().item() == pytest.approx(bound, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "expected"),
+    [  # E's Table 3 has 0.36 and 0.59 million and no ranks: 48 and 64 fit; released are 24 and 32
+        ("vit_large_patch16_224", 48, 357_888),
+        ("vit_huge_patch14_224", 64, 598_016),
+        ("vit_large_patch16_224", 24, 175_488),
+        ("vit_huge_patch14_224", 32, 292_864),
+    ],
+)
+def test_parameter_counts_on_larger_vits(vit_base, name, rank, expected):
+    method = EFFT2(rank=rank, cores="shared")
+    assert attach(vit_base(name), method).num_parameters() == expected
+
+
+SWIN_COUNTS = [  # E's Table 3, with the cores that are read: 0.28, 0.37, 0.49 and 1.51 million
+    ("tiny", 3, 275_400),
+    ("small", 4, 369_920),
+    ("base", 4, 489_600),
+    ("large", 8, 1_479_680),
+]
+
+
+@pytest.mark.parametrize(("size", "a", "expected"), SWIN_COUNTS)
+def test_parameter_counts_on_swin(vit_base, size, a, expected):
+    ranks = [a * 2**stage for stage in range(4)]
+    method = EFFT2(rank=ranks, ffn_rank=[(2 * r, r) for r in ranks], cores="shared")
+    model = vit_base(f"swin_{size}_patch4_window7_224")
+    assert attach(model, method).num_parameters() == expected
+
+
+@pytest.mark.parametrize("options", [{"factor_init": "x"}, {"ffn_init": "x"}])
+def test_a_file_of_an_unknown_start_is_refused(make_vit, tmp_path, options):
+    path = tmp_path / "a.safetensors"
+    attach(make_vit(), EFFT2(rank=2)).save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    header["method"] = json.dumps(json.loads(header["method"]) | options)
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(ValueError, match=r"init must be one of .* got 'x'"):
+        load(make_vit(), path)
+
+
+def test_a_file_of_an_older_release_has_the_defaults(make_vit, tmp_path):
+    for method in (EFFT1(rank=2), EFFT2(rank=2)):
+        config = method.to_config()
+        for later in ("ffn_init", "factor_init", "attention_side"):
+            config.pop(later, None)
+        assert method_from_config(config) == method
 
 
 def test_configurations_survive_json():
     for method in (
         EFFT1(rank=(3, 2), scale=0.1, init="u", dropout=0.0, cores="shared", learn_scale=True),
-        EFFT2(rank=4, ffn_rank=(2, 3)),
+        EFFT1(rank=4, attention_side="in"),
+        EFFT2(rank=4, ffn_rank=(2, 3), ffn_init="u", factor_init="release"),
         EFFT2(rank=[2, (3, 4)]),
     ):
         again = method_from_config(json.loads(json.dumps(method.to_config())))

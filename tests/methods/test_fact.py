@@ -330,3 +330,60 @@ def test_dropout_on_factors_compiles(make_vit, randomize, kind):
     assert all(g.norm() > 0 for g in expected)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def is_uniform(tensor, bound):
+    """Whether the entries look like a uniform draw from ±bound."""
+    spread = tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    return spread and 0.9 * bound < tensor.abs().max() <= bound
+
+
+@pytest.mark.parametrize("rank", [16, (16, 8)])
+def test_the_release_draws_fact_tt_as_linears(make_vit, rank):
+    """fact_tt.py: FacTu, q_FacTs, ..., fc1_FacTs and fc2_FacTs are nn.Linear, within ±1/√in."""
+    model = make_vit(embed_dim=48, depth=6)
+    group = attach(model, FacTTT(rank=rank, factor_init="release")).bank.all
+    assert is_uniform(group.U, 48**-0.5) and not group.V.any()
+    by_role = {"fc2": [], "others": []}
+    for site, place in group.placements.items():
+        cores = group.core[place.first_core : place.first_core + place.slices]
+        by_role["fc2" if site.endswith("fc2") else "others"].append(cores)
+    assert is_uniform(torch.cat(by_role["fc2"]), (4 * 16) ** -0.5)
+    assert is_uniform(torch.cat(by_role["others"]), 16**-0.5)
+
+
+@pytest.mark.parametrize(("rank", "layer_rank"), [(16, None), ((16, 8), 5)])
+def test_the_release_draws_fact_tks_core_as_one_tensor(make_vit, rank, layer_rank):
+    """fact_tk.py: xavier_uniform_ on FacTc [r, r, r] and FacTp [r, 12L]."""
+    model = make_vit(embed_dim=48, depth=6)
+    method = FacTTK(rank=rank, layer_rank=layer_rank, factor_init="release")
+    group = attach(model, method).bank.all
+    t, r1, r2 = group.core.shape
+    assert is_uniform(group.U, 48**-0.5) and not group.V.any()
+    assert is_uniform(group.core, (6 / (t * (r1 + r2))) ** 0.5)
+    assert is_uniform(group.P, (6 / (72 + t)) ** 0.5)
+    if layer_rank is None:
+        assert is_uniform(group.core, 3**0.5 / 16)
+        released = nn.init.xavier_uniform_(torch.empty(t, t, t))
+        assert released.std().item() == pytest.approx(group.core.std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "larger"), [(FacTTT, 16, 4.2), (FacTTK, 16, 9.7), (FacTTK, 32, 13.6)]
+)
+def test_why_the_releases_scales_presuppose_its_start(kind, rank, larger):
+    """An Adam step on V moves ΔW by s·|U·Σ|·lr, and U·Σ is larger with xavier_uniform_."""
+    model = timm.create_model("vit_base_patch16_224", depth=1)
+    spread = {}
+    for factor_init in ("xavier", "release"):
+        adapter = attach(model, kind(rank=rank, factor_init=factor_init), targets="mhsa")
+        group = adapter.bank.all
+        spread[factor_init] = group.U.std().item() * group.core.std().item()
+        adapter.detach()
+    assert spread["xavier"] / spread["release"] == pytest.approx(larger, rel=0.08)
+
+
+def test_an_unknown_start_is_refused():
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=r"factor_init must be one of .* got 'linear'"):
+            kind(factor_init="linear")

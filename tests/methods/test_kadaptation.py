@@ -177,3 +177,17 @@ def test_refused(make_vit, options, text):
 def test_a_size_below_one_is_refused_at_once(field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
         KAdaptation(**{field: 0})
+
+
+def test_the_releases_slow_weights_are_tiny_and_of_rank_one(make_vit):
+    """PEViT's model.py: phm_rule_left [n, n, 1] and phm_rule_right [n, 1, n] within ±0.01."""
+    model = make_vit(embed_dim=64, num_heads=4)
+    group = attach(model, KAdaptation(products=8, factor_init="release")).bank.kadaptation
+    for matrix in group.A:
+        assert torch.linalg.matrix_rank(matrix, rtol=1e-3) == 1
+    assert 0.5e-4 < group.A.abs().max() <= 1e-4
+    assert group.A.std().item() == pytest.approx(1e-4 / 3, rel=0.2)
+    assert all(u.any() for u in group.u.values())  # the release's are zero, and never learn
+    assert not any(v.any() for v in group.v.values())
+    with pytest.raises(ValueError, match="factor_init must be one of"):
+        KAdaptation(factor_init="paper")

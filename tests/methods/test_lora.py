@@ -44,6 +44,15 @@ def test_parameter_counts_on_vit_base(method, expected):
     assert attach(meta("vit_base_patch16_224"), method).num_parameters() == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("vit_large_patch16_224", 393_216), ("vit_huge_patch14_224", 655_360)],
+)
+def test_parameter_counts_on_larger_vits(name, expected):
+    """E's Table 3: 0.39 and 0.65 million."""
+    assert attach(meta(name), LoRA(rank=4)).num_parameters() == expected
+
+
 def leaves_of(adapter):
     return {
         site: {
@@ -317,3 +326,90 @@ def test_no_scale_is_one(make_vit, randomize):
     group = next(adapter.bank.children())
     assert torch.equal(group.factors("", False).up[0], group.B[0])
     assert LoRA() == LoRA(scale=1.0)
+
+
+SWIN_COUNTS = [  # E's Table 3: 0.26, 0.36, 0.43 and 1.47 million
+    ("tiny", [0, 4, 12, 24], 264_192),
+    ("small", [0, 3, 9, 18], 364_032),
+    ("base", [2, 4, 8, 16], 436_224),
+    ("large", [3, 9, 18, 36], 1_469_952),
+]
+
+
+@pytest.mark.parametrize(("size", "ranks", "expected"), SWIN_COUNTS)
+def test_parameter_counts_on_swin(size, ranks, expected):
+    """Set_LoRA.py, set_Swin_LoRA_qv: rank (d // 128)·k; 0 in the first stage of T and S."""
+    width = {"tiny": 96, "small": 96, "base": 128, "large": 192}[size]
+    k = {"tiny": 4, "small": 3, "base": 2, "large": 3}[size]
+    assert ranks == [width * 2**stage // 128 * k for stage in range(4)]
+    adapter = attach(meta(f"swin_{size}_patch4_window7_224"), LoRA(rank=ranks))
+    assert adapter.num_parameters() == expected
+    assert {site.stage for site in adapter.sites} == {i for i, rank in enumerate(ranks) if rank}
+
+
+def test_ranks_per_stage_train_save_and_load(tmp_path, randomize):
+    def make():
+        torch.manual_seed(3)
+        sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8}
+        heads = {"depths": (2, 2, 1), "num_heads": (1, 2, 4), "num_classes": 3}
+        return timm.models.swin_transformer.SwinTransformer(**sizes, **heads).eval()
+
+    model, images = make(), torch.randn(2, 3, 32, 32)
+    method = LoRA(rank=[0, 2, 4], factor_init="release", dropout=0.1)
+    adapter = attach(model, method)
+    randomize(adapter)
+    shapes = {site.stage: adapter.bank.group(site.name).A.shape[1] for site in adapter.sites}
+    assert shapes == {1: 2, 2: 4}
+    model(images).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.bank.parameters())
+    adapter.save(tmp_path / "lora.safetensors")
+    twin = make()
+    again = load(twin, tmp_path / "lora.safetensors")
+    assert again.method == method
+    assert torch.equal(twin(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "text"),
+    [
+        ([], ValueError, "rank must have one entry per stage"),
+        ([0, 0], ValueError, "rank must be at least 1 in one stage"),
+        ([1, -1], ValueError, "rank must be at least 1"),
+        ([1, (2, 2)], TypeError, "rank must be an int, or a list"),
+        ([1, True], TypeError, "rank must be an int, or a list"),
+    ],
+)
+def test_bad_ranks_per_stage(ranks, kind, text):
+    with pytest.raises(kind, match=text):
+        LoRA(rank=ranks)
+
+
+def test_ranks_of_other_stages_leave_the_model_alone(make_vit, unchanged):
+    model = make_vit()
+    with unchanged(model), pytest.raises(ValueError, match=r"one entry per stage \(1\), got 2"):
+        attach(model, LoRA(rank=[1, 2]))
+
+
+def test_the_release_starts_with_xavier_and_masks_both_factors(make_vit):
+    """EFFT's Set_LoRA.py: xavier_uniform_ on LoRAq1 [d, r], and nn.Dropout(0.1) on both."""
+    model = make_vit(embed_dim=48)
+    adapter = attach(model, LoRA(rank=8, factor_init="release", dropout=0.25))
+    group = adapter.bank.group("blocks.0.attn.qkv")
+    bound = (6 / (48 + 8)) ** 0.5
+    assert 0.9 * bound < group.A.abs().max() <= bound
+    assert group.A.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert not group.B.any()
+    with torch.no_grad():
+        group.B.fill_(1.0)
+    layer = adapter.layers()["blocks.0.attn.qkv"]
+    plain = layer.current_factors(dropout=False)
+    kept = []
+    for _ in range(50):
+        down, _, up = layer.current_factors(dropout=True)
+        for masked, full in ((down, plain.down), (up, plain.up)):
+            ratio = (masked / full)[full != 0]
+            torch.testing.assert_close(ratio[ratio != 0], torch.ones_like(ratio[ratio != 0]) / 0.75)
+            kept.append((ratio != 0).float().mean().item())
+    assert sum(kept) / len(kept) == pytest.approx(0.75, abs=0.02)
+    with pytest.raises(ValueError, match="factor_init must be one of"):
+        LoRA(factor_init="xavier")

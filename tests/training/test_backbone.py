@@ -167,6 +167,8 @@ def test_an_unknown_model_brings_suggestions() -> None:
 def test_options_a_model_does_not_take_are_named() -> None:
     with pytest.raises(ValueError, match="resnet18 takes no img_size"):
         build_backbone("resnet18", num_classes=3, pretrained=False, img_size=32)
+    own = build_backbone("resnet18", num_classes=3, pretrained=False, img_size=224)
+    assert own.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
 def test_pretrained_weights_that_cannot_be_had_suggest_a_checkpoint(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import efft_kernels
 from efft_kernels.adapters.adapter import Adapter
+from efft_kernels.methods import METHODS
 from efft_kernels.training.backbone import build_backbone
 from efft_kernels.training.evaluation import evaluate_adapter
 from efft_kernels.training.images import UnreadableImageError, open_splits
@@ -223,6 +224,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_a_run_that_steps_once_an_epoch_resumes_to_the_same_bits(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """21 images in batches of 8 and no smaller one: 2 updates an epoch."""
+    released = dataclasses.replace(settings, schedule="epoch", drop_last=True, warmup_epochs=1)
+    fit(prepare(released, tmp_path / "whole"))
+    with pytest.raises(Killed):
+        fit(prepare(released, tmp_path / "killed"), on_step=stop_in_an_epoch(monkeypatch))
+    run = prepare(released, tmp_path / "killed", resume=True)
+    assert len(run.history) == 2
+    assert run.optimizer.param_groups[0]["lr"] == run.history[-1].lr
+    fit(run)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    low, peak = settings.min_lr, settings.lr
+    fall = [low + (peak - low) / 2 * (1 + math.cos(math.pi * t / 3)) for t in (1, 2)]
+    rates = [float(row["lr"]) for row in rows(tmp_path / "whole")]
+    assert rates == pytest.approx([WARMUP_LR, *fall])
+
+
 def test_half_precision_with_augmentation_resumes_too(
     settings: TrainSettings, tmp_path: Path
 ) -> None:
@@ -292,6 +312,9 @@ def test_a_bad_setting_writes_nothing(settings: TrainSettings, tmp_path: Path) -
         ({"rank": 0}, "rank"),
         ({"rank": 5000}, "rank"),
         ({"init": "w"}, "init"),
+        ({"options": {"ffn_init": "w"}}, "ffn_init must be one of"),
+        ({"options": {"layer_rank": 3}}, "layer_rank must be left out for method efft2, got 3"),
+        ({"rank": [2, 4]}, "rank must have one entry per stage"),
         ({"dropout": 1.5}, "dropout"),
         ({"layers": (12,)}, "layers"),
         ({"targets": ("nothing",)}, "targets"),
@@ -321,12 +344,21 @@ def test_a_bad_setting_writes_nothing(settings: TrainSettings, tmp_path: Path) -
         {"seed": -1},
         {"workers": -1},
         {"img_size": 0},
+        {"normalize": "clip"},
+        {"schedule": "step"},
     ],
 )
 def test_senseless_settings_are_named(settings: TrainSettings, change: dict[str, Any]) -> None:
     (name,) = change
     with pytest.raises(ValueError, match=f"{name} must be .*, got"):
         dataclasses.replace(settings, **change)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rank_is_the_methods_own_by_default(method: str) -> None:
+    settings = TrainSettings(Path("images"), method=method)
+    assert settings.method_config() == METHODS[method]()
+    assert settings.resolved_rank == settings.to_json()["rank"] == METHODS[method]().rank  # type: ignore[attr-defined]
 
 
 def test_warmup_is_a_tenth_by_default(settings: TrainSettings) -> None:

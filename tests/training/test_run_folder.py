@@ -13,7 +13,7 @@ import torch
 
 from efft_kernels import LoRA, attach
 from efft_kernels.training import run_folder
-from efft_kernels.training.settings import TrainSettings
+from efft_kernels.training.settings import BEFORE_THERE_WAS, TrainSettings
 
 Read = Callable[[str], Any]
 
@@ -65,9 +65,38 @@ def test_a_whole_configuration_is_read(read: tuple[Read, Path], config: run_fold
     assert run_folder.left_out(read[0](json.dumps(config))) == []
 
 
+def test_a_configuration_of_an_older_release_has_what_it_did(
+    read: tuple[Read, Path], config: run_folder.Config
+) -> None:
+    for name in BEFORE_THERE_WAS:
+        del config["settings"][name]
+    settings = read[0](json.dumps(config))["settings"]
+    assert settings == TrainSettings(Path("images"), rank=(4, 2), layers=(0, 3)).to_json()
+    del config["settings"]["lr"]
+    assert refused(*read, json.dumps(config))
+
+
+def test_ranks_per_stage_and_a_methods_options_are_recorded(
+    read: tuple[Read, Path], config: run_folder.Config
+) -> None:
+    options = {"matrices": ("q", "k"), "ffn_rank": [2, (3, 1)]}
+    settings = TrainSettings(Path("images"), rank=[2, (4, 3)], options=options)
+    config["settings"] = json.loads(json.dumps(settings.to_json()))
+    assert read[0](json.dumps(config)) == config
+    for name in ("rank", "options"):
+        for value in ({} if name == "rank" else [], {"stages": {"x": 1}}, [[]]):
+            changed = config["settings"] | {name: value}
+            refused(*read, json.dumps(config | {"settings": changed}))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("options", {"rank": 3}),
+        ("options", {"matrices": {"list": [1]}}),
+        ("normalize", "clip"),
+        ("schedule", 3),
+        ("drop_last", None),
         ("img_size", 10**9),
         ("img_size", "32"),
         ("model", 3),

@@ -80,6 +80,44 @@ struct TallGradArguments {
   int64_t splits;
 };
 
+// z' = z + y, x̂ = (z' - mean)·rstd·weight + bias and P = x̂·down. Everything is contiguous and
+// starts at a multiple of 16 bytes; `dtype` is that of y, down, out and p.
+struct NormArguments {
+  Dtype dtype;
+  const float* z;       // [M, K]
+  const void* y;        // [M, K], or null: z' is z
+  const float* weight;  // [K]
+  const float* bias;    // [K]
+  const void* down;     // [K, rank]
+  float* z_out;         // [M, K], if there is y
+  void* out;            // [M, K]
+  void* p;              // [M, rank]
+  float* mean;          // [M]
+  float* rstd;          // [M]
+  int64_t rows, width, programs;
+  int rank;
+  float eps;
+};
+
+// The gradient dz of the norm's z, with `residual` added, once more in `dtype` as dy, and the
+// partial sums of x̂^T·S. Everything is contiguous and starts at a multiple of 16 bytes.
+struct NormGradArguments {
+  Dtype dtype;            // of dout, s and dy
+  const void* dout;       // [M, K]
+  const float* z;         // [M, K]
+  const float* mean;      // [M]
+  const float* rstd;      // [M]
+  const float* weight;    // [K]
+  const float* bias;      // [K]
+  const float* residual;  // [M, K]
+  const void* s;          // [M, rank]
+  float* dz;              // [M, K]
+  void* dy;               // [M, K]
+  float* partial;         // [programs, K, R]
+  int64_t rows, width, programs;
+  int rank;
+};
+
 // The second stage: out[c, r] = sum of partial[part, c, r], in order, rounded once.
 struct ReduceArguments {
   const float* partial;  // [parts, C, R]

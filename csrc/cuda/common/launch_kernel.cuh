@@ -31,14 +31,21 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
                           static_cast<size_t>(smem_bytes), stream);
 }
 
-// The same for a kernel with more dynamic shared memory than every kernel may have.
+// The same for a kernel with more dynamic shared memory than every kernel may have; `most`: of all
+// its launches, where they differ.
+template <auto kKernel, class... Parameters>
+cudaError_t launch_with_up_to(int most, dim3 grid, int threads, int smem_bytes, cudaStream_t stream,
+                              const Parameters&... parameters) {
+  static std::atomic<uint64_t> prepared{0};
+  if (const cudaError_t error = allow_smem(kKernel, most, prepared); error != cudaSuccess)
+    return error;
+  return launch_kernel(kKernel, grid, threads, smem_bytes, stream, parameters...);
+}
+
 template <auto kKernel, class... Parameters>
 cudaError_t launch_with_smem(dim3 grid, int threads, int smem_bytes, cudaStream_t stream,
                              const Parameters&... parameters) {
-  static std::atomic<uint64_t> prepared{0};
-  if (const cudaError_t error = allow_smem(kKernel, smem_bytes, prepared); error != cudaSuccess)
-    return error;
-  return launch_kernel(kKernel, grid, threads, smem_bytes, stream, parameters...);
+  return launch_with_up_to<kKernel>(smem_bytes, grid, threads, smem_bytes, stream, parameters...);
 }
 
 // The same in clusters of `cluster` successive blocks.

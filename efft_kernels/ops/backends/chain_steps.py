@@ -34,7 +34,7 @@ class Normed(NamedTuple):
     z: Tensor  # [M, K]: z + y
     out: Tensor  # x̂ [M, K]
     p: Tensor  # [M, r]
-    mean: Tensor  # [M, 1] or [M]
+    mean: Tensor  # [M]
     rstd: Tensor
 
 
@@ -62,27 +62,34 @@ class TorchSteps:
         z = z if y is None else z + y
         out, mean, rstd = aten.native_layer_norm(z, [z.shape[1]], norm.weight, norm.bias, norm.eps)
         out = out.to(dtype)
-        return Normed(z, out, out @ down, mean, rstd)
+        return Normed(z, out, out @ down, mean.view(-1), rstd.view(-1))
 
     def norm_grad(
-        self, dout: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The stream's gradient, and the same in dout's dtype for the branch."""
+        self,
+        dout: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: Norm,
+        residual: Tensor,
+        s: Tensor,
+    ) -> tuple[Tensor, Tensor, Sum]:
+        """The stream's gradient, the same in dout's dtype for the branch, and x̂^T·S."""
         dz = aten.native_layer_norm_backward(
             dout.to(z.dtype),
             z,
             [z.shape[1]],
-            mean,
-            rstd,
+            mean.view(-1, 1),
+            rstd.view(-1, 1),
             norm.weight,
             norm.bias,
             [True, False, False],
         )[0]
         dz = dz + residual
-        return dz, dz.to(dout.dtype)
+        return dz, dz.to(dout.dtype), self.norm_down_grad(z, mean, rstd, norm, s)
 
     def norm_down_grad(self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor) -> Sum:
-        """x̂^T·S, with x̂ made again."""
+        """x̂^T·S alone, with x̂ made again."""
         n = (z - mean.view(-1, 1)) * rstd.view(-1, 1)
         return self.tall_grad((n * norm.weight + norm.bias).to(s.dtype), s)
 
@@ -114,7 +121,7 @@ class TorchSteps:
         self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dh, then S = dh·B and d_B = dh^T·P of the linear before, d_down = gelu(h)^T·s of the one
-        after.
+        after. dh may take da's place.
         """
         sum_down = self.tall_grad(F.gelu(h), s)
         dh = aten.gelu_backward(da, h)

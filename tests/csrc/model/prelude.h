@@ -20,6 +20,7 @@
 #define threadIdx (::model::current_thread().thread_idx)
 #define blockIdx (::model::block().index)
 #define gridDim (::model::block().grid)
+#define blockDim (::dim3(static_cast<unsigned>(::model::block().threads.size())))
 #define __syncwarp ::model::sync_warp
 #define __trap() ::model::fail("a trap")
 #define __syncthreads ::model::sync_block

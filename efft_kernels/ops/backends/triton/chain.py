@@ -1,7 +1,8 @@
 """The steps of `backends/chain_steps.py` as launches.
 
-GELU is torch's own: a kernel that carries the thin products of both linears along is bound by its
-arithmetic, 1.6 ms a step slower on an H100 (ViT-B, 64 images) than these passes.
+GELU's kernels carry the thin products of both its linears along: on an H100, ViT-B, 64 images, 73
+and 131 µs for 95 and 225 in torch's activation and passes of their own. Where they would spill
+(ranks above 32, hidden widths that 64 does not divide) it is those passes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..chain_steps import Norm, Normed, TorchSteps
 from ..fallback import padded_rank
 from . import tuning
+from .act import ActConfig, launch_act_bwd, launch_act_fwd
 from .configs import PassConfig
 from .device import multiprocessors
 from .gather import launch_gather
@@ -35,6 +37,8 @@ class Configs(NamedTuple):
     norm_grad: NormConfig
     norm_down_grad: PassConfig
     gather: PassConfig
+    gelu: ActConfig | None  # None: torch's activation and passes of their own
+    gelu_grad: ActConfig | None
 
 
 @cache
@@ -49,18 +53,24 @@ def configs_for(k: int, rank: int, index: int | None) -> Configs:
     wide = padded_rank(rank) > 32
     block_c = 64 if wide else 128
 
-    def parts(columns: int) -> int:
-        """Of the rows, so that there are two programs for each multiprocessor."""
-        return tuning.cdiv(2 * multiprocessors(index), columns)
+    def parts(columns: int, programs: int = 2) -> int:
+        """Of the rows, so that there are so many programs for each multiprocessor."""
+        return tuning.cdiv(programs * multiprocessors(index), columns)
 
     tiles = tuning.cdiv(k, block_c)
     ragged = k % 64 != 0  # held, or in wide blocks, such rows would spill
+    registers = 128 if rank == 16 else None  # for two programs on a multiprocessor
     return Configs(
         NormConfig(16, 128 if wide or ragged else 256, not ragged, 8 if wide or k > 768 else 4),
         NormConfig(4, 256, True, 4),
-        PassConfig(64, block_c, parts(tiles), 4, 3),
+        PassConfig(64 if wide else 32, 64, parts(tuning.cdiv(k, 64), 2 if wide else 4), 4, 3),
         PassConfig(64, block_c, parts(3 * tiles), 4, 3),
+        None if wide else ActConfig(32, 128, 2, 4, 2),
+        None if wide else ActConfig(32, 128, 11, 8, 3, registers),
     )
+
+
+_NO_SUM: Sum = (None, None)
 
 
 class Partial(NamedTuple):
@@ -97,8 +107,7 @@ class TritonSteps(TorchSteps):
         found = [s.sums.new_empty(s.rows, s.columns) for s in sums]
         pairs: list[Sum] = [(s.sums, out) for s, out in zip(sums, found, strict=True)]
         key = [(s.sums.shape, s.rows, s.columns) for s in sums]
-        no_sum: Sum = (None, None)
-        first, second, third = pairs if len(pairs) == 3 else (pairs[0], no_sum, pairs[1])
+        first, second, third = pairs if len(pairs) == 3 else (pairs[0], _NO_SUM, pairs[1])
         launch_reduce((first, second, third), self._cache("finish", sums[0].sums, *key))
         return tuple(found)
 
@@ -112,23 +121,36 @@ class TritonSteps(TorchSteps):
     def norm(
         self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype
     ) -> Normed:
+        config = self.configs.norm
+        # Rows are too few for a product on the tensor cores: P is a pass of its own over x̂, which
+        # lies in the L2 cache.
+        apart = config.block_m < 16
         got = launch_norm_fwd(
             z,
             None if y is None else Branch(y),
             norm.weight,
             norm.bias,
-            down,
+            None if apart else down,
             eps=norm.eps,
             dtype=dtype,
-            config=self.configs.norm,
+            config=config,
             cache=self._cache("norm", z, y is None, down.shape[1], norm.eps, dtype),
         )
-        assert got.mean is not None and got.p is not None
-        return Normed(got.z, got.out, got.p, got.mean, got.rstd)
+        p = self.thin(got.out, down) if apart else got.p
+        assert got.mean is not None and p is not None
+        return Normed(got.z, got.out, p, got.mean, got.rstd)
 
     def norm_grad(
-        self, dout: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        dout: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: Norm,
+        residual: Tensor,
+        s: Tensor,
+    ) -> tuple[Tensor, Tensor, Partial]:
+        sum_down = self.norm_down_grad(z, mean, rstd, norm, s)
         got = launch_norm_bwd(
             dout,
             z,
@@ -144,7 +166,7 @@ class TritonSteps(TorchSteps):
             cache=self._cache("norm_grad", dout, z.dtype),
         )
         assert got.dy is not None
-        return got.dz, got.dy
+        return got.dz, got.dy, sum_down
 
     def norm_down_grad(
         self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor
@@ -188,3 +210,29 @@ class TritonSteps(TorchSteps):
         s, d_b = torch.empty_like(p), b.new_empty(b.shape, dtype=torch.float32)
         launch_reduce(((d_b_partial, d_b), (s_partial, s), (None, None)), cache)
         return whole, s, d_b
+
+    def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.configs.gelu
+        if config is None or h.shape[1] % config.block_c:
+            return super().gelu(h, down)
+        cache = self._cache("gelu", h, down.shape[1])
+        got = launch_act_fwd(h, None, None, None, down, config=config, cache=cache)
+        assert got.p is not None
+        if got.p.dim() == 2:
+            return got.a, got.p
+        p = h.new_empty(h.shape[0], down.shape[1])
+        launch_reduce((_NO_SUM, _NO_SUM, (got.p, p)), cache)
+        return got.a, p
+
+    def gelu_grad(
+        self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        config = self.configs.gelu_grad
+        if config is None or h.shape[1] % config.block_c:
+            return super().gelu_grad(da, h, s, b, p)
+        cache = self._cache("gelu_grad", h, s.shape[1], b.shape[1])
+        got = launch_act_bwd(da, h, s, None, p, b, in_place=True, config=config, cache=cache)
+        s_in = torch.empty_like(p)
+        d_b, d_down = (h.new_empty(h.shape[1], t.shape[1], dtype=torch.float32) for t in (b, s))
+        launch_reduce(((got.d_up, d_b), (got.q, s_in), (got.d_down, d_down)), cache)
+        return got.dh, s_in, d_b, d_down

@@ -4,8 +4,8 @@
 compiled kernel up: 12 to 15 µs on the core where `benchmarks/host_overhead.py` was first run, more
 than all else this backend does on the host. Sizes, strides and dtypes repeat from step to step, so
 `cache_of` keeps, for each set of them, what the launchers found out the first time: block shapes,
-grid, integers, constants, and the compiled kernel itself, which from then on takes the pointers
-directly.
+grid, integers, constants, and the compiled kernel itself, which from then on takes the addresses
+directly: of a tensor Triton's launcher asks the driver whether it is one of the device's.
 
 What a compiled kernel relies on, and where that is checked:
 
@@ -25,8 +25,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 # The versions whose CompiledKernel is known to take what a CachedLaunch hands it (the tests of
 # this module compare the two ways); others go through `kernel[grid]` every time.
@@ -80,19 +82,48 @@ class CachedLaunch:
             fresh: The rest of them, allocated for this call, hence aligned.
             descriptors: Tensor descriptors of some of them, where the kernel takes any.
         """
-        addresses = 0
-        for tensor in tensors:
-            if tensor is not None:
-                addresses |= tensor.data_ptr()
-        aligned = not addresses & 15
-        if aligned and self._direct is not None:
-            self._direct(*tensors, *fresh, *descriptors, *self.arguments)
+        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        together = 0
+        for address in addresses:
+            together |= address or 0
+        aligned = not together & 15
+        direct = self._direct
+        if aligned and direct is not None:
+            for tensor in fresh:
+                addresses.append(None if tensor is None else tensor.data_ptr())
+            direct(*addresses, *descriptors, *self.arguments)
             return
         compiled = self.kernel[self.grid](
             *tensors, *fresh, *descriptors, *self.arguments, **self.options
         )
         if aligned and DIRECT and isinstance(compiled, triton.compiler.CompiledKernel):
-            self._direct = compiled[self.grid]
+            self._direct = _starter(compiled, self.grid)
+
+
+def _starter(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """compiled[grid] without what that looks up at every call: the launcher's own settings, which
+    stay as they are, and the scratch memory of a kernel that has none."""
+    long_way: Callable[..., None] = compiled[grid]
+    run = compiled.run
+    if run.global_scratch_size or run.profile_scratch_size:
+        return long_way
+    before = *grid, compiled.function, run.launch_cooperative_grid, run.launch_pdl
+    x, y, z, *settings = before
+    launch, metadata, runtime = run.launch, compiled.packed_metadata, triton.knobs.runtime
+    device, stream = driver.active.get_current_device, driver.active.get_current_stream
+    if type(driver.active).__name__ == "CudaDriver":
+        device, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+    def start(*arguments: Any) -> None:
+        if runtime.launch_enter_hook is not None or runtime.launch_exit_hook is not None:
+            long_way(*arguments)
+            return
+        launch(
+            *(x, y, z, stream(device()), *settings, None, None, metadata, None, None, None),
+            *arguments,
+        )
+
+    return start
 
 
 # What the launchers of one call keep, by launch: {"gemm": ..., "reduce": ...}.

@@ -13,10 +13,19 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
   return cudaSuccess;
 }
 
+// As the driver would, by what the first launch of a kernel allowed.
+template <auto kKernel, class... Parameters>
+cudaError_t launch_with_up_to(int most, dim3 grid, int threads, int smem_bytes, cudaStream_t stream,
+                              const Parameters&... parameters) {
+  static const int allowed = most;
+  model::check(smem_bytes <= allowed, "more shared memory than was allowed");
+  return launch_kernel(kKernel, grid, threads, smem_bytes, stream, parameters...);
+}
+
 template <auto kKernel, class... Parameters>
 cudaError_t launch_with_smem(dim3 grid, int threads, int smem_bytes, cudaStream_t stream,
                              const Parameters&... parameters) {
-  return launch_kernel(kKernel, grid, threads, smem_bytes, stream, parameters...);
+  return launch_with_up_to<kKernel>(smem_bytes, grid, threads, smem_bytes, stream, parameters...);
 }
 
 template <auto kKernel, class... Parameters>

@@ -94,4 +94,29 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   model::sync_warp();
 }
 
+template <class T>
+void mma_k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  auto& warp = model::current_warp();
+  const int lane = model::lane();
+  warp.data[lane] = {a[0], a[1], b, 0};
+  model::sync_warp();
+  for (int e = 0; e < 4; ++e) {
+    const int n = lane % 4 * 2 + e % 2;
+    for (int k = 0; k < 8; ++k)
+      d[e] += half_of<T>(warp.data[lane / 4 * 4 + k / 2][e / 2], k % 2) *
+              half_of<T>(warp.data[n * 4 + k / 2][2], k % 2);
+  }
+  model::sync_warp();
+}
+
+inline float shuffle_xor(float value, int mask) {
+  auto& warp = model::current_warp();
+  std::memcpy(&warp.data[model::lane()][0], &value, 4);
+  model::sync_warp();
+  float other;
+  std::memcpy(&other, &warp.data[model::lane() ^ mask][0], 4);
+  model::sync_warp();
+  return other;
+}
+
 }  // namespace efft_kernels::cuda

@@ -39,11 +39,15 @@ def operands(folded: bool) -> list[Tensor | None]:
     return list(operands_and_dy(s, torch.bfloat16))
 
 
-def described(arguments: tuple) -> list:
-    """Arguments as values: tensors by size, strides and dtype, inputs by address too."""
-    return [
-        (tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in arguments
-    ]
+def described(launch, inputs: dict[int, str]) -> list:
+    """Arguments as values: addresses, or the tensors there, by the input's name."""
+    types = list(launch.compiled.src.signature.values())
+
+    def one(type_: str, value):
+        address = value.data_ptr() if isinstance(value, Tensor) else value
+        return inputs.get(address, "allocated") if type_.startswith("*") else value
+
+    return [one(*each) for each in zip(types, launch.arguments, strict=True)]
 
 
 @pytest.mark.parametrize("folded", [True, False])
@@ -51,13 +55,17 @@ def described(arguments: tuple) -> list:
 def test_the_short_way_launches_what_the_long_way_does(gpu, monkeypatch, strategy, folded):
     *tensors, dy = operands(folded)
     x, weight, _, down, core, up = tensors
+    names = ("x", "weight", "bias", "down", "core", "up", "dy")
+    inputs = {
+        t.data_ptr(): name for name, t in zip(names, (*tensors, dy), strict=True) if t is not None
+    }
 
     def call():
         gpu.launches.clear()
         _, p = backend.forward(*tensors, save_p=True, strategy=strategy)
         backend.backward(dy, x, weight, p, down, core, up, needs=NEEDS, strategy=strategy)
         return [
-            (each.compiled, each.grid, each.stream, each.metadata, described(each.arguments))
+            (each.compiled, each.grid, each.stream, each.metadata, described(each, inputs))
             for each in gpu.launches
         ]
 
@@ -117,7 +125,8 @@ def test_a_pointer_off_16_bytes_gets_a_kernel_of_its_own(gpu):
         gemm(a, w, cache)
     compiled = [launch.compiled for launch in gpu.launches]
     assert compiled[0] == compiled[2] == compiled[4] != compiled[1] == compiled[3]
-    assert [launch.arguments[0].data_ptr() for launch in gpu.launches] == [
+    first = [launch.arguments[0] for launch in gpu.launches]
+    assert [a.data_ptr() if isinstance(a, Tensor) else a for a in first] == [
         a.data_ptr() for a in (aligned, shifted, aligned, shifted, aligned)
     ]
 

@@ -1,0 +1,140 @@
+#include "common/device_guard.h"
+#include "common/launchers.h"
+#include "norm/sizes.h"
+#include "ops.h"
+#include "tensors.h"
+
+// A chain's norm and its gradient: the operands' checks, and one launch each.
+namespace efft_kernels::cuda {
+namespace {
+
+std::string sized(std::initializer_list<int64_t> shape) { return shown(Extents(shape)); }
+
+// What is wrong with an operand that the kernels read as it lies in memory.
+std::string check_operand(const char* name, const Tensor& t, const Tensor& like,
+                          std::string_view dtype, std::initializer_list<int64_t> shape) {
+  const TensorInfo got = info(name, t);
+  if (got.dtype != dtype) return must_be(got, std::string(dtype), got.dtype);
+  if (got.device != info("", like).device)
+    return must_be(got, "on " + info("", like).device, got.device);
+  if (!(got.shape == Extents(shape))) return must_be(got, sized(shape), shown(got.shape));
+  if (!t.is_contiguous() || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0)
+    return must_be(got, "contiguous from a multiple of 16 bytes on",
+                   "strides " + shown(got.stride));
+  return {};
+}
+
+std::string check_thin(const char* name, const Tensor& t) {
+  const TensorInfo got = info(name, t);
+  if (!is_half(got)) return must_be(got, "float16 or bfloat16", got.dtype);
+  if (got.shape.size() != 2 || got.shape[1] < 1 || got.shape[1] > kNormRank)
+    return must_be(got, "a matrix of 1 to " + std::to_string(kNormRank) + " columns",
+                   shown(got.shape));
+  return {};
+}
+
+std::string check_stream(const Tensor& z) {
+  const TensorInfo got = info("z", z);
+  if (got.shape.size() != 2 || !norm_takes(got.shape[1], 1))
+    return must_be(got, "[M, K] with K a multiple of 64 up to " + std::to_string(kNormMostWidth),
+                   shown(got.shape));
+  return {};
+}
+
+template <class... Texts>
+void require_all(const Texts&... texts) {
+  (require(texts), ...);
+}
+
+float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+int64_t programs_for(int64_t m, int64_t k) {
+  Device device;
+  check_cuda(current_device(&device));
+  return norm_programs(m, k, device.multiprocessors);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm(Tensor z, std::optional<Tensor> y,
+                                                               Tensor weight, Tensor bias,
+                                                               Tensor down, double eps) {
+  require_all(check_stream(z), check_thin("down", down));
+  const int64_t m = z.size(0), k = z.size(1), rank = down.size(1);
+  const std::string_view half = info("down", down).dtype;
+  require_all(check_operand("z", z, z, "float32", {m, k}),
+              check_operand("weight", weight, z, "float32", {k}),
+              check_operand("bias", bias, z, "float32", {k}),
+              check_operand("down", down, z, half, {k, rank}));
+  if (y) require(check_operand("y", *y, z, half, {m, k}));
+  const OnDeviceOf here(z);
+  const ScalarType type = down.scalar_type();
+  const Tensor z_out = empty(z, {y ? m : 0, k}, ScalarType::Float);
+  const Tensor out = empty(z, {m, k}, type), p = empty(z, {m, rank}, type);
+  const Tensor mean = empty(z, {m}, ScalarType::Float), rstd = empty(z, {m}, ScalarType::Float);
+  if (m > 0) {
+    NormArguments a{};
+    a.dtype = dtype_of(down);
+    a.z = floats(z);
+    a.y = y ? y->data_ptr() : nullptr;
+    a.weight = floats(weight);
+    a.bias = floats(bias);
+    a.down = down.data_ptr();
+    a.z_out = floats(z_out);
+    a.out = out.data_ptr();
+    a.p = p.data_ptr();
+    a.mean = floats(mean);
+    a.rstd = floats(rstd);
+    a.rows = m;
+    a.width = k;
+    a.programs = programs_for(m, k);
+    a.rank = static_cast<int>(rank);
+    a.eps = static_cast<float>(eps);
+    check_cuda(launch_norm(a, here.stream()));
+  }
+  return {z_out, out, p, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout, Tensor z, Tensor mean, Tensor rstd,
+                                                    Tensor weight, Tensor bias, Tensor residual,
+                                                    Tensor s) {
+  require_all(check_stream(z), check_thin("s", s));
+  const int64_t m = z.size(0), k = z.size(1), rank = s.size(1);
+  const std::string_view half = info("s", s).dtype;
+  require_all(check_operand("z", z, z, "float32", {m, k}),
+              check_operand("dout", dout, z, half, {m, k}),
+              check_operand("mean", mean, z, "float32", {m}),
+              check_operand("rstd", rstd, z, "float32", {m}),
+              check_operand("weight", weight, z, "float32", {k}),
+              check_operand("bias", bias, z, "float32", {k}),
+              check_operand("residual", residual, z, "float32", {m, k}),
+              check_operand("s", s, z, half, {m, rank}));
+  const OnDeviceOf here(z);
+  const int64_t programs = m > 0 ? programs_for(m, k) : 0;
+  const Tensor dz = empty(z, {m, k}, ScalarType::Float);
+  const Tensor dy = empty(z, {m, k}, dout.scalar_type());
+  const Tensor partial = empty(z, {programs, k, kNormRank}, ScalarType::Float);
+  if (m > 0) {
+    NormGradArguments a{};
+    a.dtype = dtype_of(dout);
+    a.dout = dout.data_ptr();
+    a.z = floats(z);
+    a.mean = floats(mean);
+    a.rstd = floats(rstd);
+    a.weight = floats(weight);
+    a.bias = floats(bias);
+    a.residual = floats(residual);
+    a.s = s.data_ptr();
+    a.dz = floats(dz);
+    a.dy = dy.data_ptr();
+    a.partial = floats(partial);
+    a.rows = m;
+    a.width = k;
+    a.programs = programs;
+    a.rank = static_cast<int>(rank);
+    check_cuda(launch_norm_grad(a, here.stream()));
+  }
+  return {dz, dy, partial};
+}
+
+}  // namespace efft_kernels::cuda

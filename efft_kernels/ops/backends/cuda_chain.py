@@ -1,0 +1,70 @@
+"""A chain's norm and its gradient by CUDA C++; the other steps as Triton's launches.
+
+native_norm         z + y, x̂, P and the statistics in one pass     csrc/cuda/norm/norm.cu
+native_norm_grad    dz and dy, with x̂^T·S from the same z          csrc/cuda/norm/norm_grad.cu
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native_library
+from .chain_steps import Norm, Normed
+from .triton.chain import Partial, TritonSteps
+
+MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/norm/sizes.h
+
+
+def takes(k: int, rank: int, index: int) -> bool:
+    """Whether the kernels run on a device, for a stream of K columns and ranks up to `rank`.
+
+    They need the shared memory of compute capability 9.0 or 10.0.
+    """
+    return (
+        k % COLUMNS == 0
+        and k <= MOST_WIDTH
+        and rank <= MOST_RANK
+        and torch.cuda.get_device_capability(index)[0] in (9, 10)
+        and native_library.cuda_unavailable() is None
+    )
+
+
+class CudaSteps(TritonSteps):
+    """The steps where `takes` says so."""
+
+    def norm(
+        self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype
+    ) -> Normed:
+        if not _on_16_bytes(z, y, norm.weight, norm.bias, down):
+            return super().norm(z, y, norm, down, dtype)
+        z_out, *others = torch.ops.efft_kernels.native_norm(
+            z, y, norm.weight, norm.bias, down, norm.eps
+        )
+        out, p, mean, rstd = others
+        return Normed(z if y is None else z_out, out, p, mean, rstd)
+
+    def norm_grad(
+        self,
+        dout: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: Norm,
+        residual: Tensor,
+        s: Tensor,
+    ) -> tuple[Tensor, Tensor, Partial]:
+        operands = dout, z, mean, rstd, norm.weight, norm.bias, residual, s
+        if not _on_16_bytes(*operands):
+            return super().norm_grad(dout, z, mean, rstd, norm, residual, s)
+        dz, dy, partial = torch.ops.efft_kernels.native_norm_grad(*operands)
+        return dz, dy, Partial(partial, z.shape[1], s.shape[1])
+
+
+def _on_16_bytes(*tensors: Tensor | None) -> bool:
+    """Whether all start at a multiple of 16 bytes, as torch's own allocations do."""
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return not addresses & 15

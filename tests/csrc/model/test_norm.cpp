@@ -1,0 +1,178 @@
+// A chain's norm and its gradient on the model.
+
+#include "matrices.h"
+#include "norm/norm.cu"
+#include "norm/norm_grad.cu"
+
+using namespace efft_kernels::cuda;
+
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, __half> ? Dtype::kHalf : Dtype::kBfloat16;
+template <class T>
+constexpr double kRounding = std::is_same_v<T, __half> ? 1.0 / 2048 : 1.0 / 256;
+
+template <class T>
+static Stored<T> normal(int64_t rows, int64_t cols, unsigned seed, double scale = 1,
+                        double shift = 0) {
+  Stored<T> m(rows, cols);
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> draw(shift, scale);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c)
+      m.at(r, c) = from_float<T>(static_cast<float>(draw(generator)));
+  return m;
+}
+
+template <class T>
+static const T* data(Stored<T>& m) {
+  return static_cast<const T*>(m.matrix().data);
+}
+template <class T>
+static T* out(Stored<T>& m) {
+  return static_cast<T*>(m.matrix().data);
+}
+
+// Within `rounding` of the largest value beside it, and some more for float32's sums.
+template <class T, class Expected>
+static void expect_near(const char* what, const Stored<T>& got, double rounding,
+                        Expected expected) {
+  double largest = 0;
+  for (int64_t r = 0; r < got.rows; ++r)
+    for (int64_t c = 0; c < got.cols; ++c) largest = std::max(largest, std::abs(expected(r, c)));
+  for (int64_t r = 0; r < got.rows; ++r)
+    for (int64_t c = 0; c < got.cols; ++c) {
+      const double e = expected(r, c);
+      const double most = rounding * std::abs(e) + 2e-6 * largest;
+      EXPECT(std::abs(got.value(r, c) - e) <= most, "%s (%ld, %ld): %.9g, not %.9g", what, long(r),
+             long(c), got.value(r, c), e);
+    }
+}
+
+// `far`: the rows' mean is that many times their spread.
+template <class T>
+static void norms(int64_t m, int64_t k, int rank, bool branch, int64_t programs, double far,
+                  bool eager) {
+  model::settings() = {eager};
+  auto z = normal<float>(m, k, 1, 1, far);
+  auto y = normal<T>(m, k, 2, 0.5);
+  auto weight = normal<float>(1, k, 3, 0.2, 1), bias = normal<float>(1, k, 4, 0.2);
+  auto down = normal<T>(k, rank, 5);
+  Stored<float> z_out(m, k), mean(m, 1), rstd(m, 1);
+  Stored<T> x(m, k), p(m, rank);
+  NormArguments a{};
+  a.dtype = kDtype<T>;
+  a.z = data(z);
+  a.y = branch ? data(y) : nullptr;
+  a.weight = data(weight);
+  a.bias = data(bias);
+  a.down = data(down);
+  a.z_out = out(z_out);
+  a.out = out(x);
+  a.p = out(p);
+  a.mean = out(mean);
+  a.rstd = out(rstd);
+  a.rows = m, a.width = k, a.programs = programs, a.rank = rank, a.eps = 1e-6f;
+  EXPECT(launch_norm(a, nullptr) == cudaSuccess, "launch");
+
+  Stored<float>& of = branch ? z_out : z;
+  if (branch)
+    expect_equal("z + y", z_out, [&](int64_t r, int64_t c) {
+      return rounded<float>(z.value(r, c) + y.value(r, c));
+    });
+  std::vector<double> means(m), rstds(m);
+  for (int64_t r = 0; r < m; ++r) {
+    double sum = 0, squares = 0;
+    for (int64_t c = 0; c < k; ++c) sum += of.value(r, c);
+    means[r] = sum / k;
+    for (int64_t c = 0; c < k; ++c) squares += std::pow(of.value(r, c) - means[r], 2);
+    rstds[r] = 1 / std::sqrt(squares / k + 1e-6);
+  }
+  expect_near("mean", mean, 1e-6, [&](int64_t r, int64_t) { return means[r]; });
+  expect_near("rstd", rstd, 1e-5, [&](int64_t r, int64_t) { return rstds[r]; });
+  const auto normed = [&](int64_t r, int64_t c) {
+    return (of.value(r, c) - mean.value(r, 0)) * rstd.value(r, 0) * weight.value(0, c) +
+           bias.value(0, c);
+  };
+  expect_near("x", x, kRounding<T>, normed);
+  expect_near("P", p, kRounding<T>, [&](int64_t r, int64_t i) {
+    double sum = 0;
+    for (int64_t c = 0; c < k; ++c) sum += x.value(r, c) * down.value(c, i);
+    return sum;
+  });
+  for (auto* t : {&mean, &rstd, &z_out}) t->expect_margins_untouched("beside the rows");
+  x.expect_margins_untouched("beside x");
+  p.expect_margins_untouched("beside P");
+
+  auto dout = normal<T>(m, k, 6), s = normal<T>(m, rank, 7);
+  auto residual = normal<float>(m, k, 8);
+  Stored<float> dz(m, k);
+  Stored<T> dy(m, k);
+  std::vector<float> partial(programs * k * kNormRank, std::nanf(""));
+  NormGradArguments b{};
+  b.dtype = kDtype<T>;
+  b.dout = data(dout);
+  b.z = data(of);
+  b.mean = data(mean);
+  b.rstd = data(rstd);
+  b.weight = data(weight);
+  b.bias = data(bias);
+  b.residual = data(residual);
+  b.s = data(s);
+  b.dz = out(dz);
+  b.dy = out(dy);
+  b.partial = partial.data();
+  b.rows = m, b.width = k, b.programs = programs, b.rank = rank;
+  EXPECT(launch_norm_grad(b, nullptr) == cudaSuccess, "launch");
+  std::vector<double> sum_g(m), sum_gn(m);
+  const auto n_at = [&](int64_t r, int64_t c) {
+    return (of.value(r, c) - mean.value(r, 0)) * rstd.value(r, 0);
+  };
+  for (int64_t r = 0; r < m; ++r)
+    for (int64_t c = 0; c < k; ++c) {
+      const double g = dout.value(r, c) * weight.value(0, c);
+      sum_g[r] += g / k;
+      sum_gn[r] += g * n_at(r, c) / k;
+    }
+  const auto gradient = [&](int64_t r, int64_t c) {
+    const double g = dout.value(r, c) * weight.value(0, c);
+    return rstd.value(r, 0) * (g - sum_g[r] - n_at(r, c) * sum_gn[r]) + residual.value(r, c);
+  };
+  expect_near("dz", dz, 1e-6, gradient);
+  expect_near("dy", dy, kRounding<T>, gradient);
+  dz.expect_margins_untouched("beside dz");
+  dy.expect_margins_untouched("beside dy");
+  Stored<float> d_down(k, kNormRank);
+  for (int64_t c = 0; c < k; ++c)
+    for (int r = 0; r < kNormRank; ++r) {
+      float sum = 0;
+      for (int64_t i = 0; i < programs; ++i) sum += partial[(i * k + c) * kNormRank + r];
+      d_down.at(c, r) = sum;
+    }
+  // x̂ is made again from the statistics: a value of it may round the other way.
+  double largest = 0;
+  for (int64_t c = 0; c < k; ++c)
+    for (int r = 0; r < kNormRank; ++r) {
+      double sum = 0, most = 0;
+      for (int64_t i = 0; i < m && r < rank; ++i) {
+        sum += rounded<T>(normed(i, c)) * s.value(i, r);
+        most = std::max(most, std::abs(normed(i, c) * s.value(i, r)));
+      }
+      largest = std::max(largest, std::abs(sum));
+      EXPECT(std::abs(d_down.value(c, r) - sum) <= 2 * kRounding<T> * most + 1e-5,
+             "d_down (%ld, %d): %g, not %g", long(c), r, d_down.value(c, r), sum);
+    }
+  EXPECT(largest > 0, "a gradient");
+}
+
+int main() {
+  for (const bool eager : {true, false}) {
+    norms<__nv_bfloat16>(37, 192, 16, true, 2, 0, eager);
+    norms<__half>(8, 64, 5, false, 1, 3, eager);
+    norms<__half>(21, 448, 13, true, 3, 0.5, eager);
+    norms<__nv_bfloat16>(1, 128, 1, true, 1, 100, eager);
+    norms<__nv_bfloat16>(67, 64, 7, false, 2, 0, eager);
+  }
+  norms<__nv_bfloat16>(19, 1024, 16, true, 1, 0, false);
+  norms<__half>(9, 832, 16, true, 2, 0, true);
+  return failures() != 0;
+}

@@ -1,0 +1,150 @@
+"""A chain's norm and its gradient in CUDA C++ against plain torch's steps in float64, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efft_kernels.ops.backends import cuda_backend, cuda_chain, native_library
+from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
+from efft_kernels.testing.cuda_kernels import kernel_of, recorded_launches
+from efft_kernels.testing.error_budget import assert_within_budget
+from efft_kernels.testing.gpu_cases import NORM_CASES, NormCase, plans_are_known
+
+pytest.importorskip("triton")
+
+from efft_kernels.ops.backends.triton.chain import configs_for
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+UNAVAILABLE = "no CUDA device" if not torch.cuda.is_available() else cuda_backend.unavailable()
+SMALL = NormCase(37, 128, 5, torch.bfloat16)
+
+
+def operands(case: NormCase, device: str, far: float = 0.5) -> dict[str, torch.Tensor]:
+    """`far`: the mean of the rows; those of a stream are near 0."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size, dtype=torch.float32):
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    half = {"dtype": case.dtype}
+    return {
+        "z": draw(case.M, case.K) + far,
+        "y": draw(case.M, case.K, **half),
+        "weight": 1 + draw(case.K) / 4,
+        "bias": draw(case.K) / 4,
+        "down": draw(case.K, case.rank, **half),
+        "dout": draw(case.M, case.K, **half),
+        "residual": draw(case.M, case.K),
+        "s": draw(case.M, case.rank, **half),
+    }
+
+
+def forward(steps, o, case, dtype):
+    norm = Norm(o["weight"], o["bias"], 1e-6)
+    got = steps.norm(o["z"], o["y"] if case.branch else None, norm, o["down"], dtype)
+    return got._replace(mean=got.mean.view(-1), rstd=got.rstd.view(-1))
+
+
+def backward(steps, o, normed):
+    """The gradients, from the same stream and statistics for all."""
+    norm = Norm(o["weight"], o["bias"], 1e-6)
+    dz, dy, total = steps.norm_grad(
+        o["dout"], normed.z, normed.mean, normed.rstd, norm, o["residual"], o["s"]
+    )
+    if isinstance(total, torch.Tensor):
+        return {"dz": dz, "dy": dy, "d_down": total}
+    assert torch.equal(
+        total.sums[..., total.columns :], torch.zeros_like(total.sums)[..., total.columns :]
+    )
+    return {"dz": dz, "dy": dy, "d_down": total.sums.sum(0)[:, : total.columns]}
+
+
+def doubled(values):
+    return {name: t.double() for name, t in values.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+class TestOnAGpu:
+    @pytest.mark.parametrize("case", NORM_CASES, ids=str)
+    def test_is_the_step_of_plain_torch(self, case):
+        o = operands(case, "cuda")
+        steps = cuda_chain.CudaSteps(configs_for(case.K, case.rank, 0))
+        with recorded_launches() as launches:
+            found = forward(steps, o, case, case.dtype)
+            torch.cuda.synchronize()
+        plain, exact = (
+            forward(TorchSteps(), x, case, dtype)._asdict()
+            for x, dtype in ((o, case.dtype), (doubled(o), torch.float64))
+        )
+        assert_within_budget(found._asdict(), plain, exact)
+        with recorded_launches() as more:
+            gradients = backward(steps, o, found)
+            torch.cuda.synchronize()
+        plain = backward(TorchSteps(), o, found)
+        wide = found._replace(**doubled(found._asdict()))
+        assert_within_budget(gradients, plain, backward(TorchSteps(), doubled(o), wide))
+        again = backward(steps, o, found)
+        assert all(torch.equal(value, again[name]) for name, value in gradients.items())
+        if plans_are_known():
+            seen = [kernel_of(name) for name in (*launches, *more)]
+            assert [kernel for kernel in seen if kernel] == case.plan
+
+    def test_a_mean_far_from_zero_cancels_nothing(self):
+        """The mean is a thousand times the spread."""
+        case = NormCase(64, 768, 16, torch.bfloat16, branch=False)
+        o = operands(case, "cuda", far=1000.0)
+        steps = cuda_chain.CudaSteps(configs_for(case.K, case.rank, 0))
+        found = forward(steps, o, case, case.dtype)
+        exact = forward(TorchSteps(), doubled(o), case, torch.float64)
+        assert ((found.rstd - exact.rstd).abs() < 1e-4 * exact.rstd).all()
+
+    def test_operands_off_16_bytes_take_the_other_kernels(self):
+        o = operands(SMALL, "cuda")
+        storage = o["z"].new_empty(o["z"].numel() + 1)
+        o["z"] = storage[1:].view(o["z"].shape).copy_(o["z"])
+        steps = cuda_chain.CudaSteps(configs_for(SMALL.K, SMALL.rank, 0))
+        found = forward(steps, o, SMALL, SMALL.dtype)
+        plain, exact = (
+            forward(TorchSteps(), x, SMALL, dtype)._asdict()
+            for x, dtype in ((o, SMALL.dtype), (doubled(o), torch.float64))
+        )
+        assert_within_budget(found._asdict(), plain, exact)
+
+    @pytest.mark.parametrize("place", range(5))
+    def test_a_wrong_operand_is_named(self, place):
+        o = operands(SMALL, "cuda")
+        names = ("z", "y", "weight", "bias", "down")
+        given = [o[name] for name in names]
+        given[place] = given[place].double()
+        with pytest.raises(RuntimeError, match=rf"{names[place]} must be "):
+            torch.ops.efft_kernels.native_norm(*given, 1e-6)
+        given = [o[name] for name in names]
+        given[place] = given[place][:-1]
+        with pytest.raises(RuntimeError, match="must be "):
+            torch.ops.efft_kernels.native_norm(*given, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("k", "rank", "capability", "expected"),
+    [
+        (768, 16, (9, 0), True),
+        (1024, 1, (10, 0), True),
+        (1088, 16, (9, 0), False),
+        (1000, 16, (9, 0), False),
+        (768, 17, (9, 0), False),
+        (768, 16, (8, 0), False),
+        (768, 16, (12, 0), False),
+    ],
+)
+def test_what_they_take(monkeypatch, k, rank, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(native_library, "cuda_unavailable", lambda: None)
+    assert cuda_chain.takes(k, rank, 0) is expected
+
+
+def test_without_the_library_triton_does_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(native_library, "cuda_unavailable", lambda: "not built")
+    assert not cuda_chain.takes(768, 16, 0)
