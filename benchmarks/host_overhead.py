@@ -72,7 +72,6 @@ def no_launches(triton_too: bool) -> Iterator[Launches]:
     their compiled form does nothing but count, with `triton_too`, or all but the launch itself.
     """
     from efft_kernels.ops.backends.triton import launch_cache
-
     from efft_kernels.testing.fake_gpu import fake_gpu
 
     launches = Launches()

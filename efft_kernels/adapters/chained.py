@@ -20,6 +20,7 @@ from ..nn import FactorBank, FusedEFFTLinear
 from ..ops import chains, compiled_chain
 from ..ops.backends.chain_steps import Norm
 from ..ops.backends.torch_backend import fold
+from ..ops.checks import without_autocast
 
 FUSE = ("auto", "pairs", "off")
 _GLOBAL_HOOKS = (
@@ -182,7 +183,9 @@ class _Parts:
 def _adapted(linear: FusedEFFTLinear, scale: Any = None) -> chains.Adapted:
     down, core, up = linear._bank[0].factors(linear._site, linear.training)
     gamma = getattr(scale, "gamma", None)
-    return chains.Adapted(linear.weight, linear.bias, down, fold(core, up), gamma)
+    with without_autocast(up.device):
+        folded = fold(core, up)
+    return chains.Adapted(linear.weight, linear.bias, down, folded, gamma)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
