@@ -143,6 +143,11 @@ class _SyncedBatchNorm(TorchFunctionMode):
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         count = wide.new_tensor(x.numel() / x.shape[1] * self.counts)
         dist.all_reduce(count)
+        if x.numel() <= x.shape[1] and count < 2:  # others have no need to ask the device
+            raise ValueError(
+                "batches must have more than one value per channel for BatchNorm to train, got"
+                f" {list(x.shape)} in all processes together"
+            )
         mean = all_reduce(wide.sum(others) * self.counts) / count
         centered = wide - mean.view(shape)
         variance = all_reduce(centered.square().sum(others) * self.counts) / count
