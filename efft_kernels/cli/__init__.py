@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyse, bench, demo, doctor, evaluate, train
+from . import analyse, bench, demo, doctor, evaluate, models, train
 from .errors import in_one_line
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(in_one_line(bench.bench))
 app.command()(in_one_line(demo.demo))
 app.command()(in_one_line(train.train))
 app.command("eval")(in_one_line(evaluate.evaluate))
+app.command()(in_one_line(models.models))
 app.command()(in_one_line(doctor.doctor))
 app.add_typer(analyse.app, name="analyse")
 
