@@ -10,7 +10,9 @@ agree.
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -122,6 +124,31 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
     "SigLIP": ("SiglipVisionModel", _HF),
     "CLIP, vision": ("CLIPVisionModel", _HF),
     "BLIP, vision": ("BlipVisionModel", _HF),
+    "DETR": (
+        "DetrForObjectDetection",
+        {
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone": None,
+            "backbone_config": {
+                "model_type": "resnet",
+                "embedding_size": 8,
+                "hidden_sizes": [8, 16],
+                "depths": [1, 1],
+                "out_features": ["stage2"],
+            },
+            "d_model": 48,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_ffn_dim": 192,
+            "decoder_ffn_dim": 192,
+            "encoder_attention_heads": 3,
+            "decoder_attention_heads": 3,
+            "num_queries": 4,
+            "num_labels": 3,
+            "image_size": 64,
+        },
+    ),
     "YOLOS": ("YolosForObjectDetection", _HF | {"image_size": [32, 32]}),
     "VideoMAE": ("VideoMAEForVideoClassification", _HF | {"num_frames": 4, "tubelet_size": 2}),
     "TimeSformer": ("TimesformerForVideoClassification", _HF | {"num_frames": 2}),
@@ -137,7 +164,7 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
     "PVT": ("PvtForImageClassification", _HF_STAGES),
     "PVT v2": ("PvtV2ForImageClassification", {"image_size": 64, "num_labels": 3}),
     "CvT": ("CvtForImageClassification", {"num_labels": 3}),
-    "MobileViT": ("MobileViTForImageClassification", {"image_size": 64, "num_labels": 3}),
+    "MobileViT": ("MobileViTForImageClassification", {"image_size": 256, "num_labels": 3}),
     "Hiera": ("HieraForImageClassification", {"num_labels": 3}),
     "LeViT": ("LevitForImageClassification", {"num_labels": 3}),
     "FocalNet": ("FocalNetForImageClassification", {"image_size": 64, "num_labels": 3}),
@@ -158,6 +185,7 @@ class Outcome:
         idle: adapted linears that did not run.
         without_gradient: factors whose gradient is missing or zero.
         merge_error: largest difference of the outputs before and after merge, over the largest.
+        targets: what the refusal of the default named, and what was tried then.
         refused: the error of attach; None where there was none.
     """
 
@@ -166,6 +194,7 @@ class Outcome:
     idle: tuple[str, ...] = ()
     without_gradient: tuple[str, ...] = ()
     merge_error: float = 0.0
+    targets: str | list[str] | None = None
     refused: str | None = None
 
     @property
@@ -244,18 +273,27 @@ def survey(family: str, name: str, model: nn.Module, call: Callable[[nn.Module],
 def _randomise_zeros(model: nn.Module) -> None:
     """Gammas and weights that start at zero hide what comes before them."""
     for parameter in model.parameters():
-        if parameter.is_floating_point() and float(parameter.abs().max()) < 1e-3:
+        if parameter.numel() and float(parameter.abs().max()) < 1e-3:
             parameter.normal_(std=0.1)
 
 
-def _try(model: nn.Module, method: Method, call: Callable[[nn.Module], Any]) -> Outcome:
+def _try(
+    model: nn.Module,
+    method: Method,
+    call: Callable[[nn.Module], Any],
+    targets: str | list[str] | None = None,
+) -> Outcome:
     name = type(method).__name__
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            adapter = attach(model, method)
+            adapter = attach(model, method, targets=targets)
         except (ValueError, TypeError) as error:
-            return Outcome(name, refused=str(error))
+            advice = re.search(rf"(?:{name} takes|e\.g\.) targets=(\[.*?\]|'\w+')", str(error))
+            if targets or not advice:
+                return Outcome(name, refused=str(error))
+            outcome = _try(model, method, call, ast.literal_eval(advice[1]))
+            return outcome if outcome.refused is None else Outcome(name, refused=str(error))
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.normal_(std=0.05)
@@ -265,7 +303,7 @@ def _try(model: nn.Module, method: Method, call: Callable[[nn.Module], Any]) -> 
         adapter.merge()
         with torch.no_grad():
             merged = list(_floats(call(model)))
-    pairs = zip(outputs, merged, strict=True)
+    pairs = [(a.detach(), b) for a, b in zip(outputs, merged, strict=True)]
     error = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)) for a, b in pairs)
     return Outcome(
         method=name,
@@ -277,6 +315,7 @@ def _try(model: nn.Module, method: Method, call: Callable[[nn.Module], Any]) -> 
             if parameter.grad is None or not bool(parameter.grad.any())
         ),
         merge_error=error,
+        targets=targets,
     )
 
 
@@ -312,9 +351,10 @@ _INTRODUCTION = """# Supported models
 
 Written by `python -m tools.survey_models`: each family once, small and with random weights, at
 `attach`'s defaults. A number is how many linears are adapted; all of them ran, every factor got a
-gradient, and merging moved the outputs by less than 1e-4 of their largest. "targets" is what to
-pass where the default is refused. What is left is told by `attach` too, in one warning;
-`efft-kernels models NAME` shows it for any timm model. LoRA was tried with `matrices=None`.
+gradient, and merging moved the outputs by less than 1e-4 of their largest. "targets" stands where
+the default is refused and these, which the error names, were tried; "no" where nothing is to be
+adapted. What is left is told by `attach` too, in one warning; `efft-kernels models NAME` shows it
+for any timm model. LoRA was tried with `matrices=None`.
 """
 
 
@@ -324,10 +364,9 @@ def _line(cells: Iterable[str]) -> str:
 
 def _cell(outcome: Outcome) -> str:
     if outcome.refused is not None:
-        targets = outcome.refused.rpartition("targets=")[2] if "takes t" in outcome.refused else ""
-        return f"targets={targets}" if targets else "no"
+        return "no"
     if outcome.sound:
-        return str(outcome.linears)
+        return f"{outcome.linears}" + (f", targets={outcome.targets}" if outcome.targets else "")
     faults = []
     if outcome.idle:
         faults.append(f"{len(outcome.idle)} do not run")
