@@ -103,6 +103,7 @@ def test_families_that_were_partly_adapted_are_whole(name):
     [
         ("hiera_tiny_224", EFFT2(rank=1), ["LoRA takes all of Hiera", "EFFT2 takes targets='ffn'"]),
         ("mvitv2_tiny", EFFT1(rank=1), ["LoRA takes all of MultiScaleVit", "targets='ffn'"]),
+        ("efficientvit_b0", LoRA(), ["has no nn.Linear besides head.classifier.4", "BitFit"]),
         ("resnet18", LoRA(), ["ResNet has no nn.Linear besides fc", "BitFit"]),
         ("mixer_s32_224", EFFT2(rank=1), ["LoRA", "'mlp_tokens.fc1'", "'mlp_channels.fc2'"]),
         ("levit_128s", LoRA(), ["'attn.qkv.linear'", "'mlp.ln1.linear'"]),
