@@ -42,8 +42,8 @@ def none_known(model: nn.Module, names: Sequence[str], exclude: Sequence[str]) -
         exclude: modules that are trained whole.
     """
     kind = type(model).__name__
-    heads = tuple(name.partition(".")[0] + "." for name in exclude)
-    names = [name for name in names if not name.startswith(heads)]
+    of_heads = {name.partition(".")[0] for name in exclude} & {"head", "classifier"}
+    names = [name for name in names if name.partition(".")[0] not in of_heads]
     if not names:
         return f"targets=None finds nothing to adapt: {_no_linears(model, exclude)}"
     of_blocks = [name for name in names if kind_of(name)] or list(names)
