@@ -62,4 +62,6 @@ def test_the_table_has_every_family_and_no_fault():
     names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
     expected = [*survey.TIMM, *survey.HUGGING_FACE]
     assert [name for name in names if name not in ("family", "---")] == expected
-    assert not any(fault in "\n".join(lines) for fault in ("not run", "without gradient", "merge error"))
+    assert not any(
+        fault in "\n".join(lines) for fault in ("not run", "without gradient", "merge error")
+    )
