@@ -41,7 +41,10 @@ def classifier_names(model: nn.Module) -> list[str]:
     """
     modules = dict(model.named_modules())
     if callable(get := getattr(model, "get_classifier", None)):
-        own = get()
+        try:
+            own = get()
+        except AttributeError:  # it was deleted
+            return []
         heads = own if isinstance(own, list | tuple) else [own]
         found = [name for name, module in modules.items() if any(module is h for h in heads)]
         return [name for name in found if name and _has_parameters(modules[name])]

@@ -172,6 +172,7 @@ def load(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    keep_head: bool = False,
     fuse: str = "auto",
     strict: bool = False,
 ) -> Adapter:
@@ -184,6 +185,8 @@ def load(
             may be built for another image size: positional embeddings and bias tables that are not
             trained are the model's own.
         path: a file written by `Adapter.save`.
+        keep_head: take the factors alone, and leave the model's own modules where the file has
+            modules trained whole: a head for other classes, say. They are trained as in the file.
         fuse, strict: as in `attach`.
 
     Returns:
@@ -197,13 +200,22 @@ def load(
     """
     require_plain(model)
     with errors_about(path):
-        return _load(model, path, fuse, strict)
+        return _load(model, path, keep_head, fuse, strict)
 
 
-def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str, strict: bool) -> Adapter:
+def _load(
+    model: nn.Module, path: str | os.PathLike[str], keep_head: bool, fuse: str, strict: bool
+) -> Adapter:
     metadata, tensors = read_adapter_file(path)
     header = read_header(metadata, path)
-    check_architecture(model, header.base_shapes, header.modules_to_train)
+    trained = header.modules_to_train
+    if keep_head:
+        resolve_modules_to_train(model, trained)
+        expected = {n: s for n, s in header.base_shapes.items() if not is_inside(n, trained)}
+        own = {n: tuple(p.shape) for n, p in model.named_parameters() if is_inside(n, trained)}
+        check_architecture(model, expected | own, trained)
+    else:
+        check_architecture(model, header.base_shapes, trained)
     adapter = attach(
         model,
         header.method,
@@ -212,6 +224,10 @@ def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str, strict: boo
         fuse=fuse,
         strict=strict,
     )
+    if keep_head:
+        present = adapter.required_state().items()
+        tensors = {key: t for key, t in tensors.items() if not key.startswith("modules.")}
+        tensors |= {key: t for key, t in present if key.startswith("modules.")}
     try:
         adapter.load_state_dict(tensors)
     except ValueError as error:
@@ -373,7 +389,10 @@ def check_architecture(
         f"{name} expected {_shape(expected.get(name))}, got {_shape(found.get(name))}"
         for name in names
     ]
-    advice = "; these modules are in the file whole: give the model such ones first, timm's by"
+    advice = (
+        "; these modules are in the file whole: pass keep_head=True to load the factors alone, or"
+        " give the model such ones first, timm's by"
+    )
     raise ValueError(
         f"model must be the architecture the adapter was trained on, got {type(model).__name__}"
         f" with {len(differences)} differing parameters: {shorten(differences)}"
