@@ -7,7 +7,7 @@ BUILD_REQUIRES := setuptools torch ninja pybind11 nvidia-cutlass "cuda-toolkit[c
 CSRC   = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-check tables aot asan clean
+.PHONY: help setup demo demo-vtab test lint format bench bench-check tables aot asan fuzz soak mutate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ setup: $(STAMP) ## create .venv, build the native libraries, and show what runs 
 
 demo: $(STAMP) ## fine-tune a small vision transformer and show what it cost
 	$(BIN)/efft-kernels demo
+
+demo-vtab: $(STAMP) ## the papers' comparison in small: every method and baseline on two tasks of photographs
+	$(BIN)/efft-kernels demo-vtab
 
 test: $(STAMP) ## run the tests in JOBS processes (default 2), one torch thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
@@ -41,6 +44,15 @@ aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and
 
 asan: $(STAMP) ## test the C++ operators under AddressSanitizer and UBSan
 	csrc/build/asan.sh $(BIN)/python
+
+fuzz: $(STAMP) ## random calls against the specification, for SECONDS (default 60)
+	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),60)
+
+soak: $(STAMP) ## kill save, train and a sweep at random moments, KILLS times (default 200)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --kills $(or $(KILLS),200)
+
+mutate: $(STAMP) ## put SAMPLE small faults into the core (default 40, 0 for all) and count those noticed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutate --sample $(or $(SAMPLE),40)
 
 lint: $(STAMP) ## check style, types, formatting and which module imports which
 	$(BIN)/ruff check .

@@ -71,8 +71,7 @@ def no_launches(triton_too: bool) -> Iterator[Launches]:
     """Library products do nothing but count. Kernels are compiled for an H200 that is not there:
     their compiled form does nothing but count, with `triton_too`, or all but the launch itself.
     """
-    from triton.compiler import CompiledKernel
-
+    from efft_kernels.ops.backends.triton import launch_cache
     from efft_kernels.testing.fake_gpu import fake_gpu
 
     launches = Launches()
@@ -86,7 +85,7 @@ def no_launches(triton_too: bool) -> Iterator[Launches]:
         stack.enter_context(fake_gpu(90, 132, record=False))
         if triton_too:
             stack.enter_context(
-                mock.patch.object(CompiledKernel, "__getitem__", lambda self, grid: launches)
+                mock.patch.object(launch_cache, "_starter", lambda compiled, grid: launches)
             )
         yield launches
 

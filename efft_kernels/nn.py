@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from .methods.sharded import copy_into, factors_of, is_sharded, whole
 from .methods.tensor_train import Placement, TensorTrainGroup
 from .ops import recompute
 from .ops.backends.torch_backend import fold
-from .ops.checks import autocast_enabled
+from .ops.checks import without_autocast
 from .ops.layer import adapted_linear
 from .ops.recompute import Recipe, Source
 from .ops.reference import delta_weight
@@ -34,6 +34,7 @@ class TaskBatch(NamedTuple):
 
     parameters: dict[str, Tensor]  # bank parameter name → [tasks, ...]
     task_of_row: Tensor  # [B]
+    check: Callable[[], None]  # raises where the model's rows may not be one image after the other
 
 
 # Of the present thread or coroutine; others that use the model meanwhile see none.
@@ -42,13 +43,9 @@ _MIXING = threading.Lock()
 
 
 def _without_autocast(group: nn.Module) -> AbstractContextManager[object]:
-    """What a group makes its operands in. Autocast would make those that are products half
-    precision and leave the others as they are.
-    """
+    """What a group makes its operands in."""
     parameter = next(group.parameters(), None)
-    if parameter is None or not autocast_enabled(parameter.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(parameter.device.type, enabled=False)
+    return contextlib.nullcontext() if parameter is None else without_autocast(parameter.device)
 
 
 class FactorBank(nn.Module):
@@ -141,6 +138,7 @@ class FactorBank(nn.Module):
         batch; the core is folded into up."""
         tasks = self.tasks
         assert tasks is not None
+        tasks.check()
         prefix = self.group_of[site] + "."
         own = {
             key.removeprefix(prefix): tensor
@@ -335,7 +333,9 @@ class FusedEFFTLinear(nn.Linear):
 
     def current_factors(self, dropout: bool = False) -> Factors:
         """(down [K, Ra], core [G, Ra, Rb], up [1 or G, N/G, Rb]), differentiable in the factors."""
-        return factors_of(self._group(), self._site, dropout)
+        group = self._group()
+        with _without_autocast(group):
+            return factors_of(group, self._site, dropout)
 
     def delta_weight(self) -> Tensor:
         """ΔW [N, K], detached, in float32 (float64 where the factors are)."""
@@ -343,9 +343,9 @@ class FusedEFFTLinear(nn.Linear):
             down, core, up = self.current_factors()
             dtype = torch.promote_types(down.dtype, torch.float32)
             slices = up.shape[0] if core is None else core.shape[0]
-            return delta_weight(
-                down.to(dtype), None if core is None else core.to(dtype), up.to(dtype), slices
-            )
+            core = None if core is None else core.to(dtype)
+            with without_autocast(down.device):
+                return delta_weight(down.to(dtype), core, up.to(dtype), slices)
 
     @property
     def merged(self) -> bool:

@@ -1,6 +1,6 @@
 """Every launch of a chain (efft_kernels/ops/chains.py) by itself, in several block shapes.
 
-    python -m benchmarks.gpu.chain [--images 64] [--rank 16] [--rounds 10]
+    python -m benchmarks.gpu.chain [--images 64] [--rank 16] [--rounds 10] [--out chain.csv]
     python -m benchmarks.gpu.chain --compile    # no GPU: registers and stack of every launch
 
 At the sizes of a ViT-B, beside the same step in torch's operators: microseconds with a cold L2
@@ -22,13 +22,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from efft_kernels.ops.backends import native_library
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 
+from ..lib.rows import CHAIN_COLUMNS, Row, append_rows, provenance
 from ..lib.timing import interleave
 from .between import Usage, compiled_by, label
 
@@ -102,7 +105,11 @@ def make_steps(shapes: Any) -> TorchSteps:
     from efft_kernels.ops.backends.cuda_chain import CudaSteps
     from efft_kernels.ops.backends.triton.chain import TritonSteps
 
-    return CudaSteps(shapes) if NATIVE in shapes else TritonSteps(shapes)
+    if NATIVE not in shapes:
+        return TritonSteps(shapes)
+    if (reason := native_library.cuda_unavailable()) is not None:
+        raise RuntimeError(reason)
+    return CudaSteps(shapes)
 
 
 def calls(
@@ -216,9 +223,9 @@ def _usage(one: Any) -> str:
 # Every launch by itself
 
 
-def measure(shape: Shape, device: str, rounds: int) -> bool:
+def measure(shape: Shape, device: str, rounds: int, out: Path | None) -> bool:
     """Print each launch's microseconds in torch and in all block shapes, and how far its results
-    are from torch's.
+    are from torch's; append them to `out` as well.
 
     Returns:
         Whether all ran and were right.
@@ -227,20 +234,25 @@ def measure(shape: Shape, device: str, rounds: int) -> bool:
     whole = True
     for what in calls(TorchSteps(), shape, "meta", dtype):
         try:
-            whole &= _measure(what, shape, device, dtype, rounds)
+            right, rows = _measure(what, shape, device, dtype, rounds)
+            whole &= right
+            if out is not None:
+                append_rows(out, CHAIN_COLUMNS, rows)
         except Exception as error:  # one launch must not stop the others
             whole = False
             print(f"{what:27} FAILED: {type(error).__name__}: {str(error)[:300]}", flush=True)
     return whole
 
 
-def _measure(what: str, shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> bool:
+def _measure(
+    what: str, shape: Shape, device: str, dtype: torch.dtype, rounds: int
+) -> tuple[bool, list[Row]]:
     def made(steps: TorchSteps) -> Callable[[], Any]:
         torch.manual_seed(0)  # the same operands for all
         return calls(steps, shape, device, dtype)[what]
 
     timed = {"torch": made(TorchSteps())}
-    apart: dict[str, str] = {}
+    apart: dict[str, str] = {"torch": ""}
     whole = True
     with torch.no_grad():
         expected = _tensors(timed["torch"]())
@@ -268,8 +280,17 @@ def _measure(what: str, shape: Shape, device: str, dtype: torch.dtype, rounds: i
             warm_ups=1 if device == "cuda" else 0,
         )
     cells = [f"{name} {1e3 * timings.time(name).p50:.1f}" for name in timed]
-    print(f"{what:27} µs: {'; '.join(cells)}   apart: {'; '.join(apart.values())}", flush=True)
-    return whole
+    distances = "; ".join(filter(None, apart.values()))
+    print(f"{what:27} µs: {'; '.join(cells)}   apart: {distances}", flush=True)
+    sizes = {"launch": what, "M": shape.M, "K": shape.K, "C": shape.C, "r": shape.r}
+    rows: list[Row] = []
+    for name in timed:
+        spread = timings.time(name)
+        us = {p: f"{1e3 * getattr(spread, p):.1f}" for p in ("p20", "p50", "p80")}
+        times = {f"us_{p}": value for p, value in us.items()}
+        row = {**sizes, "form": name, "rounds": rounds, **times, "apart": apart[name]}
+        rows.append({**row, **provenance(device)})
+    return whole, rows
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -295,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, default=90, help="compiled ahead for this GPU")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, help="append the rows to this CSV as well")
     options = parser.parse_args(arguments)
     if options.compile or options.device == "cuda":
         shape = Shape(options.images * 197, 768, 3072, options.rank, 12)
@@ -307,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
             os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]])
         shape, options.rounds = TINY, 1
-    return 0 if measure(shape, options.device, options.rounds) else 1
+    return 0 if measure(shape, options.device, options.rounds, options.out) else 1
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def _sanitizer(tool: str, limit_s: float) -> Stage:
     nothing of the parts of torch's cached blocks.
     """
     smoke = _module("benchmarks.gpu.smoke", "--inline", "--seconds", str(limit_s - 3))
-    watched = ("--error-exitcode", "1", "--kernel-regex", "kns=efft_kernels")
+    watched = ("--error-exitcode", "1", "--kernel-name", "kns=efft_kernels")
     return Stage(
         f"compute-sanitizer {tool}",
         "second",
@@ -40,7 +40,8 @@ def _sanitizer(tool: str, limit_s: float) -> Stage:
             *("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "{tool}", "--tool", tool, *watched),
             *(*smoke, "--only", *_SANITIZED),
         ),
-        dry=(*smoke, "--device", "cpu", "--only", *_SANITIZED),
+        # The second tool would walk through the same once more.
+        dry=(*smoke, "--device", "cpu", "--only", *_SANITIZED) if tool == "memcheck" else None,
         needs="compute-sanitizer",
     )
 
@@ -68,7 +69,7 @@ STAGES = (
         _module("benchmarks.gpu.smoke", "--seconds", "65", "--out", "{results}/smoke.csv"),
         dry=_module(
             *("benchmarks.gpu.smoke", "--device", "cpu", "--out", "{results}/smoke.csv"),
-            *("--only", "general 64", "Hopper 192", "triton odd"),
+            *("--only", "general 64 split", "Hopper 192 fused", "triton odd"),
         ),
     ),
     Stage(
@@ -83,6 +84,13 @@ STAGES = (
             "benchmarks.gpu.step",
             *(*_TINY, "--profile", "{results}/step_kernels.csv", "--out", "{results}/step.csv"),
         ),
+    ),
+    Stage(
+        "chain",
+        "first",
+        45,
+        _module("benchmarks.gpu.chain", "--out", "{results}/chain.csv"),
+        dry=_module("benchmarks.gpu.chain", "--device", "cpu", "--out", "{results}/chain.csv"),
     ),
     Stage(
         "between the GEMMs",
@@ -112,6 +120,15 @@ STAGES = (
             *("--out", "{results}/kernel_times.csv"),
         ),
     ),
+    Stage(
+        "tests, chain",
+        "second",
+        50,
+        _pytest(
+            *("tests/ops/backends/test_cuda_chain.py", "tests/ops/test_chains.py"),
+            *("tests/adapters/test_chained.py", "tests/adapters/test_joint_factors.py"),
+        ),
+    ),
     Stage("tests, CUDA C++", "second", 60, _pytest("tests/ops/backends/test_cuda_backend.py")),
     Stage("tests, Triton", "second", 80, _pytest("tests/ops/backends/triton/kernels")),
     Stage(
@@ -122,7 +139,6 @@ STAGES = (
             *("benchmarks.gpu.step", "--backends", "auto", "cuda"),
             *("--profile", "{results}/step_kernels.csv", "--out", "{results}/step.csv"),
         ),
-        dry=_module("benchmarks.gpu.step", *_TINY, "--no-gate", "--out", "{results}/step.csv"),
     ),
     _sanitizer("memcheck", 25),
     _sanitizer("racecheck", 25),

@@ -48,6 +48,8 @@ STEP_COLUMNS = columns(
 KERNEL_COLUMNS = columns(
     f"model impl dtype frozen_dtype batch r kernel calls us share {PROVENANCE}"
 )
+# A launch of a chain in one form: microseconds, and its results' relative difference from torch's.
+CHAIN_COLUMNS = columns(f"launch form M K C r rounds us_p20 us_p50 us_p80 apart {PROVENANCE}")
 
 Row = Mapping[str, Any]
 

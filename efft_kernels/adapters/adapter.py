@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import cast
 
@@ -278,7 +279,8 @@ class Adapter:
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file of `state_dict` and what `load` checks.
 
-        A head that was replaced since `attach` is saved as it is, for models with such a head.
+        A head that was replaced since `attach` is saved as it is, for models with such a head. A
+        warning names what trains and is no part of the file, as a head under another name.
         `path` holds either the old or the new content, never a part. Where FSDP2 has sharded the
         model, every process has to call this: it gathers whole tensors, and each writes them.
 
@@ -300,6 +302,21 @@ class Adapter:
             base_shapes=self._base_shapes(),
         )
         write_adapter_file(path, header, stored_state(self.state_dict()), metadata or {})
+        if left_out := self._trained_elsewhere():
+            warnings.warn(
+                f"{shorten(left_out)} require gradients but are no part of the adapter's file: pass"
+                " attach(..., modules_to_train=[...]) the modules that hold them, or freeze them",
+                stacklevel=2,
+            )
+
+    def _trained_elsewhere(self) -> list[str]:
+        """Parameters that require gradients outside the bank and the modules trained whole."""
+        saved = (BANK_NAME, *self.modules_to_train)
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and not is_inside(name, saved)
+        ]
 
     def _base_shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name → shape of the plain model as it is by now: its head may have been

@@ -196,7 +196,7 @@ class AdapterSet:
         self._states[self._known(name)] = self._copied(self.adapter.state_dict())
 
     @contextmanager
-    def tasks(self, task_ids: Sequence[str]) -> Iterator[None]:
+    def tasks(self, task_ids: Sequence[str], *, batch_first: bool = False) -> Iterator[None]:
         """Within this context row i of the batch is computed with the adapter named task_ids[i].
 
         One forward for all rows: the base GEMMs run once over the batch, the thin products are
@@ -207,10 +207,13 @@ class AdapterSet:
 
         The context is the present thread's or coroutine's: others that call the model meanwhile get
         the model's own adapter, or their own tasks. The first call of the model with several tasks
-        runs it twice more, to see that it keeps the rows of the batch one after the other.
+        runs it twice more, to see that it keeps the rows of the batch one after the other. Before
+        that its parts (`model.forward_features`) cannot be called by themselves.
 
         Args:
             task_ids: one name per row of the batch that the model will be called with.
+            batch_first: take it as given that all adapted linears keep the batch in the leading
+                dimension, instead of running the model to see it.
 
         Raises:
             KeyError: a name that is not in the set.
@@ -218,7 +221,7 @@ class AdapterSet:
                 in the model, which one forward cannot exchange; in the model's forward, a batch of
                 another size, or a model that does not keep the batch in the leading dimension.
             RuntimeError: the model is in training mode or merged, or the context is entered within
-                itself.
+                itself; where a part of the model is called before the model itself.
         """
         if self.model.training:
             raise RuntimeError("tasks() is for inference: call model.eval() first")
@@ -240,8 +243,9 @@ class AdapterSet:
             for key in self.adapter.required_state()
             if key not in heads
         }
-        batch = TaskBatch(factors_of(stacked), index)
-        check = _BatchCheck(self, batch, several=len(distinct) > 1)
+        several = len(distinct) > 1 and not batch_first
+        batch = TaskBatch(factors_of(stacked), index, self._require_layout if several else _nothing)
+        check = _BatchCheck(self, batch, several)
         hooks = [self.model.register_forward_pre_hook(check, with_kwargs=True)]
         for name, module in self._trained_modules():
             if isinstance(module, nn.Linear):
@@ -289,6 +293,14 @@ class AdapterSet:
             check_batch_major(self.model.forward, args, kwargs, {**self.adapter.layers(), **heads})
         self._is_batch_major = True
 
+    def _require_layout(self) -> None:
+        if not self._is_batch_major:
+            raise RuntimeError(
+                "tasks() needs a model that keeps the batch in the leading dimension, and looks"
+                " when the model itself is called: call it once before its parts, or pass"
+                " tasks(..., batch_first=True) where you know that it does"
+            )
+
     def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Each module that is trained whole and all modules in it, by dotted names."""
         for outer in self.adapter.modules_to_train:
@@ -317,6 +329,10 @@ def _padded(
         rows.append(F.pad(weight, (0, 0, 0, beyond)))
         ends.append(F.pad(bias, (0, beyond), value=-math.inf))
     return torch.stack(rows), torch.stack(ends)
+
+
+def _nothing() -> None:
+    """There is nothing to check."""
 
 
 # Hooks are the module's and a thread's registering is not one step for another: each looks whether

@@ -7,7 +7,6 @@ Hooks on the model count what runs between its forward's start and end, and comp
 
 from __future__ import annotations
 
-import itertools
 import threading
 import warnings
 from collections import Counter
@@ -35,13 +34,12 @@ _REPLACED = (
     "{sites} are not in the model any more, so the adapter is without them: a quantizer or other"
     " code has replaced the modules. Merge the adapter before, or leave them out of targets=[...]"
 )
-_numbers = itertools.count()
-_compiled: set[tuple[str, str]] = set()  # number of a watch, site
+_compiled: set[tuple[str, str]] = set()  # kind of a watch, site
 
 
-def _note_compiled(watch: str, site: str) -> None:
+def _note_compiled(kind: str, site: str) -> None:
     """Called while a graph is traced: what runs in it later cannot be counted."""
-    _compiled.add((watch, site))
+    _compiled.add((kind, site))
 
 
 # As torch.compiler.assume_constant_result does, which takes a second to import Dynamo: the call is
@@ -69,9 +67,11 @@ class CallWatch:
         self.strict = strict
         self._last: _Forward | None = None
         self._told: set[str] = set()
+        self._learnt: set[str] = set()  # what ran with gradients in any forward
         self._seen: set[str] | None = None  # what ran when we last looked for replaced ones
         self._running: dict[int, _Forward] = {}  # by thread
-        self._number = str(next(_numbers))
+        # Not the watch's own: models that are alike share a compiled graph, traced for one of them.
+        self._kind = _kind_of(self.sites)
 
     @property
     def calls(self) -> Counter[str] | None:
@@ -83,7 +83,7 @@ class CallWatch:
         return self.__dict__ | {"_running": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_number": str(next(_numbers))}
+        self.__dict__ = state | {"_kind": _kind_of(state["sites"])}
 
     def watch(self, model: nn.Module) -> None:
         """Count from now on, by hooks on the model."""
@@ -109,7 +109,7 @@ class CallWatch:
             site: its name.
         """
         if torch.compiler.is_dynamo_compiling():
-            _note_compiled(self._number, site)
+            _note_compiled(self._kind, site)
             return
         now = self._running.get(threading.get_ident())
         if now is not None:
@@ -128,6 +128,7 @@ class CallWatch:
             return
         self._last = now
         ran = set(now.with_grad)
+        self._learnt |= ran
         if len(ran) == len(self.sites):
             return
         if torch.is_grad_enabled():
@@ -141,6 +142,8 @@ class CallWatch:
         candidates = self._candidates(now.with_grad)
         if not candidates or not any(t.requires_grad for t in _tensors(output)):
             return
+        if self._told and not self.strict:  # layers dropped at random: told once for all
+            candidates = [site for site in candidates if site not in self._learnt]
         learning = [site for site in candidates if _learns(model, site)]
         absent = [site for site in learning if site not in now.without]
         blind = [site for site in learning if site in now.without]
@@ -152,9 +155,7 @@ class CallWatch:
     def _candidates(self, ran: Iterable[str]) -> list[str]:
         quiet = self._told.union(ran)
         return [
-            site
-            for site in self.sites
-            if site not in quiet and (self._number, site) not in _compiled
+            site for site in self.sites if site not in quiet and (self._kind, site) not in _compiled
         ]
 
     def _tell(self, sites: Sequence[str], text: str) -> None:
@@ -164,6 +165,11 @@ class CallWatch:
                 raise RuntimeError(message)
             self._told.update(sites)
             warnings.warn(message, stacklevel=2)
+
+
+def _kind_of(sites: Sequence[str]) -> str:
+    """What watches of the same linears share; short, as compiled graphs compare it."""
+    return f"{hash(tuple(sites)):x}"
 
 
 def _learns(model: nn.Module, site: str) -> bool:

@@ -7,6 +7,7 @@ and the circumstances, and where the chain does not do, the blocks run one after
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import weakref
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..nn import FactorBank, FusedEFFTLinear
-from ..ops import chains
+from ..ops import chains, compiled_chain
 from ..ops.backends.chain_steps import Norm
 from ..ops.backends.torch_backend import fold
+from ..ops.checks import without_autocast
 
 FUSE = ("auto", "pairs", "off")
 _GLOBAL_HOOKS = (
@@ -181,11 +183,38 @@ class _Parts:
 def _adapted(linear: FusedEFFTLinear, scale: Any = None) -> chains.Adapted:
     down, core, up = linear._bank[0].factors(linear._site, linear.training)
     gamma = getattr(scale, "gamma", None)
-    return chains.Adapted(linear.weight, linear.bias, down, fold(core, up), gamma)
+    with without_autocast(up.device):
+        folded = fold(core, up)
+    return chains.Adapted(linear.weight, linear.bias, down, folded, gamma)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
+
+
+def graph_dtype(x: Tensor) -> torch.dtype:
+    """Of a chain's GEMMs in a graph over x."""
+    return torch.get_autocast_dtype(x.device.type)
+
+
+_numbers = itertools.count()
+_chains: weakref.WeakValueDictionary[int, ChainedBlocks] = weakref.WeakValueDictionary()
+
+
+def _facts(number: int, index: int | None, tokens: int, dtype: torch.dtype) -> int | None:
+    """What a graph takes for granted once it is traced: the attention that torch chooses, and that
+    the kernels run on the device and take the ranks."""
+    chained = _chains[number]
+    parts = chained._look()
+    if isinstance(parts, str) or isinstance(parts.rank, str):
+        return None
+    k = parts.linears[0].in_features
+    device = parts.linears[0].weight.device
+    return chains.attention_of_graph(tokens, k, parts.heads, parts.rank, dtype, device)
+
+
+# As torch.compiler.assume_constant_result does, without importing Dynamo.
+_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class ChainedBlocks:
@@ -209,10 +238,19 @@ class ChainedBlocks:
         self._blocks = weakref.ref(state["blocks"])
         self._bank = state["bank"]
         self._parts: _Parts | str | None = None
+        self._number = next(_numbers)
+        _chains[self._number] = self
 
     def forward(self, input: Tensor) -> Tensor:
         """What the blocks make of the stream [images, tokens, K]."""
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            attention = self._attention_of_graph(input)
+            if attention is not None:
+                dtype = graph_dtype(input)
+                with torch.autocast(input.device.type, enabled=False):
+                    layers = self._parts.layers()  # type: ignore[union-attr]
+                return compiled_chain.run_chain(input, layers, attention, dtype)
+        elif torch.is_grad_enabled():
             found = self._engine(input)
             if not isinstance(found, str):
                 engine, parts = found
@@ -221,6 +259,21 @@ class ChainedBlocks:
                 return chains.run_chain(input, layers, engine)
         out: Tensor = nn.Sequential.forward(self._blocks(), input)  # type: ignore[arg-type]
         return out
+
+    def _attention_of_graph(self, x: Tensor) -> int | None:
+        """The attention of a chain over x in the graph that is being traced; None where there is
+        none. The graph is guarded by all that is asked here but for `_facts`.
+        """
+        parts = self._parts
+        if not torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling():
+            return None  # the latter: torch.export, whose program is to hold plain blocks
+        if not isinstance(parts, _Parts):
+            return None
+        if x.dim() != 3 or x.shape[2] != parts.linears[0].in_features:
+            return None
+        if chains.refusal_of_graph(x) or parts.unfit(x) or parts.changed():
+            return None
+        return _facts(self._number, x.device.index, x.shape[1], graph_dtype(x))
 
     def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
         """What runs the chain over x, or why it does not run; what is quickly seen comes first."""

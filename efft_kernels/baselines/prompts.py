@@ -81,8 +81,10 @@ class VPTShallow(_VPT):
 
     Attributes:
         prompts: l, how many at a time. 8 is what FacT's few-shot experiments take.
-        dropout: on P, in training.
+        dropout: on P, in training; the release has none.
     """
+
+    dropout: float = 0.0
 
     name: ClassVar[str] = "vpt_shallow"
 
@@ -100,7 +102,7 @@ class VPTDeep(_VPT):
 
     Attributes:
         prompts: l, how many at a time. 8 is what FacT's few-shot experiments take.
-        dropout: on the P_i, in training.
+        dropout: on the P_i, in training; 0.1 is the release's and NOAH's.
     """
 
     name: ClassVar[str] = "vpt_deep"

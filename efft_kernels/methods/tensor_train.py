@@ -257,7 +257,7 @@ class TensorTrainGroup(FactorGroup):
         v: Tensor = self.V
         core = self.cores(place.first_core, place.slices)
         if dropout and self.dropout > 0:
-            u, v, core = (F.dropout(t, self.dropout) for t in (u, v, core))
+            u, v, core = (t * self._mask(t.shape, self.dropout) for t in (u, v, core))
         if self._scaled:
             learnt = isinstance(self.scale, Tensor)
             core = core * (self.scale if learnt else self.initial_scale)
@@ -315,13 +315,16 @@ class TensorTrainGroup(FactorGroup):
         sites, total = len(family.sites), sum(family.sites.values())
         (start, stop), (r1, r2) = family.u_rows, (self.U.shape[1], self.V.shape[1])
 
-        def mask(*shape: int) -> Tensor:
-            return F.dropout(self.U.new_ones(shape), rate)
+        u = self._mask((sites, stop - start, r1), rate)
+        v = self._mask((sites, *self.V.shape), rate)
+        kept, other = (u, v) if family.keeps_u else (v, u)
+        return kept, family.per_core(other), self._mask((total, r1, r2), rate)
 
+    def _mask(self, shape: Sequence[int], rate: float) -> Tensor:
+        # By itself: where what is dropped is a view, F.dropout's backward has other strides than
+        # torch's aot_eager expects (2.11), which then fails.
         with torch.no_grad():
-            u, v = mask(sites, stop - start, r1), mask(sites, *self.V.shape)
-            kept, other = (u, v) if family.keeps_u else (v, u)
-            return kept, family.per_core(other), mask(total, r1, r2)
+            return F.dropout(self.U.new_ones(shape), rate)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(p.shape)}" for name, p in self.named_parameters())

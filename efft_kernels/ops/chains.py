@@ -44,6 +44,8 @@ class Attention(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, tuple[Any, ...]]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    kept: int  # tensors in what the backward needs
+    restore: Callable[[list[Tensor], int], Sequence[Any]]  # all of it from those and the tokens
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
@@ -70,9 +72,14 @@ def _flash_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *kept: A
     )
 
 
+def _restore(tensors: list[Tensor], tokens: int) -> tuple[Any, ...]:
+    lse, seed, offset = tensors
+    return lse, None, None, tokens, tokens, seed, offset
+
+
 ATTENTION = {
-    SDPBackend.CUDNN_ATTENTION: Attention(_cudnn, _cudnn_grad),
-    SDPBackend.FLASH_ATTENTION: Attention(_flash, _flash_grad),
+    SDPBackend.CUDNN_ATTENTION: Attention(_cudnn, _cudnn_grad, 3, _restore),
+    SDPBackend.FLASH_ATTENTION: Attention(_flash, _flash_grad, 3, _restore),
 }
 
 
@@ -105,6 +112,32 @@ def refusal(x: Tensor) -> str | None:
     return _triton() or too_old(x.get_device())
 
 
+def refusal_of_graph(x: Tensor) -> bool:
+    """Whether no chain is traced over the stream x, as far as x and autocast tell."""
+    if not x.is_cuda or x.dtype != torch.float32:
+        return True
+    autocast = torch.is_autocast_enabled("cuda")
+    return not autocast or torch.get_autocast_dtype("cuda") not in HALF_DTYPES
+
+
+def attention_of_graph(
+    tokens: int, k: int, heads: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> int | None:
+    """SDPBackend's number of the attention of a chain, or None where none runs on the device."""
+    if requested_backend("auto") != "auto" or torch.are_deterministic_algorithms_enabled():
+        return None
+    if _triton() or too_old(device.index) or _too_wide(k, rank):
+        return None
+    attention = _attention_for((1, tokens, k), heads, dtype, device)
+    return attention.value if attention in ATTENTION else None
+
+
+def _too_wide(k: int, rank: int) -> bool:
+    from .backends.triton.chain import MAX_WIDTH
+
+    return k > MAX_WIDTH or rank > MAX_RANK
+
+
 def engine_for(x: Tensor, heads: int, rank: int) -> Engine | str:
     """What runs a chain over x under autocast, or why nothing can.
 
@@ -113,16 +146,19 @@ def engine_for(x: Tensor, heads: int, rank: int) -> Engine | str:
         heads: of the attention.
         rank: the largest of the chain's linears.
     """
-    from .backends.triton.chain import MAX_WIDTH
-
     k = x.shape[2]
-    if k > MAX_WIDTH or rank > MAX_RANK:
-        return f"the kernels take a width of {MAX_WIDTH} and a rank of {MAX_RANK}, not {k}, {rank}"
+    if _too_wide(k, rank):
+        return f"the kernels take no stream of {k} columns with a rank of {rank}"
     dtype = torch.get_autocast_dtype("cuda")
-    attention = _attention_for(x, heads, dtype)
-    if attention is None:
+    attention = _attention_for((x.shape[0], x.shape[1], k), heads, dtype, x.device)
+    if attention not in ATTENTION:
         return "torch chooses neither cuDNN's nor FlashAttention's kernel for these heads"
-    return Engine(_steps(k, rank, x.get_device()), attention, dtype)
+    return Engine(steps_for(x, rank), ATTENTION[attention], dtype)
+
+
+def steps_for(x: Tensor, rank: int) -> TorchSteps:
+    """What runs between the GEMMs over a stream x [..., K], ranks being at most `rank`."""
+    return _steps(x.shape[-1], rank, x.get_device())
 
 
 @functools.cache
@@ -140,15 +176,18 @@ def _steps(k: int, rank: int, index: int) -> TorchSteps:
     return steps(configs_for(k, rank, index))
 
 
-def _attention_for(x: Tensor, heads: int, dtype: torch.dtype) -> Attention | None:
-    """The kernel that torch's own attention would run, if a chain can."""
-    images, tokens, k = x.shape
+def _attention_for(
+    stream: tuple[int, int, int], heads: int, dtype: torch.dtype, device: torch.device
+) -> SDPBackend | None:
+    """The kernel that torch's own attention would run over a stream [images, tokens, K]; None where
+    the heads are not even."""
+    images, tokens, k = stream
     head = k // heads
     if k % heads or head % 8:
         return None
-    like = torch.empty(images, tokens, 3, heads, head, dtype=dtype, device=x.device)
+    like = torch.empty(images, tokens, 3, heads, head, dtype=dtype, device=device)
     q, key, v = like.requires_grad_().permute(2, 0, 3, 1, 4).unbind()
-    return ATTENTION.get(SDPBackend(torch._fused_sdp_choice(q, key, v)))
+    return SDPBackend(torch._fused_sdp_choice(q, key, v))
 
 
 def watched() -> str | None:
@@ -394,11 +433,7 @@ def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:
         layers = [
             layer._replace(proj=layer.proj.scaled(), fc2=layer.fc2.scaled()) for layer in layers
         ]
-        biases = _in_dtype([a.bias for layer in layers for a in _linears(layer)], engine.dtype)
-        kinds = zip(*map(_linears, layers), strict=True)
-        stacks = [
-            _stack(kind, biases[place::4], engine) for place, kind in enumerate(kinds)
-        ]  # by kind, then layer
+        _, stacks = merged_linears(layers, engine)
         y = None
         for layer, qkv, proj, fc1, fc2 in zip(layers, *stacks, strict=True):
             for of, norm, first, second, given in (
@@ -412,15 +447,25 @@ def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:
         return (z + y).view(x.shape)
 
 
+@torch.no_grad()
+def merged_linears(
+    layers: Sequence[Layer], engine: Engine
+) -> tuple[list[Tensor], list[list[Linear]]]:
+    """By kind of linear the merged weights [L, N, K], and the linears of all layers."""
+    biases = _in_dtype([a.bias for layer in layers for a in _linears(layer)], engine.dtype)
+    kinds = zip(*map(_linears, layers), strict=True)
+    found = [_stack(kind, biases[place::4], engine) for place, kind in enumerate(kinds)]
+    return [merged for merged, _ in found], [linears for _, linears in found]
+
+
 def _linears(layer: Layer) -> tuple[Adapted, Adapted, Adapted, Adapted]:
     return layer.qkv, layer.proj, layer.fc1, layer.fc2
 
 
-@torch.no_grad()
 def _stack(
     kind: Sequence[Adapted], biases: Sequence[Tensor | None], engine: Engine
-) -> list[Linear]:
-    """One kind of linear in all layers."""
+) -> tuple[Tensor, list[Linear]]:
+    """One kind of linear in all layers: the merged weights, and each."""
     down, b = (
         torch.stack(parts).to(engine.dtype)
         for parts in ([a.down for a in kind], [a.b for a in kind])
@@ -429,7 +474,7 @@ def _stack(
     gamma = torch.stack(gammas).to(kind[0].weight.dtype) if gammas else None
     merged = engine.steps.merge([a.weight for a in kind], b, down, gamma)
     stacks = zip(merged.unbind(), biases, down.unbind(), b.unbind(), strict=True)
-    return [Linear(*own) for own in stacks]
+    return merged, [Linear(*own) for own in stacks]
 
 
 @torch.no_grad()

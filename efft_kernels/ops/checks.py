@@ -6,6 +6,8 @@ every error is here.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,14 @@ FLOAT_DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for the device; meta tensors have none, and torch raises for them."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """What factors are composed in, and an operator's own casts stand in: ambient autocast would
+    make products half precision and leave the others as they are."""
+    if autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ product.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -131,7 +130,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
         _, need_weight, _, need_down, need_core, need_up = ctx.needs_input_grad[:6]
         dtype = x.dtype
         need_x = need_down or need_weight
-        with _without_autocast(x.device):
+        with checks.without_autocast(x.device):
             cast = weight.to(dtype) if backend == "torch" else weight
             if backend == "torch":
                 p = torch.mm(x, down.to(dtype))
@@ -165,7 +164,7 @@ class _LowRankLinearWithDropout(torch.autograd.Function):
         need_x, need_weight, need_bias, need_down, need_core, need_up = ctx.needs_input_grad[:6]
         dtype = dy.dtype
         dx = d_bias = d_down = d_core = d_up = None
-        with _without_autocast(dy.device):
+        with checks.without_autocast(dy.device):
             backend = ctx.backend
             if dispatch.has_tangent(dy):
                 backend = "torch"
@@ -275,9 +274,3 @@ def _with_graph(x: Tensor | None, down: Tensor) -> Tensor:
             " down or weight requires grad; set down.requires_grad_() or use backend='reference'"
         )
     return torch.mm(x, down.to(x.dtype))
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if checks.autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

@@ -22,7 +22,7 @@ def _attention_grad(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse:
     )
 
 
-CPU_ATTENTION = Attention(_attention, _attention_grad)
+CPU_ATTENTION = Attention(_attention, _attention_grad, 1, lambda tensors, _: tensors)
 
 
 def cpu_engine(dtype: torch.dtype, steps: TorchSteps | None = None) -> Engine:

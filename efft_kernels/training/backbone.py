@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from torch import nn
 from ..adapters.adapter_file import checksum
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+MAY_UNPACK = 256 << 20  # bytes, of however small a file
+PACKED_AT_MOST = 16  # times smaller than the weights; float32 ones shrink by a tenth
 
 LARGEST_TRIED = 1024  # pixels; one image beyond takes long on a CPU
 
@@ -71,6 +75,7 @@ def _build(
         if not checkpoint.is_file():
             what = "a folder" if checkpoint.is_dir() else "nothing there"
             raise ValueError(f"checkpoint must be a file of weights, got {checkpoint} ({what})")
+        _check_packed(checkpoint)
         if checkpoint.suffix == ".npz":
             return _from_npz(name, checkpoint, num_classes, options, notify)
         if checkpoint.suffix in TORCH_SUFFIXES:
@@ -85,6 +90,23 @@ def _build(
         "the backbone's weights are random: expect poor accuracy; pass --pretrained or --checkpoint"
     )
     return _create(name, num_classes=num_classes, **options)
+
+
+def _check_packed(path: Path) -> None:
+    """Raise ValueError for a zip file, .npz or torch's, that would fill the memory: weights hardly
+    shrink when they are packed."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as packed:
+            size = sum(member.file_size for member in packed.infolist())
+    except zipfile.BadZipFile:  # what reads it says so
+        return
+    if size > max(MAY_UNPACK, PACKED_AT_MOST * path.stat().st_size):
+        raise ValueError(
+            f"checkpoint must hold weights, got {path} of {path.stat().st_size:,} bytes that unpack"
+            f" to {size:,}"
+        )
 
 
 def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:

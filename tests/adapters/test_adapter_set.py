@@ -133,6 +133,20 @@ def test_features_without_a_head(filled):
     assert features.shape[0] == 3
 
 
+def test_parts_run_once_the_layout_is_known(filled):
+    model, tasks = filled(modules_to_train=())
+    x = images(3)
+    with tasks.tasks("aaa"), torch.no_grad():
+        model.forward_features(x)
+    with tasks.tasks("bac", batch_first=True), torch.no_grad():
+        expected = model.forward_features(x)
+    with tasks.tasks("bac"), torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"call it once before its parts, or pass .*batch_f"):
+            model.forward_features(x)
+        model(x)
+        assert torch.equal(model.forward_features(x), expected)
+
+
 def test_both_heads_of_distilled_deit(make_vit, randomize):
     model = make_vit(distilled=True, dtype=torch.float64).eval()
     adapter = attach(model, METHODS[1])

@@ -540,3 +540,28 @@ def test_mobilevits_statistics(tmp_path):
     adapter.detach()
     base = make().state_dict()
     assert all(torch.equal(t, base[n]) for n, t in model.state_dict().items())
+
+
+class TestTrainedElsewhere:
+    """What trains but is no part of the file is named."""
+
+    def test_a_head_under_another_name(self, fresh, tmp_path):
+        model = fresh()
+        adapter = attach(model, METHOD, targets=TARGETS)
+        model.head = nn.Linear(5, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapter.save(tmp_path / "whole.safetensors")
+        model.second = nn.Linear(5, 4)
+        model.norm.bias.requires_grad_()
+        with pytest.warns(
+            UserWarning, match=r"norm\.bias; second\.weight; second\.bias require"
+        ) as said:
+            adapter.save(tmp_path / "a.safetensors")
+        assert len(said) == 1 and "modules_to_train=[...]" in str(said[0].message)
+        assert said[0].filename == __file__
+        model.second.requires_grad_(False)
+        model.norm.requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapter.save(tmp_path / "a.safetensors")

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT2, Adapter, AdapterSet, FusedEFFTLinear, LoRA, attach, load
+from efft_kernels.adapters import call_watch
 
 METHODS = [LoRA(rank=2), EFFT2(rank=2, dropout=0.0)]
 both = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -48,6 +49,26 @@ def test_a_linear_that_does_not_run_is_named_once(make_vit, images, method):
     model.blocks = nn.Sequential(*blocks)
     model(images)
     assert [row["calls"] for row in adapter.describe().rows] == [1, 1]
+
+
+def run_without(model, images, *dropped):
+    for index in dropped:
+        model.blocks[index].forward = lambda x, **_: x
+    try:
+        model(images)
+    finally:
+        for index in dropped:
+            del model.blocks[index].forward
+
+
+def test_blocks_that_are_dropped_at_random_are_told_once(make_vit, images):
+    model = make_vit(depth=4)
+    attach(model, LoRA(rank=2), targets="attn.qkv")
+    with pytest.warns(UserWarning, match=r"'blocks\.0\.attn\.qkv' did not run") as said:
+        run_without(model, images, 0)
+    assert len(said) == 1
+    for dropped in ((1,), (0, 2), (), (1, 2)):
+        run_without(model, images, *dropped)
 
 
 @both
@@ -174,6 +195,12 @@ def test_under_no_grad(make_vit, images):
 class TestCompiled:
     """What runs in a graph is not counted, so nothing is said of it; nothing breaks the graph."""
 
+    @pytest.fixture(autouse=True)
+    def _alone(self):
+        yield
+        torch._dynamo.reset()
+        call_watch._compiled.clear()
+
     def test_whole(self, make_vit, images):
         model = make_vit()
         attach(model, LoRA(rank=2), strict=True)
@@ -181,6 +208,15 @@ class TestCompiled:
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         for _ in range(3):
             compiled(images).sum().backward()
+        assert counter.frame_count == 1
+
+    def test_models_that_are_alike_share_a_graph(self, make_vit, images):
+        """Eight graphs are torch's limit for a forward; beyond, it runs without or fails."""
+        counter = torch._dynamo.testing.CompileCounter()
+        for seed in range(3):
+            model = make_vit(seed=seed)
+            attach(model, EFFT2(rank=2), strict=True)
+            torch.compile(model, backend=counter, fullgraph=True)(images).sum().backward()
         assert counter.frame_count == 1
 
     def test_blocks(self, make_vit, images):

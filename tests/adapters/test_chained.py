@@ -31,8 +31,10 @@ from efft_kernels import (
     attach,
     load,
 )
-from efft_kernels.ops import chains
-from efft_kernels.testing.cpu_chain import cpu_engine
+from efft_kernels.adapters import chained
+from efft_kernels.ops import chains, compiled_chain
+from efft_kernels.ops.backends.chain_steps import TorchSteps
+from efft_kernels.testing.cpu_chain import CPU_ATTENTION, cpu_engine
 from efft_kernels.testing.error_budget import BUDGET, relative_error
 
 EFFT = EFFT2(rank=3, dropout=0.0, scale=0.7)
@@ -96,6 +98,15 @@ def step(model, images):
     torch.manual_seed(11)
     model.zero_grad()
     y = model(images)
+    y.tanh().sum().backward()
+    return [y.detach(), *(p.grad for p in trained(model))]
+
+
+def step_of(call, model, images):
+    """`step` by a compiled form of the model."""
+    torch.manual_seed(11)
+    model.zero_grad()
+    y = call(images)
     y.tanh().sum().backward()
     return [y.detach(), *(p.grad for p in trained(model))]
 
@@ -473,6 +484,13 @@ class TestTransforms:
         close([y.detach(), *(p.grad for p in trained(model))], expected)
         assert not runs
 
+    def test_exported(self, models, images, runs, graphs):
+        """A file holds the plain blocks."""
+        model, twin = models()
+        program = torch.export.export(model, (images,))
+        torch.testing.assert_close(program.module()(images), twin(images))
+        assert not graphs
+
     def test_traced(self, models, images, runs):
         model, twin = (one.eval() for one in models())
         traced = torch.jit.trace(model, images, check_trace=False)
@@ -491,6 +509,107 @@ class TestTransforms:
         results = [one.forward_features(images, attn_mask=mask) for one in models()]
         torch.testing.assert_close(*results, rtol=0, atol=0)
         assert not runs
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The chains that ran in a graph, forward and backward; on the CPU, in any dtype."""
+    ran = []
+    monkeypatch.setitem(chains.ATTENTION, SDPBackend.MATH, CPU_ATTENTION)
+    monkeypatch.setattr(chains, "refusal_of_graph", lambda x: False)
+    monkeypatch.setattr(chains, "attention_of_graph", lambda *_: SDPBackend.MATH.value)
+    monkeypatch.setattr(chains, "steps_for", lambda *_: TorchSteps())
+    monkeypatch.setattr(chained, "graph_dtype", lambda x: x.dtype)
+    engine = compiled_chain._engine
+
+    def counted(x, rank, dtype, attention, fake):
+        if not fake:
+            ran.append("ran")
+        return engine(x, rank, dtype, attention, fake)
+
+    monkeypatch.setattr(compiled_chain, "_engine", counted)
+    yield ran
+    torch._dynamo.reset()
+
+
+class TestInAGraph:
+    """Under torch.compile the chain is one node each way."""
+
+    @pytest.mark.parametrize("method", METHODS, ids=str)
+    def test_is_the_model_of_lone_linears(self, models, images, graphs, method):
+        if method is NOISY:
+            pytest.skip("a graph draws other masks")
+        model, twin = models(method)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close(step_of(compiled, model, images), step(twin, images))
+        assert graphs == ["ran"] * 2
+
+    def test_layer_scale_and_any_batch(self, models, graphs):
+        model, twin = models(init_values=0.7)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for count in (2, 3, 5):
+            images = torch.randn(count, 3, 8, 8, dtype=torch.float64)
+            close(step_of(compiled, model, images), step(twin, images))
+        assert graphs == ["ran"] * 6
+
+    @pytest.mark.slow
+    def test_inductor(self, models, images, graphs):
+        model, twin = models()
+        close(step_of(torch.compile(model, fullgraph=True), model, images), step(twin, images))
+        assert graphs == ["ran"] * 2
+
+    def test_gradient_of_the_input(self, models, images, graphs):
+        found = []
+        for model in models():
+            call = torch.compile(model, fullgraph=True, backend="aot_eager")
+            call = call if not found else model
+            x = images.clone().requires_grad_()
+            call(x).tanh().sum().backward()
+            found.append([x.grad])
+        close(*found)
+        assert graphs == ["ran"] * 2
+
+    def test_what_changes_is_seen(self, models, images, graphs):
+        """A graph that was traced before does not run on when the model is another one."""
+        model, twin = models()
+        compiled = torch.compile(model, backend="aot_eager")
+        compiled(images)
+        assert graphs == ["ran"]
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images), twin(images))
+        for one in (model.eval(), twin.eval()):
+            Adapter(one).merge()
+        torch.testing.assert_close(compiled(images), twin(images))
+        for one in (model.train(), twin.train()):
+            Adapter(one).unmerge()
+        compiled(images)
+        assert graphs == ["ran"] * 2
+        for one in (model, twin):
+            one.blocks[0].mlp.act = nn.ReLU()  # hooks no graph sees: torch skips their guards
+        torch.testing.assert_close(compiled(images), twin(images))
+        assert graphs == ["ran"] * 2
+
+    def test_trained_norms_run_by_themselves(self, models, images, graphs):
+        model, twin = models(modules_to_train=["blocks.0.norm1"])
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close(step_of(compiled, model, images), step(twin, images))
+        assert not graphs
+
+    def test_operators_by_torchs_own_checks(self, models, images, graphs):
+        seen = []
+        model = models(init_values=0.5)[0].float()  # float64's attention has another fake
+        real = torch.ops.efft_kernels.chain_fwd
+
+        def recorded(*arguments):
+            seen.append(arguments)
+            return real(*arguments)
+
+        parts = model.blocks.forward.__self__._parts
+        x = torch.randn(3, 5, model.embed_dim)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.ops.efft_kernels, "chain_fwd", recorded)
+            compiled_chain.run_chain(x, parts.layers(), SDPBackend.MATH.value, x.dtype)
+        torch.library.opcheck(real.default, seen[0], test_utils=("test_schema", "test_faketensor"))
 
 
 class TestTheModelIsTheSame:

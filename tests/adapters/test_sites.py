@@ -263,3 +263,14 @@ def test_linears_outside_the_blocks_are_of_no_layer():
 def test_refused(options, kind, text):
     with pytest.raises(kind, match=text):
         find_sites(meta("vit_tiny_patch16_224"), **options)
+
+
+def test_a_stacked_projection_is_three_times_as_wide():
+    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
+    sites = {
+        site.name: site for site in find_sites(nn.ModuleDict({"layers": nn.ModuleList([layer])}))
+    }
+    joined = sites["layers.0.self_attn.in_proj"]
+    assert (joined.role, joined.in_features, joined.out_features) == ("qkv", 12, 36)
+    out = sites["layers.0.self_attn.out_proj"]
+    assert (out.role, out.in_features, out.out_features) == ("o", 12, 12)

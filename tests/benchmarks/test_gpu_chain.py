@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,7 +36,7 @@ def test_every_launch_has_its_step_in_torch() -> None:
 
 
 def test_says_which_launch_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     class Wrong(TorchSteps):
         def thin(self, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -43,7 +46,11 @@ def test_says_which_launch_is_wrong(
             raise RuntimeError("out of shared memory")
 
     monkeypatch.setattr(chain, "make_steps", lambda shapes: Wrong())
-    assert not chain.measure(chain.TINY, "cpu", 1)
+    out = tmp_path / "chain.csv"
+    assert not chain.measure(chain.TINY, "cpu", 1, out)
+    rows = list(csv.DictReader(out.open()))
+    assert {row["form"] for row in rows if row["launch"] == "thin proj"} == {"torch"}
+    assert all(float(row["us_p50"]) > 0 and row["M"] == str(chain.TINY.M) for row in rows)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("thin proj") and "WRONG" in line for line in lines)
     assert any(line.startswith("gather ") and "out of shared memory" in line for line in lines)

@@ -50,6 +50,8 @@ int main() {
        [](Problem& q) { q.down = tensor("down", {512, 16}); });
   says("down must be [K=768, 1 <= Ra <= 128], got (768, 131)", forward(), false,
        [](Problem& q) { q.down = tensor("down", {768, 131}); });
+  says("down must be [K=768, 1 <= Ra <= 128], got (768, 129)", forward(), false,
+       [](Problem& q) { q.down = tensor("down", {768, 129}); });
   says("x must be [M, K=768], got (67, 767)", forward(), false,
        [](Problem& q) { q.rows = tensor("x", {67, 767}); });
   says("dy must be [M, N=2304], got (67, 768)", backward(), true,
@@ -78,6 +80,8 @@ int main() {
        [](Problem& q) { q.p = tensor("p", {67, 8}); });
   says("x must be [M=67, K=768], got (66, 768)", backward(), true,
        [](Problem& q) { q.x = tensor("x", {66, 768}); });
+  says("p must be contiguous along its last dim, got strides (1, 67)", backward(), true,
+       [](Problem& q) { q.p.stride = {1, 67}; });
   says("x must be contiguous along its last dim, got strides (1, 67)", forward(), false,
        [](Problem& q) { q.rows.stride = {1, 67}; });
   // float32 tensors beside half-precision rows, as under autocast; per-slice up; no core.
@@ -85,6 +89,10 @@ int main() {
   for (TensorInfo* t : {&mixed.weight, &mixed.bias, &mixed.down, &mixed.core, &mixed.up})
     t->dtype = "float32";
   EXPECT(check(mixed, false).empty(), "%s", check(mixed, false).c_str());
+  Problem widest = forward();
+  widest.down = tensor("down", {768, 128});
+  widest.core = tensor("core", {3, 128, 8});
+  EXPECT(check(widest, false).empty(), "%s", check(widest, false).c_str());
   Problem no_core = forward();
   no_core.core = {"core"};
   no_core.bias = {"bias"};

@@ -121,6 +121,7 @@ def test_no_spills_and_no_stack():
 
 
 def test_no_local_memory_instructions():
+    assert {(kernel.arch, kernel.name) for kernel in kernels()} == set(instructions())
     touching = [
         f"{name} ({arch})"
         for (arch, name), text in instructions().items()

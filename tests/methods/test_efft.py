@@ -542,3 +542,10 @@ def test_files_and_older_states_hold_a_scale_without_dimensions(make_vit, random
     other.load_state_dict(older(model.state_dict()))
     assert torch.equal(other(images), expected)
     assert all(group.scale.shape == (1,) for group in other.factor_bank.children())
+
+
+@pytest.mark.parametrize("kind", [EFFT1, EFFT2])
+def test_one_linear_alone_and_the_papers_defaults(make_vit, kind):
+    adapter = attach(make_vit(), kind(rank=2), targets="attn.qkv", layers=1)
+    assert [site.name for site in adapter.sites] == ["blocks.1.attn.qkv"]
+    assert kind() == kind(rank=16)

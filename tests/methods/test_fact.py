@@ -308,6 +308,30 @@ class TestActivationDropout:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_on_factors_compiles(make_vit, randomize, kind):
+    """torch's aot_eager takes F.dropout of a view for one with other strides in the backward."""
+    adapter = attach(make_vit(), kind(rank=2, dropout=0.0))
+    randomize(adapter)
+    (group,) = adapter.bank.children()
+    group.dropout = 0.5
+
+    def factors():
+        return [t for site in group.placements for t in group(site, True) if t is not None]
+
+    def gradients(call):
+        torch.manual_seed(3)
+        found = call()
+        loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in found)
+        return torch.autograd.grad(loss, list(group.parameters()))
+
+    expected = gradients(factors)
+    found = gradients(torch.compile(factors, backend="aot_eager", fullgraph=True, dynamic=True))
+    assert all(g.norm() > 0 for g in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def is_uniform(tensor, bound):
     """Whether the entries look like a uniform draw from ±bound."""
     spread = tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)

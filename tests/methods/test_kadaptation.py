@@ -173,6 +173,12 @@ def test_refused(make_vit, options, text):
         attach(make_vit(), KAdaptation(**options))
 
 
+@pytest.mark.parametrize("field", ["products", "rank"])
+def test_a_size_below_one_is_refused_at_once(field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+        KAdaptation(**{field: 0})
+
+
 def test_the_releases_slow_weights_are_tiny_and_of_rank_one(make_vit):
     """PEViT's model.py: phm_rule_left [n, n, 1] and phm_rule_right [n, 1, n] within ±0.01."""
     model = make_vit(embed_dim=64, num_heads=4)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from efft_kernels import KAdaptation, LoRA, attach, load
+from efft_kernels import KAdaptation, LoRA, attach, load, reference
+from efft_kernels.methods.lora import stack_matrices
 
 D = 12  # of the small model
 PER_SITE = {
@@ -306,6 +307,25 @@ def test_names_that_the_bank_uses_itself_are_refused(name):
     with pytest.raises(ValueError, match=f"own attribute, got '{name}'"):
         attach(model, LoRA(rank=2, matrices=None), targets="*", modules_to_train=())
     assert type(model.inner[0]) is nn.Linear and not hasattr(model, "factor_bank")
+
+
+@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1)], ids=str)
+def test_two_stacked_matrices(chosen):
+    """A gate and its fc1 in one weight: each has its own pair, or none."""
+    down, up = torch.randn(len(chosen), 5, 2), torch.randn(len(chosen), 3, 2)
+    factors = stack_matrices(down, up, chosen, 2)
+    expected = torch.zeros(2, 3, 5)
+    for pair, matrix in enumerate(chosen):
+        expected[matrix] = up[pair] @ down[pair].T
+    torch.testing.assert_close(reference.delta_weight(*factors, 2), expected.flatten(0, 1))
+
+
+def test_no_scale_is_one(make_vit, randomize):
+    adapter = attach(make_vit(), LoRA(rank=2, matrices=None))
+    randomize(adapter)
+    group = next(adapter.bank.children())
+    assert torch.equal(group.factors("", False).up[0], group.B[0])
+    assert LoRA() == LoRA(scale=1.0)
 
 
 SWIN_COUNTS = [  # E's Table 3: 0.26, 0.36, 0.43 and 1.47 million

@@ -189,6 +189,10 @@ def test_measured_rows_overrule_the_model(forget):
     )
     assert cost_model.choose(QKV, triton) == other
     assert cost_model.choose(QKV._replace(M=9000), triton) == other
+    measured = {other: 0.05, predicted: 0.09}
+    for m, known in ((6304, measured), (6303, {}), (25216, measured), (25217, {})):
+        found = cost_model.measured_ms(QKV._replace(M=m), triton.STRATEGIES, "triton")
+        assert found == known, m
     assert cost_model.choose(QKV._replace(M=1000), triton) == cost_model.choose(
         QKV._replace(M=1001), triton
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,16 @@ def test_a_checkpoint_that_lacks_a_block_is_refused(source: nn.Module, tmp_path:
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"blocks\.11\.norm1\.weight"):
         build_backbone(NAME, num_classes=3, checkpoint=tmp_path / "w.safetensors", img_size=32)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth"])
+def test_a_small_file_that_fills_the_memory_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"bomb{suffix}"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for number in range(5):
+            packed.writestr(f"{number}.npy", bytes(60 << 20))
+    with pytest.raises(ValueError, match=r"checkpoint must hold weights, got .* unpack to 314,5"):
+        build_backbone(NAME, num_classes=7, checkpoint=path, img_size=32)
 
 
 def test_missing_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:

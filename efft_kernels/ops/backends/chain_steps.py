@@ -34,7 +34,7 @@ class Normed(NamedTuple):
     z: Tensor  # [M, K]: z + y
     out: Tensor  # x̂ [M, K]
     p: Tensor  # [M, r]
-    mean: Tensor  # [M, 1] or [M]
+    mean: Tensor  # [M]
     rstd: Tensor
 
 
@@ -62,7 +62,7 @@ class TorchSteps:
         z = z if y is None else z + y
         out, mean, rstd = aten.native_layer_norm(z, [z.shape[1]], norm.weight, norm.bias, norm.eps)
         out = out.to(dtype)
-        return Normed(z, out, out @ down, mean, rstd)
+        return Normed(z, out, out @ down, mean.view(-1), rstd.view(-1))
 
     def norm_grad(
         self,
@@ -79,8 +79,8 @@ class TorchSteps:
             dout.to(z.dtype),
             z,
             [z.shape[1]],
-            mean,
-            rstd,
+            mean.view(-1, 1),
+            rstd.view(-1, 1),
             norm.weight,
             norm.bias,
             [True, False, False],

@@ -63,7 +63,13 @@ def configs_for(k: int, rank: int, index: int | None) -> Configs:
     return Configs(
         NormConfig(16, 128 if wide or ragged else 256, not ragged, 8 if wide or k > 768 else 4),
         NormConfig(4, 256, True, 4),
-        PassConfig(64 if wide else 32, 64, parts(tuning.cdiv(k, 64), 2 if wide else 4), 4, 3),
+        PassConfig(
+            64 if wide else 32,
+            64,
+            parts(tuning.cdiv(k, 64), 2 if wide else 4),
+            8 if padded_rank(rank) > 64 else 4,
+            3,
+        ),
         PassConfig(64, block_c, parts(3 * tiles), 4, 3),
         None if wide else ActConfig(32, 128, 2, 4, 2),
         None if wide else ActConfig(32, 128, 11, 8, 3, registers),

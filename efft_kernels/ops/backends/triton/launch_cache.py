@@ -115,7 +115,7 @@ def _starter(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         device, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
     def start(*arguments: Any) -> None:
-        if runtime.launch_enter_hook is not None or runtime.launch_exit_hook is not None:
+        if _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
             long_way(*arguments)
             return
         launch(
@@ -124,6 +124,11 @@ def _starter(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         )
 
     return start
+
+
+def _hooked(hook: Any) -> bool:
+    """Whether a hook of Triton's launches, or a chain of them, does anything."""
+    return bool(getattr(hook, "calls", hook))
 
 
 # What the launchers of one call keep, by launch: {"gemm": ..., "reduce": ...}.

@@ -81,6 +81,17 @@ def test_the_short_way_launches_what_the_long_way_does(gpu, monkeypatch, strateg
     for launch in gpu.launches:
         monkeypatch.setattr(launch.kernel, "run", fail)
     assert call() == long_way
+    hooked = []
+    with monkeypatch.context() as patch:
+        for launch in gpu.launches:  # its own launcher is not called, but with a hook
+            patch.setattr(type(launch.compiled.run), "__call__", lambda *_: hooked.append(1))
+        assert call() == long_way and not hooked
+        triton.knobs.runtime.launch_enter_hook.add(print)
+        try:
+            call()
+        finally:
+            triton.knobs.runtime.launch_enter_hook.remove(print)
+        assert len(hooked) == len(long_way)
     gpu.stream = 7  # of the moment, not of the first call
     assert {stream for _, _, stream, _, _ in call()} == {7}
 

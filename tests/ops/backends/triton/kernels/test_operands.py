@@ -47,6 +47,17 @@ def test_every_layout(layout, strategy, device):
     assert_same_bits(got, expected)
 
 
+def test_slices_of_up_with_rows_between_them(strategy, device):
+    """Without a core: what lies between is no slice's."""
+    shape = Shape(M=37, K=41, n=23, core=False, shared=False)
+    tensors = list(operands_and_dy(shape, torch.float32, device=device))
+    up = tensors[5]
+    storage = up.new_full((shape.G, shape.n + 3, up.shape[2]), torch.nan)
+    storage[:, : shape.n] = up
+    tensors[5] = storage[:, : shape.n]
+    results_within_budget(backend, tensors, strategy)
+
+
 @pytest.mark.parametrize("needed", ["x", "weight bias", "down", "x down", "down up", "core"])
 def test_only_what_is_needed(needed, strategy, device):
     needs = [name in needed.split() for name in NAMES]
@@ -101,7 +112,9 @@ def test_gradients_of_any_magnitude_in_float16(of, scale, device):
 
 
 def test_the_same_bits_every_time(strategy, device):
-    tensors = operands_and_dy(ONE_SLICE, torch.float16, device=device)
+    # The interpreter knows no other order.
+    shape = SMALL if device == "cpu" else ONE_SLICE
+    tensors = operands_and_dy(shape, torch.float16, device=device)
     assert_same_bits(*(backend_results(backend, tensors, strategy) for _ in range(2)))
 
 
@@ -113,6 +126,19 @@ def test_an_infinity_stays_an_infinity_in_its_row(strategy, save_p, device):
     y, _ = backend.forward(*tensors, save_p=save_p, strategy=strategy)
     assert torch.equal(y.isinf(), reference.low_rank_linear(*tensors).isinf())
     assert not y.isnan().any() and y[5].isinf().all()
+
+
+def test_an_infinity_in_dy_stays_in_its_column(device):
+    """Products of its tile are scaled by their largest magnitude, which then is none."""
+    tensors = list(operands_and_dy(SMALL, torch.float16, device=device))
+    tensors[6][5, 3] = torch.inf
+    got = backend_results(backend, tensors, "split", [name in ("x", "up") for name in NAMES])
+    _, exact = plain_and_exact(tensors)
+    for name in ("x", "up"):
+        finite = exact[name].isfinite()
+        assert finite.any() and not finite.all()
+        assert torch.equal(got[name].isfinite(), finite), name
+        assert relative_error(got[name][finite], exact[name][finite]) < 2e-3, name
 
 
 @pytest.mark.parametrize("strategy", ["auto", *dispatch.STRATEGIES])
@@ -140,7 +166,8 @@ def test_the_same_sizes_at_any_address(strategy, device):
     """Slices that start on 16 bytes and off them, in turn: sizes and strides are the same. Off them
     `fused` runs as `split`.
     """
-    shape = Shape(M=48, K=64, n=32, Ra=16, Rb=16)
+    size = 16 if device == "cpu" else 32
+    shape = Shape(M=size + 16, K=2 * size, n=size, Ra=16, Rb=16)
     tensors = operands_and_dy(shape, torch.float16, device=device)
     on_16_bytes = backend_results(backend, tensors, strategy)
     off_them = backend_results(backend, tensors, "split") if strategy == "fused" else on_16_bytes

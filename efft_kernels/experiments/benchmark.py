@@ -1,0 +1,283 @@
+"""Which cells a benchmark has, and running them one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..training.loop import NonFiniteLossError
+from ..training.methods import TRAINABLE
+from ..training.recipe import recipe_for
+from ..training.settings import TrainSettings, require
+from .cell import Cell, Notify, run_cell
+from .ledger import Ledger
+from .lists import (
+    SELECT_TRAIN,
+    TRAIN,
+    ImageLists,
+    ListError,
+    MissingTaskError,
+    fewshot_lists,
+    task_folder,
+    vtab_lists,
+)
+from .tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What every cell of a benchmark is told.
+
+    Attributes:
+        methods: keys of `TRAINABLE`.
+        given: settings of `TrainSettings` that win over the recipe's.
+        options: the methods' options that win over the recipe's, for the methods that have them.
+        test_every: epochs between two measurements on the test images.
+        checkpoint_sha256: `file_digest` of given["checkpoint"].
+    """
+
+    methods: tuple[str, ...]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    test_every: int = 10
+    checkpoint_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        require("methods", bool(self.methods), "names of methods", "none")
+        for method in self.methods:
+            require("methods", method in TRAINABLE, f"of {', '.join(TRAINABLE)}", repr(method))
+        twice = len(set(self.methods)) < len(self.methods)
+        require("methods", not twice, "each named once", ",".join(self.methods))
+        require("test_every", self.test_every >= 1, "at least 1", self.test_every)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a benchmark, and what is left out of it.
+
+    Attributes:
+        suite: "vtab" or "fewshot".
+        cells: in the order in which they run.
+        missing: tasks that have no folder.
+        left_out: what → why, where the lists cannot be used.
+    """
+
+    suite: str
+    cells: tuple[Cell, ...]
+    missing: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known after a benchmark ran.
+
+    Attributes:
+        finished: cells with their results.
+        failed: cell's name → why.
+    """
+
+    finished: tuple[tuple[Cell, dict[str, Any]], ...]
+    failed: Mapping[str, str]
+
+
+def plan_vtab(
+    root: Path, tasks: Sequence[str], seeds: Sequence[int], choices: Choices, notify: Notify
+) -> Plan:
+    """Tasks × methods × seeds.
+
+    Args:
+        root: folder of the tasks' folders.
+        tasks: as `choose` names them.
+        seeds: of the trainings.
+        choices: the methods and their settings.
+        notify: called with a line on what the user should know of a task's lists.
+
+    Raises:
+        ValueError: a setting that makes no sense.
+    """
+    _check_folder(root)
+    cells: list[Cell] = []
+    missing: list[str] = []
+    left_out: dict[str, str] = {}
+    for task in tasks:
+        try:
+            lists = vtab_lists(root, task)
+        except MissingTaskError:
+            missing.append(task)
+            continue
+        except ListError as error:
+            left_out[task] = str(error)
+            continue
+        for note in lists.notes:
+            notify(f"{task}: {note}")
+        cells += _cells("vtab", task, lists, seeds, choices, None)
+    return Plan("vtab", tuple(cells), tuple(missing), left_out)
+
+
+def plan_fewshot(
+    root: Path,
+    tasks: Sequence[str],
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    choices: Choices,
+    notify: Notify,
+) -> Plan:
+    """Sets × shots × methods × seeds; a seed is both the list's and the training's.
+
+    Args:
+        shots: images a class.
+        (others): as for `plan_vtab`.
+
+    Raises:
+        ValueError: a setting that makes no sense.
+    """
+    _check_folder(root)
+    cells: list[Cell] = []
+    missing: list[str] = []
+    left_out: dict[str, str] = {}
+    for task in tasks:
+        try:
+            task_folder(root, task, "fewshot")
+        except MissingTaskError:
+            missing.append(task)
+            continue
+        except ListError as error:
+            left_out[task] = str(error)
+            continue
+        for count in dict.fromkeys(shots):
+            for seed in dict.fromkeys(seeds):
+                try:
+                    lists = fewshot_lists(root, task, count, seed)
+                except ListError as error:
+                    left_out[f"{task}, {count} shots, seed {seed}"] = str(error)
+                    continue
+                for note in lists.notes:
+                    notify(f"{task}, {count} shots, seed {seed}: {note}")
+                cells += _cells("fewshot", task, lists, [seed], choices, count)
+    return Plan("fewshot", tuple(cells), tuple(missing), left_out)
+
+
+def _check_folder(root: Path) -> None:
+    what = "a file" if root.exists() else "nothing there"
+    require("data", root.is_dir(), "a folder of tasks' folders", f"{root} ({what})")
+
+
+def _cells(
+    suite: str,
+    task: str,
+    lists: ImageLists,
+    seeds: Sequence[int],
+    choices: Choices,
+    shots: int | None,
+) -> list[Cell]:
+    published = task if suite == "vtab" and task in TASKS else None
+    found = []
+    for method in choices.methods:
+        recipe = recipe_for("vtab", published, method)
+        known = {item.name for item in dataclasses.fields(TRAINABLE[method])}
+        options = {name: value for name, value in choices.options.items() if name in known}
+        for seed in dict.fromkeys(seeds):
+            settings = recipe.settings(
+                lists.root, **{**choices.given, "options": options, "seed": seed}
+            )
+            found.append(
+                Cell(
+                    suite=suite,
+                    task=task,
+                    settings=_fitting(settings, lists),
+                    lists=lists,
+                    checkpoint_sha256=choices.checkpoint_sha256,
+                    test_every=choices.test_every,
+                    shots=shots,
+                )
+            )
+    return found
+
+
+def _fitting(settings: TrainSettings, lists: ImageLists) -> TrainSettings:
+    """Without drop_last where a list is smaller than a batch: it would leave out every image."""
+    trained_on = [lists.lists[name] for name in (TRAIN, SELECT_TRAIN) if name in lists.lists]
+    smallest = min(map(len, trained_on))
+    drop_last = settings.drop_last and smallest >= settings.batch_size
+    return dataclasses.replace(settings, drop_last=drop_last)
+
+
+def file_digest(path: Path | None) -> str | None:
+    """SHA-256 of a file, None for none.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if path is None:
+        return None
+    require("checkpoint", path.is_file(), "a file of weights", f"{path} (nothing there)")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def find_finished(ledger: Ledger, cell: Cell) -> dict[str, Any] | None:
+    """A cell's recorded result, or None; one that skipped images counts only where that is allowed.
+
+    Args:
+        ledger: where to look.
+        cell: whose.
+    """
+    result = ledger.find(cell)
+    if result is None or not {"results", "parameters", "skipped_images"} <= set(result):
+        return None
+    return result if cell.settings.skip_bad_images or not result["skipped_images"] else None
+
+
+def run(
+    plan: Plan,
+    ledger: Ledger,
+    *,
+    notify: Notify = lambda message: None,
+    on_cell: Callable[[int, int, Cell, dict[str, Any] | None], None] = lambda *_: None,
+    on_epoch: Callable[[int, int], None] = lambda done, total: None,
+) -> Outcome:
+    """Run the cells that the ledger does not have, and go on where one fails.
+
+    Args:
+        plan: the cells.
+        ledger: where results are looked for and recorded.
+        notify: called with lines for the user, each once.
+        on_cell: called with (cells done, all cells, the cell, its result or None if it failed).
+        on_epoch: called with (epochs done, epochs of the cell).
+
+    Raises:
+        OSError: a record cannot be written.
+    """
+    finished: list[tuple[Cell, dict[str, Any]]] = []
+    failed: dict[str, str] = {}
+    told: set[str] = set()
+
+    def once(message: str) -> None:
+        if message not in told:
+            told.add(message)
+            notify(message)
+
+    for index, cell in enumerate(plan.cells, start=1):
+        result = find_finished(ledger, cell)
+        if result is None:
+            try:
+                result = run_cell(cell, notify=once, on_epoch=on_epoch)
+            except (ValueError, TypeError, NonFiniteLossError, torch.OutOfMemoryError) as error:
+                failed[cell.name] = " ".join(str(error).split())
+                ledger.fail(cell, failed[cell.name])
+                on_cell(index, len(plan.cells), cell, None)
+                continue
+            ledger.finish(cell, result)
+        finished.append((cell, result))
+        on_cell(index, len(plan.cells), cell, result)
+    return Outcome(tuple(finished), failed)

@@ -1,0 +1,73 @@
+"""The driver finds faults that tests miss, and does not take its own for theirs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tools import mutate
+
+SOURCE = '''
+def area(width, height=2, square=False):
+    """1 < 2 is no code."""
+    if square and width < 0:
+        raise ValueError(f"{width + 1}")
+    print(width)
+    return width * (height if not square else width)
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "shapes.py").write_text(SOURCE)
+    monkeypatch.setattr(mutate, "PACKAGE", tmp_path)
+    return tmp_path
+
+
+def test_every_kind_of_fault_and_no_text(package: Path) -> None:
+    faults = mutate.faults_of("shapes.py")
+    assert {(fault.line, fault.after) for fault in faults} == {
+        (2, "3"),
+        (2, "True"),
+        (4, "square or width < 0"),
+        (4, "width <= 0"),
+        (4, "1"),
+        (6, "pass"),
+        (7, "return None"),
+        (7, "width + (height if not square else width)"),
+        (7, "width if not square else height"),
+        (7, "square"),
+    }
+    before = ast.dump(ast.parse(SOURCE))
+    assert all(ast.dump(fault.tree) != before for fault in faults)
+    assert len({ast.dump(fault.tree) for fault in faults}) == len(faults)
+
+
+def test_known_equivalents_are_left_out(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ("shapes.py", "print(width)", "pass")
+    monkeypatch.setitem(mutate.EQUIVALENT, known, "prints")
+    assert "pass" not in {fault.after for fault in mutate.faults_of("shapes.py")}
+
+
+def test_equivalents_are_faults_of_today() -> None:
+    every = {
+        (fault.file, fault.before, fault.after)
+        for file in {file for file, *_ in mutate.EQUIVALENT}
+        for fault in mutate.all_of(file)
+    }
+    assert set(mutate.EQUIVALENT) <= every
+
+
+def test_files_and_their_tests_exist() -> None:
+    for file, tests in mutate.FILES.items():
+        assert (mutate.PACKAGE / file).is_file()
+        assert all((mutate.ROOT / "tests" / test).exists() for test in tests)
+
+
+def test_a_sample_reaches_every_file(package: Path) -> None:
+    faults = mutate.faults_of("shapes.py")
+    assert mutate.draw(faults, 0, 1) == faults
+    assert len(set(mutate.draw(faults, 4, 1))) == 4
+    assert mutate.draw(faults, 4, 1) != mutate.draw(faults, 4, 2)

@@ -1,0 +1,323 @@
+"""Small faults put into the core, one at a time: which of them do the tests notice?
+
+    python -m tools.mutate [--sample 40] [--seed 7] [--only adapters/sites.py ...] [--csv FILE]
+
+A fault is one changed comparison, number, operator or condition, or one statement left out. Each is
+tried in a fork of this process, which has torch and the test's libraries loaded already and gets
+the changed module from memory: nothing is written to the sources. Faults are drawn over all of
+FILES, or --sample 0 tries every one. A fault that passes is printed as a diff; one that cannot
+change any result belongs in EQUIVALENT, with the reason.
+
+Not here: mutmut and cosmic-ray start a process and import torch for every fault, ten seconds each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import csv
+import importlib.abc
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "efft_kernels"
+SECONDS = 400.0  # a fault may make a loop endless
+
+# Module → the tests that are about it; these alone are run.
+FILES: dict[str, tuple[str, ...]] = {
+    "adapters/adapter.py": ("adapters/test_adapter.py", "adapters/test_adapter_state.py"),
+    "adapters/adapter_file.py": ("adapters/test_adapter_file.py", "interop/test_damaged_files.py"),
+    "adapters/adapter_set.py": (
+        "adapters/test_adapter_set.py",
+        "adapters/test_adapter_set_calls.py",
+    ),
+    "adapters/attach.py": ("adapters/test_attach.py", "adapters/test_refusals.py"),
+    "adapters/batch_layout.py": ("adapters/test_adapter_set_calls.py",),
+    "adapters/call_watch.py": ("adapters/test_call_watch.py",),
+    "adapters/sites.py": ("adapters/test_sites.py", "adapters/test_attach.py"),
+    "adapters/swapping.py": ("adapters/test_attach.py", "adapters/test_adapter.py"),
+    "atomic_files.py": ("test_atomic_files.py",),
+    "methods/base.py": ("methods/test_base.py", "methods/test_registry.py"),
+    "methods/efft.py": ("methods/test_efft.py",),
+    "methods/fact.py": ("methods/test_fact.py",),
+    "methods/joint.py": ("adapters/test_joint_factors.py",),
+    "methods/kadaptation.py": ("methods/test_kadaptation.py",),
+    "methods/lora.py": ("methods/test_lora.py",),
+    "methods/tensor_train.py": (
+        "methods/test_efft.py",
+        "methods/test_fact.py",
+        "adapters/test_joint_factors.py",
+    ),
+    "nn.py": ("test_nn.py", "adapters/test_adapter.py", "adapters/test_adapter_set_calls.py"),
+    "ops/backends/torch_backend.py": ("ops/test_functional.py", "ops/test_gradients.py"),
+    "ops/checks.py": ("ops/test_functional.py", "ops/entry/test_refusals.py"),
+    "ops/dropout.py": ("ops/test_dropout.py",),
+    "ops/dropout_mask.py": ("ops/test_dropout.py",),
+    "ops/functional.py": ("ops/test_functional.py", "ops/test_gradients.py"),
+    "ops/mixed_batch.py": ("ops/test_mixed_batch.py",),
+    "ops/shared_projection.py": ("ops/test_shared_projection.py",),
+    "testing/error_budget.py": ("testing/test_error_budget.py",),
+    "training/loop.py": ("training/test_loop.py",),
+}
+
+# (file, line of code without its indent, what it becomes): why no result can tell.
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "methods/lora.py",
+        "up = up if self.scale == 1.0 else up * self.scale",
+        "2.5",
+    ): "spares a product by one",
+    (
+        "adapters/sites.py",
+        'known = first.setdefault((id(module), IN_PROJ if stacked else ""), own)',
+        "'' if stacked else IN_PROJ",
+    ): "the same two keys, exchanged",
+}
+
+Steps = tuple[tuple[str, int], ...]  # field, and index in a list or -1, from the module to a node
+
+_COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+_COMPUTED: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitXor: ast.BitAnd,
+    ast.RShift: ast.LShift,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change to one file.
+
+    Attributes:
+        file: within the package.
+        line: its number.
+        before: the line of code, without its indent.
+        after: the changed piece of it.
+        tree: of the whole changed module.
+    """
+
+    file: str
+    line: int
+    before: str
+    after: str
+    tree: ast.Module
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}\n  - {self.before}\n  + {self.after}"
+
+
+def _changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in the place of a node."""
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARED:
+        yield ast.Compare(node.left, [_COMPARED[type(node.ops[0])]()], node.comparators)
+    elif isinstance(node, ast.BinOp) and type(node.op) in _COMPUTED:
+        yield ast.BinOp(node.left, _COMPUTED[type(node.op)](), node.right)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield ast.Constant(node.value + 1)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+        yield ast.Constant(node.value * 2 + 0.5)
+    elif isinstance(node, ast.IfExp):
+        yield ast.IfExp(node.test, node.orelse, node.body)
+    elif isinstance(node, ast.Return) and node.value is not None:
+        if not (isinstance(node.value, ast.Constant) and node.value.value is None):
+            yield ast.Return(ast.Constant(None))
+    elif (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or isinstance(
+        node, ast.AugAssign
+    ):
+        yield ast.Pass()
+
+
+def _left_alone(node: ast.AST) -> bool:
+    """Texts of errors, annotations, and what the type checker alone reads."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return True
+    if isinstance(node, ast.FunctionDef) and node.name in ("__repr__", "extra_repr", "__str__"):
+        return True
+    return isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom)
+
+
+def _places(node: ast.AST, where: Steps = ()) -> Iterator[tuple[Steps, ast.AST]]:
+    """(path to a node, the node) of all that may be changed."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list", "type_comment"):
+            continue
+        for index, child in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(child, ast.AST) and not _left_alone(child):
+                path = (*where, (field, index if isinstance(value, list) else -1))
+                yield path, child
+                yield from _places(child, path)
+
+
+def _put(tree: ast.Module, path: Steps, new: ast.AST) -> ast.Module:
+    tree = copy.deepcopy(tree)
+    node: object = tree
+    for field, index in path[:-1]:
+        value = getattr(node, field)
+        node = value if index < 0 else value[index]
+    field, index = path[-1]
+    if index < 0:
+        setattr(node, field, new)
+    else:
+        getattr(node, field)[index] = new
+    return ast.fix_missing_locations(tree)
+
+
+def faults_of(file: str) -> list[Fault]:
+    """Every fault of a file that may change a result."""
+    return [f for f in all_of(file) if (f.file, f.before, f.after) not in EQUIVALENT]
+
+
+def all_of(file: str) -> list[Fault]:
+    """Every fault of a file."""
+    source = (PACKAGE / file).read_text(encoding="utf-8")
+    tree, lines = ast.parse(source), source.splitlines()
+    found: list[Fault] = []
+    for path, node in _places(tree):
+        for new in _changes(node):
+            ast.copy_location(new, node)
+            line: int = node.lineno  # type: ignore[attr-defined]
+            before, after = lines[line - 1].strip(), ast.unparse(new)
+            found.append(Fault(file, line, before, after, _put(tree, path, new)))
+    return found
+
+
+class _FromMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives one module of the package with a fault in it."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.path = PACKAGE / fault.file
+        parts = ("efft_kernels", *Path(fault.file).with_suffix("").parts)
+        self.name = ".".join(parts).removesuffix(".__init__")
+        self.code = compile(fault.tree, str(self.path), "exec")
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self.code, module.__dict__)
+
+
+def _run_tests(fault: Fault | None, tests: Sequence[str]) -> None:
+    import pytest
+
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silent, stream)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if fault is not None:
+        sys.meta_path.insert(0, _FromMemory(fault))
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+    code = pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)])
+    os._exit(int(code))
+
+
+def passes(fault: Fault | None, tests: Sequence[str], seconds: float = SECONDS) -> bool:
+    """Whether the tests pass, in a fork, within the time."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_run_tests, args=(fault, tests))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return False
+    return process.exitcode == 0
+
+
+def draw(faults: Sequence[Fault], count: int, seed: int) -> list[Fault]:
+    """`count` of the faults, or all for 0, as many of each file as its share."""
+    if not count or count >= len(faults):
+        return list(faults)
+    step, start = len(faults) / count, random.Random(seed).random()
+    return [faults[int((start + i) * step)] for i in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Small faults: which do the tests notice?")
+    parser.add_argument("--sample", type=int, default=40, help="how many faults; 0 for all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--only", nargs="+", choices=FILES, default=list(FILES), metavar="FILE")
+    parser.add_argument("--csv", type=Path, help="append the score to this file")
+    options = parser.parse_args()
+    import hypothesis  # noqa: F401  what the tests import is loaded once, before the forks
+    import timm  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    assert not any(name.partition(".")[0] == "efft_kernels" for name in sys.modules)
+    everything = [fault for file in options.only for fault in faults_of(file)]
+    chosen = draw(everything, options.sample, options.seed)
+    start, passed = time.monotonic(), 0
+    for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file):
+        if not passes(None, FILES[file]):
+            tests = " ".join(FILES[file])
+            sys.exit(f"error: without a fault the tests of {file} fail or take too long: {tests}")
+        tried = list(faults)
+        survivors = [fault for fault in tried if passes(fault, FILES[file])]
+        for fault in survivors:
+            print(f"passes: {fault}")
+        print(f"{file}: {len(tried) - len(survivors)} of {len(tried)}", flush=True)
+        passed += len(survivors)
+    caught = len(chosen) - passed
+    score = 100 * caught / len(chosen)
+    print(f"{caught} of {len(chosen)} caught, {score:.1f} %, {time.monotonic() - start:.0f} s")
+    if options.csv is not None:
+        _append(options.csv, options.seed, len(chosen), caught)
+    sys.exit(0)
+
+
+def _append(path: Path, seed: int, tried: int, caught: int) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["date", "commit", "seed", "faults", "caught", "percent"])
+        percent = f"{100 * caught / tried:.1f}"
+        writer.writerow([time.strftime("%Y-%m-%d"), commit, seed, tried, caught, percent])
+
+
+if __name__ == "__main__":
+    main()
