@@ -1,6 +1,9 @@
 """Methods on models: finding the linears, attaching, merging, saving, loading, many tasks.
 
-sites.py          names of linears to roles, blocks and stages
+roles.py          what a linear is to its block, by its name and its neighbours' shapes
+sites.py          the linears that targets and layers choose, with their roles, blocks and stages
+coverage.py       which attention and FFN linears are adapted, and which are left
+hints.py          what to pass instead, in names of the model at hand
 architectures.py  what else is peculiar to a model family
 attachment.py     what `attach` leaves on a model
 attach.py         attach and load

@@ -33,6 +33,7 @@ from .attachment import (
     state_buffers,
 )
 from .chained import find_chain, unchain
+from .coverage import coverage
 from .description import Description
 from .swapping import take_out
 from .torch_attention import allow_fast_paths
@@ -360,7 +361,9 @@ class Adapter:
             name: {key: list(parameter.shape) for key, parameter in group.named_parameters()}
             for name, group in self.bank.named_children()
         }
-        return Description(str(self.method), rows, groups, alone)
+        found = coverage(self.model, (site.name for site in self.sites), self.modules_to_train)
+        left = found.left | found.out_of_reach
+        return Description(str(self.method), rows, groups, alone, left, self.modules_to_train)
 
     def __repr__(self) -> str:
         return (

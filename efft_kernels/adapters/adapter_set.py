@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods.sharded import whole
@@ -31,7 +33,7 @@ class AdapterSet:
     """Several adapters of one method and shape on one frozen model.
 
     The base weights are held once. An adapter costs its factors and its head alone: with EFFT2 of
-    r = 16 on ViT-B, 104,448 numbers and the head.
+    r = 16 on ViT-B, 104,448 numbers and the head. Heads may have different numbers of outputs.
 
     Args:
         adapter: the attached adapter that gives the shape. Its present factors are not in the set
@@ -109,12 +111,23 @@ class AdapterSet:
                 f"source must hold the set's {len(required)} tensors, missing or unknown"
                 f" {differing[:3]}"
             )
+        heads = self._head_keys()
         for key, tensor in state.items():
-            if tensor.shape != own[key].shape and not tensor.numel() == own[key].numel() == 1:
-                raise ValueError(
-                    f"{key} must be {list(own[key].shape)}, got {list(tensor.shape)} for {name!r}"
-                )
+            expected = list(own[key].shape)
+            if outputs := heads.get(key):
+                expected[:1] = state[outputs].shape[:1]
+            if list(tensor.shape) != expected and not tensor.numel() == own[key].numel() == 1:
+                raise ValueError(f"{key} must be {expected}, got {list(tensor.shape)} for {name!r}")
         self._states[name] = self._copied(state)
+
+    def _head_keys(self) -> dict[str, str]:
+        """Key of each tensor of a linear that is trained whole → key of its weight."""
+        return {
+            module_key(name, part): module_key(name, "weight")
+            for name, module in self._trained_modules()
+            if isinstance(module, nn.Linear)
+            for part, _ in module.named_parameters(recurse=False)
+        }
 
     def _copied(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state in the model's dtypes and place."""
@@ -122,7 +135,7 @@ class AdapterSet:
         return {
             key: whole(tensor.detach())
             .to(own[key].device, own[key].dtype, copy=True)
-            .view(own[key].shape)
+            .view(own[key].shape if tensor.numel() == 1 else tensor.shape)
             for key, tensor in state.items()
         }
 
@@ -150,12 +163,29 @@ class AdapterSet:
     def use(self, name: str) -> None:
         """Copy an adapter's numbers into the model's factors, heads and buffers.
 
+        A head with another number of outputs gets new parameters: make its optimizer after this.
+
         Raises:
             KeyError: no such name.
             ValueError: the adapter is merged.
         """
-        self.adapter.load_state_dict(self._states[self._known(name)])
+        state = self._states[self._known(name)]
+        if self.adapter.merged:
+            raise ValueError("the adapter must not be merged in use(): call unmerge() first")
+        self._resize_heads(state)
+        self.adapter.load_state_dict(state)
         self._current = name
+
+    def _resize_heads(self, state: Mapping[str, Tensor]) -> None:
+        for name, module in self._trained_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            for part, old in list(module.named_parameters(recurse=False)):
+                new = state[module_key(name, part)]
+                if new.shape != old.shape:
+                    parameter = nn.Parameter(new.to(old, copy=True), old.requires_grad)
+                    setattr(module, part, parameter)
+                    module.out_features = new.shape[0]
 
     def update(self, name: str) -> None:
         """Store the model's present factors and heads, after training say, under a name of the set.
@@ -170,7 +200,8 @@ class AdapterSet:
         """Within this context row i of the batch is computed with the adapter named task_ids[i].
 
         One forward for all rows: the base GEMMs run once over the batch, the thin products are
-        batched over the rows. Equal to running each row alone with its adapter. For inference:
+        batched over the rows. Equal to running each row alone with its adapter; where heads have
+        different numbers of outputs, a row has -inf beyond its own. For inference:
         factors get no gradients. Memory grows with the distinct tasks in the batch, not with the
         set.
 
@@ -206,9 +237,11 @@ class AdapterSet:
         states = [self._states[name] for name in distinct]
         device = next(self.adapter.parameters()).device
         index = torch.tensor([distinct.index(name) for name in task_ids], device=device)
+        heads = self._head_keys()
         stacked = {
             key: torch.stack([state[key] for state in states])
             for key in self.adapter.required_state()
+            if key not in heads
         }
         several = len(distinct) > 1 and not batch_first
         batch = TaskBatch(factors_of(stacked), index, self._require_layout if several else _nothing)
@@ -216,9 +249,9 @@ class AdapterSet:
         hooks = [self.model.register_forward_pre_hook(check, with_kwargs=True)]
         for name, module in self._trained_modules():
             if isinstance(module, nn.Linear):
-                weight = stacked[module_key(name, "weight")]
-                bias = stacked.get(module_key(name, "bias"))
-                head = _TaskHead(bank, batch, weight, bias)
+                weights = [state[module_key(name, "weight")] for state in states]
+                biases = [state.get(module_key(name, "bias")) for state in states]
+                head = _TaskHead(bank, batch, *_padded(weights, biases))
                 hooks.append(module.register_forward_hook(head, with_kwargs=True))
         try:
             with bank.mixed(batch):
@@ -281,6 +314,23 @@ class AdapterSet:
         return name
 
 
+def _padded(
+    weights: Sequence[Tensor],  # of each task [N, K], N its own
+    biases: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor | None]:
+    """Heads as one [tasks, N, K] with its bias [tasks, N], -inf beyond a task's own outputs."""
+    most = max(weight.shape[0] for weight in weights)
+    if all(weight.shape[0] == most for weight in weights) and biases[0] is None:
+        return torch.stack(list(weights)), None
+    rows, ends = [], []
+    for weight, bias in zip(weights, biases, strict=True):
+        beyond = most - weight.shape[0]
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        rows.append(F.pad(weight, (0, 0, 0, beyond)))
+        ends.append(F.pad(bias, (0, beyond), value=-math.inf))
+    return torch.stack(rows), torch.stack(ends)
+
+
 def _nothing() -> None:
     """There is nothing to check."""
 
@@ -340,4 +390,4 @@ class _TaskHead:
         y = torch.bmm(rows, self.weight[index].mT.to(rows.dtype))
         if self.bias is not None:
             y = y + self.bias[index].unsqueeze(1).to(y.dtype)
-        return y.reshape(output.shape).to(output.dtype)  # type: ignore[no-any-return]
+        return y.reshape(*output.shape[:-1], y.shape[-1]).to(output.dtype)  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""What is peculiar to a model family, besides the names of its linears (sites.py).
+"""What is peculiar to a model family, besides the names of its linears (roles.py).
 
-A new family gets its row of names in sites.py. Where its classifier has another name, or its
-attention uses a linear's weight without calling the linear, that is dealt with here; so are the
-hooks with which separate q, k and v linears share x·down.
+Where a model does not tell its classifier, or its attention uses a linear's weight without calling
+the linear, that is dealt with here; so are the hooks with which separate q, k and v linears share
+x·down.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ..methods.base import Site
+from ..methods.base import MHSA_ROLES, Site
 from ..nn import FactorBank, FusedEFFTLinear
 from ..ops.shared_projection import SharedInput
+from .roles import split_name
 
 _CLASSIFIERS = ("head", "heads", "classifier", "fc")
 _SECOND_CLASSIFIER = "head_dist"  # distilled DeiT's
@@ -33,15 +34,40 @@ PEFT_QKV_WARNING = (
 
 
 def classifier_names(model: nn.Module) -> list[str]:
-    """The modules that are the model's classifier: those timm declares, else by the usual names."""
+    """The modules that are the model's classifier, by what the model itself tells.
+
+    timm's `get_classifier`; of a Hugging Face model for a task all that is not its base model, and
+    nothing of a base model; else by the usual names.
+    """
     modules = dict(model.named_modules())
-    config = getattr(model, "pretrained_cfg", None)
-    classifier = config.get("classifier") if isinstance(config, dict) else None
-    declared: list[str] = [classifier] if isinstance(classifier, str) else list(classifier or ())
-    if found := [name for name in declared if name in modules]:
-        return found
+    if callable(get := getattr(model, "get_classifier", None)):
+        try:
+            own = get()
+        except AttributeError:  # it was deleted
+            return []
+        heads = own if isinstance(own, list | tuple) else [own]
+        found = [name for name, module in modules.items() if any(module is h for h in heads)]
+        return [name for name in found if name and _has_parameters(modules[name])]
+    if hasattr(model, "base_model_prefix"):
+        if "For" not in type(model).__name__:
+            return []
+        if (base := getattr(model, "base_model", model)) is not model:
+            return [
+                name for name, part in model.named_children() if part is not base and _is_head(part)
+            ]
     first = [name for name in _CLASSIFIERS if name in modules][:1]
     return first + [name for name in (_SECOND_CLASSIFIER,) if name in modules]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _is_head(part: nn.Module) -> bool:
+    """Whether what follows a base model is a head: no norm alone, and no transformer."""
+    return any(p.dim() > 1 for p in part.parameters()) and not any(
+        split_name(f"0.{name}")[1] in MHSA_ROLES for name, _ in part.named_modules()
+    )
 
 
 def is_position_table(name: str) -> bool:

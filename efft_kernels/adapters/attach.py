@@ -5,14 +5,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from ..methods.base import Method, Site, check_choice
+from ..methods.base import (
+    FFN_ROLES,
+    MHSA_ROLES,
+    FactorGroup,
+    Method,
+    Site,
+    check_choice,
+)
+from ..methods.lora import LoRA
 from ..methods.sharded import check_not_sharded
 from ..nn import FusedEFFTLinear, check_weight_is_stored
 from ..ops.checks import FLOAT_DTYPES
@@ -36,7 +46,9 @@ from .attachment import (
 from .bypassed import why_bypassed
 from .call_watch import tell_of_frozen
 from .chained import FUSE, chain
-from .sites import find_sites, split_name
+from .coverage import coverage
+from .roles import split_name
+from .sites import find_sites
 from .swapping import adapted_layer, linear_at, put_in
 from .torch_attention import find_nested_tensors, keep_off_fast_paths
 
@@ -47,7 +59,7 @@ def attach(
     *,
     targets: str | Sequence[str] | None = None,
     layers: int | Iterable[int] | None = None,
-    modules_to_train: str | Sequence[str] = ("head",),
+    modules_to_train: str | Sequence[str] | None = None,
     fuse: str = "auto",
     strict: bool = False,
 ) -> Adapter:
@@ -59,14 +71,14 @@ def attach(
     All or nothing: on any error the model is as it was.
 
     Args:
-        model: any module with the linears that `targets` names; by default timm's ViT, DeiT and
-            Swin.
+        model: any module with the linears that `targets` names.
         method: a method's configuration, e.g. `EFFT2(rank=16, scale=10.0)`.
-        targets: None for all attention and FFN linears; else names, dotted endings ("attn.qkv"),
-            globs, or "mhsa" / "ffn", one or several.
+        targets: None for all attention and FFN linears that are known by name, a text tower beside
+            a vision tower left out; a warning tells what it passes over. Else names, dotted endings
+            ("attn.qkv"), globs, or "mhsa" / "ffn", one or several.
         layers: block indices from 0; None for all.
         modules_to_train: modules that are trained whole along with the factors. "head" stands for
-            the model's classifier, whatever its name.
+            the model's classifier, whatever its name; None for that too, if the model has one.
         fuse: "pairs" lets a linear whose x came out of a norm or an activation make it again in the
             backward from what that module keeps anyway, so that the adapter keeps next to nothing
             of its own; outputs, hooks and gradients are as ever. "auto" also lets the blocks of a
@@ -87,11 +99,13 @@ def attach(
             nn.Linear, one whose weight a hook or a parametrization computes, or one whose parent
             uses its weight without calling it.
         ValueError: already attached; a target, layer or module name that matches nothing; a rank
-            that does not fit; a method with no place for a target; weights on several devices;
-            an unknown `fuse`; with `strict`, an adapter inside `model` that would be frozen.
+            that does not fit; a method with no place for a target; weights on several devices; a
+            model that torch or PEFT has wrapped; an unknown `fuse`; with `strict`, an adapter
+            inside `model` that would be frozen.
         RuntimeError: FSDP2 has sharded the model.
     """
     require_plain(model)
+    _check_not_wrapped(model)
     check_choice("fuse", fuse, FUSE)
     if not isinstance(strict, bool):
         raise TypeError(f"strict must be a bool, got {strict!r}")
@@ -108,13 +122,18 @@ def attach(
         raise ValueError(
             f"targets must include linears that {method} adapts, got only"
             f" {', '.join(sorted({site.role for site in targeted}))}"
+            + ("; with matrices=None it adapts these" if hasattr(method, "matrices") else "")
         )
+    passed_over = None
+    if targets is None and layers is None:
+        found = coverage(model, (site.name for site in targeted), trained)
+        passed_over = found.warning(targeted, isinstance(method, LoRA))
     linears = _plain_linears(model, sites)
     check_not_sharded(model, "be adapted: call attach or load first")
     weights = [linear.weight for linear in linears.values()]
     # In inference mode the factors could never be trained.
     with torch.inference_mode(False), torch.device(weights[0].device):
-        groups = method.build(sites)
+        groups = _build(model, method, sites)
     members = method.members(sites)
     bank = AttachedBank(
         groups,
@@ -140,6 +159,8 @@ def attach(
         name: adapted_layer(model, name, linear, bank) for name, linear in linears.items()
     }
     tell_of_frozen(model, trained, strict)
+    if passed_over:
+        warnings.warn(passed_over, stacklevel=2)
     _install(model, bank, layers_by_site)
     for layer in layers_by_site.values():
         layer.remakes_input = fuse != "off"
@@ -151,6 +172,7 @@ def load(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    keep_head: bool = False,
     fuse: str = "auto",
     strict: bool = False,
 ) -> Adapter:
@@ -163,6 +185,8 @@ def load(
             may be built for another image size: positional embeddings and bias tables that are not
             trained are the model's own.
         path: a file written by `Adapter.save`.
+        keep_head: take the factors alone, and leave the model's own modules where the file has
+            modules trained whole: a head for other classes, say. They are trained as in the file.
         fuse, strict: as in `attach`.
 
     Returns:
@@ -176,13 +200,22 @@ def load(
     """
     require_plain(model)
     with errors_about(path):
-        return _load(model, path, fuse, strict)
+        return _load(model, path, keep_head, fuse, strict)
 
 
-def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str, strict: bool) -> Adapter:
+def _load(
+    model: nn.Module, path: str | os.PathLike[str], keep_head: bool, fuse: str, strict: bool
+) -> Adapter:
     metadata, tensors = read_adapter_file(path)
     header = read_header(metadata, path)
-    check_architecture(model, header.base_shapes, header.modules_to_train)
+    trained = header.modules_to_train
+    if keep_head:
+        resolve_modules_to_train(model, trained)
+        expected = {n: s for n, s in header.base_shapes.items() if not is_inside(n, trained)}
+        own = {n: tuple(p.shape) for n, p in model.named_parameters() if is_inside(n, trained)}
+        check_architecture(model, expected | own, trained)
+    else:
+        check_architecture(model, header.base_shapes, trained)
     adapter = attach(
         model,
         header.method,
@@ -191,6 +224,10 @@ def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str, strict: boo
         fuse=fuse,
         strict=strict,
     )
+    if keep_head:
+        present = adapter.required_state().items()
+        tensors = {key: t for key, t in tensors.items() if not key.startswith("modules.")}
+        tensors |= {key: t for key, t in present if key.startswith("modules.")}
     try:
         adapter.load_state_dict(tensors)
     except ValueError as error:
@@ -201,17 +238,59 @@ def _load(model: nn.Module, path: str | os.PathLike[str], fuse: str, strict: boo
     return adapter
 
 
-def resolve_modules_to_train(model: nn.Module, names: str | Sequence[str]) -> list[str]:
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Refuse what wraps a model: the bank belongs at the root of the model itself."""
+    wrappers = {"DataParallel", "DistributedDataParallel", "OptimizedModule", "PeftModel"}
+    if wrapper := wrappers & {kind.__name__ for kind in type(model).__mro__}:
+        way = (
+            "merge_and_unload() first, or read its adapter with efft_kernels.interop"
+            if wrapper == {"PeftModel"}
+            else "attach before torch.compile or DataParallel wraps the model"
+        )
+        raise ValueError(f"model must not be wrapped, got a {type(model).__name__}; {way}")
+
+
+def _build(model: nn.Module, method: Method, sites: Sequence[Site]) -> dict[str, FactorGroup]:
+    """`method.build`; where the shapes do not fit the method, the error names what would."""
+    try:
+        return method.build(sites)
+    except ValueError as error:
+        if "LoRA" in str(error) or _fits(method, sites) or not _fits(LoRA(), sites):
+            raise
+        parts = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES}
+        fitting = [
+            part
+            for part, roles in parts.items()
+            if _fits(method, [site for site in sites if site.role in roles])
+        ]
+        part = f", and {type(method).__name__} takes targets={fitting[0]!r}" if fitting else ""
+        raise ValueError(f"{error}; LoRA takes all of {type(model).__name__}{part}") from None
+
+
+def _fits(method: Method, sites: Sequence[Site]) -> bool:
+    """Whether a method takes linears of these shapes, at the lowest rank."""
+    low = {name: rank for name, rank in (("rank", 1), ("ffn_rank", None)) if hasattr(method, name)}
+    try:
+        with torch.device("meta"):
+            return bool(sites) and bool(dataclasses.replace(method, **low).build(sites))
+    except ValueError:
+        return False
+
+
+def resolve_modules_to_train(model: nn.Module, names: str | Sequence[str] | None) -> list[str]:
     """The dotted names of the modules to train whole.
 
     Args:
         model: the model to look through.
-        names: one or several; "head" becomes the classifier's own name or names.
+        names: one or several; "head" becomes the classifier's own name or names, and so does None,
+            for none where the model has no classifier.
 
     Raises:
         TypeError: not a name or a sequence of names.
         ValueError: a name that is no module of the model.
     """
+    if names is None:
+        return classifier_names(model)
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"modules_to_train must be module names, got {names!r}")
@@ -223,8 +302,7 @@ def resolve_modules_to_train(model: nn.Module, names: str | Sequence[str]) -> li
             examples = ", ".join(child for child, _ in model.named_children())
             raise ValueError(
                 f"modules_to_train must name modules of {type(model).__name__} ({examples}),"
-                f" got {name!r}; pass modules_to_train=() where there is no classifier, and attach"
-                " before torch.compile or DataParallel wraps the model"
+                f" got {name!r}; pass modules_to_train=() where there is no classifier"
             )
         resolved += [module for module in found if module not in resolved]
     return resolved
@@ -311,7 +389,10 @@ def check_architecture(
         f"{name} expected {_shape(expected.get(name))}, got {_shape(found.get(name))}"
         for name in names
     ]
-    advice = "; these modules are in the file whole: give the model such ones first, timm's by"
+    advice = (
+        "; these modules are in the file whole: pass keep_head=True to load the factors alone, or"
+        " give the model such ones first, timm's by"
+    )
     raise ValueError(
         f"model must be the architecture the adapter was trained on, got {type(model).__name__}"
         f" with {len(differences)} differing parameters: {shorten(differences)}"

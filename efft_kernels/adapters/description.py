@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from math import prod
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .hints import patterns
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,17 @@ class Description:
             was one, in a chain and under torch.compile).
         groups: group name → parameter name → shape.
         alone: why no linear is in a chain; None where some are.
+        left: attention and FFN linears that are not adapted, and 1×1 convolutions in their place:
+            name → "attention", "FFN", "text tower", or why no method takes it.
+        trained: names of the modules that are trained whole.
     """
 
     method: str
     rows: list[dict[str, Any]]
     groups: dict[str, dict[str, list[int]]]
     alone: str | None = None
+    left: dict[str, str] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
     def __rich__(self) -> Table:
         chained = [row["name"] for row in self.rows if row.get("fused") == "chain"]
@@ -42,7 +49,12 @@ class Description:
         inputs = [f"x {_inputs(kind)}: {_summary(names)}" for kind, names in self._inputs().items()]
         if idle := [row["name"] for row in self.rows if row.get("calls") == 0]:
             inputs.append(f"did not run in the last forward: {_summary(idle)}")
-        caption = escape("\n".join([fused, *inputs]))
+        kinds: dict[str, list[str]] = {}
+        for name, kind in self.left.items():
+            kinds.setdefault(kind, []).append(name)
+        left = [f"left as they are, {kind}: {_summary(names)}" for kind, names in kinds.items()]
+        whole = f"trained whole: {', '.join(self.trained) or 'nothing, there is no classifier'}"
+        caption = escape("\n".join([fused, *inputs, *left, whole]))
         table = Table(title=self.method, caption=caption, caption_justify="left")
         for header in ("group", "parameters", "shapes", "linears", "rank"):
             table.add_column(
@@ -80,7 +92,4 @@ def _inputs(kind: str) -> str:
 
 def _summary(names: list[str]) -> str:
     """Names with their block numbers as *, each once, and how many linears that is."""
-    patterns = dict.fromkeys(
-        ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names
-    )
-    return f"{len(names)}: " + ", ".join(patterns)
+    return f"{len(names)}: " + ", ".join(patterns(names))

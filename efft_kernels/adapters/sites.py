@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -11,36 +10,13 @@ from typing import TypeVar
 from torch import nn
 
 from ..methods.base import FFN_ROLES, MHSA_ROLES, Site
+from .hints import none_known, none_matches
+from .roles import beside_vision, fit_roles, split_name
 from .torch_attention import IN_PROJ, InProjection, unsupported
 
 Key = TypeVar("Key", bound=Hashable)
 
-# The tail of a module's name, after its block's prefix, for each role; the first that fits counts.
-_ROLE_TAILS: tuple[tuple[str, str], ...] = (
-    (r"attn\.qkv|(?:self_)?(?:attn|attention)\.in_proj", "qkv"),
-    (r"(?:self_)?(?:attn|attention)\.q_proj|attention\.(?:attention|self)\.query", "q"),
-    (r"(?:self_)?(?:attn|attention)\.k_proj|attention\.(?:attention|self)\.key", "k"),
-    (r"(?:self_)?(?:attn|attention)\.v_proj|attention\.(?:attention|self)\.value", "v"),
-    (r"attn\.proj|(?:self_)?(?:attn|attention)\.(?:o|out)_proj|attention\.output\.dense", "o"),
-    (r"mlp\.(?:fc1_g|gate_proj)", "gate"),
-    (r"mlp\.(?:fc1(?:_x)?|up_proj|lin1|c_fc|0)|intermediate\.dense|linear1", "fc1"),
-    (r"mlp\.weights_in", "gate_fc1"),
-    (r"mlp\.(?:fc2|weights_out|down_proj|lin2|c_proj|3)|output\.dense|linear2", "fc2"),
-)
-_TAIL = re.compile(
-    r"^(?P<block>.*\d)\.(?:" + "|".join(f"({tail})" for tail, _ in _ROLE_TAILS) + r")$"
-)
 _ALIASES = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES}
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(block prefix, role) of a dotted name; role "linear" where the name tells nothing."""
-    match = _TAIL.match(name)
-    if match is None:
-        prefix = re.match(r"^(.*\.\d+)\.", name)
-        return (prefix.group(1) if prefix else ""), "linear"
-    position = next(i for i, group in enumerate(match.groups()[1:]) if group is not None)
-    return match["block"], _ROLE_TAILS[position][1]
 
 
 def find_sites(
@@ -57,9 +33,9 @@ def find_sites(
 
     Args:
         model: the model to look through.
-        targets: None for every attention and FFN linear whose role is known by name; else names,
-            dotted endings ("attn.qkv"), globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or
-            several.
+        targets: None for every attention and FFN linear whose role is known by name, those of the
+            text tower beside a vision tower left out; else names, dotted endings ("attn.qkv"),
+            globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or several.
         layers: block indices from 0 over the whole model; None for all.
         exclude: module names whose linears are left alone (those that are trained whole).
 
@@ -68,21 +44,32 @@ def find_sites(
         ValueError: a pattern or a block index that matches nothing, or nothing left to adapt.
     """
     shapes, aliases = _linears(model, exclude)
-    named = {name: split_name(name) for name in shapes}
-    known = [block for block, role in named.values() if role != "linear"]
-    blocks = _numbered(known or [block for block, _ in named.values() if block])
-    chosen = _match_targets(named, targets, type(model).__name__, aliases)
-    everywhere = {
-        name: Site(name, role, blocks.get(block, 0), 0, *shapes[name])
-        for name, (block, role) in named.items()
-    }
-    _mark_packed_gates(everywhere, {name: block for name, (block, _) in named.items()})
+    block_of = {name: split_name(name)[0] for name in shapes}
+    everywhere = fit_roles(
+        {name: Site(name, split_name(name)[1], 0, 0, *shape) for name, shape in shapes.items()},
+        block_of,
+    )
+    known = [block_of[name] for name, site in everywhere.items() if site.role != "linear"]
+    blocks = _numbered(known or filter(None, block_of.values()))
+    chosen = _match_targets(model, everywhere, targets, aliases, exclude)
     stages = _numbered(site.width for site in everywhere.values() if site.role != "linear")
     sites = [
-        replace(everywhere[name], stage=stages.get(everywhere[name].width, 0)) for name in chosen
+        replace(site, block=blocks.get(block_of[name], 0), stage=stages.get(site.width, 0))
+        for name, site in everywhere.items()
+        if name in chosen
     ]
-    inside = {name for name, (block, _) in named.items() if block in blocks}
+    inside = {name for name, block in block_of.items() if block in blocks}
     return _filter_layers(sites, layers, len(blocks), inside)
+
+
+def find_all_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
+    """The names of all linears that could be adapted, each once.
+
+    Args:
+        model: the model to look through.
+        exclude: module names whose linears are left alone.
+    """
+    return list(_linears(model, exclude)[0])
 
 
 def _linears(
@@ -114,14 +101,6 @@ def _linears(
     return {name: shapes[name] for name in shapes if name not in excluded}, aliases
 
 
-def _mark_packed_gates(sites: dict[str, Site], block_of: dict[str, str]) -> None:
-    """Give each fc1 that holds the gate as well, so twice as wide as fc2 takes in, its own role."""
-    hidden = {block_of[s.name]: s.in_features for s in sites.values() if s.role == "fc2"}
-    for name, site in sites.items():
-        if site.role == "fc1" and site.out_features == 2 * hidden.get(block_of[name], 0):
-            sites[name] = replace(site, role="gate_fc1")
-
-
 def _inside(name: str, outer: str) -> bool:
     """Whether a module is `outer` or lies in it."""
     return name == outer or name.startswith(outer + ".")
@@ -136,19 +115,19 @@ def _numbered(keys: Iterable[Key]) -> dict[Key, int]:
 
 
 def _match_targets(
-    named: dict[str, tuple[str, str]],
+    model: nn.Module,
+    sites: Mapping[str, Site],
     targets: str | Sequence[str] | None,
-    model_name: str,
-    aliases: dict[str, str],
-) -> list[str]:
+    aliases: Mapping[str, str],
+    exclude: Sequence[str],
+) -> set[str]:
+    known = {name: site.role for name, site in sites.items() if site.role != "linear"}
+    for name in beside_vision(known):
+        del known[name]
     if targets is None:
-        found = [name for name, (_, role) in named.items() if role != "linear"]
-        if not found:
-            raise ValueError(
-                f"targets=None finds the linears of the vision transformers it knows, none in"
-                f" {model_name}; name them, e.g. targets=['query', 'value']"
-            )
-        return found
+        if not known:
+            raise ValueError(none_known(model, list(sites), exclude))
+        return set(known)
     if not isinstance(targets, Iterable):
         raise TypeError(f"targets must be a name, a pattern or several, got {targets!r}")
     patterns = [targets] if isinstance(targets, str) else list(targets)
@@ -156,23 +135,20 @@ def _match_targets(
         raise TypeError(f"targets must be a name, a pattern or several, got {targets!r}")
     chosen: set[str] = set()
     for pattern in patterns:
-        hits = {name for name, (_, role) in named.items() if _matches(name, role, pattern)}
-        hits |= {name for other, name in aliases.items() if _matches(other, "", pattern)}
+        hits = {name for name in sites if matches(name, pattern)}
+        hits |= {name for other, name in aliases.items() if matches(other, pattern)}
+        if pattern in _ALIASES:
+            hits |= {name for name, role in known.items() if role in _ALIASES[pattern]}
         pattern_name = aliases.get(pattern, pattern)
-        hits = {pattern_name} if pattern_name in named else hits & named.keys()
+        hits = {pattern_name} if pattern_name in sites else hits & sites.keys()
         if not hits:
-            examples = ", ".join(list(named)[:4])
-            raise ValueError(
-                f"targets pattern {pattern!r} matches no nn.Linear of {model_name}; it has"
-                f" {examples}, ..."
-            )
+            raise ValueError(none_matches(model, pattern, list(sites), exclude))
         chosen |= hits
-    return [name for name in named if name in chosen]
+    return chosen
 
 
-def _matches(name: str, role: str, pattern: str) -> bool:
-    if pattern in _ALIASES:
-        return role in _ALIASES[pattern]
+def matches(name: str, pattern: str) -> bool:
+    """Whether a linear's name is a name, a dotted ending or a glob of `targets`."""
     return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 

@@ -62,7 +62,10 @@ def find_baseline(model: nn.Module) -> AttachedParts | None:
 
 
 def attach_baseline(
-    model: nn.Module, baseline: Baseline, *, modules_to_train: str | Sequence[str] = ("head",)
+    model: nn.Module,
+    baseline: Baseline,
+    *,
+    modules_to_train: str | Sequence[str] | None = None,
 ) -> AttachedBaseline:
     """Put a baseline on `model` in place: what it trains requires grad, the rest is frozen.
 
@@ -72,7 +75,7 @@ def attach_baseline(
         model: one that the baseline takes.
         baseline: a configuration, e.g. `AdaptFormer(hidden=8)`.
         modules_to_train: modules that are trained whole along with it. "head" stands for the
-            model's classifier, whatever its name.
+            model's classifier, whatever its name; None for that too, if the model has one.
 
     Returns:
         The handle: its parameters, merge, save and detach.

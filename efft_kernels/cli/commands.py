@@ -97,6 +97,11 @@ COMMANDS = {
         "evaluate",
         "Measure an adapter that train wrote: top-1 on held-out or new images.",
     ),
+    "models": Command(
+        "models",
+        "models",
+        "Show what each method adapts of a timm model, and what it leaves; no weights are read.",
+    ),
     "predict": Command(
         "predict",
         "predict",

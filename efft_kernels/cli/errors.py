@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -29,7 +31,37 @@ def fail(message: str, code: int) -> typer.Exit:
 def _one_line(error: BaseException) -> str:
     # An error from a loader's worker process carries that process's traceback above its text.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if len(lines) > 1 and "Traceback" in str(error) else " ".join(lines)
+    line = lines[-1] if len(lines) > 1 and "Traceback" in str(error) else " ".join(lines)
+    return for_command_line(line)
+
+
+def for_command_line(text: str) -> str:
+    """Advice that is Python as options: targets=['q', 'v'] as --targets q,v."""
+    text = re.sub(
+        r"targets=(?:\[([^\]]*)\]|'([^']*)')",
+        lambda match: "--targets " + re.sub(r"[' ]", "", match[1] or match[2]),
+        text,
+    )
+    text = re.sub(r"targets=None finds", "without --targets the method finds", text)
+    text = re.sub(r"matrices=None", "--matrices all", text)
+    text = re.sub(r"\bthe baseline BitFit\b", "--method bitfit", text)
+    return re.sub(r"\bLoRA\b(?!\()", "--method lora", text)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Python's UserWarnings inside the block are notes on stderr, each once."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note_or_show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if category is UserWarning:
+                typer.echo(f"note: {for_command_line(str(message))}", err=True)
+            else:
+                show(message, category, *rest)
+
+        warnings.showwarning = note_or_show  # type: ignore[assignment]
+        yield
 
 
 @contextmanager
@@ -60,7 +92,7 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
-        with interruptible("interrupted"), failures():
+        with interruptible("interrupted"), failures(), warnings_as_notes():
             command(*args, **kwargs)
 
     return run

@@ -22,8 +22,14 @@ _RESERVED = frozenset(dir(nn.ParameterDict()))
 Rank = int | tuple[int, int]
 
 _PAPER_ORDER = ("q", "k", "v", "o", "gate", "fc1", "fc2", "linear")
-MHSA_ROLES = ("qkv", "q", "k", "v", "o")
+MHSA_ROLES = ("qkv", "qk", "kv", "q", "k", "v", "o")
 FFN_ROLES = ("gate", "fc1", "gate_fc1", "fc2")
+_STACKED = {
+    "qkv": ("q", "k", "v"),
+    "qk": ("q", "k"),
+    "kv": ("k", "v"),
+    "gate_fc1": ("gate", "fc1"),
+}
 
 
 class Factors(NamedTuple):
@@ -40,8 +46,8 @@ class Site:
 
     Attributes:
         name: dotted module name, e.g. "blocks.0.attn.qkv".
-        role: "qkv" (fused), "q", "k", "v", "o", "fc1", "fc2", "gate" (a gated FFN's other fc1),
-            "gate_fc1" (these two fused), or "linear" where the name tells nothing.
+        role: "qkv", "qk" or "kv" (fused), "q", "k", "v", "o", "fc1", "fc2", "gate" (a gated FFN's
+            other fc1), "gate_fc1" (these two fused), or "linear" where the name tells nothing.
         block: index of the transformer block, counted over the whole model from 0; 0 as well where
             the linear is in none.
         stage: index of the block's width among the model's widths (0 throughout a plain ViT).
@@ -64,8 +70,7 @@ class Site:
     @property
     def matrices(self) -> tuple[str, ...]:
         """The papers' matrices that the weight stacks, in order: ("q", "k", "v") for a qkv."""
-        stacked = {"qkv": ("q", "k", "v"), "gate_fc1": ("gate", "fc1")}
-        return stacked.get(self.role, (self.role,))
+        return _STACKED.get(self.role, (self.role,))
 
     @property
     def width(self) -> int:

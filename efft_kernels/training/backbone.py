@@ -55,7 +55,7 @@ def build_backbone(
             checkpoint that is missing, unreadable or of another architecture, pretrained weights
             that cannot be had.
     """
-    _check_name(name)
+    check_model_name(name)
     options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path or None}
     model = _build(name, num_classes, checkpoint, pretrained, options, notify)
     if img_size is not None and img_size <= LARGEST_TRIED:
@@ -119,15 +119,36 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
     return checksum(outside)
 
 
-def _check_name(name: str) -> None:
+def check_model_name(name: str) -> None:
+    """Check that timm has a model of that name.
+
+    Raises:
+        ValueError: it has none; the error names the closest.
+    """
     if ":" in name:  # "hf-hub:..." and "local-dir:...", which timm resolves and checks itself
         return
     architecture, _ = split_model_name_tag(name)
     if is_model(architecture):
         return
-    close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+    close = _closest(architecture)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
     raise ValueError(f"model must be the name of a timm model, got {name!r}{hint}")
+
+
+def _closest(name: str, most: int = 3) -> list[str]:
+    """timm's names that are the most like one, in whole or in their beginnings."""
+    matcher = difflib.SequenceMatcher(b=name)
+
+    def likeness(known: str) -> float:
+        ratios = []
+        for text in (known, known[: len(name)]):
+            matcher.set_seq1(text)
+            ratios.append(matcher.ratio())
+        return max(ratios)
+
+    scores = {known: likeness(known) for known in timm.list_models()}
+    close = [known for known, score in scores.items() if score > 0.6]
+    return sorted(close, key=lambda known: (-scores[known], len(known)))[:most]
 
 
 def _create(name: str, **options: Any) -> nn.Module:

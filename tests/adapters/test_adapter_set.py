@@ -515,3 +515,56 @@ def test_head_without_bias(make_vit, randomize):
     expected = alone(model, tasks, x, "ba")
     with tasks.tasks("ba"), torch.no_grad():
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_of_different_sizes(make_vit, randomize, tmp_path, bias):
+    outputs = {"a": 2, "b": 7, "c": 5}
+    expected, paths = {}, {}
+    x = images(3)
+    for name, count in outputs.items():
+        other = make_vit(dtype=torch.float64).eval()
+        other.head = nn.Linear(12, count, bias=bias, dtype=torch.float64)
+        adapter = attach(other, METHODS[1])
+        randomize(adapter)
+        randomize(other.head)
+        paths[name] = tmp_path / name
+        adapter.save(paths[name])
+        expected[name] = other(x).detach()
+    model = make_vit(dtype=torch.float64).eval()
+    model.head = nn.Linear(12, 5, bias=bias, dtype=torch.float64)
+    tasks = AdapterSet(attach(model, METHODS[1]))
+    for name, path in paths.items():
+        tasks.add(name, path)
+    with tasks.tasks("abc"), torch.no_grad():
+        found = model(x)
+    assert found.shape == (3, 7)
+    for i, name in enumerate("abc"):
+        torch.testing.assert_close(found[i, : outputs[name]], expected[name][i])
+        assert (found[i, outputs[name] :] == -torch.inf).all()
+    assert model.head.out_features == 5
+    for name in "bcab":
+        tasks.use(name)
+        torch.testing.assert_close(model(x), expected[name])
+        assert model.head.out_features == outputs[name] and model.head.weight.requires_grad
+    tasks.adapter.save(tmp_path / "saved")
+    tasks.add("saved", tmp_path / "saved")
+    tasks.update("a")
+    tasks.use("a")
+    torch.testing.assert_close(model(x), expected["b"])
+    state = tasks.adapter.state_dict() | {"modules.head.weight": torch.ones(4, 11)}
+    with pytest.raises(ValueError, match=r"head.weight must be \[4, 12\], got \[4, 11\]"):
+        tasks.add("narrow", state)
+
+
+def test_a_merged_model_keeps_its_head(make_vit):
+    model = make_vit(dtype=torch.float64).eval()
+    adapter = attach(model, METHODS[1])
+    tasks = AdapterSet(adapter)
+    state = adapter.state_dict()
+    state |= {"modules.head.weight": torch.ones(9, 12), "modules.head.bias": torch.ones(9)}
+    tasks.add("nine", state)
+    adapter.merge()
+    with pytest.raises(ValueError, match="merged"):
+        tasks.use("nine")
+    assert model.head.out_features == 5

@@ -77,6 +77,28 @@ def test_float8_weights():
         attach(model, LoRA(rank=2), targets="0", modules_to_train=())
 
 
-def test_a_model_without_a_classifier_is_told_what_to_pass():
+def test_a_model_without_a_classifier():
+    """None is asked for by default; a head that was asked for is missed."""
+    model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"modules_to_train=\(\) where there is no classifier"):
-        attach(nn.Sequential(nn.Linear(8, 8)), LoRA(rank=2), targets="0")
+        attach(model, LoRA(rank=2), targets="0", modules_to_train="head")
+    description = attach(model, LoRA(rank=2), targets="0").describe()
+    assert description.trained == ()
+    assert "there is no classifier" in " ".join(str(description).split())
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_models(wrap):
+    model = small_vit()
+    with pytest.raises(
+        ValueError, match=r"must not be wrapped, got .*attach before torch\.compile"
+    ):
+        attach(wrap(model), EFFT2(rank=2))
+    assert type(model.blocks[0].attn.qkv) is nn.Linear
+
+
+def test_a_model_of_peft():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small_vit(), peft.LoraConfig(r=2, target_modules=["qkv"]))
+    with pytest.raises(ValueError, match=r"got a PeftModel; merge_and_unload\(\) first"):
+        attach(model, LoRA(rank=2))

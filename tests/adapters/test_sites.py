@@ -9,7 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from efft_kernels.adapters.sites import find_sites, split_name
+from efft_kernels.adapters.roles import split_name
+from efft_kernels.adapters.sites import find_sites
 
 NAMES = [
     # timm: ViT, DeiT, BEiT, CLIP tower; Swin; EVA-02 with separate q, k, v and a gated FFN
@@ -60,7 +61,28 @@ NAMES = [
     ("vision_encoder.layers.0.mlp.lin2", "vision_encoder.layers.0", "fc2"),
     ("layers.0.linear1", "layers.0", "fc1"),
     ("layers.0.linear2", "layers.0", "fc2"),
+    # Several attentions in one block; other names of q, k, v and of the FFN's
+    ("blocks.0.attn.qk", "blocks.0", "qk"),
+    ("stages.1.blocks.0.attn.kv", "stages.1.blocks.0", "kv"),
+    ("blocks.2.attn_in.v", "blocks.2.inner", "v"),
+    ("blocks.2.mlp_in.fc1", "blocks.2.inner", "fc1"),
+    ("blocks.2.attn_out.qk", "blocks.2", "qk"),
+    ("stages.0.blocks.1.attn_grid.attn.qkv", "stages.0.blocks.1.attn_grid", "qkv"),
+    ("stages.0.blocks.1.attn_grid.mlp.fc2", "stages.0.blocks.1.attn_grid", "fc2"),
+    ("decoder.layers.3.encoder_attn.q_proj", "decoder.layers.3.encoder_attn", "q"),
+    ("decoder.layers.3.cross_attn.in_proj", "decoder.layers.3.cross_attn", "qkv"),
+    ("blocks.0.fusion.1.attn.wq", "blocks.0.fusion.1", "q"),
+    ("parallel_blocks.0.factoratt_crpe2.qkv", "parallel_blocks.0", "qkv"),
+    ("parallel_blocks.0.factoratt_crpe3.qkv", "parallel_blocks.0.factoratt_crpe3", "qkv"),
+    ("encoder.layers.0.self_attn.projection", "encoder.layers.0", "o"),
+    ("encoder.layers.1.blocks.0.mlp.dense2", "encoder.layers.1.blocks.0", "fc2"),
+    ("attn_pool.kv", "attn_pool", "kv"),
+    ("trunk.attn_pool.mlp.fc1", "trunk.attn_pool", "fc1"),
+    ("vision_model.head.attention.in_proj", "vision_model.head", "qkv"),
     # Nothing to be told
+    ("attn.qkv", "", "linear"),
+    ("blocks.0.attn.attn", "blocks.0", "linear"),
+    ("blocks.0.attn.pos_proj", "blocks.0", "linear"),
     ("head", "", "linear"),
     ("0", "", "linear"),
     ("mlp.fc1", "", "linear"),
@@ -142,6 +164,60 @@ def test_packed_gates_are_told_by_width(packed):
     assert find_sites(nn.ModuleDict({"blocks": nn.ModuleList([block])}), "fc1")[0].slices == (
         2 if packed else 1
     )
+
+
+@pytest.mark.parametrize(
+    ("widths", "roles"),
+    [
+        ({"qkv": (8, 24), "proj": (8, 8)}, ["qkv", "o"]),
+        ({"qkv": (8, 48), "proj": (16, 16)}, ["qkv", "o"]),
+        ({"qkv": (8, 16), "proj": (8, 8)}, ["kv", "o"]),
+        ({"qkv": (8, 20), "proj": (12, 8)}, ["linear", "linear"]),  # keys narrower than values
+        ({"qk": (8, 8), "v": (8, 8), "proj": (8, 8)}, ["qk", "v", "o"]),
+    ],
+)
+def test_fused_projections_are_told_by_width(widths, roles):
+    attention = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in widths.items()})
+    block = nn.ModuleDict({"attn": attention, "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 32)})})
+    sites = find_sites(nn.ModuleDict({"blocks": nn.ModuleList([block])}), "*")
+    assert [site.role for site in sites] == [*roles, "fc1"]
+
+
+def test_gates_of_lettered_ffns_are_told_by_width():
+    mlp = {"w0": nn.Linear(6, 16), "w1": nn.Linear(6, 16), "w2": nn.Linear(16, 6)}
+    packed = {"w12": nn.Linear(6, 32), "w3": nn.Linear(16, 6)}
+    blocks = [nn.ModuleDict({"mlp": nn.ModuleDict(ffn)}) for ffn in (mlp, packed)]
+    sites = find_sites(nn.ModuleDict({"blocks": nn.ModuleList(blocks)}))
+    assert [site.role for site in sites] == ["gate", "fc1", "fc2", "gate_fc1", "fc2"]
+
+
+def test_an_unnumbered_ffn_counts_beside_an_attention_alone():
+    def head(**parts):
+        return nn.ModuleDict({"head": nn.ModuleDict(parts), "blocks": block})
+
+    block = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(4, 8)})})])
+    mlp = nn.ModuleDict({"fc1": nn.Linear(4, 8)})
+    assert [s.name for s in find_sites(head(mlp=mlp))] == ["blocks.0.mlp.fc1"]
+    pool = find_sites(head(mlp=mlp, attention=nn.MultiheadAttention(4, 1)))
+    assert [(s.role, s.block) for s in pool] == [("fc1", 0), ("qkv", 0), ("o", 0), ("fc1", 1)]
+
+
+def test_cores_of_two_attentions_in_one_block_are_their_own():
+    sites = find_sites(meta("tnt_s_patch16_224"))
+    assert {s.width for s in sites if s.block == 0} == {24} and sites[0].stage == 0
+    assert {s.width for s in sites if s.block == 1} == {384}
+    assert len({s.block for s in sites}) == 24
+
+
+def test_a_text_tower_beside_a_vision_tower_is_left_alone():
+    def tower():
+        return nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(4, 8)})})])
+
+    model = nn.ModuleDict({"text_model": tower(), "vision_model": tower()})
+    assert [s.name for s in find_sites(model)] == ["vision_model.0.mlp.fc1"]
+    assert [s.name for s in find_sites(model, "ffn")] == ["vision_model.0.mlp.fc1"]
+    assert len(find_sites(model, "mlp.fc1")) == 2
+    assert len(find_sites(nn.ModuleDict({"text_model": tower()}))) == 1
 
 
 def test_unknown_model_is_numbered_by_its_containers():

@@ -135,10 +135,8 @@ class TestImportPeft:
             assert group.A[:, :rank].all() and not group.A[:, rank:].any()
             assert group.B[:, :, :rank].any() and not group.B[:, :, rank:].any()
 
-    @pytest.mark.parametrize("classifier", ["head", "head.fc"])
-    def test_swin_head_by_its_peft_name(self, outputs, make_swin, tmp_path, classifier):
+    def test_swin_head_by_its_peft_name(self, outputs, make_swin, tmp_path):
         model = make_swin()
-        model.pretrained_cfg = {"classifier": classifier}
         plain = copy.deepcopy(model)
         images = torch.linspace(-1, 1, 3072).view(4, 3, 16, 16)
         trained = train_with_peft(
@@ -146,7 +144,7 @@ class TestImportPeft:
         )
         trained.save_pretrained(tmp_path)
         adapter = import_peft_lora(plain, tmp_path)
-        assert adapter.modules_to_train == (classifier,)
+        assert adapter.modules_to_train == ("head.fc",)  # the part of "head" that has numbers
         torch.testing.assert_close(
             outputs(plain, images), outputs(trained, images), rtol=0, atol=1e-6
         )

@@ -249,7 +249,7 @@ def test_a_file_names_its_linears_whole(randomize, tmp_path):
 
 
 def test_default_targets_of_an_unknown_model_are_refused(mlp):
-    with pytest.raises(ValueError, match="none in Sequential; name them"):
+    with pytest.raises(ValueError, match="none in Sequential; name some"):
         attach(mlp, LoRA(rank=2), modules_to_train=())
 
 

@@ -1,0 +1,187 @@
+"""What is left of a model is told: by attach in one warning, by describe, with what to pass."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from efft_kernels import EFFT1, EFFT2, LoRA, attach
+from efft_kernels.adapters.architectures import classifier_names
+from efft_kernels.adapters.coverage import coverage
+
+
+@functools.cache
+def meta(name):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return timm.create_model(name)
+
+
+def attach_quietly(model, method, **options):
+    """attach, where a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return attach(model, method, **options)
+
+
+class Partial(nn.Module):
+    """A block known by name and one that is not."""
+
+    def __init__(self, unknown: nn.Module) -> None:
+        super().__init__()
+        mlp = nn.ModuleDict({"fc1": nn.Linear(4, 16), "fc2": nn.Linear(16, 4)})
+        self.blocks = nn.ModuleList([nn.ModuleDict({"mlp": mlp, "my_attn": unknown})])
+        self.fc = nn.Linear(4, 2)
+
+
+def projections():
+    return nn.ModuleDict({"left": nn.Linear(4, 4), "right": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize("method", [EFFT2(rank=1), LoRA(rank=1, matrices=None)])
+def test_one_warning_with_counts_and_the_way_out(method):
+    model = Partial(projections())
+    with pytest.warns(UserWarning) as caught:
+        adapter = attach(model, method)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    text = str(caught[0].message)
+    assert "2 of 4 attention and FFN layers of Partial" in text
+    assert "attention: 1 blocks.*.my_attn.left, 1 blocks.*.my_attn.right" in text
+    assert ("LoRA, which takes any linear" in text) == isinstance(method, EFFT2)
+    assert adapter.describe().left == {
+        "blocks.0.my_attn.left": "attention",
+        "blocks.0.my_attn.right": "attention",
+    }
+    assert "left as they are, attention: 2: blocks.*.my_attn.left" in " ".join(
+        str(adapter.describe()).split()
+    )
+    adapter.detach()
+    for advice in (["ffn", "my_attn.left", "my_attn.right"], ["ffn"]):
+        assert f"targets={advice}" in text
+        attach_quietly(model, LoRA(rank=1, matrices=None), targets=advice).detach()
+
+
+def test_whole_models_and_chosen_layers_do_not_warn():
+    attach_quietly(meta("swinv2_tiny_window8_256"), EFFT2(rank=1)).detach()
+    attach_quietly(meta("cait_xxs24_224"), LoRA(rank=1)).detach()
+    model = Partial(projections())
+    attach_quietly(model, LoRA(rank=1, matrices=None), layers=0).detach()
+
+
+def test_what_no_method_takes_is_told_as_such():
+    conv = nn.ModuleDict({"qkv": nn.Conv2d(4, 12, 1), "local": nn.Conv2d(4, 4, 3)})
+    with pytest.warns(UserWarning, match=r"2 of 3 .* nn\.Conv2d, which no method takes: 1 blocks"):
+        attach(Partial(conv), EFFT2(rank=1))
+    attention = nn.MultiheadAttention(4, 1, kdim=3)
+    left = coverage(Partial(attention), ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"], ["fc"])
+    assert "kdim" in left.out_of_reach["blocks.0.my_attn.in_proj"]
+
+
+def test_what_a_method_leaves_is_in_its_description():
+    adapter = attach_quietly(meta("vit_tiny_patch16_224"), LoRA(rank=1))
+    left = adapter.describe().left
+    adapter.detach()
+    assert len(left) == 36 and set(left.values()) == {"attention", "FFN"}
+
+
+@pytest.mark.parametrize("name", ["gcvit_xxtiny", "convit_tiny", "pvt_v2_b0", "twins_svt_small"])
+def test_families_that_were_partly_adapted_are_whole(name):
+    for method in (EFFT2(rank=1), LoRA(rank=1)):
+        adapter = attach_quietly(meta(name), method)
+        if isinstance(method, EFFT2):
+            assert not adapter.describe().left
+        adapter.detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "words"),
+    [
+        ("hiera_tiny_224", EFFT2(rank=1), ["LoRA takes all of Hiera", "EFFT2 takes targets='ffn'"]),
+        ("mvitv2_tiny", EFFT1(rank=1), ["LoRA takes all of MultiScaleVit", "targets='ffn'"]),
+        ("efficientvit_b0", LoRA(), ["has no nn.Linear besides head.classifier.4", "BitFit"]),
+        ("resnet18", LoRA(), ["ResNet has no nn.Linear besides fc", "BitFit"]),
+        ("mixer_s32_224", EFFT2(rank=1), ["LoRA", "'mlp_tokens.fc1'", "'mlp_channels.fc2'"]),
+        ("levit_128s", LoRA(), ["'attn.qkv.linear'", "'mlp.ln1.linear'"]),
+    ],
+)
+def test_refusals_name_the_models_own(name, method, words):
+    with pytest.raises(ValueError) as error:
+        attach(meta(name), method)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_rank_that_does_not_fit_is_no_matter_of_the_model():
+    with pytest.raises(ValueError, match=r"rank must be at most .*got 999$"):
+        attach(meta("vit_tiny_patch16_224"), EFFT2(rank=999))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "words"),
+    [
+        ("resnet18", "conv1", ["it is a Conv2d; ResNet has no nn.Linear besides fc"]),
+        ("resnet18", "fc", ["besides those trained whole (fc)"]),
+        ("vit_tiny_patch16_224", "atn.qkv", ["it has attn.qkv, "]),
+        ("levit_128s", "qkv", ["it has attn.qkv.linear, ", ", ..."]),
+    ],
+)
+def test_patterns_that_match_nothing(name, pattern, words):
+    with pytest.raises(ValueError, match="matches no") as error:
+        attach(meta(name), LoRA(rank=1), targets=pattern)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("vit_tiny_patch16_224", ["head"]),
+        ("swin_tiny_patch4_window7_224", ["head.fc"]),
+        ("deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+        ("crossvit_tiny_240", ["head"]),
+        ("resnet18", ["fc"]),
+        ("vit_base_patch16_siglip_224", []),
+        ("samvit_base_patch16", []),
+    ],
+)
+def test_classifiers_of_timm(name, heads):
+    assert classifier_names(meta(name)) == heads
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("ViTForImageClassification", ["classifier"]),
+        ("ViTModel", []),
+        ("DeiTForImageClassificationWithTeacher", ["cls_classifier", "distillation_classifier"]),
+        ("YolosForObjectDetection", ["class_labels_classifier", "bbox_predictor"]),
+        ("SiglipForImageClassification", ["classifier"]),
+        ("SiglipVisionModel", []),
+        ("CvtForImageClassification", ["classifier"]),
+        ("ViTMAEForPreTraining", []),
+    ],
+)
+def test_classifiers_of_hugging_face(name, heads):
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        assert classifier_names(kind(kind.config_class())) == heads
+
+
+def test_clips_text_tower():
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.CLIPModel(transformers.CLIPConfig())
+    with pytest.warns(UserWarning, match=r"72 of 144 .*text tower: 12 text_model") as caught:
+        adapter = attach(model, EFFT2(rank=1))
+    assert all(site.name.startswith("vision_model.") for site in adapter.sites)
+    assert adapter.modules_to_train == ()
+    adapter.detach()
+    advice = str(caught[0].message).partition("targets=[")[2].partition("]")[0]
+    targets = [part.strip("' ") for part in advice.split(",")]
+    assert len(attach_quietly(model, EFFT2(rank=1), targets=targets).sites) == 144
