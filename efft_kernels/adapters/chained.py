@@ -7,7 +7,6 @@ and the circumstances, and where the chain does not do, the blocks run one after
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 import weakref
 from typing import Any, NamedTuple
@@ -149,6 +148,8 @@ class _Parts:
         if found != {(nn.Parameter, False, x.dtype, x.get_device(), True)}:
             return f"a weight of the blocks is no plain {x.dtype} on {x.device}"
         first = self.linears[0]
+        if any(p.device != x.device for group in self.groups for p in group.parameters()):
+            return f"a factor is not on {x.device}"
         if any(linear._base_weight for linear in self.linears):
             return "the adapter is merged"
         if {linear.backend for linear in self.linears} | {
@@ -162,6 +163,12 @@ class _Parts:
         if first.training and any(group.activation_dropout for group in self.groups):
             return "the method drops entries of x·down·core"
         return None
+
+    def learns(self, x: Tensor) -> bool:
+        """Whether there is a backward to keep anything for."""
+        return x.requires_grad or any(
+            p.requires_grad for group in self.groups for p in group.parameters()
+        )
 
     def layers(self) -> list[chains.Layer]:
         """The blocks with the factors of this call, asked for in the order in which the linears
@@ -197,20 +204,14 @@ def graph_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type)
 
 
-_numbers = itertools.count()
-_chains: weakref.WeakValueDictionary[int, ChainedBlocks] = weakref.WeakValueDictionary()
-
-
-def _facts(number: int, index: int | None, tokens: int, dtype: torch.dtype) -> int | None:
+def _facts(
+    tokens: int, k: int, heads: int, rank: int, dtype: torch.dtype, index: int | None
+) -> int | None:
     """What a graph takes for granted once it is traced: the attention that torch chooses, and that
-    the kernels run on the device and take the ranks."""
-    chained = _chains[number]
-    parts = chained._look()
-    if isinstance(parts, str) or isinstance(parts.rank, str):
+    the kernels run on the device and take the sizes."""
+    if torch._C._are_functorch_transforms_active():
         return None
-    k = parts.linears[0].in_features
-    device = parts.linears[0].weight.device
-    return chains.attention_of_graph(tokens, k, parts.heads, parts.rank, dtype, device)
+    return chains.attention_of_graph(tokens, k, heads, rank, dtype, index)
 
 
 # As torch.compiler.assume_constant_result does, without importing Dynamo.
@@ -238,8 +239,6 @@ class ChainedBlocks:
         self._blocks = weakref.ref(state["blocks"])
         self._bank = state["bank"]
         self._parts: _Parts | str | None = None
-        self._number = next(_numbers)
-        _chains[self._number] = self
 
     def forward(self, input: Tensor) -> Tensor:
         """What the blocks make of the stream [images, tokens, K]."""
@@ -264,16 +263,21 @@ class ChainedBlocks:
         """The attention of a chain over x in the graph that is being traced; None where there is
         none. The graph is guarded by all that is asked here but for `_facts`.
         """
-        parts = self._parts
         if not torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling():
             return None  # the latter: torch.export, whose program is to hold plain blocks
-        if not isinstance(parts, _Parts):
+        parts = self._parts
+        if not isinstance(parts, _Parts):  # a copy looks in its first eager call
             return None
-        if x.dim() != 3 or x.shape[2] != parts.linears[0].in_features:
+        if x.dim() != 3 or not x.shape[0]:
+            return None
+        if x.shape[2] != parts.linears[0].in_features or not parts.learns(x):
             return None
         if chains.refusal_of_graph(x) or parts.unfit(x) or parts.changed():
             return None
-        return _facts(self._number, x.device.index, x.shape[1], graph_dtype(x))
+        rank = parts.rank
+        if isinstance(rank, str):
+            return None
+        return _facts(x.shape[1], x.shape[2], parts.heads, rank, graph_dtype(x), x.device.index)
 
     def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
         """What runs the chain over x, or why it does not run; what is quickly seen comes first."""
@@ -333,6 +337,7 @@ def chain(model: nn.Module, bank: FactorBank) -> str | None:
     parts = chained._look()
     if isinstance(parts, str):
         return parts
+    _ = parts.rank  # kept, as no graph could trace it
     blocks.forward = chained.forward
     return None
 

@@ -114,20 +114,21 @@ def refusal(x: Tensor) -> str | None:
 
 def refusal_of_graph(x: Tensor) -> bool:
     """Whether no chain is traced over the stream x, as far as x and autocast tell."""
-    if not x.is_cuda or x.dtype != torch.float32:
+    if not x.is_cuda or x.dtype != torch.float32 or requested_backend("auto") != "auto":
         return True
     autocast = torch.is_autocast_enabled("cuda")
     return not autocast or torch.get_autocast_dtype("cuda") not in HALF_DTYPES
 
 
 def attention_of_graph(
-    tokens: int, k: int, heads: int, rank: int, dtype: torch.dtype, device: torch.device
+    tokens: int, k: int, heads: int, rank: int, dtype: torch.dtype, index: int | None
 ) -> int | None:
     """SDPBackend's number of the attention of a chain, or None where none runs on the device."""
-    if requested_backend("auto") != "auto" or torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled():
         return None
-    if _triton() or too_old(device.index) or _too_wide(k, rank):
+    if _triton() or too_old(index) or _too_wide(k, rank):
         return None
+    device = torch.device("cuda", index or 0)
     attention = _attention_for((1, tokens, k), heads, dtype, device)
     return attention.value if attention in ATTENTION else None
 

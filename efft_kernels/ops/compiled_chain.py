@@ -161,8 +161,13 @@ def _backward(
         dz = dy.flatten(0, 1).contiguous()
         dbranch: Any = dz.to(dtype)
         grads: list[Tensor] = []
-        end = len(parts)
-        tokens = x.shape[1]
+        end, tokens = len(parts), x.shape[1]
+        expected = len(layers) * (13 + engine.attention.kept) - 1
+        if end != expected:  # torch may keep compiled graphs on disk
+            raise RuntimeError(
+                f"chain_bwd: kept must have {expected} tensors beside the weights, got {end}: the"
+                " graph was compiled by another version; clear torch's compile caches"
+            )
         for place in reversed(range(len(halves))):
             of, half = halves[place]
             count = 6 if of is MlpHalf else 7 + engine.attention.kept
@@ -240,10 +245,22 @@ def _gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     return dx if ctx.need_x else None, no_frozen, grads, *[None] * len(ctx.rest)
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "chained blocks have no second derivative: attach the adapter with fuse='pairs'"
+    )
+
+
 LIBRARY.impl("chain_fwd", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("chain_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("efft_kernels::chain_fwd", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("efft_kernels::chain_bwd", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "efft_kernels::chain_fwd", _gradients, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "efft_kernels::chain_bwd",
+    _no_second_derivative,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=LIBRARY,
 )

@@ -34,6 +34,7 @@ from efft_kernels import (
 from efft_kernels.adapters import chained
 from efft_kernels.ops import chains, compiled_chain
 from efft_kernels.ops.backends.chain_steps import TorchSteps
+from efft_kernels.ops.dispatch import requested_backend, use_backend
 from efft_kernels.testing.cpu_chain import CPU_ATTENTION, cpu_engine
 from efft_kernels.testing.error_budget import BUDGET, relative_error
 
@@ -516,7 +517,7 @@ def graphs(monkeypatch):
     """The chains that ran in a graph, forward and backward; on the CPU, in any dtype."""
     ran = []
     monkeypatch.setitem(chains.ATTENTION, SDPBackend.MATH, CPU_ATTENTION)
-    monkeypatch.setattr(chains, "refusal_of_graph", lambda x: False)
+    monkeypatch.setattr(chains, "refusal_of_graph", lambda x: requested_backend("auto") != "auto")
     monkeypatch.setattr(chains, "attention_of_graph", lambda *_: SDPBackend.MATH.value)
     monkeypatch.setattr(chains, "steps_for", lambda *_: TorchSteps())
     monkeypatch.setattr(chained, "graph_dtype", lambda x: x.dtype)
@@ -587,6 +588,42 @@ class TestInAGraph:
         for one in (model, twin):
             one.blocks[0].mlp.act = nn.ReLU()  # hooks no graph sees: torch skips their guards
         torch.testing.assert_close(compiled(images), twin(images))
+        assert graphs == ["ran"] * 2
+
+    def test_another_backend_is_seen(self, models, images, graphs):
+        model, _ = models()
+        compiled = torch.compile(model, backend="aot_eager")
+        compiled(images)
+        with use_backend("torch"):
+            compiled(images)
+        assert graphs == ["ran"]
+
+    def test_where_it_does_not_do(self, models, images, graphs):
+        """An empty batch, a forward-mode derivative, nothing to learn."""
+        model, twin = models()
+        call = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+        assert call(model)(images[:0]).shape == (0, 5)
+        for one in (model, twin):
+            one.requires_grad_(False)
+        torch.testing.assert_close(call(model)(images), twin(images))
+        with sdpa_kernel(SDPBackend.MATH):
+            jvp = torch.compile(lambda x, t: torch.func.jvp(model, (x,), (t,)), backend="aot_eager")
+            try:
+                found = jvp(images, images.flip(0))
+            except Exception:  # torch's own limits, as for any model
+                found = None
+            if found is not None:
+                expected = torch.func.jvp(twin, (images,), (images.flip(0),))
+                torch.testing.assert_close(found, expected)
+        assert not graphs
+
+    def test_second_derivatives_are_refused(self, models, images, graphs):
+        model, _ = models()
+        x = images.clone().requires_grad_()
+        y = torch.compile(model, backend="eager")(x)
+        (dx,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"fuse='pairs'"):
+            dx.pow(2).sum().backward()
         assert graphs == ["ran"] * 2
 
     def test_trained_norms_run_by_themselves(self, models, images, graphs):

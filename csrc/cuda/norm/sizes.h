@@ -17,7 +17,7 @@ constexpr int kNormMostWidth = kNormMostThreads / 32 * kNormCols;
 
 // Whether the kernels take rows of `width` elements and a rank.
 constexpr bool norm_takes(int64_t width, int64_t rank) {
-  return width % kNormCols == 0 && width <= kNormMostWidth && rank <= kNormRank;
+  return width > 0 && width % kNormCols == 0 && width <= kNormMostWidth && rank <= kNormRank;
 }
 
 constexpr int norm_threads(int64_t width) { return static_cast<int>(width / kNormCols * 32); }

@@ -27,6 +27,7 @@ def takes(k: int, rank: int, index: int) -> bool:
         and rank <= MOST_RANK
         and torch.cuda.get_device_capability(index)[0] in (9, 10)
         and native_library.cuda_unavailable() is None
+        and native_library.device_rejected(index) is None
     )
 
 

@@ -105,13 +105,15 @@ def cuda_unavailable() -> str | None:
         return missing
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
-    reasons = [_device_rejected(index) for index in range(torch.cuda.device_count())]
+    reasons = [device_rejected(index) for index in range(torch.cuda.device_count())]
     if all(reason is not None for reason in reasons):
         return "; ".join(reason for reason in reasons if reason is not None)
     return load_cuda()
 
 
-def _device_rejected(index: int) -> str | None:
+@cache
+def device_rejected(index: int) -> str | None:
+    """Why the CUDA operators do not run on this device; None where they do."""
     name = torch.cuda.get_device_name(index)
     capability = torch.cuda.get_device_capability(index)
     if capability < MINIMUM_CAPABILITY:
