@@ -81,13 +81,12 @@ class Launches(TorchDispatchMode):
 @contextlib.contextmanager
 def counted_kernels(launches: Launches) -> Iterator[None]:
     """Triton's kernels are compiled for an H200 and counted in the place of running."""
-    from triton.compiler import CompiledKernel
-
+    from efft_kernels.ops.backends.triton import launch_cache
     from efft_kernels.testing.fake_gpu import fake_gpu
 
     with (
         fake_gpu(90, 132, record=False),
-        mock.patch.object(CompiledKernel, "__getitem__", lambda self, grid: launches.kernel),
+        mock.patch.object(launch_cache, "_starter", lambda compiled, grid: launches.kernel),
         # The choice of strategy sees CPU tensors; it is to be the H200's.
         mock.patch.object(cost_model, "device_of", lambda _: cost_model.DEVICES["H200"]),
     ):

@@ -243,12 +243,9 @@ class ChainedBlocks:
     def forward(self, input: Tensor) -> Tensor:
         """What the blocks make of the stream [images, tokens, K]."""
         if torch.compiler.is_compiling():
-            attention = self._attention_of_graph(input)
-            if attention is not None:
-                dtype = graph_dtype(input)
-                with torch.autocast(input.device.type, enabled=False):
-                    layers = self._parts.layers()  # type: ignore[union-attr]
-                return compiled_chain.run_chain(input, layers, attention, dtype)
+            traced = self._in_graph(input)
+            if traced is not None:
+                return compiled_chain.run_chain(input, *traced, graph_dtype(input))
         elif torch.is_grad_enabled():
             found = self._engine(input)
             if not isinstance(found, str):
@@ -259,9 +256,9 @@ class ChainedBlocks:
         out: Tensor = nn.Sequential.forward(self._blocks(), input)  # type: ignore[arg-type]
         return out
 
-    def _attention_of_graph(self, x: Tensor) -> int | None:
-        """The attention of a chain over x in the graph that is being traced; None where there is
-        none. The graph is guarded by all that is asked here but for `_facts`.
+    def _in_graph(self, x: Tensor) -> tuple[list[chains.Layer], int] | None:
+        """The layers of a chain over x in the graph that is being traced, and its attention; None
+        where there is no chain. The graph is guarded by all that is asked here but for `_facts`.
         """
         if not torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling():
             return None  # the latter: torch.export, whose program is to hold plain blocks
@@ -274,10 +271,14 @@ class ChainedBlocks:
             return None
         if chains.refusal_of_graph(x) or parts.unfit(x) or parts.changed():
             return None
-        rank = parts.rank
-        if isinstance(rank, str):
+        with torch.autocast(x.device.type, enabled=False):
+            layers = parts.layers()
+        rank = chains.common_rank(layers)
+        if rank is None:
             return None
-        return _facts(x.shape[1], x.shape[2], parts.heads, rank, graph_dtype(x), x.device.index)
+        facts = x.shape[1], x.shape[2], parts.heads, rank, graph_dtype(x), x.device.index
+        attention = _facts(*facts)
+        return None if attention is None else (layers, attention)
 
     def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
         """What runs the chain over x, or why it does not run; what is quickly seen comes first."""
@@ -337,7 +338,6 @@ def chain(model: nn.Module, bank: FactorBank) -> str | None:
     parts = chained._look()
     if isinstance(parts, str):
         return parts
-    _ = parts.rank  # kept, as no graph could trace it
     blocks.forward = chained.forward
     return None
 

@@ -421,6 +421,17 @@ class Layer(NamedTuple):
     heads: int
 
 
+def common_rank(layers: Sequence[Layer]) -> int | None:
+    """The largest rank of the linears; None where one kind of them has several."""
+    found = 0
+    for first, *others in zip(*map(_linears, layers), strict=True):
+        rank = first.down.shape[1]
+        if any(other.down.shape[1] != rank for other in others):
+            return None
+        found = max(found, rank)
+    return found
+
+
 def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:
     """The stream after all layers, as x is: their frozen modules and those only in x's dtype.
 

@@ -44,7 +44,7 @@ def _small_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
         model.blocks = model.blocks[:2]
         return model
 
-    for module in ("run", "evaluation"):
+    for module in ("run", "trained"):
         monkeypatch.setattr(f"efft_kernels.training.{module}.build_backbone", build)
     scaler = functools.partial(torch.amp.GradScaler, init_scale=16.0)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)

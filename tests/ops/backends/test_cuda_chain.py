@@ -141,7 +141,16 @@ class TestOnAGpu:
 def test_what_they_take(monkeypatch, k, rank, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(native_library, "cuda_unavailable", lambda: None)
+    monkeypatch.setattr(native_library, "device_rejected", lambda _: None)
     assert cuda_chain.takes(k, rank, 0) is expected
+
+
+def test_a_device_of_another_build(monkeypatch):
+    """Another GPU beside it can run the library."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    monkeypatch.setattr(native_library, "cuda_unavailable", lambda: None)
+    monkeypatch.setattr(native_library, "device_rejected", lambda _: "built for 9.0a")
+    assert not cuda_chain.takes(768, 16, 0)
 
 
 def test_without_the_library_triton_does_it(monkeypatch):
