@@ -148,7 +148,9 @@ class _Parts:
         if found != {(nn.Parameter, False, x.dtype, x.get_device(), True)}:
             return f"a weight of the blocks is no plain {x.dtype} on {x.device}"
         first = self.linears[0]
-        if any(p.device != x.device for group in self.groups for p in group.parameters()):
+        # One of each group, as they are moved together: LoRA has hundreds.
+        of_groups = [next(group.parameters(), first.weight) for group in self.groups]
+        if any(p.device != x.device for p in of_groups):
             return f"a factor is not on {x.device}"
         if any(linear._base_weight for linear in self.linears):
             return "the adapter is merged"
