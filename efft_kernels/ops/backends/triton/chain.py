@@ -1,7 +1,7 @@
 """The steps of `backends/chain_steps.py` as launches.
 
-GELU's kernels carry the thin products of both its linears along: on an H100, ViT-B, 64 images, 73
-and 131 µs for 95 and 225 in torch's activation and passes of their own. Where they would spill
+GELU's kernels carry the thin products of both its linears along: on an H100, ViT-B, 64 images, 70
+and 111 µs for 94 and 224 in torch's activation and passes of their own. Where they would spill
 (ranks above 32, hidden widths that 64 does not divide) it is those passes.
 """
 
