@@ -45,8 +45,8 @@ aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and
 asan: $(STAMP) ## test the C++ operators under AddressSanitizer and UBSan
 	csrc/build/asan.sh $(BIN)/python
 
-fuzz: $(STAMP) ## random calls against the specification, for SECONDS (default 60)
-	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),60)
+fuzz: $(STAMP) ## random calls against the specification, for SECONDS (default 60), from SEED (default: new ones)
+	$(BIN)/python -m tools.fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 soak: $(STAMP) ## kill save, train and a sweep at random moments, KILLS times (default 200)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --kills $(or $(KILLS),200)

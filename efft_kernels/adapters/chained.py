@@ -172,28 +172,28 @@ class _Parts:
             p.requires_grad for group in self.groups for p in group.parameters()
         )
 
-    def layers(self) -> list[chains.Layer]:
+    def layers(self, rows: torch.dtype) -> list[chains.Layer]:
         """The blocks with the factors of this call, asked for in the order in which the linears
-        would ask, so that dropout draws the same masks."""
+        would ask, so that dropout draws the same masks; `rows` is the GEMMs' dtype."""
         return [
             chains.Layer(
                 _norm(block.norm1),
-                _adapted(block.qkv),
-                _adapted(block.proj, block.scale1),
+                _adapted(block.qkv, rows),
+                _adapted(block.proj, rows, block.scale1),
                 _norm(block.norm2),
-                _adapted(block.fc1),
-                _adapted(block.fc2, block.scale2),
+                _adapted(block.fc1, rows),
+                _adapted(block.fc2, rows, block.scale2),
                 self.heads,
             )
             for block in self.blocks
         ]
 
 
-def _adapted(linear: FusedEFFTLinear, scale: Any = None) -> chains.Adapted:
+def _adapted(linear: FusedEFFTLinear, rows: torch.dtype, scale: Any = None) -> chains.Adapted:
     down, core, up = linear._bank[0].factors(linear._site, linear.training)
     gamma = getattr(scale, "gamma", None)
     with without_autocast(up.device):
-        folded = fold(core, up)
+        folded = fold(core, up, rows)
     return chains.Adapted(linear.weight, linear.bias, down, folded, gamma)
 
 
@@ -253,7 +253,7 @@ class ChainedBlocks:
             if not isinstance(found, str):
                 engine, parts = found
                 with torch.autocast(input.device.type, enabled=False):
-                    layers = parts.layers()
+                    layers = parts.layers(engine.dtype)
                 return chains.run_chain(input, layers, engine)
         out: Tensor = nn.Sequential.forward(self._blocks(), input)  # type: ignore[arg-type]
         return out
@@ -274,7 +274,7 @@ class ChainedBlocks:
         if chains.refusal_of_graph(x) or parts.unfit(x) or parts.changed():
             return None
         with torch.autocast(x.device.type, enabled=False):
-            layers = parts.layers()
+            layers = parts.layers(graph_dtype(x))
         rank = chains.common_rank(layers)
         if rank is None:
             return None

@@ -148,7 +148,7 @@ class _LinearPlusProjected(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, p, core, up)
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
-            b = fold(core, up).to(p.dtype)
+            b = fold(core, up, p.dtype).to(p.dtype)
             y = F.linear(x, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
             # Traced by Dynamo (torch 2.11), an output updated in place would get no gradient; and a
             # mode may have kept y, as selective activation checkpointing does.
@@ -164,9 +164,9 @@ class _LinearPlusProjected(torch.autograd.Function):
             dx = torch.mm(dy, weight.to(dy.dtype)) if need_x else None
             d_weight = mm_into(dy.t(), x, weight.dtype) if need_weight else None
             d_bias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
-            dp = torch.mm(dy, fold(core, up).to(dy.dtype)) if need_p else None
+            dp = torch.mm(dy, fold(core, up, dy.dtype).to(dy.dtype)) if need_p else None
             d_core = d_up = None
             if need_core or need_up:
-                d_b = thin_grad(dy, p, up.dtype)
+                d_b = thin_grad(dy, p, torch.promote_types(up.dtype, dy.dtype))
                 d_core, d_up = unfold_grads(d_b, core, up, need_core, need_up)
         return dx, d_weight, d_bias, dp, d_core, d_up

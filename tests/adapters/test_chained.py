@@ -645,7 +645,7 @@ class TestInAGraph:
         x = torch.randn(3, 5, model.embed_dim)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.ops.efft_kernels, "chain_fwd", recorded)
-            compiled_chain.run_chain(x, parts.layers(), SDPBackend.MATH.value, x.dtype)
+            compiled_chain.run_chain(x, parts.layers(x.dtype), SDPBackend.MATH.value, x.dtype)
         torch.library.opcheck(real.default, seen[0], test_utils=("test_schema", "test_faketensor"))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from efft_kernels import low_rank_linear, reference
 from efft_kernels.ops.backends import torch_backend
+from efft_kernels.ops.shared_projection import linear_plus_projected, project
 from efft_kernels.testing.error_budget import assert_within_budget
 from efft_kernels.testing.operands import NAMES, Shape, cast, leaves, operands
 
@@ -50,25 +53,50 @@ def test_output_dtype(half, x_dtype, backend):
         assert low_rank_linear(**tensors, backend=backend).dtype == half
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("half", HALVES, ids=str)
-def test_error_budget(half, strategy):
-    """Float32 tensors under autocast: at most twice the error of torch's own operators there."""
-    tensors = tensors_of()
+def in_two_steps(x, weight, bias, down, core, up):
+    """By shared_projection, whose linears share P."""
+    return linear_plus_projected(x, weight, bias, project(x, down), core, up)
 
-    def plain(x, weight, bias, down, core, up):
-        t = torch.matmul(x @ down, core.unsqueeze(1).flatten(0, 1))  # [G, M, Rb]
-        return F.linear(x, weight, bias) + torch.matmul(t, up.mT).transpose(0, 1).flatten(1)
+
+WAYS = {
+    **{s: partial(low_rank_linear, backend="torch", strategy=s) for s in STRATEGIES},
+    "auto": low_rank_linear,
+    "two steps": in_two_steps,
+}
+
+
+def plain(x, weight, bias, down, core, up):
+    """torch's own operators."""
+    t = torch.matmul(x @ down, core.unsqueeze(1).flatten(0, 1))  # [G, M, Rb]
+    return F.linear(x, weight, bias) + torch.matmul(t, up.mT).transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("factors", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_error_budget(half, factors, way):
+    """Under autocast: at most twice the error of torch's own operators there. Factors in the other
+    half precision are composed in neither, or float16 rows would lose three bits to them."""
+    tensors = operands(SHAPE, torch.float32, factor_dtype=factors)
 
     exact_y, exact = step(reference.low_rank_linear, cast(tensors, torch.float64))
     torch_y, torchs = step(plain, tensors, half)
-    y, grads = step(lambda **t: low_rank_linear(**t, strategy=strategy), tensors, half)
+    y, grads = step(WAYS[way], tensors, half)
 
     assert y.dtype == torch_y.dtype == half
-    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    assert all(grads[name].dtype == tensors[name].dtype for name in NAMES)
     assert_within_budget(
         {"y": y, **grads}, {"y": torch_y, **torchs}, {"y": exact_y, **exact}, rounding=False
     )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_composed_factors_may_leave_the_range_of_their_own_dtype(way):
+    """core·up of float16 factors reaches 1e6, which bfloat16 rows hold and float16 does not."""
+    tensors = operands(SHAPE, torch.float32, factor_dtype=torch.float16)
+    tensors |= {"core": tensors["core"] * 1e3, "up": tensors["up"] * 1e3}
+    y, grads = step(WAYS[way], tensors, torch.bfloat16)
+    assert y.isfinite().all() and grads["x"].isfinite().all()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

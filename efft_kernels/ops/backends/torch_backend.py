@@ -78,8 +78,13 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     return [*factors, library, update(K)] if strategy == "split" else [*factors, merge, library]
 
 
-def fold(core: Tensor | None, up: Tensor) -> Tensor:
-    """B = stack_g up[g]·core[g]^T, [N, Ra], in the factors' dtype."""
+def fold(core: Tensor | None, up: Tensor, rows: torch.dtype | None = None) -> Tensor:
+    """B = stack_g up[g]·core[g]^T, [N, Ra], in the wider of the factors' dtype and `rows`, that of
+    the products B goes into: rounded to bfloat16, it would cost float16 rows three of their bits.
+    """
+    if rows is not None and core is not None:
+        wide = torch.promote_types(up.dtype, rows)
+        core, up = core.to(wide), up.to(wide)
     if core is None:
         return up.flatten(0, 1)
     if core.shape[0] == 1:
@@ -95,27 +100,34 @@ def unfold_grads(
     need_core: bool,
     need_up: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(d_core, d_up) from d_B: the chain rule through `fold`, on tensors of N·Ra numbers."""
+    """(d_core, d_up), in the factors' dtype, from d_B: the chain rule through `fold`, on tensors of
+    N·Ra numbers."""
+    dtype, wide = up.dtype, torch.promote_types(up.dtype, d_b.dtype)
     slices = up.shape[0] if core is None else core.shape[0]
+    if core is not None:
+        d_b, core, up = d_b.to(wide), core.to(wide), up.to(wide)
     if core is not None and slices == 1:
-        d_core = torch.mm(d_b.t(), up[0]).unsqueeze(0) if need_core else None
-        return d_core, torch.mm(d_b, core[0]).unsqueeze(0) if need_up else None
+        d_core = torch.mm(d_b.t(), up[0]).unsqueeze(0).to(dtype) if need_core else None
+        return d_core, torch.mm(d_b, core[0]).unsqueeze(0).to(dtype) if need_up else None
     d_b = d_b.reshape(slices, -1, d_b.shape[1])  # [G, N/G, Ra]
     d_core = (
-        torch.bmm(d_b.mT, up.expand(slices, -1, -1)) if need_core and core is not None else None
+        torch.bmm(d_b.mT, up.expand(slices, -1, -1)).to(dtype)
+        if need_core and core is not None
+        else None
     )
     d_up = None
     if need_up:
         d_up = d_b if core is None else torch.bmm(d_b, core)
         if up.shape[0] != slices:
             d_up = d_up.sum(0, keepdim=True)
+        d_up = d_up.to(dtype)
     return d_core, d_up
 
 
 def merge_weight(weight: Tensor, down: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + B·down^T, [N, K], added in the wider of the weight's and the factors' dtype, then rounded
-    once."""
-    wide = torch.promote_types(weight.dtype, down.dtype)
+    """W + B·down^T, [N, K], added in the widest of the weight's, the factors' and B's dtype, then
+    rounded once."""
+    wide = torch.promote_types(torch.promote_types(weight.dtype, down.dtype), b.dtype)
     return torch.addmm(weight.to(wide), b.to(wide), down.to(wide).t()).to(dtype)
 
 
@@ -169,7 +181,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y [M, N], P [M, Ra] if save_p else None), both in x's dtype."""
     dtype = x.dtype
-    b = fold(core, up)
+    b = fold(core, up, dtype)
     bias = None if bias is None else bias.to(dtype)
     p = torch.mm(x, down.to(dtype)) if save_p or strategy == "split" else None
     if strategy == "merged":
@@ -215,7 +227,7 @@ def backward(
     """(dx, d_weight, d_bias, d_down, d_core, d_up); None where `needs` is False."""
     need_x, need_weight, need_bias, need_down, need_core, need_up = needs
     dtype = dy.dtype
-    b = fold(core, up)
+    b = fold(core, up, dtype)
     s = None
     if need_down or (need_x and strategy == "split"):
         s = torch.mm(dy, b.to(dtype))  # [M, Ra]
@@ -231,5 +243,6 @@ def backward(
         d_down = thin_grad(x, s, down.dtype)
     if need_core or need_up:
         assert p is not None
-        d_core, d_up = unfold_grads(thin_grad(dy, p, up.dtype), core, up, need_core, need_up)
+        d_b = thin_grad(dy, p, torch.promote_types(up.dtype, dtype))
+        d_core, d_up = unfold_grads(d_b, core, up, need_core, need_up)
     return dx, d_weight, d_bias, d_down, d_core, d_up
