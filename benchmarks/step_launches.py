@@ -4,12 +4,12 @@
 
 The model runs on the CPU with one image, while the Triton backend believes that it is on an H200:
 its kernels are counted, not run. Every operator of torch that computes something counts as one
-launch; views and allocations count as none. On a GPU some operators take two launches and some
-none, so these numbers compare ways of adapting a model, and measure no time. The optimizer's step
-is left out, dropout is off and the scale is 1: another scale adds one launch forward and one
-backward to each group of linears, EFFT's factor dropout some fifty to the whole. ViT-Ti, ViT-S and
-ViT-B make the same launches as long as `auto` takes the same strategies; the smallest is counted in
-a minute. Ways:
+launch; views, allocations and questions about a tensor count as none. On a GPU some operators take
+two launches and some none, so these numbers compare ways of adapting a model, and measure no time.
+The optimizer's step is left out, dropout is off and the scale is 1: another scale adds one launch
+forward and one backward to each group of linears, EFFT's factor dropout some fifty to the whole.
+ViT-Ti, ViT-S and ViT-B make the same launches as long as `auto` takes the same strategies; the
+smallest is counted in a minute. Ways:
 
     frozen, gradient to its input    the floor
     EFFT2, triton                    this package: `auto`, as on an H200
@@ -48,11 +48,20 @@ OURS = "EFFT2"
 NAMES = {OURS: "EFFT2, triton"}
 EVERY = (peers.FLOOR, OURS, peers.EAGER_EFFT2, peers.PEFT_LORA)
 EVERY_HALF = (peers.FLOOR, OURS, peers.PEFT_LORA)  # the eager formula wants one dtype
-ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+# They launch nothing. _unsafe_view's schema does not say that its result is a view.
+NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+NOTHING += ("device", "_unsafe_view")
 IMPLEMENTATIONS = {
     torch.ops.efft_kernels.low_rank_linear_fwd.default: dispatch._fwd,
     torch.ops.efft_kernels.low_rank_linear_bwd.default: dispatch._bwd,
 }
+
+
+def computes(func: Any) -> bool:
+    """Whether an operator of torch launches something."""
+    aliases = [result.alias_info for result in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return not is_view and func._schema.name.split("::")[-1] not in NOTHING
 
 
 class Launches(TorchDispatchMode):
@@ -68,10 +77,7 @@ class Launches(TorchDispatchMode):
         if func in IMPLEMENTATIONS:  # its own operators and kernels are what counts
             with self:
                 return IMPLEMENTATIONS[func](*args, **(kwargs or {}))
-        aliases = [result.alias_info for result in func._schema.returns]
-        is_view = any(alias is not None and not alias.is_write for alias in aliases)
-        if not is_view and func._schema.name.removeprefix("aten::") not in ALLOCATIONS:
-            self.count += 1
+        self.count += computes(func)
         return func(*args, **(kwargs or {}))
 
     def kernel(self, *_: Any) -> None:
