@@ -36,6 +36,7 @@ class Command:
         data: what --data must be.
         source: what the first argument names, for commands that have one: a file or folder that
             must be there.
+        together: whether processes that torchrun starts share its work.
     """
 
     module: str
@@ -43,6 +44,7 @@ class Command:
     help: str
     data: str = "a folder of images"
     source: str | None = None
+    together: bool = False
 
     def load(self, called: str) -> Any:
         """The command, as click has it, under the name `called`."""
@@ -54,6 +56,19 @@ class Command:
         alone = typer.Typer(**_PLAIN)
         alone.command(called)(in_one_line(target))
         return typer.main.get_command(alone)
+
+    def check_processes(self, called: str) -> None:
+        """Exit with code 2 where torchrun started several processes, which would each do all the
+        work and write the same files; the first of them tells."""
+        world = os.environ.get("WORLD_SIZE", "1")
+        if self.together or world == "1" or "RANK" not in os.environ:
+            return
+        if os.environ["RANK"] != "0":
+            raise typer.Exit(USER_ERROR)
+        raise fail(
+            f"{called} works in one process, got {world} of torchrun: efft-kernels {called} ...",
+            USER_ERROR,
+        )
 
     def check_paths(self, arguments: Sequence[str]) -> None:
         """Exit with code 2 where a path among the arguments leads to nothing."""
@@ -91,6 +106,7 @@ COMMANDS = {
         "train",
         "train",
         "Adapt a timm model to a folder of images; stop it at any time and --resume.",
+        together=True,
     ),
     "eval": Command(
         "evaluate",
@@ -153,6 +169,7 @@ class _Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] in COMMANDS:  # typer's own parsing takes a quarter of a second
+            COMMANDS[args[0]].check_processes(args[0])
             COMMANDS[args[0]].check_paths(args[1:])
         return super().parse_args(ctx, args)
 
