@@ -1,4 +1,4 @@
-"""Which cells a benchmark has, and running them one after the other."""
+"""Which cells a benchmark has, and running those that the ledger does not have."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..training.loop import NonFiniteLossError
 from ..training.methods import TRAINABLE
 from ..training.recipe import recipe_for
 from ..training.settings import TrainSettings, require
-from .cell import Cell, Notify, run_cell
-from .ledger import Ledger
+from .cell import Cell, Notify
+from .ledger import Ledger, key
 from .lists import (
     SELECT_TRAIN,
     TRAIN,
@@ -27,6 +24,7 @@ from .lists import (
     task_folder,
     vtab_lists,
 )
+from .scheduler import HERE, Failure, Scheduler
 from .tasks import TASKS
 
 
@@ -36,7 +34,8 @@ class Choices:
 
     Attributes:
         methods: keys of `TRAINABLE`.
-        given: settings of `TrainSettings` that win over the recipe's.
+        given: settings of `TrainSettings` that win over the recipe's. A learning rate below the
+            end of the recipe's cosine is that end too, unless `min_lr` is given.
         options: the methods' options that win over the recipe's, for the methods that have them.
         test_every: epochs between two measurements on the test images.
         checkpoint_sha256: `file_digest` of given["checkpoint"].
@@ -80,7 +79,7 @@ class Outcome:
 
     Attributes:
         finished: cells with their results.
-        failed: cell's name → why.
+        failed: cell's title → why.
     """
 
     finished: tuple[tuple[Cell, dict[str, Any]], ...]
@@ -183,9 +182,12 @@ def _cells(
         recipe = recipe_for("vtab", published, method)
         known = {item.name for item in dataclasses.fields(TRAINABLE[method])}
         options = {name: value for name, value in choices.options.items() if name in known}
+        given = dict(choices.given)
+        if "lr" in given:
+            given.setdefault("min_lr", min(recipe.min_lr, given["lr"]))
         for seed in dict.fromkeys(seeds):
             settings = recipe.settings(
-                lists.root, **{**choices.given, "options": options, "seed": seed}
+                lists.root, **{**given, "options": options, "seed": seed}
             )
             found.append(
                 Cell(
@@ -242,6 +244,7 @@ def run(
     plan: Plan,
     ledger: Ledger,
     *,
+    scheduler: Scheduler = HERE,
     notify: Notify = lambda message: None,
     on_cell: Callable[[int, int, Cell, dict[str, Any] | None], None] = lambda *_: None,
     on_epoch: Callable[[int, int], None] = lambda done, total: None,
@@ -250,7 +253,8 @@ def run(
 
     Args:
         plan: the cells.
-        ledger: where results are looked for and recorded.
+        ledger: where results are looked for and recorded, by this process alone.
+        scheduler: runs the cells; by default this process does, one after the other.
         notify: called with lines for the user, each once.
         on_cell: called with (cells done, all cells, the cell, its result or None if it failed).
         on_epoch: called with (epochs done, epochs of the cell).
@@ -258,26 +262,32 @@ def run(
     Raises:
         OSError: a record cannot be written.
     """
-    finished: list[tuple[Cell, dict[str, Any]]] = []
+    results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     told: set[str] = set()
+    total = len(plan.cells)
 
     def once(message: str) -> None:
         if message not in told:
             told.add(message)
             notify(message)
 
-    for index, cell in enumerate(plan.cells, start=1):
-        result = find_finished(ledger, cell)
-        if result is None:
-            try:
-                result = run_cell(cell, notify=once, on_epoch=on_epoch)
-            except (ValueError, TypeError, NonFiniteLossError, torch.OutOfMemoryError) as error:
-                failed[cell.name] = " ".join(str(error).split())
-                ledger.fail(cell, failed[cell.name])
-                on_cell(index, len(plan.cells), cell, None)
-                continue
-            ledger.finish(cell, result)
-        finished.append((cell, result))
-        on_cell(index, len(plan.cells), cell, result)
+    waiting: list[Cell] = []
+    for cell in plan.cells:
+        found = find_finished(ledger, cell)
+        if found is None:
+            waiting.append(cell)
+            continue
+        results[key(cell)] = found
+        on_cell(len(results), total, cell, found)
+    for cell, ended in scheduler.run(waiting, notify=once, on_epoch=on_epoch):
+        if isinstance(ended, Failure):
+            failed[cell.title] = ended.reason
+            ledger.fail(cell, ended.reason)
+        else:
+            ledger.finish(cell, ended)
+            results[key(cell)] = ended
+        done = len(results) + len(failed)
+        on_cell(done, total, cell, None if isinstance(ended, Failure) else ended)
+    finished = ((cell, results[key(cell)]) for cell in plan.cells if key(cell) in results)
     return Outcome(tuple(finished), failed)
