@@ -101,23 +101,51 @@ def plan_vtab(
     Raises:
         ValueError: a setting that makes no sense.
     """
+    found = read_tasks(root, tasks, notify)
+    cells = [
+        cell
+        for task, lists in found.lists.items()
+        for cell in make_cells("vtab", task, lists, seeds, choices)
+    ]
+    return Plan("vtab", tuple(cells), found.missing, found.left_out)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds of some tasks.
+
+    Attributes:
+        lists: task → its images.
+        missing, left_out: as in `Plan`.
+    """
+
+    lists: Mapping[str, ImageLists]
+    missing: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
+def read_tasks(root: Path, tasks: Sequence[str], notify: Notify) -> Found:
+    """The lists of tasks in VTAB-1K's layout; the arguments are `plan_vtab`'s.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
     _check_folder(root)
-    cells: list[Cell] = []
+    found: dict[str, ImageLists] = {}
     missing: list[str] = []
     left_out: dict[str, str] = {}
     for task in tasks:
         try:
-            lists = vtab_lists(root, task)
+            found[task] = vtab_lists(root, task)
         except MissingTaskError:
             missing.append(task)
             continue
         except ListError as error:
             left_out[task] = str(error)
             continue
-        for note in lists.notes:
+        for note in found[task].notes:
             notify(f"{task}: {note}")
-        cells += _cells("vtab", task, lists, seeds, choices, None)
-    return Plan("vtab", tuple(cells), tuple(missing), left_out)
+    return Found(found, tuple(missing), left_out)
 
 
 def plan_fewshot(
@@ -159,7 +187,7 @@ def plan_fewshot(
                     continue
                 for note in lists.notes:
                     notify(f"{task}, {count} shots, seed {seed}: {note}")
-                cells += _cells("fewshot", task, lists, [seed], choices, count)
+                cells += make_cells("fewshot", task, lists, [seed], choices, count)
     return Plan("fewshot", tuple(cells), tuple(missing), left_out)
 
 
@@ -168,14 +196,27 @@ def _check_folder(root: Path) -> None:
     require("data", root.is_dir(), "a folder of tasks' folders", f"{root} ({what})")
 
 
-def _cells(
+def make_cells(
     suite: str,
     task: str,
     lists: ImageLists,
     seeds: Sequence[int],
     choices: Choices,
-    shots: int | None,
+    shots: int | None = None,
 ) -> list[Cell]:
+    """The cells of one task: methods × seeds, by the recipe.
+
+    Args:
+        suite: "vtab" or "fewshot".
+        task: its name.
+        lists: its images.
+        seeds: of the trainings.
+        choices: the methods and their settings.
+        shots: images a class, of a few-shot set.
+
+    Raises:
+        ValueError: a setting that makes no sense.
+    """
     published = task if suite == "vtab" and task in TASKS else None
     found = []
     for method in choices.methods:
@@ -186,9 +227,7 @@ def _cells(
         if "lr" in given:
             given.setdefault("min_lr", min(recipe.min_lr, given["lr"]))
         for seed in dict.fromkeys(seeds):
-            settings = recipe.settings(
-                lists.root, **{**given, "options": options, "seed": seed}
-            )
+            settings = recipe.settings(lists.root, **{**given, "options": options, "seed": seed})
             found.append(
                 Cell(
                     suite=suite,

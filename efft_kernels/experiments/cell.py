@@ -80,7 +80,9 @@ class Cell:
     @property
     def title(self) -> str:
         """For people: "cifar-efft2-seed42 (rank 8, scale 0.1)"."""
-        return f"{self.name} ({self.label})" if self.label else self.name
+        about = [self.label] if self.label else []
+        about += ["to choose"] if self.choosing else []
+        return f"{self.name} ({', '.join(about)})" if about else self.name
 
     def identity(self) -> dict[str, Any]:
         """All that decides the result."""

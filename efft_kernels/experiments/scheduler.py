@@ -157,9 +157,10 @@ class OnRay:
         if not cells:
             return
         ray = self._ray
-        slots = self._connect()
+        slots = self.connect()
         task = ray.remote(_on_worker)
-        waiting, tries, running = deque(cells), Counter[int](), {}
+        waiting, tries = deque(cells), Counter[int]()
+        running: dict[Any, Cell] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < 2 * slots:  # the lists of a cell are large
@@ -190,8 +191,12 @@ class OnRay:
                 with suppress(Exception):  # Ray may be gone too
                     ray.cancel(ref, force=True)
 
-    def _connect(self) -> int:
-        """Reach Ray; how many cells fit into it now."""
+    def connect(self) -> int:
+        """Reach Ray, where that is not done yet; how many cells fit into it now.
+
+        Raises:
+            ValueError, OSError: as `run`.
+        """
         ray = self._ray
         if not ray.is_initialized():
             quiet = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -206,9 +211,13 @@ class OnRay:
             most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
             if per_cell > most:
                 name = f"{kind.lower()}s_per_cell"
-                raise ValueError(f"{name} must be at most the {most:g} of a machine, got {per_cell}")
+                raise ValueError(
+                    f"{name} must be at most the {most:g} of a machine, got {per_cell}"
+                )
         fit = [
-            min(int(node.get(kind, 0.0) / per_cell) for kind, per_cell in wanted.items() if per_cell)
+            min(
+                int(node.get(kind, 0.0) / per_cell) for kind, per_cell in wanted.items() if per_cell
+            )
             for node in nodes
         ]
         return max(1, sum(fit))

@@ -91,7 +91,9 @@ class Schedule:
             parameters: tensors, or groups of them as torch's optimizers take them.
             updates_per_epoch: batches of the loader.
         """
-        kind = partial(torch.optim.SGD, momentum=0.9) if self.optimizer == "sgd" else torch.optim.AdamW
+        kind = (
+            partial(torch.optim.SGD, momentum=0.9) if self.optimizer == "sgd" else torch.optim.AdamW
+        )
         optimizer: torch.optim.Optimizer = kind(
             parameters, lr=self.lr, weight_decay=self.weight_decay
         )

@@ -344,7 +344,7 @@ def _groups(model: nn.Module, settings: TrainSettings) -> list[Any]:
     heads = [model.get_submodule(path) for path in resolve_modules_to_train(model, "head")]
     of_head = {id(parameter) for head in heads for parameter in head.parameters()}
     rest = [parameter for parameter in trained if id(parameter) not in of_head]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": rest, "lr": settings.lr * settings.backbone_lr_factor},
         {"params": [parameter for parameter in trained if id(parameter) in of_head]},
     ]
