@@ -147,7 +147,7 @@ def sweep(
             seeds = seeds if "seeds" in given else "0,1,2"
             if "methods" not in given:
                 options = dataclasses.replace(options, methods=searched.protocol)
-        plan = _plan(options, searched, tasks, seeds)
+        plan = make_plan(options, searched, tasks, seeds)
         tell_left_out(options, plan)
     if dry_run:
         _list(plan, output, console)
@@ -172,7 +172,14 @@ def sweep(
     finish(plan, outcome.failed, len(set(map(id, cells))))
 
 
-def _plan(options: BenchmarkOptions, searched: SearchOptions, tasks: str, seeds: str) -> SweepPlan:
+def make_plan(
+    options: BenchmarkOptions, searched: SearchOptions, tasks: str, seeds: str
+) -> SweepPlan:
+    """What the options of the command ask for.
+
+    Raises:
+        ValueError: an option that cannot be parsed or makes no sense.
+    """
     from ..experiments.sweep import plan_sweep
     from ..experiments.tasks import choose
 

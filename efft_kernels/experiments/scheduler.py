@@ -187,9 +187,11 @@ class OnRay:
                         notify(note)
                     yield cell, ended
         finally:
-            for ref in running:
+            # Of a Ray that is left behind, its end ends them. Ray 2.60 aborts this process now and
+            # then where a task is cancelled by force just as it ends.
+            for ref in [] if self._owned else running:
                 with suppress(Exception):  # Ray may be gone too
-                    ray.cancel(ref, force=True)
+                    ray.cancel(ref)
 
     def connect(self) -> int:
         """Reach Ray, where that is not done yet; how many cells fit into it now.
