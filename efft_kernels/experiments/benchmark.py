@@ -224,8 +224,8 @@ def make_cells(
         known = {item.name for item in dataclasses.fields(TRAINABLE[method])}
         options = {name: value for name, value in choices.options.items() if name in known}
         given = dict(choices.given)
-        if "lr" in given:
-            given.setdefault("min_lr", min(recipe.min_lr, given["lr"]))
+        lowest = given.get("lr", recipe.lr) * min(1.0, given.get("backbone_lr_factor", 1.0))
+        given.setdefault("min_lr", min(recipe.min_lr, max(lowest, 0.0)))
         for seed in dict.fromkeys(seeds):
             settings = recipe.settings(lists.root, **{**given, "options": options, "seed": seed})
             found.append(

@@ -215,6 +215,11 @@ class SweepPlan:
         """The first that run."""
         return tuple(cell for item in self.candidates for cell in item.tries)
 
+    def place(self, candidate: Candidate) -> tuple[int, int]:
+        """Where a candidate stands among all: beside those that differ in the ladder's rung."""
+        first = [_rest(item, self.search) for item in self.candidates]
+        return first.index(_rest(candidate, self.search)), candidate.rung or 0
+
     def plan(self, cells: Sequence[Cell]) -> Plan:
         """Some of the cells."""
         return Plan("vtab", tuple(cells), self.missing, self.left_out)
@@ -298,7 +303,10 @@ def plan_sweep(
         if ladder is None:
             return ()
         more: list[Candidate] = []
-        for items in _by_rest(tried, ladder.name).values():
+        groups: dict[str, list[Tried]] = {}
+        for item in tried:
+            groups.setdefault(_rest(item.candidate, search), []).append(item)
+        for items in groups.values():
             first = items[0].candidate
             scores = {item.candidate.rung: item.score for item in items}
             more += [
@@ -323,14 +331,11 @@ def plan_sweep(
     )
 
 
-def _by_rest(tried: Sequence[Tried], but: str) -> dict[str, list[Tried]]:
-    """What was tried, by all that sets it apart but one axis."""
-    groups: dict[str, list[Tried]] = {}
-    for item in tried:
-        of = item.candidate
-        rest = [f"{name}={value!r}" for name, value in of.values.items() if name != but]
-        groups.setdefault(" ".join([of.task, of.method, *rest]), []).append(item)
-    return groups
+def _rest(candidate: Candidate, search: Search) -> str:
+    """All that sets a candidate apart but the ladder's rung."""
+    but = None if search.ladder is None else search.ladder.name
+    values = [f"{name}={value!r}" for name, value in candidate.values.items() if name != but]
+    return " ".join([candidate.task, candidate.method, *values])
 
 
 def _choices(choices: Choices, method: str, values: Mapping[str, Any]) -> Choices:
@@ -353,6 +358,7 @@ def run_sweep(plan: SweepPlan, run: Callable[[str, Plan], Outcome]) -> SweepOutc
         run: (what the cells are for, the cells) → what came of them; `benchmark.run` with a ledger.
     """
     candidates = list(plan.candidates)
+    tried: list[Tried] = []
     results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     wave = plan.candidates
@@ -363,12 +369,11 @@ def run_sweep(plan: SweepPlan, run: Callable[[str, Plan], Outcome]) -> SweepOutc
         tried = [_tried(item, results, failed, plan.search.by) for item in candidates]
         wave = plan.refine(tried)
         candidates += wave
-    chosen = choose(tried) if candidates else ()
+    chosen = choose(tried)
     finals = [cell for item in chosen for cell in item.candidate.finals]
     final = run("to test", plan.plan(finals)) if finals else Outcome((), {})
-    return SweepOutcome(
-        plan.search, tuple(tried) if candidates else (), chosen, final, {**failed, **final.failed}
-    )
+    in_order = tuple(sorted(tried, key=lambda item: plan.place(item.candidate)))
+    return SweepOutcome(plan.search, in_order, chosen, final, {**failed, **final.failed})
 
 
 def _tried(

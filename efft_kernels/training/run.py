@@ -293,7 +293,7 @@ def _assemble(
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         warmup_epochs=settings.resolved_warmup_epochs,
-        warmup_lr=min(WARMUP_LR, settings.lr),
+        warmup_lr=min(WARMUP_LR, settings.lr, settings.lr * settings.backbone_lr_factor),
         min_lr=settings.min_lr,
         step=settings.schedule,
         optimizer=settings.optimizer,

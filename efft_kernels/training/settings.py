@@ -156,6 +156,9 @@ class TrainSettings:
         fits = 0 < self.backbone_lr_factor < math.inf
         require("backbone_lr_factor", fits, "above 0", self.backbone_lr_factor)
         require("min_lr", self.min_lr <= self.lr, f"at most lr={self.lr}", self.min_lr)
+        of_backbone = self.lr * self.backbone_lr_factor
+        expected = f"at most lr · backbone_lr_factor={of_backbone:g}"
+        require("min_lr", self.min_lr <= of_backbone, expected, self.min_lr)
         fits = 0 <= self.label_smoothing < 1
         require("label_smoothing", fits, "within [0, 1)", self.label_smoothing)
         require("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1", self.ema)
