@@ -10,7 +10,6 @@ import os
 import site
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -161,37 +160,33 @@ class OnRay:
         task = ray.remote(_on_worker)
         waiting, tries = deque(cells), Counter[int]()
         running: dict[Any, Cell] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < 2 * slots:  # the lists of a cell are large
-                    cell = waiting.popleft()
-                    tries[id(cell)] += 1
-                    options = self._options(cell)
-                    running[task.options(**options).remote(cell, self.cpus_per_cell)] = cell
-                for ref in ray.wait(list(running), num_returns=1)[0]:
-                    cell = running.pop(ref)
-                    try:
-                        notes, ended = ray.get(ref)
-                    except ray.exceptions.RayTaskError as error:
-                        yield cell, Failure(_in_one_line(error.cause or error))
-                        continue
-                    except ray.exceptions.RayError as error:
-                        died = f"its worker died ({_died_of(error)})"
-                        if tries[id(cell)] <= self.max_retries:
-                            notify(f"{cell.title}: {died}; it is run again")
-                            waiting.appendleft(cell)
-                        else:
-                            yield cell, Failure(died)
-                        continue
-                    for note in notes:
-                        notify(note)
-                    yield cell, ended
-        finally:
-            # Of a Ray that is left behind, its end ends them. Ray 2.60 aborts this process now and
-            # then where a task is cancelled by force just as it ends.
-            for ref in [] if self._owned else running:
-                with suppress(Exception):  # Ray may be gone too
-                    ray.cancel(ref)
+        while waiting or running:
+            # No more at a time than fit: their lists are large, and what is running when this
+            # process is interrupted is all that a Ray that goes on still does. (No ray.cancel then:
+            # Ray 2.60 aborts this process now and then where the task just ends.)
+            while waiting and len(running) < slots:
+                cell = waiting.popleft()
+                tries[id(cell)] += 1
+                ref = task.options(**self._options(cell)).remote(cell, self.cpus_per_cell)
+                running[ref] = cell
+            for ref in ray.wait(list(running), num_returns=1)[0]:
+                cell = running.pop(ref)
+                try:
+                    notes, ended = ray.get(ref)
+                except ray.exceptions.RayTaskError as error:
+                    yield cell, Failure(_in_one_line(error.cause or error))
+                    continue
+                except ray.exceptions.RayError as error:
+                    died = f"its worker died ({_died_of(error)})"
+                    if tries[id(cell)] <= self.max_retries:
+                        notify(f"{cell.title}: {died}; it is run again")
+                        waiting.appendleft(cell)
+                    else:
+                        yield cell, Failure(died)
+                    continue
+                for note in notes:
+                    notify(note)
+                yield cell, ended
 
     def connect(self) -> int:
         """Reach Ray, where that is not done yet; how many cells fit into it now.
