@@ -26,7 +26,7 @@ class SchedulingOptions:
         bool, _RAY("--ray", help="Run several cells at a time, as Ray's tasks on this machine.")
     ] = False
     ray_address: Annotated[
-        str | None, _RAY(help="Or on the cluster there: auto, HOST:PORT, ray://HOST:PORT.")
+        str | None, _RAY(help="Or on the cluster there: auto, or HOST:PORT.")
     ] = None
     cpus_per_cell: Annotated[float, _RAY(help="CPUs for each, and threads of its torch.")] = 1.0
     gpus_per_cell: Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import site
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -150,8 +151,7 @@ class OnRay:
         """As `Scheduler` has it.
 
         Raises:
-            ValueError: no machine has what a cell is to reserve.
-            OSError: no cluster answers at the address.
+            ValueError: no machine has what a cell is to reserve, or no cluster is at the address.
         """
         if not cells:
             return
@@ -192,7 +192,7 @@ class OnRay:
         """Reach Ray, where that is not done yet; how many cells fit into it now.
 
         Raises:
-            ValueError, OSError: as `run`.
+            ValueError: as `run`.
         """
         ray = self._ray
         if not ray.is_initialized():
@@ -200,7 +200,14 @@ class OnRay:
             if self.address is None:
                 ray.init(address="local", include_dashboard=False, **quiet)
             else:
-                ray.init(address=self.address, **quiet)
+                _check_answers(self.address)
+                try:
+                    ray.init(address=self.address, **quiet)
+                except ConnectionError as error:
+                    raise ValueError(
+                        f"ray_address must be where a cluster runs, got {self.address}; start one"
+                        " with ray start --head"
+                    ) from error
             self._owned = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         wanted = {"CPU": self.cpus_per_cell, "GPU": self.gpus_per_cell}
@@ -232,6 +239,20 @@ class OnRay:
             "max_retries": 0,  # Ray's own would go on for ever where a cell needs too much memory
             "runtime_env": {"env_vars": environment} if environment else None,
         }
+
+
+def _check_answers(address: str) -> None:
+    """Raise at once what Ray would raise after minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:  # "auto", or a name that Ray refuses at once
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"ray_address must be where a cluster runs, got {address} ({error})"
+        ) from None
 
 
 def _python_path() -> str:

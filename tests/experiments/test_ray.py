@@ -248,7 +248,14 @@ def test_a_killed_worker_is_a_failed_cell_or_one_that_runs_again(
     assert found[0] == found[1]
 
 
-def test_what_a_cell_cannot_have_is_told_before(cluster: str) -> None:
+def test_what_a_cell_cannot_have_is_told_before(kitti: Path, cluster: str, tmp_path: Path) -> None:
+    command = ["vtab", "--data", str(kitti), "--output", str(tmp_path / "run"), "--ray"]
+    command += [*(part for part in COMMAND if "ranks" not in part), "--cpus-per-cell=3"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2, result.output
+    line = "error: cpus_per_cell must be at most the 2 of a machine, got 3.0"
+    assert result.stderr.splitlines()[-1] == line
+    assert not (tmp_path / "run").exists()
     for reserved, message in (
         ({"cpus_per_cell": 3}, "cpus_per_cell must be at most the 2 of a machine, got 3"),
         ({"gpus_per_cell": 99}, r"gpus_per_cell must be at most the \d+ of a machine, got 99"),

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from efft_kernels.cli import app
+from efft_kernels.experiments import scheduler
 from efft_kernels.experiments.benchmark import Choices, Outcome, Plan, plan_vtab, run
 from efft_kernels.experiments.cell import Cell
 from efft_kernels.experiments.ledger import Ledger, key
@@ -276,6 +278,33 @@ def test_ray_is_not_needed_until_it_is_asked_for(monkeypatch: pytest.MonkeyPatch
     ):
         with pytest.raises(ValueError, match=message):
             OnRay(**arguments)  # type: ignore[arg-type]
+
+
+def test_without_ray_the_command_says_how_to_get_it(
+    kitti: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for options in (("--ray",), ("--ray-address=auto",)):
+        result = sweep(kitti, tmp_path / "run", "--ranks=2", *options)
+        assert result.exit_code == 2, result.output
+        assert "pip install 'efft-kernels[sweep]'" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:x"])
+def test_where_no_cluster_runs_is_told_at_once(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ValueError, match=f"ray_address must be where a cluster .* got {address}"):
+        OnRay(address).connect()
+
+
+def test_workers_look_for_this_very_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = str(Path(scheduler.__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/somewhere", home]))
+    assert scheduler._python_path() == os.pathsep.join([home, "/somewhere"])
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setattr(scheduler.site, "getsitepackages", lambda: [home])
+    assert scheduler._python_path() == ""  # installed: they find it by themselves
 
 
 def sweep(data: Path, output: Path, *options: str) -> Result:
