@@ -42,6 +42,9 @@ PROTOCOLS = {
 # the images that were skipped.
 FREE = ("data", "checkpoint", "workers", "device", "skip_bad_images")
 
+# Settings that older ledgers do not have, and what they did: with these a cell has the key it had.
+_BEFORE = {"optimizer": "adamw", "backbone_lr_factor": 1.0}
+
 Notify = Callable[[str], None]
 
 
@@ -93,7 +96,11 @@ class Cell:
             "suite": self.suite,
             "task": self.task,
             "shots": self.shots,
-            "settings": {name: value for name, value in settings.items() if name not in FREE},
+            "settings": {
+                name: value
+                for name, value in settings.items()
+                if name not in FREE and (name not in _BEFORE or value != _BEFORE[name])
+            },
             "images": self.lists.digest,
             "checkpoint": self.checkpoint_sha256,
             "test_every": self.test_every,

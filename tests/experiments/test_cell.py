@@ -87,11 +87,17 @@ def test_the_key_is_of_what_decides_the_result(cell: Cell, tmp_path: Path) -> No
         setting(model="vit_tiny_patch16_224"),
         setting(pretrained=True),
         setting(normalize="model"),
+        setting(optimizer="sgd"),
+        setting(backbone_lr_factor=0.1),
+        other(choosing=True),
         other(test_every=1),
         other(checkpoint_sha256="00"),
         other(lists=dataclasses.replace(cell.lists, classes=5)),
     ]
     assert len({same, *different}) == 1 + len(different)
+    assert other(label="rank 2") == same
+    # What ledgers that know no other optimizer have recorded is found again.
+    assert not {"optimizer", "backbone_lr_factor"} & set(cell.identity()["settings"])
 
 
 def test_a_cell_travels_to_another_process(cell: Cell) -> None:
