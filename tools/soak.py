@@ -6,8 +6,8 @@ save    an adapter is saved over the same file again and again. After each kill 
         those that were written, whole.
 train   a run is killed and resumed until it ends. Its adapter and its metrics are those of a run
         that was left alone.
-sweep   a small `efft-kernels vtab` is killed and started again until it ends. Its results are those
-        of one that was left alone.
+sweep   a small `efft-kernels sweep` is killed and started again until it ends. Its results and its
+        table of all that was tried are those of one that was left alone.
 
 The kills are shared among the three. Each victim is a fork of this process, so that a kill costs no
 start of Python; SIGKILL leaves it no time to clean up.
@@ -189,27 +189,24 @@ def soak_train(folder: Path, draw: random.Random) -> Iterator[str]:
 
 def soak_sweep(folder: Path, draw: random.Random) -> Iterator[str]:
     """What happened, step by step; see the module."""
-    for task in ("caltech101", "dtd"):
-        _write_images(folder / "data" / task / "images")
-        paths = sorted((folder / "data" / task).rglob("*.png"))
-        lines = [
-            f"{p.relative_to(folder / 'data' / task)} {p.parent.name == 'red':d}" for p in paths
-        ]
-        for name, part in (("train800", 0), ("val200", 1), ("test", 2)):
-            chosen = "\n".join(lines[part::3]) + "\n"
-            (folder / "data" / task / f"{name}.txt").write_text(chosen)
-        whole = folder / "data" / task / "train800val200.txt"
-        whole.write_text("\n".join(lines[0::3] + lines[1::3]) + "\n")
+    task = _write_images(folder / "data" / "dtd" / "images").parent
+    paths = sorted(task.rglob("*.png"))
+    lines = [f"{path.relative_to(task)} {path.parent.name == 'red':d}" for path in paths]
+    parts = {"train800": lines[0::3], "val200": lines[1::3], "test": lines[2::3]}
+    parts["train800val200"] = parts["train800"] + parts["val200"]
+    for name, part in parts.items():
+        (task / f"{name}.txt").write_text("\n".join(part) + "\n")
 
     def run(output: Path) -> None:
-        command = ["vtab", "--data", str(folder / "data"), "--output", str(output)]
-        command += ["--tasks", "caltech101,dtd", "--methods", "efft2,fact_tt", "--epochs", "2"]
-        command += ["--model", "test_vit", "--img-size", "32", "--batch-size", "4", "--rank", "2"]
+        command = ["sweep", "--data", str(folder / "data"), "--output", str(output)]
+        command += ["--tasks", "dtd", "--methods", "efft2,fact_tt", "--epochs", "2"]
+        command += ["--model", "test_vit", "--img-size", "32", "--batch-size", "4"]
+        command += ["--ranks", "1,2"]
         command += ["--no-pretrained", "--device", "cpu", "--workers", "0", "--test-every", "1"]
         app(command, standalone_mode=False)
 
     def read(output: Path) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {"tried.csv": (output / "tried.csv").read_text()}
         for path in sorted(output.rglob("result.json")):
             content = json.loads(path.read_text())
             found[path.parent.name] = _without_times(content["result"])

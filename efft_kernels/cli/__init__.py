@@ -6,7 +6,8 @@ when the command is called: torch, timm, torchvision, torchmetrics and matplotli
 
 commands.py   the commands by name, and the loading of the one that is called
 options.py    options and groups of options that commands share
-benchmark.py  what vtab and fewshot share
+benchmark.py  what vtab, fewshot and sweep share
+scheduling.py the options on where the cells run
 source.py     the options that open what training left
 config.py     options from a file
 parse.py      the text of an option as numbers

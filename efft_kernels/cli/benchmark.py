@@ -1,9 +1,10 @@
-"""What `vtab` and `fewshot` share: their options, running the cells, and the files."""
+"""What `vtab`, `fewshot` and `sweep` share: options, running the cells, and the files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from ..training.methods import TRAINABLE
 from . import parse
 from .errors import FAILED, USER_ERROR, fail, input_errors, interruptible
 from .options import Amp, Device, check_backend
+from .scheduling import SchedulingOptions
 from .terminal import bar, note, progress
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ..experiments.benchmark import Choices, Outcome, Plan
     from ..experiments.cell import Cell
     from ..experiments.grid import Grid
+    from ..experiments.sweep import SweepPlan
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,6 @@ class BenchmarkOptions:
         for name in ("pretrained", "workers", "device", "backend", "skip_bad_images"):
             given[name] = getattr(self, name)
         given["amp"] = self.amp.value
-        if self.lr is not None:  # the recipe's end of the cosine may lie above a low peak
-            given["min_lr"] = min(1e-5, self.lr)
         options: dict[str, Any] = {}
         if self.rank is not None:
             options["rank"] = parse.rank(self.rank)
@@ -114,6 +115,7 @@ def run_and_report(
     grids: Callable[[Outcome], list[Grid]],
     figures: Callable[[Outcome], Mapping[str, Figure]],
     lead: Sequence[str] = (),
+    scheduling: SchedulingOptions = SchedulingOptions(),  # noqa: B008
 ) -> None:
     """Run what the ledger in `output` lacks, and write the tables and figures of all that is there.
 
@@ -124,50 +126,123 @@ def run_and_report(
         grids: the tables of what finished.
         figures: by name, likewise.
         lead: paragraphs for the top of the report.
+        scheduling: who runs the cells.
 
     Raises:
         typer.Exit: 2 where nothing can run, 1 where a cell failed.
     """
-    from ..experiments.benchmark import find_finished, run
-    from ..experiments.ledger import Ledger
+    from ..experiments import tables
 
     console = Console()
     with input_errors():
         plan = make_plan(options.choices())
-        if plan.missing:
-            note(f"no folder in {options.data}, so left out: {', '.join(plan.missing)}")
-        for what, why in plan.left_out.items():
-            note(f"left out {what}: {why}")
-        if not plan.cells:
-            raise ValueError(f"data must hold a task that can run, got none in {options.data}")
+        tell_left_out(options, plan)
+    with running(options, scheduling, output, plan.cells, console) as run:
+        outcome = run("", plan)
+    if outcome.finished:
+        files = {
+            "cells.csv": tables.cells_csv(outcome),
+            "results.json": as_json(tables.to_json(plan, outcome)),
+        }
+        title = f"{plan.suite}: {', '.join(dict.fromkeys(cell.task for cell in plan.cells))}"
+        gone = not_there(plan, outcome.failed)
+        made = grids(outcome), figures(outcome)
+        write_report(output, title, files, *made, lead, gone, console)
+    finish(plan, outcome.failed, len(plan.cells))
+
+
+def tell_left_out(options: BenchmarkOptions, plan: Plan | SweepPlan) -> None:
+    """Name on stderr what cannot run.
+
+    Raises:
+        ValueError: nothing can.
+    """
+    if plan.missing:
+        note(f"no folder in {options.data}, so left out: {', '.join(plan.missing)}")
+    for what, why in plan.left_out.items():
+        note(f"left out {what}: {why}")
+    if not plan.cells:
+        raise ValueError(f"data must hold a task that can run, got none in {options.data}")
+
+
+@contextmanager
+def running(
+    options: BenchmarkOptions,
+    scheduling: SchedulingOptions,
+    output: Path,
+    cells: Sequence[Cell],
+    console: Console,
+) -> Iterator[Callable[[str, Plan], Outcome]]:
+    """(what for, cells) -> what came of them, within the block; what finishes is kept in `output`.
+
+    Args:
+        options, scheduling, output: of the command.
+        cells: the first that are to run; the backbone is checked if one of them is not finished.
+        console: where they are shown.
+
+    Raises:
+        typer.Exit: 2 where nothing can run.
+    """
+    from ..experiments.benchmark import find_finished, run
+    from ..experiments.ledger import Ledger
+
+    with input_errors():
         if output.exists() and not output.is_dir():
             raise ValueError(f"output must be a folder, got the file {output}")
         ledger = Ledger(output / "cells", note)
-        waiting = [cell for cell in plan.cells if find_finished(ledger, cell) is None]
+        waiting = [cell for cell in cells if find_finished(ledger, cell) is None]
         if waiting:
             _check_backbone(waiting[0])
-        output.mkdir(parents=True, exist_ok=True)
-    done = len(plan.cells) - len(waiting)
-    console.print(f"{len(plan.cells)} cells, {done} finished before", highlight=False)
 
+    told_of: set[str] = set()
+
+    def once(message: str) -> None:
+        if message not in told_of:
+            told_of.add(message)
+            note(message)
+
+    def run_shown(what: str, plan: Plan) -> Outcome:
+        done = sum(find_finished(quiet, cell) is not None for cell in plan.cells)
+        told = f"{what}: " if what else ""
+        console.print(f"{told}{len(plan.cells)} cells, {done} finished before", highlight=False)
+        with progress(console) as shown:
+            show_cells, show_epochs = bar(shown, "cells"), bar(shown, "epochs")
+
+            def on_cell(
+                index: int, total: int, cell: Cell, result: Mapping[str, Any] | None
+            ) -> None:
+                show_cells(index, total)
+                console.print(f"{cell.title}: {_in_words(result)}", highlight=False, soft_wrap=True)
+
+            return run(
+                plan,
+                ledger,
+                scheduler=scheduler,
+                notify=once,
+                on_cell=on_cell,
+                on_epoch=show_epochs,
+            )
+
+    quiet = Ledger(ledger.folder)
     with (
         interruptible(f"interrupted. the same command goes on where {output} ends"),
-        progress(console) as shown,
         use_backend(options.backend),
+        scheduling.scheduler(options.device, needed=bool(waiting)) as scheduler,
     ):
-        show_cells, show_epochs = bar(shown, "cells"), bar(shown, "epochs")
+        output.mkdir(parents=True, exist_ok=True)
+        yield run_shown
 
-        def on_cell(index: int, total: int, cell: Cell, result: Mapping[str, Any] | None) -> None:
-            show_cells(index, total)
-            console.print(f"{cell.name}: {_in_words(result)}", highlight=False, soft_wrap=True)
 
-        outcome = run(plan, ledger, notify=note, on_cell=on_cell, on_epoch=show_epochs)
-    if outcome.finished:
-        _write(output, plan, outcome, grids(outcome), figures(outcome), lead, console)
-    for name, why in outcome.failed.items():
+def finish(plan: Plan | SweepPlan, failed: Mapping[str, str], cells: int) -> None:
+    """Name what failed, and exit accordingly.
+
+    Raises:
+        typer.Exit: 1 where a cell failed, 2 where lists cannot be used.
+    """
+    for name, why in failed.items():
         note(f"failed {name}: {why}")
-    if outcome.failed:
-        raise fail(f"{len(outcome.failed)} of {len(plan.cells)} cells failed", FAILED)
+    if failed:
+        raise fail(f"{len(failed)} of {cells} cells failed", FAILED)
     if plan.left_out:
         raise fail(f"lists that cannot be used: {', '.join(plan.left_out)}", USER_ERROR)
 
@@ -192,41 +267,58 @@ def _in_words(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "failed"
     found = [f"{name} {item['top1_percent']:.1f} %" for name, item in result["results"].items()]
-    return ", ".join(found)
+    if result["val_top1_percent"] and not found:
+        found = [f"val200 {result['val_top1_percent'][-1]:.1f} %"]
+    return ", ".join(found) or f"diverged ({result.get('diverged')})"
 
 
-def _write(
+def not_there(plan: Plan | SweepPlan, failed: Mapping[str, str]) -> list[str]:
+    """What a report says is missing, and why."""
+    missing = [f"{task}: no folder" for task in plan.missing]
+    return missing + [f"{what}: {why}" for what, why in (*plan.left_out.items(), *failed.items())]
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """The text of a file."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def write_report(
     output: Path,
-    plan: Plan,
-    outcome: Outcome,
-    grids: list[Grid],
+    title: str,
+    files: Mapping[str, str],
+    grids: Sequence[Grid],
     figures: Mapping[str, Figure],
     lead: Sequence[str],
+    not_there: Sequence[str],
     console: Console,
 ) -> None:
+    """Write and show what came of the cells, each file in one step.
+
+    Args:
+        output: the folder.
+        title: of the page.
+        files: name → text, beside the report.
+        grids: the tables.
+        figures: by name.
+        lead: paragraphs on top of the page.
+        not_there: what is missing, and why.
+        console: where the tables are shown.
+    """
     from ..analysis.plots import save
     from ..atomic_files import write_text
-    from ..experiments import page, tables
+    from ..experiments import page
 
     text = "\n".join(grid.markdown() for grid in grids)
-    missing = [f"{task}: no folder" for task in plan.missing]
-    missing += [f"{what}: {why}" for what, why in (*plan.left_out.items(), *outcome.failed.items())]
-    if missing:
-        text += "\n### Not there\n\n" + "".join(f"- {line}\n" for line in missing)
-    write_text(output / "table.md", text)
-    write_text(output / "cells.csv", tables.cells_csv(outcome))
-    content = json.dumps(tables.to_json(plan, outcome), indent=2, allow_nan=False)
-    write_text(output / "results.json", content + "\n")
+    if not_there:
+        text += "\n### Not there\n\n" + "".join(f"- {line}\n" for line in not_there)
+    for name, content in {"table.md": text, **files}.items():
+        write_text(output / name, content)
     for name, figure in figures.items():
         save(figure, output, name)
-    title = f"{plan.suite}: {', '.join(dict.fromkeys(cell.task for cell in plan.cells))}"
     pictures = [f"{name}.svg" for name in figures]
-    text = page.html(title, [*lead, *missing], grids, pictures)
-    write_text(output / "report.html", text)
+    write_text(output / "report.html", page.html(title, [*lead, *not_there], grids, pictures))
     for grid in grids:
         grid.show(console)
-    console.print(
-        f"wrote report.html, table.md, cells.csv, results.json and figures to {output}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    names = ", ".join(["report.html", "table.md", *files])
+    console.print(f"wrote {names} and figures to {output}", highlight=False, soft_wrap=True)

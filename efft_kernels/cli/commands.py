@@ -151,6 +151,12 @@ COMMANDS = {
         "Fine-grained few-shot sets × shots × methods × seeds, in the layout of NOAH's lists.",
         data="a folder of tasks' folders",
     ),
+    "sweep": Command(
+        "sweep",
+        "sweep",
+        "Try ranks, scales, rates on val200; train and test the best for each task and method.",
+        data="a folder of tasks' folders",
+    ),
     "papers": Command(
         "papers",
         "papers",

@@ -10,6 +10,7 @@ import typer
 from . import parse
 from .benchmark import BenchmarkOptions, run_and_report
 from .options import with_options
+from .scheduling import SchedulingOptions
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @with_options
 def fewshot(
     options: BenchmarkOptions,
+    scheduling: SchedulingOptions,
     tasks: Annotated[
         str, typer.Option(help="Sets or aliases separated by commas, or all five.")
     ] = "all",
@@ -60,4 +62,4 @@ def fewshot(
         panels = fewshot_panels(outcome, options.report)
         return {"shots": shots_lines(panels, "top-1 accuracy (%)")} if panels else {}
 
-    run_and_report(options, output, make_plan, grids, figures)
+    run_and_report(options, output, make_plan, grids, figures, scheduling=scheduling)

@@ -51,6 +51,19 @@ def given(values: Mapping[str, Any]) -> MethodOptions:
     )
 
 
+def parse_one(name: str, text: str) -> Any:
+    """A field's value from its text, as its option would have it.
+
+    Raises:
+        ValueError: no method has the field, or the text cannot be parsed.
+    """
+    if name not in _fields():
+        raise ValueError(f"axis must name a setting or an option of a method, got {name!r}")
+    kind = _option_type(name)
+    value = text if kind is str else parse.setting(text, kind, name)
+    return _parse(name, value)
+
+
 def _fields() -> dict[str, list[type[Method] | type[Baseline]]]:
     """Field → the methods that have it, "rank" first."""
     fields: dict[str, list[type[Method] | type[Baseline]]] = {}

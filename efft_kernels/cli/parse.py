@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..methods.base import Rank
 
 MOST_BLOCKS = 10_000  # no model has so many, and a range of them is made in no time
@@ -45,6 +47,15 @@ def floats(text: str, name: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{name} must be numbers such as 0.1,1,10, got {_got(text)}") from None
+
+
+def setting(text: str, kind: type, name: str) -> Any:
+    """A text as a setting of one kind: "true" or "false", a number, or itself."""
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        what = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{name} must be {what}, got {_got(text)}") from None
 
 
 def _range(text: str) -> tuple[int, int] | None:

@@ -86,9 +86,15 @@ class TrainOptions:
         TrainSettings.warmup_epochs
     )
     schedule: Annotated[
-        str, _TRAINING(help="When the learning rate moves: after each update or each epoch.")
+        str, _TRAINING(help="When the learning rate moves: update, epoch, or constant for never.")
     ] = TrainSettings.schedule
     weight_decay: Annotated[float, _TRAINING()] = TrainSettings.weight_decay
+    optimizer: Annotated[str, _TRAINING(help="adamw, or sgd with momentum 0.9.")] = (
+        TrainSettings.optimizer
+    )
+    backbone_lr_factor: Annotated[
+        float, _TRAINING(help="On the learning rate, for all that trains but the head.")
+    ] = TrainSettings.backbone_lr_factor
     drop_path: Annotated[float, _TRAINING(help="Stochastic depth.")] = TrainSettings.drop_path
     mixup: Annotated[float, _TRAINING(help="α of mixup; 0: none.")] = TrainSettings.mixup
     cutmix: Annotated[float, _TRAINING(help="α of CutMix; 0: none.")] = TrainSettings.cutmix

@@ -10,6 +10,7 @@ import typer
 from . import parse
 from .benchmark import BenchmarkOptions, run_and_report
 from .options import with_options
+from .scheduling import SchedulingOptions
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @with_options
 def vtab(
     options: BenchmarkOptions,
+    scheduling: SchedulingOptions,
     tasks: Annotated[
         str, typer.Option(help="Names or aliases separated by commas, or all 19.")
     ] = "all",
@@ -45,23 +47,33 @@ def vtab(
         return vtab_grids(outcome, options.report)
 
     def figures(outcome: Outcome) -> dict[str, Figure]:
-        from ..experiments.cell import BEST_ON_TEST
-        from ..experiments.figures import group_bars, radar, scatter
-        from ..experiments.tables import tasks_run, vtab_scores, with_published
+        return vtab_figures(outcome, options.report)
 
-        ran = tasks_run(outcome)
-        scores = with_published(vtab_scores(outcome, options.report), ran)
-        if not scores:  # no cell has this result
-            return {}
-        title = f"VTAB-1K, {options.report}"
-        if options.report == BEST_ON_TEST:
-            title += " (optimistic)"
-        found = {
-            "groups": group_bars(scores, ran, title),
-            "parameters": scatter(scores, ran, title),
-        }
-        if len(ran) > 2:
-            found["radar"] = radar(scores, ran, title)
-        return found
+    run_and_report(options, output, make_plan, grids, figures, scheduling=scheduling)
 
-    run_and_report(options, output, make_plan, grids, figures)
+
+def vtab_figures(outcome: Outcome, report: str) -> dict[str, Figure]:
+    """Bars by group, accuracy against parameters, and with three tasks a radar.
+
+    Args:
+        outcome: of a benchmark.
+        report: the result to draw.
+    """
+    from ..experiments.cell import BEST_ON_TEST
+    from ..experiments.figures import group_bars, radar, scatter
+    from ..experiments.tables import tasks_run, vtab_scores, with_published
+
+    ran = tasks_run(outcome)
+    scores = with_published(vtab_scores(outcome, report), ran)
+    if not scores:  # no cell has this result
+        return {}
+    title = f"VTAB-1K, {report}"
+    if report == BEST_ON_TEST:
+        title += " (optimistic)"
+    found = {
+        "groups": group_bars(scores, ran, title),
+        "parameters": scatter(scores, ran, title),
+    }
+    if len(ran) > 2:
+        found["radar"] = radar(scores, ran, title)
+    return found

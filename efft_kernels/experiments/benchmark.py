@@ -1,4 +1,4 @@
-"""Which cells a benchmark has, and running them one after the other."""
+"""Which cells a benchmark has, and running those that the ledger does not have."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..training.loop import NonFiniteLossError
 from ..training.methods import TRAINABLE
 from ..training.recipe import recipe_for
 from ..training.settings import TrainSettings, require
-from .cell import Cell, Notify, run_cell
-from .ledger import Ledger
+from .cell import Cell, Notify
+from .ledger import Ledger, key
 from .lists import (
     SELECT_TRAIN,
     TRAIN,
@@ -27,6 +24,7 @@ from .lists import (
     task_folder,
     vtab_lists,
 )
+from .scheduler import HERE, Failure, Scheduler
 from .tasks import TASKS
 
 
@@ -36,7 +34,8 @@ class Choices:
 
     Attributes:
         methods: keys of `TRAINABLE`.
-        given: settings of `TrainSettings` that win over the recipe's.
+        given: settings of `TrainSettings` that win over the recipe's. A learning rate below the
+            end of the recipe's cosine is that end too, unless `min_lr` is given.
         options: the methods' options that win over the recipe's, for the methods that have them.
         test_every: epochs between two measurements on the test images.
         checkpoint_sha256: `file_digest` of given["checkpoint"].
@@ -80,7 +79,7 @@ class Outcome:
 
     Attributes:
         finished: cells with their results.
-        failed: cell's name → why.
+        failed: cell's title → why.
     """
 
     finished: tuple[tuple[Cell, dict[str, Any]], ...]
@@ -102,23 +101,51 @@ def plan_vtab(
     Raises:
         ValueError: a setting that makes no sense.
     """
+    found = read_tasks(root, tasks, notify)
+    cells = [
+        cell
+        for task, lists in found.lists.items()
+        for cell in make_cells("vtab", task, lists, seeds, choices)
+    ]
+    return Plan("vtab", tuple(cells), found.missing, found.left_out)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds of some tasks.
+
+    Attributes:
+        lists: task → its images.
+        missing, left_out: as in `Plan`.
+    """
+
+    lists: Mapping[str, ImageLists]
+    missing: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
+def read_tasks(root: Path, tasks: Sequence[str], notify: Notify) -> Found:
+    """The lists of tasks in VTAB-1K's layout; the arguments are `plan_vtab`'s.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
     _check_folder(root)
-    cells: list[Cell] = []
+    found: dict[str, ImageLists] = {}
     missing: list[str] = []
     left_out: dict[str, str] = {}
     for task in tasks:
         try:
-            lists = vtab_lists(root, task)
+            found[task] = vtab_lists(root, task)
         except MissingTaskError:
             missing.append(task)
             continue
         except ListError as error:
             left_out[task] = str(error)
             continue
-        for note in lists.notes:
+        for note in found[task].notes:
             notify(f"{task}: {note}")
-        cells += _cells("vtab", task, lists, seeds, choices, None)
-    return Plan("vtab", tuple(cells), tuple(missing), left_out)
+    return Found(found, tuple(missing), left_out)
 
 
 def plan_fewshot(
@@ -160,7 +187,7 @@ def plan_fewshot(
                     continue
                 for note in lists.notes:
                     notify(f"{task}, {count} shots, seed {seed}: {note}")
-                cells += _cells("fewshot", task, lists, [seed], choices, count)
+                cells += make_cells("fewshot", task, lists, [seed], choices, count)
     return Plan("fewshot", tuple(cells), tuple(missing), left_out)
 
 
@@ -169,24 +196,38 @@ def _check_folder(root: Path) -> None:
     require("data", root.is_dir(), "a folder of tasks' folders", f"{root} ({what})")
 
 
-def _cells(
+def make_cells(
     suite: str,
     task: str,
     lists: ImageLists,
     seeds: Sequence[int],
     choices: Choices,
-    shots: int | None,
+    shots: int | None = None,
 ) -> list[Cell]:
+    """The cells of one task: methods × seeds, by the recipe.
+
+    Args:
+        suite: "vtab" or "fewshot".
+        task: its name.
+        lists: its images.
+        seeds: of the trainings.
+        choices: the methods and their settings.
+        shots: images a class, of a few-shot set.
+
+    Raises:
+        ValueError: a setting that makes no sense.
+    """
     published = task if suite == "vtab" and task in TASKS else None
     found = []
     for method in choices.methods:
         recipe = recipe_for("vtab", published, method)
         known = {item.name for item in dataclasses.fields(TRAINABLE[method])}
         options = {name: value for name, value in choices.options.items() if name in known}
+        given = dict(choices.given)
+        lowest = given.get("lr", recipe.lr) * min(1.0, given.get("backbone_lr_factor", 1.0))
+        given.setdefault("min_lr", min(recipe.min_lr, max(lowest, 0.0)))
         for seed in dict.fromkeys(seeds):
-            settings = recipe.settings(
-                lists.root, **{**choices.given, "options": options, "seed": seed}
-            )
+            settings = recipe.settings(lists.root, **{**given, "options": options, "seed": seed})
             found.append(
                 Cell(
                     suite=suite,
@@ -242,6 +283,7 @@ def run(
     plan: Plan,
     ledger: Ledger,
     *,
+    scheduler: Scheduler = HERE,
     notify: Notify = lambda message: None,
     on_cell: Callable[[int, int, Cell, dict[str, Any] | None], None] = lambda *_: None,
     on_epoch: Callable[[int, int], None] = lambda done, total: None,
@@ -250,7 +292,8 @@ def run(
 
     Args:
         plan: the cells.
-        ledger: where results are looked for and recorded.
+        ledger: where results are looked for and recorded, by this process alone.
+        scheduler: runs the cells; by default this process does, one after the other.
         notify: called with lines for the user, each once.
         on_cell: called with (cells done, all cells, the cell, its result or None if it failed).
         on_epoch: called with (epochs done, epochs of the cell).
@@ -258,26 +301,32 @@ def run(
     Raises:
         OSError: a record cannot be written.
     """
-    finished: list[tuple[Cell, dict[str, Any]]] = []
+    results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     told: set[str] = set()
+    total = len(plan.cells)
 
     def once(message: str) -> None:
         if message not in told:
             told.add(message)
             notify(message)
 
-    for index, cell in enumerate(plan.cells, start=1):
-        result = find_finished(ledger, cell)
-        if result is None:
-            try:
-                result = run_cell(cell, notify=once, on_epoch=on_epoch)
-            except (ValueError, TypeError, NonFiniteLossError, torch.OutOfMemoryError) as error:
-                failed[cell.name] = " ".join(str(error).split())
-                ledger.fail(cell, failed[cell.name])
-                on_cell(index, len(plan.cells), cell, None)
-                continue
-            ledger.finish(cell, result)
-        finished.append((cell, result))
-        on_cell(index, len(plan.cells), cell, result)
+    waiting: list[Cell] = []
+    for cell in plan.cells:
+        found = find_finished(ledger, cell)
+        if found is None:
+            waiting.append(cell)
+            continue
+        results[key(cell)] = found
+        on_cell(len(results), total, cell, found)
+    for cell, ended in scheduler.run(waiting, notify=once, on_epoch=on_epoch):
+        if isinstance(ended, Failure):
+            failed[cell.title] = ended.reason
+            ledger.fail(cell, ended.reason)
+        else:
+            ledger.finish(cell, ended)
+            results[key(cell)] = ended
+        done = len(results) + len(failed)
+        on_cell(done, total, cell, None if isinstance(ended, Failure) else ended)
+    finished = ((cell, results[key(cell)]) for cell in plan.cells if key(cell) in results)
     return Outcome(tuple(finished), failed)

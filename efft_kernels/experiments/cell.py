@@ -7,6 +7,9 @@ val_chosen    the same after the epoch that was best on the validation images, w
               selection alone were trained on: VTAB's own protocol, choose and then retrain.
 best_on_test  the best of the epochs that were tested. Chosen on the very images it is measured on,
               so it is optimistic; EFFT's and FacT's releases report it, of every tenth epoch.
+
+A cell may be for choosing alone: it is trained on the images for selection and measured on the
+validation images, and never sees the test images.
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import use_backend
 from ..training.images import ImageSplits
-from ..training.loop import evaluate, train_epochs
+from ..training.loop import NonFiniteLossError, evaluate, train_epochs
 from ..training.reproducible import deterministic
 from ..training.run import prepare
 from ..training.run_folder import library_versions
@@ -39,6 +42,9 @@ PROTOCOLS = {
 # the images that were skipped.
 FREE = ("data", "checkpoint", "workers", "device", "skip_bad_images")
 
+# Settings that older ledgers do not have, and what they did: with these a cell has the key it had.
+_BEFORE = {"optimizer": "adamw", "backbone_lr_factor": 1.0}
+
 Notify = Callable[[str], None]
 
 
@@ -54,6 +60,8 @@ class Cell:
         checkpoint_sha256: of the backbone's weights file; None without one.
         test_every: epochs between two measurements on the test images.
         shots: images a class, in a few-shot cell.
+        choosing: whether it is for choosing alone.
+        label: what sets it apart from its neighbours, for people: "rank 8, scale 0.1".
     """
 
     suite: str
@@ -63,27 +71,43 @@ class Cell:
     checkpoint_sha256: str | None = None
     test_every: int = 10
     shots: int | None = None
+    choosing: bool = False
+    label: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
-        """For people: "cifar-efft2-seed42"."""
+        """For a folder: "cifar-efft2-seed42"."""
         shots = "" if self.shots is None else f"-{self.shots}shot"
         return f"{self.task}{shots}-{self.settings.method}-seed{self.settings.seed}"
+
+    @property
+    def title(self) -> str:
+        """For people: "cifar-efft2-seed42 (rank 8, scale 0.1)"."""
+        about = [self.label] if self.label else []
+        about += ["to choose"] if self.choosing else []
+        return f"{self.name} ({', '.join(about)})" if about else self.name
 
     def identity(self) -> dict[str, Any]:
         """All that decides the result."""
         settings = self.settings.to_json()
         if self.checkpoint_sha256 is not None:
             settings["pretrained"] = None  # of no effect
-        return {
+        identity = {
             "suite": self.suite,
             "task": self.task,
             "shots": self.shots,
-            "settings": {name: value for name, value in settings.items() if name not in FREE},
+            "settings": {
+                name: value
+                for name, value in settings.items()
+                if name not in FREE and (name not in _BEFORE or value != _BEFORE[name])
+            },
             "images": self.lists.digest,
             "checkpoint": self.checkpoint_sha256,
             "test_every": self.test_every,
         }
+        if self.choosing:
+            identity |= {"choosing": True, "test_every": None}
+        return identity
 
 
 @dataclass(frozen=True)
@@ -104,7 +128,7 @@ def run_cell(
     notify: Notify = lambda message: None,
     on_epoch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Train and measure a cell.
+    """Train and measure a cell; one that is for choosing may diverge, which is a result too.
 
     Args:
         cell: what to run.
@@ -118,6 +142,8 @@ def run_cell(
         ValueError: the images, the model or the settings do not fit; it names what.
         NonFiniteLossError: the training diverged.
     """
+    if cell.choosing:
+        return _choosing_result(cell, notify, on_epoch)
     start = time.perf_counter()
     settings, lists = cell.settings, cell.lists
     epochs = settings.epochs
@@ -160,6 +186,29 @@ def run_cell(
         "versions": library_versions(),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _choosing_result(
+    cell: Cell, notify: Notify, on_epoch: Callable[[int, int], None]
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    settings = cell.settings
+    found: dict[str, Any] = {"results": {}, "notes": list(cell.lists.notes)}
+    try:
+        with use_backend(settings.backend):
+            curve = _train(
+                settings,
+                cell.lists.splits(SELECT_TRAIN, SELECT_VAL),
+                lambda epoch: True,
+                notify,
+                lambda done: on_epoch(done, settings.epochs),
+            )
+        found |= curve.about
+        found["val_top1_percent"] = list(curve.top1_percent.values())
+    except NonFiniteLossError as error:
+        found |= {"diverged": str(error), "val_top1_percent": None}
+        found |= {"parameters": None, "skipped_images": []}
+    return {**found, "versions": library_versions(), "seconds": time.perf_counter() - start}
 
 
 def _train(

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -54,7 +55,7 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a learning rate that rises linearly, then falls as a cosine.
+    """An optimizer with a learning rate that rises linearly, then falls as a cosine.
 
     Once an epoch, it moves as in the EFFT and FacT releases, which call timm's `scheduler.step(e)`
     after epoch e, counted from 0: epochs 0 and 1 both run at `warmup_lr`, and every other at what
@@ -63,11 +64,13 @@ class Schedule:
     Attributes:
         epochs: how many.
         lr: the peak learning rate.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
         warmup_epochs: epochs of the rise.
         warmup_lr: where the rise begins.
         min_lr: where the cosine ends.
-        step: when the learning rate moves, after each "update" or each "epoch".
+        step: when the learning rate moves, after each "update" or each "epoch"; "constant" for
+            never: neither rise nor fall.
+        optimizer: "adamw", or "sgd" with momentum 0.9.
     """
 
     epochs: int
@@ -77,6 +80,7 @@ class Schedule:
     warmup_lr: float
     min_lr: float = 0.0
     step: str = "update"
+    optimizer: str = "adamw"
 
     def start(
         self, parameters: Iterable[Any], updates_per_epoch: int
@@ -87,7 +91,14 @@ class Schedule:
             parameters: tensors, or groups of them as torch's optimizers take them.
             updates_per_epoch: batches of the loader.
         """
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        kind = (
+            partial(torch.optim.SGD, momentum=0.9) if self.optimizer == "sgd" else torch.optim.AdamW
+        )
+        optimizer: torch.optim.Optimizer = kind(
+            parameters, lr=self.lr, weight_decay=self.weight_decay
+        )
+        if self.step == "constant":
+            return optimizer, _Constant()
         scheduler: Any = create_scheduler_v2(
             optimizer,
             sched="cosine",
@@ -101,6 +112,11 @@ class Schedule:
         if self.step == "epoch":
             return optimizer, _OncePerEpoch(scheduler, updates_per_epoch)
         return optimizer, scheduler
+
+
+class _Constant:
+    def step_update(self, num_updates: int) -> None:
+        """Leave the learning rates as they are."""
 
 
 @dataclass(frozen=True)

@@ -293,9 +293,10 @@ def _assemble(
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         warmup_epochs=settings.resolved_warmup_epochs,
-        warmup_lr=min(WARMUP_LR, settings.lr),
+        warmup_lr=min(WARMUP_LR, settings.lr, settings.lr * settings.backbone_lr_factor),
         min_lr=settings.min_lr,
         step=settings.schedule,
+        optimizer=settings.optimizer,
     )
     replica = replicate(model, ranks)  # FSDP2 changes the parameters
     loss, mix = make_loss(
@@ -313,7 +314,7 @@ def _assemble(
         after=None if average is None else average.update,
     )
     optimizer, scheduler = schedule.start(
-        trained_parameters(model), updates.of_epoch(len(train_loader))
+        _groups(model, settings), updates.of_epoch(len(train_loader))
     )
     return Run(
         settings=settings,
@@ -333,6 +334,21 @@ def _assemble(
         average=average,
         ranks=ranks,
     )
+
+
+def _groups(model: nn.Module, settings: TrainSettings) -> list[Any]:
+    """What trains, in two groups where all but the head has a learning rate of its own."""
+    trained: list[Any] = trained_parameters(model)
+    if settings.backbone_lr_factor == 1:
+        return trained
+    heads = [model.get_submodule(path) for path in resolve_modules_to_train(model, "head")]
+    of_head = {id(parameter) for head in heads for parameter in head.parameters()}
+    rest = [parameter for parameter in trained if id(parameter) not in of_head]
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "lr": settings.lr * settings.backbone_lr_factor},
+        {"params": [parameter for parameter in trained if id(parameter) in of_head]},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def fit(

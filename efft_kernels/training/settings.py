@@ -19,7 +19,8 @@ from .methods import TRAINABLE, has_rank
 
 AMP_DTYPES = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NORMALIZE = ("model", "imagenet")
-SCHEDULES = ("update", "epoch")
+SCHEDULES = ("update", "epoch", "constant")
+OPTIMIZERS = ("adamw", "sgd")
 KEEP = ("last", "best")
 
 MOST_PIXELS = 8192
@@ -49,11 +50,13 @@ class TrainSettings:
         batch_size: images per batch; `accumulate` of them make an update.
         drop_last: leave out an epoch's last batch where it is smaller.
         lr: peak learning rate.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: "adamw", or "sgd" with momentum 0.9.
+        backbone_lr_factor: on lr, for all that trains but the head.
         warmup_epochs: epochs in which the learning rate rises; None for a tenth of them.
         min_lr: where the cosine ends.
         schedule: when the learning rate moves, after each "update" or each "epoch" as the releases
-            do it (`Schedule`).
+            do it (`Schedule`); "constant" for never.
         drop_path: probability, stochastic depth.
         seed: of everything random.
         val_split: fraction of the images held out, for a folder without train/ and val/.
@@ -99,6 +102,8 @@ class TrainSettings:
     drop_last: bool = False
     lr: float = 1e-3
     weight_decay: float = 1e-4
+    optimizer: str = "adamw"
+    backbone_lr_factor: float = 1.0
     warmup_epochs: int | None = None
     min_lr: float = 1e-5
     schedule: str = "update"
@@ -131,6 +136,7 @@ class TrainSettings:
             "amp": AMP_DTYPES,
             "normalize": NORMALIZE,
             "schedule": SCHEDULES,
+            "optimizer": OPTIMIZERS,
             "keep": KEEP,
         }
         for name, allowed in choices.items():
@@ -147,7 +153,12 @@ class TrainSettings:
         require("workers", fits, f"within 0..{MOST_WORKERS}", self.workers)
         require("seed", 0 <= self.seed < 2**32, "within 0..2^32-1", self.seed)
         require("lr", 0 < self.lr < math.inf, "above 0", self.lr)
+        fits = 0 < self.backbone_lr_factor < math.inf
+        require("backbone_lr_factor", fits, "above 0", self.backbone_lr_factor)
         require("min_lr", self.min_lr <= self.lr, f"at most lr={self.lr}", self.min_lr)
+        of_backbone = self.lr * self.backbone_lr_factor
+        expected = f"at most lr · backbone_lr_factor={of_backbone:g}"
+        require("min_lr", self.min_lr <= of_backbone, expected, self.min_lr)
         fits = 0 <= self.label_smoothing < 1
         require("label_smoothing", fits, "within [0, 1)", self.label_smoothing)
         require("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1", self.ema)
@@ -252,6 +263,8 @@ BEFORE_THERE_WAS: dict[str, Any] = {
     "keep": "last",
     "recipe": None,
     "task": None,
+    "optimizer": "adamw",
+    "backbone_lr_factor": 1.0,
 }
 
 

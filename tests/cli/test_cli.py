@@ -394,7 +394,7 @@ def test_train_follows_a_recipe_and_eval_repeats_it(images: Path, tmp_path: Path
         (["--ffn-rank", "4:x"], "ffn_rank must be a number R or two, R1,R2, or one of these"),
         (["--rank", "4:8"], "rank must have one entry per stage (1), got 2"),
         (["--normalize", "clip"], "normalize must be one of model, imagenet, got clip"),
-        (["--schedule", "step"], "schedule must be one of update, epoch, got step"),
+        (["--schedule", "step"], "schedule must be one of update, epoch, constant, got step"),
     ],
 )
 def test_wrong_recipes_and_method_options_are_named(

@@ -32,21 +32,30 @@ def vtab_task(tmp_path: Path) -> Write:
     """(folder's name, classes=2) -> ROOT, with a task of 12 + 6 + 8 images in it."""
 
     def write(name: str, classes: int = 2) -> Path:
-        root = tmp_path / "vtab-1k"
-        folder = root / name
-        train = _images(folder, "images/train", 12, classes)
-        val = _images(folder, "images/val", 6, classes)
-        test = _images(folder, "images/test", 8, classes)
-        for split, lines in {
-            "train800": train,
-            "val200": val,
-            "train800val200": train + val,
-            "test": test,
-        }.items():
-            (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
-        return root
+        return _write_vtab_task(tmp_path / "vtab-1k", name, classes)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def kitti(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ROOT with the one task, for all tests of a file."""
+    return _write_vtab_task(tmp_path_factory.mktemp("vtab-1k"), "kitti", 2)
+
+
+def _write_vtab_task(root: Path, name: str, classes: int) -> Path:
+    folder = root / name
+    train = _images(folder, "images/train", 12, classes)
+    val = _images(folder, "images/val", 6, classes)
+    test = _images(folder, "images/test", 8, classes)
+    for split, lines in {
+        "train800": train,
+        "val200": val,
+        "train800val200": train + val,
+        "test": test,
+    }.items():
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return root
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from efft_kernels.experiments import benchmark
+from efft_kernels.experiments import scheduler
 from efft_kernels.experiments.benchmark import Choices, Outcome, Plan, plan_vtab, run
 from efft_kernels.experiments.cell import Cell, run_cell
 from efft_kernels.experiments.ledger import Ledger, key
@@ -87,11 +87,17 @@ def test_the_key_is_of_what_decides_the_result(cell: Cell, tmp_path: Path) -> No
         setting(model="vit_tiny_patch16_224"),
         setting(pretrained=True),
         setting(normalize="model"),
+        setting(optimizer="sgd"),
+        setting(backbone_lr_factor=0.1),
+        other(choosing=True),
         other(test_every=1),
         other(checkpoint_sha256="00"),
         other(lists=dataclasses.replace(cell.lists, classes=5)),
     ]
     assert len({same, *different}) == 1 + len(different)
+    assert other(label="rank 2") == same
+    # What ledgers that know no other optimizer have recorded is found again.
+    assert not {"optimizer", "backbone_lr_factor"} & set(cell.identity()["settings"])
 
 
 def test_a_cell_travels_to_another_process(cell: Cell) -> None:
@@ -126,7 +132,7 @@ def test_finished_cells_are_skipped_and_failed_ones_run_again(
             raise NonFiniteLossError("loss is nan in epoch 1, step 1")
         return {"results": {}, "parameters": 1, "skipped_images": []}
 
-    monkeypatch.setattr(benchmark, "run_cell", fake)
+    monkeypatch.setattr(scheduler, "run_cell", fake)
     outcome: Outcome = run(found, ledger)
     assert ran == ["lora", "efft2", "fact_tt"]
     assert outcome.failed == {"kitti-efft2-seed1": "loss is nan in epoch 1, step 1"}
@@ -151,7 +157,7 @@ def test_killed_in_between_only_the_running_cell_is_lost(
             raise KeyboardInterrupt
         return {"results": {}, "parameters": 1, "skipped_images": []}
 
-    monkeypatch.setattr(benchmark, "run_cell", killed)
+    monkeypatch.setattr(scheduler, "run_cell", killed)
     with pytest.raises(KeyboardInterrupt):
         run(found, ledger)
     run(found, ledger)

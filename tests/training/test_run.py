@@ -346,6 +346,8 @@ def test_a_bad_setting_writes_nothing(settings: TrainSettings, tmp_path: Path) -
         {"img_size": 0},
         {"normalize": "clip"},
         {"schedule": "step"},
+        {"optimizer": "adam"},
+        {"backbone_lr_factor": 0.0},
     ],
 )
 def test_senseless_settings_are_named(settings: TrainSettings, change: dict[str, Any]) -> None:
@@ -440,6 +442,40 @@ def test_the_learning_rate_rises_in_the_warm_up(settings: TrainSettings, tmp_pat
     assert found[:6] == pytest.approx(rise)
     middle = settings.min_lr + (settings.lr - settings.min_lr) / 2 * (1 + math.cos(math.pi * 6 / 9))
     assert found[6] == pytest.approx(middle)
+
+
+def test_sgd_at_a_constant_rate_in_two_groups(settings: TrainSettings, tmp_path: Path) -> None:
+    sgd = dataclasses.replace(
+        settings, optimizer="sgd", schedule="constant", lr=0.1, backbone_lr_factor=0.5, epochs=2
+    )
+    run = prepare(sgd, tmp_path / "whole")
+    rest, head = run.optimizer.param_groups
+    assert isinstance(run.optimizer, torch.optim.SGD)
+    assert (rest["lr"], head["lr"]) == (0.05, 0.1)
+    assert (head["momentum"], head["nesterov"], head["weight_decay"]) == (0.9, False, 1e-4)
+    assert {id(p) for p in head["params"]} == {id(p) for p in run.model.head.parameters()}  # type: ignore[union-attr]
+    assert {id(p) for p in rest["params"]} == {id(p) for p in run.adapter.parameters()} - {
+        id(p) for p in head["params"]
+    }
+    fit(run)
+    assert [float(row["lr"]) for row in rows(tmp_path / "whole")] == [0.05, 0.05]
+    assert (rest["lr"], head["lr"]) == (0.05, 0.1)
+
+    class Stop(Exception):
+        pass
+
+    def stop(row: object) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        fit(prepare(sgd, tmp_path / "resumed"), on_epoch=stop)
+    fit(prepare(sgd, tmp_path / "resumed", resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_the_cosine_does_not_rise_for_the_slower_group(settings: TrainSettings) -> None:
+    with pytest.raises(ValueError, match=r"min_lr must be at most lr · backbone_lr_factor=1e-06"):
+        dataclasses.replace(settings, backbone_lr_factor=1e-3)
 
 
 class Command:
