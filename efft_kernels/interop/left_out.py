@@ -19,7 +19,7 @@ def adapted_module(module: nn.Module, name: str | None = None) -> tuple[str, Ada
         for path, inner in module.named_modules()
         if isinstance(inner._modules.get(BANK_NAME), AttachedBank)
     }
-    if name is None and len(found) == 1 or name in found:
+    if (name is None and len(found) == 1) or name in found:
         path = next(iter(found)) if name is None else name
         return path, Adapter(found[path])
     expected = "hold one adapted model" if name is None else f"hold an adapted model {name!r}"

@@ -16,7 +16,7 @@ from efft_kernels import EFFT2, Adapter, attach, load
 
 pytest.importorskip("lightning")
 
-from efft_kernels.interop.lightning import AdapterCheckpoints  # noqa: E402
+from efft_kernels.interop.lightning import AdapterCheckpoints
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 IMAGES = torch.linspace(-1, 1, 8 * 192).view(8, 3, 8, 8)
