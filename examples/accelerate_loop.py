@@ -23,7 +23,11 @@ from efft_kernels import EFFT2, attach, load
 def build_model() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 3}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)  # random features, which tell digits apart
+    return model
 
 
 def main() -> None:
@@ -44,7 +48,7 @@ def main() -> None:
     test = DataLoader(TensorDataset(images[-400:], labels[-400:]), batch_size=100)
 
     model = build_model()
-    adapter = attach(model, EFFT2(rank=args.rank, scale=10.0))  # before prepare wraps the model
+    adapter = attach(model, EFFT2(rank=args.rank, scale=1.0))  # before prepare wraps the model
     accelerator.print(adapter)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
     loader = DataLoader(train, batch_size=32, shuffle=True)

@@ -24,14 +24,18 @@ from efft_kernels.interop.lightning import AdapterCheckpoints
 def build_model() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 3}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)  # random features, which tell digits apart
+    return model
 
 
 class Classifier(L.LightningModule):
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.model = build_model()
-        print(attach(self.model, EFFT2(rank=rank, scale=10.0)))
+        print(attach(self.model, EFFT2(rank=rank, scale=1.0)))
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         images, labels = batch
@@ -59,18 +63,12 @@ def main() -> None:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     labels = torch.tensor(digits.target)
-    train = TensorDataset(images[: args.images], labels[: args.images])
-    test = TensorDataset(images[-400:], labels[-400:])
-
+    train = DataLoader(TensorDataset(images, labels), batch_size=32, sampler=range(args.images))
+    test = DataLoader(TensorDataset(images[-400:], labels[-400:]), batch_size=100)
     best = ModelCheckpoint(args.output, monitor="top1", mode="max")
-    trainer = L.Trainer(
-        max_epochs=args.epochs,
-        logger=False,
-        log_every_n_steps=1,
-        callbacks=[best, AdapterCheckpoints()],
-    )
-    loaders = DataLoader(train, batch_size=32, shuffle=True), DataLoader(test, batch_size=100)
-    trainer.fit(Classifier(args.rank), *loaders, ckpt_path=args.resume)
+    callbacks = [best, AdapterCheckpoints()]
+    trainer = L.Trainer(max_epochs=args.epochs, logger=False, callbacks=callbacks)
+    trainer.fit(Classifier(args.rank), train, test, ckpt_path=args.resume)
 
     # Beside the checkpoint X.ckpt lies X.safetensors, which needs no Lightning.
     file = Path(best.best_model_path).with_suffix(".safetensors")

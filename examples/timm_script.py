@@ -22,22 +22,12 @@ from timm.utils import ModelEmaV3, accuracy
 from efft_kernels import EFFT2, Adapter, attach
 
 
-class Digits(torch.utils.data.Dataset):
+class Digits(list):
     """Pictures and labels; timm's loader sets the transform."""
 
-    def __init__(self, part: slice) -> None:
-        digits = load_digits()
-        pixels = (digits.images[part] * 15.9).astype("uint8")
-        self.items = [(Image.fromarray(p).convert("RGB"), int(y))
-                      for p, y in zip(pixels, digits.target[part])]  # fmt: skip
-        self.transform = None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
     def __getitem__(self, index: int):
-        image, label = self.items[index]
-        return self.transform(image), label
+        pixels, label = super().__getitem__(index)
+        return self.transform(Image.fromarray(pixels).convert("RGB")), label
 
 
 def main() -> None:
@@ -54,13 +44,18 @@ def main() -> None:
     small = {} if args.pretrained else {"patch_size": 4, "embed_dim": 48, "depth": 3}
     options = {"pretrained": args.pretrained, "num_classes": 10, "img_size": args.image_size}
     model = timm.create_model(args.model, **options, **small)
-    print(attach(model, EFFT2(rank=8, scale=10.0)))
+    for parameter in () if args.pretrained else model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)  # random features, which tell digits apart
+    print(attach(model, EFFT2(rank=8, scale=1.0)))
 
+    digits = load_digits()
+    data = list(zip((digits.images * 15.9).astype("uint8"), map(int, digits.target)))
     common = {"input_size": (3, args.image_size, args.image_size), "use_prefetcher": False}
     common |= {"batch_size": 32, "num_workers": 0}
-    train = create_loader(Digits(slice(args.images)), is_training=True, hflip=0.0,
-                          scale=(0.7, 1.0), **common)  # fmt: skip
-    test = create_loader(Digits(slice(-400, None)), is_training=False, crop_pct=1.0, **common)
+    augment = {"is_training": True, "hflip": 0.0, "scale": (0.7, 1.0), "color_jitter": 0.0}
+    train = create_loader(Digits(data[: args.images]), **augment, **common)
+    test = create_loader(Digits(data[-400:]), is_training=False, crop_pct=1.0, **common)
     mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=0.5, num_classes=10, label_smoothing=0.1)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=5e-3, weight_decay=0.05)  # what trains
     scheduler, epochs = create_scheduler_v2(

@@ -13,7 +13,7 @@ from .left_out import adapted_module, base_parameters
 try:
     from lightning.pytorch import Callback
 except ImportError:
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback  # type: ignore[assignment]
 
 _SHAPES = "efft_kernels.left_out"  # in a checkpoint: name → shape of each parameter left out
 _OWN_WRITERS = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
