@@ -3,7 +3,7 @@
     python examples/hf_trainer.py --epochs 3
 
 It trains on scikit-learn's digits from random weights, with no network. For a real model:
-model = ViTForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)
+ViTForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)
 """
 
 import argparse
@@ -38,7 +38,9 @@ def main() -> None:
 
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    data = [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, digits.target)]
+    data = [
+        {"pixel_values": x, "labels": int(y)} for x, y in zip(images, digits.target, strict=True)
+    ]
     model = build_model()
     adapter = attach(model, EFFT2(rank=args.rank, scale=1.0))  # the classifier is trained too
     print(adapter)

@@ -50,7 +50,8 @@ def main() -> None:
     print(attach(model, EFFT2(rank=8, scale=1.0)))
 
     digits = load_digits()
-    data = list(zip((digits.images * 15.9).astype("uint8"), map(int, digits.target)))
+    pixels = (digits.images * 15.9).astype("uint8")
+    data = list(zip(pixels, map(int, digits.target), strict=True))
     common = {"input_size": (3, args.image_size, args.image_size), "use_prefetcher": False}
     common |= {"batch_size": 32, "num_workers": 0}
     augment = {"is_training": True, "hflip": 0.0, "scale": (0.7, 1.0), "color_jitter": 0.0}
