@@ -1,6 +1,6 @@
 """A training loop of timm's own parts: loader, augmentation, mixup, optimizer, scheduler, EMA.
 
-    python examples/timm_script.py --epochs 4
+    python examples/timm_script.py --epochs 6
 
 It trains on scikit-learn's digits from random weights, with no network. For a real model:
 --model vit_base_patch16_224.augreg_in21k --pretrained --image-size 224
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--image-size", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=1000, help="how many to train on")
     parser.add_argument("--output", type=Path, default=Path("adapter.safetensors"))
     args = parser.parse_args()
@@ -54,10 +54,10 @@ def main() -> None:
     data = list(zip(pixels, map(int, digits.target), strict=True))
     common = {"input_size": (3, args.image_size, args.image_size), "use_prefetcher": False}
     common |= {"batch_size": 32, "num_workers": 0}
-    augment = {"is_training": True, "hflip": 0.0, "scale": (0.7, 1.0), "color_jitter": 0.0}
+    augment = {"is_training": True, "hflip": 0.0, "scale": (0.9, 1.0), "color_jitter": 0.0}
     train = create_loader(Digits(data[: args.images]), **augment, **common)
     test = create_loader(Digits(data[-400:]), is_training=False, crop_pct=1.0, **common)
-    mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=0.5, num_classes=10, label_smoothing=0.1)
+    mixup = Mixup(mixup_alpha=0.2, prob=0.5, num_classes=10, label_smoothing=0.1)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=5e-3, weight_decay=0.05)  # what trains
     scheduler, epochs = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=args.epochs, warmup_epochs=1, warmup_lr=1e-4
