@@ -37,6 +37,16 @@ class TaskBatch(NamedTuple):
     check: Callable[[], None]  # raises where the model's rows may not be one image after the other
 
 
+class TracedTasks(NamedTuple):
+    """The tasks of a graph that is being traced, all of them its inputs."""
+
+    factors: Mapping[str, Factors]  # site → down [tasks, K, Ra], None, up [tasks, N, Ra]
+    heads: Mapping[
+        str, tuple[Tensor, Tensor | None]
+    ]  # name → weight [tasks, N, K], bias [tasks, N]
+    task_of_row: Tensor  # [B]
+
+
 # Of the present thread or coroutine; others that use the model meanwhile see none.
 _TASKS: ContextVar[Mapping[FactorBank, TaskBatch | None]] = ContextVar("_TASKS", default={})  # noqa: B039
 _MIXING = threading.Lock()
@@ -61,6 +71,7 @@ class FactorBank(nn.Module):
 
     Attributes:
         mixing: how many threads run a batch of several tasks at present.
+        traced: the tasks of the graph that `AdapterSet.compiled` traces.
 
     Raises:
         ValueError: a group named like one of the bank's own attributes.
@@ -70,6 +81,7 @@ class FactorBank(nn.Module):
         super().__init__()
         self.group_of = dict(sites)
         self.mixing = 0
+        self.traced: TracedTasks | None = None
         self.joint_factors = JointFactors()
         for name, group in groups.items():
             if hasattr(self, name):
@@ -79,15 +91,17 @@ class FactorBank(nn.Module):
             self.add_module(name, group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mixing": 0}
+        return {**self.__dict__, "mixing": 0, "traced": None}
 
     @property
-    def tasks(self) -> TaskBatch | None:
+    def tasks(self) -> TaskBatch | TracedTasks | None:
         """The batch of several tasks that the present thread runs, if any."""
+        if self.traced is not None:
+            return self.traced
         # A compiled graph is guarded by `mixing`; it could not be by a context variable.
         return self._own_tasks() if self.mixing else None
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="tasks() is compiled by AdapterSet.compiled()")
     def _own_tasks(self) -> TaskBatch | None:
         return _TASKS.get().get(self)
 
@@ -132,17 +146,31 @@ class FactorBank(nn.Module):
         with _without_autocast(group):
             return group.factors(site, dropout)
 
-    @torch.compiler.disable
     def task_factors(self, site: str) -> Factors:
         """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site for every task of the present
         batch; the core is folded into up."""
-        tasks = self.tasks
+        if self.traced is not None:
+            return self.traced.factors[site]
+        return self._factors_of_tasks(site)
+
+    @torch.compiler.disable
+    def _factors_of_tasks(self, site: str) -> Factors:
+        tasks = self._own_tasks()
         assert tasks is not None
         tasks.check()
+        return self.stacked_factors(site, tasks.parameters)
+
+    def stacked_factors(self, site: str, parameters: Mapping[str, Tensor]) -> Factors:
+        """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site; the core is folded into up.
+
+        Args:
+            site: the site's name.
+            parameters: bank parameter name → [tasks, ...].
+        """
         prefix = self.group_of[site] + "."
         own = {
             key.removeprefix(prefix): tensor
-            for key, tensor in tasks.parameters.items()
+            for key, tensor in parameters.items()
             if key.startswith(prefix)
         }
         # functional_call puts the tasks' parameters into the module while it runs it: other threads
@@ -439,7 +467,7 @@ class FusedEFFTLinear(nn.Linear):
         else:
             down, core, up = bank.task_factors(self._site)
         source = None
-        if tasks is None and torch.is_grad_enabled():
+        if tasks is None and torch.is_grad_enabled() and not torch.jit.is_tracing():
             source = self._source(input, down)
         return adapted_linear(
             input,
@@ -454,6 +482,36 @@ class FusedEFFTLinear(nn.Linear):
             source=source,
             backend=self.backend,
             strategy=self.strategy,
+        )
+
+    @property
+    def base_layer(self) -> Any:
+        """What PEFT asks the layers for that it is about to wrap, before it changes the model.
+
+        Raises:
+            TypeError: the layer is an attached one: PEFT would save its part without the factors.
+        """
+        if self._bank:
+            raise TypeError(
+                f"{self._site} is adapted by efft_kernels already, and PEFT cannot wrap it: call"
+                " merge() and detach() on the adapter for a plain model first, or take the adapter"
+                " over by export_peft_lora(adapter, folder) and PeftModel.from_pretrained"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
+
+    def __dir__(self) -> list[str]:
+        """Without `base_layer`: torch.jit.trace, for one, reads all that is here."""
+        return [name for name in super().__dir__() if name != "base_layer"]
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script.
+
+        Raises:
+            TypeError: always; TorchScript has no such layers.
+        """
+        raise TypeError(
+            "torch.jit.script takes no adapted linears: call merge() and detach() on the adapter,"
+            " which leave plain ones, or use torch.export or torch.jit.trace"
         )
 
     def _source(self, x: Tensor, down: Tensor) -> Source | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..methods.sharded import whole
-from ..nn import FactorBank, TaskBatch, check_weight_is_stored
+from ..nn import FactorBank, TaskBatch, TracedTasks, check_weight_is_stored
 from .adapter import Adapter
 from .adapter_file import (
     Header,
@@ -223,13 +224,32 @@ class AdapterSet:
             RuntimeError: the model is in training mode or merged, or the context is entered within
                 itself; where a part of the model is called before the model itself.
         """
+        bank = self.adapter.bank
+        if bank.tasks is not None:
+            raise RuntimeError("tasks() cannot be entered within itself")
+        states, index, stacked = self._stacked(task_ids)
+        several = len(states) > 1 and not batch_first
+        batch = TaskBatch(stacked, index, self._require_layout if several else _nothing)
+        check = _BatchCheck(self, batch, several)
+        hooks = [self.model.register_forward_pre_hook(check, with_kwargs=True)]
+        for _, module, weight, bias in self._stacked_heads(states):
+            head = _TaskHead(bank, batch, weight, bias)
+            hooks.append(module.register_forward_hook(head, with_kwargs=True))
+        try:
+            with bank.mixed(batch):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _stacked(
+        self, task_ids: Sequence[str]
+    ) -> tuple[list[dict[str, Tensor]], Tensor, dict[str, Tensor]]:
+        """(states of the distinct tasks, task of each row, bank parameter name → [tasks, ...])."""
         if self.model.training:
             raise RuntimeError("tasks() is for inference: call model.eval() first")
         if self.adapter.merged:
             raise RuntimeError("tasks() needs the factors: call unmerge() first")
-        bank = self.adapter.bank
-        if bank.tasks is not None:
-            raise RuntimeError("tasks() cannot be entered within itself")
         if not task_ids:
             raise ValueError("task_ids must name one task per row of the batch, got none")
         distinct = list(dict.fromkeys(self._known(name) for name in task_ids))
@@ -243,22 +263,71 @@ class AdapterSet:
             for key in self.adapter.required_state()
             if key not in heads
         }
-        several = len(distinct) > 1 and not batch_first
-        batch = TaskBatch(factors_of(stacked), index, self._require_layout if several else _nothing)
-        check = _BatchCheck(self, batch, several)
-        hooks = [self.model.register_forward_pre_hook(check, with_kwargs=True)]
+        return states, index, factors_of(stacked)
+
+    def _stacked_heads(
+        self, states: Sequence[Mapping[str, Tensor]]
+    ) -> Iterator[tuple[str, nn.Module, Tensor, Tensor | None]]:
+        """(name, module, weight [tasks, N, K], bias [tasks, N]) of each linear trained whole."""
         for name, module in self._trained_modules():
             if isinstance(module, nn.Linear):
                 weights = [state[module_key(name, "weight")] for state in states]
                 biases = [state.get(module_key(name, "bias")) for state in states]
-                head = _TaskHead(bank, batch, *_padded(weights, biases))
-                hooks.append(module.register_forward_hook(head, with_kwargs=True))
-        try:
-            with bank.mixed(batch):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+                yield name, module, *_padded(weights, biases)
+
+    def compiled(self, **options: Any) -> Callable[..., Any]:
+        """The model under torch.compile for batches of several tasks, as one graph.
+
+        It gives what the model gives within `tasks(task_ids)`. Factors, heads and the task of each
+        row are inputs of the graph: it is the same for all tasks and any number of them, and for
+        all batches of two rows or more; what a thread runs is no other's concern.
+
+        Args:
+            options: as in torch.compile; fullgraph=True unless it is given.
+
+        Returns:
+            run(task_ids, ...): the model called with what follows the tasks. It raises as `tasks`
+            does; the first call with several tasks runs the model twice to see its layout.
+        """
+        bank, model = self.adapter.bank, self.model
+        names = [name for name, m in self._trained_modules() if isinstance(m, nn.Linear)]
+        for name in names:
+            head = model.get_submodule(name)
+            if not any(isinstance(hook, _TracedHead) for hook in head._forward_hooks.values()):
+                head.register_forward_hook(_TracedHead(bank, name), with_kwargs=True)
+
+        def traced(tasks: TracedTasks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            bank.traced = tasks
+            try:
+                return model(*args, **kwargs)
+            finally:
+                bank.traced = None
+
+        graph = torch.compile(traced, **{"fullgraph": True, **options})
+
+        @torch.no_grad()
+        def run(task_ids: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+            if bank.mixing and bank.tasks is not None:
+                raise RuntimeError("a compiled set names its tasks itself: leave tasks() first")
+            states, index, stacked = self._stacked(task_ids)
+            _check_rows(args, kwargs, index)
+            if len(states) > 1:
+                self.check_layout(args, kwargs)
+            else:  # twice: a graph for one task alone would be another
+                states = states * 2
+                stacked = {
+                    key: tensor.repeat(2, *[1] * (tensor.dim() - 1))
+                    for key, tensor in stacked.items()
+                }
+            factors = {s.name: bank.stacked_factors(s.name, stacked) for s in self.adapter.sites}
+            heads = {name: (w, b) for name, _, w, b in self._stacked_heads(states)}
+            batch = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim())
+            _leave_open([t for t in batch if t.shape[0] == len(index)] + [index], 0)
+            _leave_open([t for pair in (*factors.values(), *heads.values()) for t in pair], 0)
+            _leave_open([t for pair in heads.values() for t in pair], 1)  # outputs
+            return graph(TracedTasks(factors, heads, index), args, kwargs)
+
+        return run
 
     def _check_buffers(self, names: Sequence[str]) -> None:
         """Raise unless the model's buffers, its heads' included, are those of each of the tasks."""
@@ -331,6 +400,13 @@ def _padded(
     return torch.stack(rows), torch.stack(ends)
 
 
+def _leave_open(tensors: Sequence[Tensor | None], dim: int) -> None:
+    """Let a graph that is traced with these take other sizes of a dimension."""
+    for tensor in tensors:
+        if tensor is not None and tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
 def _nothing() -> None:
     """There is nothing to check."""
 
@@ -354,11 +430,7 @@ class _BatchCheck:
         if module.training:
             raise RuntimeError("tasks() is for inference: call model.eval()")
         kwargs = rest[0] if rest else {}
-        rows, expected = batch_rows(args, kwargs), self.batch.task_of_row.shape[0]
-        if rows is not None and rows != expected:
-            raise ValueError(
-                f"task_ids must name one task per row of the batch, got {expected} for {rows} rows"
-            )
+        _check_rows(args, kwargs, self.batch.task_of_row)
         if self.several:
             self.tasks.check_layout(args, kwargs)
 
@@ -385,9 +457,45 @@ class _TaskHead:
         if self.bank.tasks is not self.batch:
             return None
         *kwargs, output = rest
-        x, index = linear_input(args, *kwargs), self.batch.task_of_row
-        rows = x.reshape(index.shape[0], -1, x.shape[-1])  # [B, rows, K]
-        y = torch.bmm(rows, self.weight[index].mT.to(rows.dtype))
-        if self.bias is not None:
-            y = y + self.bias[index].unsqueeze(1).to(y.dtype)
-        return y.reshape(*output.shape[:-1], y.shape[-1]).to(output.dtype)  # type: ignore[no-any-return]
+        x = linear_input(args, *kwargs)
+        return _rows_by_heads(x, self.weight, self.bias, self.batch.task_of_row, output)
+
+
+class _TracedHead:
+    """The same in a graph that `AdapterSet.compiled` traces; idle otherwise.
+
+    Args:
+        bank: the adapter's.
+        name: the head's.
+    """
+
+    def __init__(self, bank: FactorBank, name: str) -> None:
+        self.bank = bank
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        tasks = self.bank.traced
+        if tasks is None:
+            return None
+        *kwargs, output = rest
+        x = linear_input(args, *kwargs)
+        return _rows_by_heads(x, *tasks.heads[self.name], tasks.task_of_row, output)
+
+
+def _rows_by_heads(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, output: Tensor
+) -> Tensor:
+    """Each row of x [B, ..., K] by the head of its task, in the place of what one head gave."""
+    rows = x.reshape(index.shape[0], -1, x.shape[-1])  # [B, rows, K]
+    y = torch.bmm(rows, weight[index].mT.to(rows.dtype))
+    if bias is not None:
+        y = y + bias[index].unsqueeze(1).to(y.dtype)
+    return y.reshape(*output.shape[:-1], y.shape[-1]).to(output.dtype)
+
+
+def _check_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: Tensor) -> None:
+    rows, expected = batch_rows(args, kwargs), index.shape[0]
+    if rows is not None and rows != expected:
+        raise ValueError(
+            f"task_ids must name one task per row of the batch, got {expected} for {rows} rows"
+        )

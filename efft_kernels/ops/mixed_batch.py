@@ -15,7 +15,6 @@ from .checks import to_autocast_dtype
 from .dispatch import requested_backend
 
 
-@torch.compiler.disable  # what it takes its tensors from is no part of a graph either
 def tasks_linear(
     x: Tensor,
     weight: Tensor,
@@ -60,7 +59,8 @@ def tasks_linear(
         t is not None and t.requires_grad for t in (x, weight, bias, down, b)
     )
     if (
-        requested_backend(backend) in ("auto", "cpp")
+        not torch.compiler.is_compiling()  # there a compiler fuses the thin products by itself
+        and requested_backend(backend) in ("auto", "cpp")
         and not differentiable
         and cpp_backend.rejects(x) is None
         and weight.numel()
@@ -70,6 +70,7 @@ def tasks_linear(
         return y.reshape(*shape[:-1], y.shape[-1])
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     p = torch.bmm(x, down[task_of_item].to(x.dtype))  # [items, rows, Ra]
+    thin = b[task_of_item].mT.to(x.dtype)
     # In place: y is ours, and another one of its size would cost more than the thin products.
-    y = y.baddbmm_(p, b[task_of_item].mT.to(x.dtype))
+    y = torch.baddbmm(y, p, thin) if torch.compiler.is_compiling() else y.baddbmm_(p, thin)
     return y.reshape(*shape[:-1], y.shape[-1])

@@ -77,3 +77,29 @@ def test_a_checkpoint_holds_the_adapter_and_resumes(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = whole.model.eval()(images).logits
         assert torch.equal(again.model.eval()(images).logits, expected)
+
+
+def test_factors_that_are_frozen_by_now_are_kept(tmp_path: Path) -> None:
+    adapter = attach(build(), EFFT2(rank=2), modules_to_train=("classifier",))
+    adapter.bank.requires_grad_(False)
+    train(adapter.model, tmp_path, 2)
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert {f"factor_bank.{name}" for name, _ in adapter.named_parameters()} <= set(weights)
+
+
+def test_accelerate_saves_and_loads_its_state(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    adapters = [attach(build(), EFFT2(rank=2), modules_to_train=("classifier",)) for _ in "ab"]
+    with torch.no_grad():
+        for factor in adapters[0].parameters():
+            factor.normal_()
+    accelerator.prepare(adapters[0].model)
+    accelerator.save_state(str(tmp_path))
+    accelerator.free_memory()
+    accelerator.prepare(adapters[1].model)
+    accelerator.load_state(str(tmp_path))
+    expected = adapters[0].state_dict()
+    for name, tensor in adapters[1].state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
