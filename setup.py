@@ -5,7 +5,7 @@ EFFT_KERNELS_CUDA_ARCHS="8.0;9.0a"  for which GPUs
 MAX_JOBS                            how many compilers run at once; default: all cores
 
 A machine without a compiler gets the Python package alone; `efft-kernels doctor` names what is
-missing.
+missing. Links of README are made absolute, for an index's page.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.compat.py310 import tomllib
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc" / "build"))
 
 import native_build  # noqa: E402
+from long_description import long_description  # noqa: E402
 from toolchain import Missing, Settings, ToolError  # noqa: E402
 
 PACKAGE = "efft_kernels"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REPOSITORY = PROJECT.get("urls", {}).get("Repository")
 
 
 class BuildNative(build_ext):
@@ -66,6 +70,8 @@ def extension(name: str) -> Extension:
 
 
 setup(
+    long_description=long_description((ROOT / "README.md").read_text("utf-8"), REPOSITORY),
+    long_description_content_type="text/markdown",
     ext_modules=[extension(name) for name in native_build.LIBRARIES],
     cmdclass={"build_ext": BuildNative},
 )

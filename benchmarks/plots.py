@@ -3,22 +3,32 @@
     python -m benchmarks.plots                                   # the PNGs of results/plots
     python -m benchmarks.plots --out runs/plots --format svg     # to edit or to print
 
-One set for each kind of device. Colours are Okabe and Ito's, told apart with any colour vision;
-hatching and markers remain where a print loses them.
+One set for each kind of device, in the looks of efft_kernels/figure_style.py. Whiskers reach from
+the 20th to the 80th percentile of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from efft_kernels.figure_style import (
+    REFERENCE,
+    Look,
+    legend,
+    looks,
+    mark_coinciding,
+    new_figure,
+    tidy,
+)
 
 from . import peers
 from .lib.operands import FLOOR as LINEAR
@@ -28,44 +38,34 @@ from .tables import MODEL_NAMES, OPERATOR_KEY, WHOLE_KEY, impl_name, is_peak, wh
 
 PLOTS = RESULTS / "plots"
 MAIN_RANK = "16"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "---", "++")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
-FLOOR_COLOUR = "#555555"
+COLUMNS = 3
 
-
-# The place of an implementation in the lists above, the same in every picture.
+# The place of an implementation's look, the same in every picture; and the order of bars.
 PLACES = {
-    "auto": 0,
+    "unfused, eager torch": 6,
     "torch, split": 1,
-    "torch, merged": 2,
-    "unfused, eager torch": 3,
-    "cpp, split": 4,
-    "cpp, merged": 5,
-    "triton, fused": 4,
-    "triton, split": 5,
-    "cuda, fused": 6,
+    "torch, merged": 7,
+    "torch, auto": 4,
+    "cpp, split": 3,
+    "cpp, merged": 2,
+    "cpp, auto": 5,
+    "triton, split": 4,
+    "triton, fused": 5,
+    "cuda, split": 3,
+    "cuda, fused": 2,
+    "auto": 0,
     "EFFT2": 0,
     peers.RELEASED_EFFT2: 1,
-    peers.FULL: 2,
-    peers.PEFT_LORA: 3,
-    peers.FLOOR: 6,
+    peers.FULL: 7,
+    peers.PEFT_LORA: 6,
+    peers.FLOOR: 2,
 }
 
 
-def _place(name: str) -> int:
-    return PLACES.get(name, len(name) % len(COLOURS))
-
-
-def _bar(name: str) -> dict[str, Any]:
-    i = _place(name)
-    return {"color": COLOURS[i], "hatch": HATCHES[i], "edgecolor": "white", "linewidth": 0.5}
-
-
-def _line(name: str) -> dict[str, Any]:
-    i = _place(name)
-    return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": LINES[i], "markersize": 4.5}
+def _looks(names: Sequence[str]) -> dict[str, Look]:
+    """In the order of `PLACES`."""
+    known = [name for name in PLACES if name in names]
+    return looks([*known, *(name for name in names if name not in PLACES)], PLACES)
 
 
 def ratio_bars(rows: Sequence[Row]) -> Figure | None:
@@ -77,41 +77,61 @@ def ratio_bars(rows: Sequence[Row]) -> Figure | None:
     ]
     if not own:
         return None
-    models = list(dict.fromkeys(row["op"].split()[0] for row in own))
-    impls = list(dict.fromkeys(map(impl_name, own)))
-    columns = 2 if len(models) > 1 else 1
-    lines = -(-len(models) // columns)
-    figure = _figure(9.5, 0.7 + 2.3 * lines)
+    by_panel: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in own:
+        panel, layer = _panel_and_layer(row)
+        by_panel.setdefault(panel, {}).setdefault(layer, {})[impl_name(row)] = row
+    look_of = _looks(list(dict.fromkeys(map(impl_name, own))))
+    columns = min(COLUMNS, len(by_panel))
+    lines = -(-len(by_panel) // columns)
+    figure = new_figure(max(7.0, 2.2 + 3.2 * columns), 1.0 + 2.3 * lines)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for axes, model in zip(panels.flat, models, strict=False):
-        ops = list(dict.fromkeys(row["op"] for row in own if row["op"].split()[0] == model))
+    for axes, (panel, layers) in zip(panels.flat, by_panel.items(), strict=False):
+        impls = [impl for impl in look_of if any(impl in found for found in layers.values())]
         width = 0.8 / len(impls)
         for i, impl in enumerate(impls):
-            heights = [
-                next(
-                    (
-                        float(row["ratio_to_linear"])
-                        for row in own
-                        if row["op"] == op and impl_name(row) == impl
-                    ),
-                    0.0,
-                )
-                for op in ops
-            ]
-            places = [x + (i - (len(impls) - 1) / 2) * width for x in range(len(ops))]
-            axes.bar(places, heights, width, label=impl, **_bar(impl))
-        axes.axhline(1, color=FLOOR_COLOUR, linewidth=1)
-        labels = [op.removeprefix(model).replace("stage ", "s").strip() for op in ops]
-        axes.set_xticks(range(len(ops)), labels, rotation=45 if len(ops) > 8 else 0)
-        axes.set_title(model, fontsize=10)
-        _tidy(axes)
-    for axes in panels.flat[len(models) :]:
+            places = [x for x, found in enumerate(layers.values()) if impl in found]
+            chosen = [found[impl] for found in layers.values() if impl in found]
+            axes.bar(
+                [x + (i - (len(impls) - 1) / 2) * width for x in places],
+                [float(row["ratio_to_linear"]) for row in chosen],
+                width,
+                yerr=_whiskers(chosen),
+                label=impl,
+                **look_of[impl].bar,
+            )
+        axes.axhline(1, color=REFERENCE, linewidth=1)
+        axes.set_xticks(range(len(layers)), list(layers))
+        axes.set_title(panel, fontsize=10)
+        tidy(axes)
+        axes.tick_params(labelleft=True)
+    for axes in panels.flat[len(by_panel) :]:
         axes.set_visible(False)
     for axes in panels[:, 0]:
         axes.set_ylabel("time / frozen layer's")
-    _legend(figure, panels.flat[0])
+    legend(figure, panels.flat[: len(by_panel)])
     _title(figure, f"One layer, forward and backward, r = {MAIN_RANK}", own)
     return figure
+
+
+def _panel_and_layer(row: Row) -> tuple[str, str]:
+    """ "Swin-B stage 1, float32" and "qkv" of "Swin-B stage 1 qkv"."""
+    panel, layer = str(row["op"]).rsplit(" ", 1)
+    return f"{panel}, {row['dtype']}", layer
+
+
+def _whiskers(rows: Sequence[Row]) -> list[list[float]] | None:
+    """How far the 20th and the 80th percentile of the time lie from the ratio, in its unit."""
+    if not all(row["ms_p20"] and row["ms_p80"] for row in rows):
+        return None
+    per_ms = [float(row["ratio_to_linear"]) / float(row["ms_p50"]) for row in rows]
+    return [
+        [
+            scale * abs(float(row[end]) - float(row["ms_p50"]))
+            for scale, row in zip(per_ms, rows, strict=True)
+        ]
+        for end in ("ms_p20", "ms_p80")
+    ]
 
 
 def roofline(rows: Sequence[Row]) -> Figure | None:
@@ -121,47 +141,74 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
         for row in rows
         if not is_peak(row) and row["r"] == MAIN_RANK and row["mode"] == "fwd+bwd"
     ]
+    by_dtype = {
+        dtype: peaks_of([row for row in rows if row["dtype"] == dtype])
+        for dtype in dict.fromkeys(row["dtype"] for row in own)
+    }
+    own = [row for row in own if by_dtype[row["dtype"]] is not None]
     if not own:
         return None
-    by_dtype = {
-        row["dtype"]: peaks_of([r for r in rows if r["dtype"] == row["dtype"]]) for row in own
-    }
-    by_dtype = {dtype: peaks for dtype, peaks in by_dtype.items() if peaks is not None}
-    if not by_dtype:
-        return None
-    figure = _figure(7.0, 4.6)
-    axes = figure.subplots()
-    own = [row for row in own if row["dtype"] in by_dtype]
-    intensities = [_intensity(row) for row in own]
-    ends = (min(intensities) / 2, max(intensities) * 2)
-    slow = max(peaks.tflops for peaks in by_dtype.values()) < 10
+    look_of = _looks(list(dict.fromkeys(impl_name(row) for row in own if row["impl"] != LINEAR)))
+    roofs = {dtype: peaks for dtype, peaks in by_dtype.items() if peaks is not None}
+    slow = max(peaks.tflops for peaks in roofs.values()) < 10
     unit, scale = ("GFLOP/s", 1e3) if slow else ("TFLOP/s", 1.0)
-    for dtype, peaks in by_dtype.items():
+    figure = new_figure(1.6 + 4.6 * len(roofs), 5.0)
+    panels = figure.subplots(1, len(roofs), squeeze=False, sharey=True)[0]
+    for axes, (dtype, peaks) in zip(panels, roofs.items(), strict=True):
+        of_dtype = [row for row in own if row["dtype"] == dtype]
+        intensities = [_intensity(row) for row in of_dtype]
         ridge = 1e3 * peaks.tflops / peaks.gbps
-        xs = sorted({ends[0], min(max(ridge, ends[0]), ends[1]), ends[1]})
-        roof = [scale * peaks.attainable_tflops(x) for x in xs]
-        rates = f"GEMM {scale * peaks.tflops:.3g} {unit}, copy {peaks.gbps:.3g} GB/s"
-        axes.plot(xs, roof, color=FLOOR_COLOUR, linewidth=1.5, label=f"{dtype}: {rates}")
-    for impl in dict.fromkeys(map(impl_name, own)):
-        chosen = [row for row in own if impl_name(row) == impl]
-        look = _line(impl) | {"linestyle": "none"}
-        if impl == LINEAR:
-            look |= {"color": FLOOR_COLOUR, "marker": "o", "markerfacecolor": "none"}
+        ends = (min(*intensities, ridge) / 2, max(*intensities, ridge) * 2)
         axes.plot(
-            [_intensity(row) for row in chosen],
-            [scale * float(row["tflops"]) for row in chosen],
-            label="frozen nn.Linear" if impl == LINEAR else impl,
-            **look,
+            (ends[0], ridge, ends[1]),
+            [scale * peaks.attainable_tflops(x) for x in (ends[0], ridge, ends[1])],
+            color=REFERENCE,
+            linewidth=1.5,
         )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("FLOPs of the frozen layer per byte it must move")
-    axes.set_ylabel(f"{unit} of the frozen layer's work")
-    _tidy(axes)
-    axes.grid(axis="x", alpha=0.3, linewidth=0.6)
-    _legend(figure, axes)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for place, text, ha in (
+            (ends[1], f"torch's GEMM, {scale * peaks.tflops:.0f} {unit}", "right"),
+            (ends[0] * 1.1, f"copy, {peaks.gbps:.0f} GB/s", "left"),
+        ):
+            height = scale * peaks.attainable_tflops(place)
+            angle = math.degrees(math.atan2(height, place)) if place < ridge else 0
+            axes.text(
+                place,
+                height * 1.06,
+                text,
+                ha=ha,
+                va="bottom",
+                fontsize=8,
+                color=REFERENCE,
+                rotation=angle,  # of the line, in the data's units
+                rotation_mode="anchor",
+                transform_rotates_text=True,
+            )
+        for impl in [LINEAR, *look_of]:
+            chosen = [row for row in of_dtype if impl in (row["impl"], impl_name(row))]
+            if not chosen:
+                continue
+            if impl == LINEAR:
+                name = "frozen nn.Linear"
+                look = {"color": REFERENCE, "marker": "o", "linestyle": "none"}
+                look |= {"markerfacecolor": "none", "markersize": 4.5}
+            else:
+                name, look = impl, look_of[impl].points
+            axes.plot(
+                [_intensity(row) for row in chosen],
+                [scale * float(row["tflops"]) for row in chosen],
+                label=name,
+                **look,
+            )
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("FLOPs of the frozen layer per byte it must move")
+        axes.set_title(dtype, fontsize=10)
+        tidy(axes)
+        axes.grid(axis="x", alpha=0.3, linewidth=0.6)
+    panels[0].set_ylabel(f"{unit} of the frozen layer's work")
+    legend(figure, panels)
     _title(figure, f"Roofline, forward and backward, r = {MAIN_RANK}", own)
     return figure
 
@@ -187,24 +234,32 @@ def time_against_rank(rows: Sequence[Row]) -> Figure | None:
         return None
     own = [row for row in own if row["op"].split()[0] == model]
     ops = list(dict.fromkeys(row["op"] for row in own))[:4]
-    impls = list(dict.fromkeys(map(impl_name, own)))
-    figure = _figure(9.5, 3.2)
-    panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
-    for axes, op in zip(panels, ops, strict=True):
-        for impl in impls:
-            points = sorted(
-                (int(row["r"]), float(row["ratio_to_linear"]))
-                for row in own
-                if row["op"] == op and impl_name(row) == impl
+    look_of = _looks(list(dict.fromkeys(map(impl_name, own))))
+    figure = new_figure(9.5, 6.4)
+    panels = list(figure.subplots(-(-len(ops) // 2), 2, sharey=True, squeeze=False).flat)
+    for axes in panels[len(ops) :]:
+        axes.set_visible(False)
+    for axes, op in zip(panels, ops, strict=False):
+        for i, (impl, look) in enumerate(look_of.items()):
+            beside = 2 ** (0.05 * (i - (len(look_of) - 1) / 2))  # or whiskers would hide each other
+            chosen = [row for row in own if row["op"] == op and impl_name(row) == impl]
+            chosen.sort(key=lambda row: int(row["r"]))
+            axes.errorbar(
+                [beside * int(row["r"]) for row in chosen],
+                [float(row["ratio_to_linear"]) for row in chosen],
+                yerr=_whiskers(chosen),
+                label=impl,
+                elinewidth=0.7,
+                capsize=1.5,
+                **look.line,
             )
-            axes.plot(*zip(*points, strict=True), label=impl, **_line(impl))
-        axes.axhline(1, color=FLOOR_COLOUR, linewidth=1)
+        axes.axhline(1, color=REFERENCE, linewidth=1)
         _log2_ticks(axes, sorted(map(int, ranks_of[model])))
         axes.set_xlabel("rank r")
         axes.set_title(op, fontsize=10)
-        _tidy(axes)
-    panels[0].set_ylabel("time / frozen layer's")
-    _legend(figure, panels[0])
+        tidy(axes)
+        axes.set_ylabel("time / frozen layer's")
+    legend(figure, panels[: len(ops)])
     _title(figure, "One layer, forward and backward", own)
     return figure
 
@@ -228,20 +283,21 @@ def memory_against_batch(rows: Sequence[Row]) -> Figure | None:
     ]
     if not impls:
         return None
-    figure = _figure(7.0, 4.2)
+    figure = new_figure(7.0, 4.2)
     axes = figure.subplots()
-    for impl in impls:
+    for impl, look in _looks(impls).items():
         points = sorted(
             (int(row["batch"]), float(row["saved_mib"])) for row in own if row["impl"] == impl
         )
-        axes.plot(*zip(*points, strict=True), label=impl, **_line(impl))
+        axes.plot(*zip(*points, strict=True), label=impl, **look.line)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _log2_ticks(axes, sorted(batches[model, dtype]))
     axes.set_xlabel("images in a batch")
     axes.set_ylabel("MiB saved for the backward")
-    _tidy(axes)
-    _legend(figure, axes)
+    tidy(axes)
+    mark_coinciding(axes)
+    legend(figure, [axes], 3)
     _title(figure, f"{MODEL_NAMES.get(model, model)}, r = {MAIN_RANK}, {dtype}", own)
     return figure
 
@@ -250,29 +306,6 @@ def _log2_ticks(axes: Axes, values: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(values, [str(value) for value in values])
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(3, len(labels)),
-        frameon=False,
-        fontsize=8,
-    )
 
 
 def _title(figure: Figure, title: str, rows: Sequence[Row]) -> None:

@@ -181,19 +181,36 @@ class Compiler:
 
 
 def find_cxx(environ: Mapping[str, str]) -> Compiler:
-    """$CXX, else the first of c++, g++ and clang++ in PATH; it must know C++20."""
+    """$CXX, else the first of c++, g++ and clang++ in PATH; it must know C++20.
+
+    Raises:
+        Missing: there is none that does.
+        ToolError: the one that CXX names does not. It was asked for, so the build goes no further:
+            pip hides what a build that succeeds has printed.
+    """
     asked = environ.get("CXX", "").split()
     names = [asked] if asked else [["c++"], ["g++"], ["clang++"]]
+    try:
+        return _first_cxx(names, environ)
+    except Missing as error:
+        if not asked:
+            raise
+        raise ToolError(
+            f"CXX={' '.join(asked)}: {error}. Name another, or unset CXX: c++, g++ and clang++ are"
+            " then looked for in PATH"
+        ) from error
+
+
+def _first_cxx(names: Sequence[Sequence[str]], environ: Mapping[str, str]) -> Compiler:
     for name, *arguments in names:
         path = shutil.which(name, path=environ.get("PATH"))
         if path is not None:
             command = (path, *arguments)
             break
     else:
-        looked_for = f"CXX={' '.join(asked)}" if asked else "c++, g++, clang++ in PATH"
         raise Missing(
-            f"no C++ compiler was found (looked for {looked_for}): install g++ 10 or newer,"
-            " e.g. apt install g++"
+            f"no C++ compiler was found (looked for {', '.join(name for name, *_ in names)} in"
+            " PATH): install g++ 10 or newer, e.g. apt install g++"
         )
     _probe([*command, CPP_STANDARD], "probe.cpp", "#include <concepts>\nint main() {}\n", environ)
     return Compiler(command, run([*command, "--version"], env=environ).stdout.split("\n")[0])

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-# Okabe and Ito's colours, told apart with any kind of colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+from ..figure_style import look, new_figure, tidy
+
+# As the demo's table spells them out.
+_WORDS = {"linear": "linear probe", "full": "full fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -40,34 +41,33 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
         title: of the picture.
         path: file to write.
     """
-    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
+    figure = new_figure(7.2, 4.5)
     axes = figure.subplots()
     axes.set_xscale("log")
-    for point, colour in zip(points, _COLOURS, strict=True):
-        x = point.trained_params
-        left_of_it = [x / 1.12] * len(point.top1)
-        axes.scatter(left_of_it, point.top1, s=14, color=colour, alpha=0.4, linewidths=0)
-        axes.errorbar(
-            x, point.top1_mean, yerr=point.top1_std, fmt="o", markersize=7, capsize=4, color=colour
-        )
     counts = [point.trained_params for point in points]
-    for point, colour in zip(points, _COLOURS, strict=True):
-        x = point.trained_params
+    for place, point in enumerate(points):
+        own, x = look(place), point.trained_params
+        left_of_it = [x / 1.12] * len(point.top1)
+        axes.scatter(
+            left_of_it, point.top1, 14, own.colour, marker=own.marker, alpha=0.4, linewidths=0
+        )
+        bar = own.points | {"markersize": 7, "capsize": 4}
+        axes.errorbar(x, point.top1_mean, yerr=point.top1_std, **bar)
         left = x == max(counts) or any(x < other < 3 * x for other in counts)
+        name = _WORDS.get(point.label, point.label)
         axes.annotate(
-            f"{point.label}\n{point.top1_mean:.1f}%, {point.trained_params:,} parameters",
+            f"{name}\n{point.top1_mean:.1f}%, {x:,} parameters",
             (x, point.top1_mean),
             xytext=(-14 if left else 10, -12),
             textcoords="offset points",
             ha="right" if left else "left",
             va="top",
-            color=colour,
             fontsize=9,
         )
     axes.set_xlabel("trained parameters, classification head included (log scale)")
-    axes.set_ylabel("test top-1 accuracy (%)")
+    axes.set_ylabel("test top-1 accuracy (%); faint: one seed each")
     axes.set_title(title, fontsize=10, loc="left")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
+    tidy(axes)
+    axes.grid(axis="x", alpha=0.3, linewidth=0.6)
     figure.savefig(path, format="png")

@@ -1,7 +1,6 @@
 """A benchmark's figures, and those of the papers that their numbers and formulas give.
 
-Colours, hatches and markers are the analyses'; published numbers have open markers and broken
-lines.
+Published numbers have open markers.
 """
 
 from __future__ import annotations
@@ -9,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..analysis.plots import COLOURS, HATCHES, MARKERS
+from ..figure_style import legend, look, mark_coinciding, new_figure, tidy
 from ..methods import FacTTK, FacTTT, LoRA
 from ..papers import results
 from ..papers.counts import VIT_B, counts, factors
@@ -30,8 +29,8 @@ def radar(scores: Sequence[Scores], tasks: Sequence[str], title: str) -> Figure:
     """
     if len(tasks) < 3:
         raise ValueError(f"tasks must be at least 3 for a radar, got {len(tasks)}")
-    figure = Figure(figsize=(7.6, 7.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot(projection="polar")
+    figure = new_figure(7.6, 7.2)
+    axes: Any = figure.add_subplot(projection="polar")
     angles = np.linspace(0, 2 * math.pi, len(tasks), endpoint=False)
     for index, item in enumerate(scores):
         found = [item.task(task) for task in tasks]
@@ -39,18 +38,15 @@ def radar(scores: Sequence[Scores], tasks: Sequence[str], title: str) -> Figure:
         axes.plot(
             [*angles, angles[0]],
             [*values, values[0]],
-            color=_colour(index),
-            marker=_marker(index),
-            markersize=4,
-            markerfacecolor="white" if item.published else _colour(index),
-            linestyle="--" if item.published else "-",
-            linewidth=1.2,
+            **look(index).line | _face(item.published),
             label=_label(item),
         )
     axes.set_xticks(angles, list(tasks), fontsize=8)
     axes.set_ylim(0, 100)
+    axes.set_rlabel_position(180 / len(tasks))  # between two tasks
+    axes.tick_params(axis="y", labelsize=7)
     axes.set_title(f"{title}: top-1 (%)", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    legend(figure, [axes], 3)
     return figure
 
 
@@ -67,11 +63,7 @@ def group_bars(
     """
     names = [name for name in scores[0].groups if set(scores[0].groups[name]) & set(tasks)]
     columns = [*names, "mean of groups"] if len(names) > 1 else names
-    figure = Figure(
-        figsize=(min(12.0, max(6.4, 1.2 + 0.3 * len(columns) * len(scores))), 4.6),
-        dpi=150,
-        layout="constrained",
-    )
+    figure = new_figure(min(12.0, max(6.4, 1.2 + 0.3 * len(columns) * len(scores))), 4.6)
     axes = figure.subplots()
     widths = _widths(scores, by_size)
     lefts = np.concatenate([[0.0], np.cumsum(widths)[:-1]]) - sum(widths) / 2
@@ -88,21 +80,17 @@ def group_bars(
             heights,
             widths[index],
             yerr=_whiskers(values),
-            color=_colour(index),
             alpha=0.55 if item.published else 1.0,
-            hatch=_hatch(index),
-            edgecolor="black",
-            linewidth=0.6,
-            capsize=2,
             label=_label(item),
+            **look(index).bar,
         )
     axes.set_xticks(range(len(columns)), columns)
     axes.set_ylim(max(0.0, lowest - 10), min(100.0, axes.get_ylim()[1]))
     axes.set_ylabel("top-1 accuracy (%)")
     suffix = "; bars as wide as their parameters" if by_size else ""
     axes.set_title(title + suffix, fontsize=10, loc="left")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    _tidy(axes)
+    legend(figure, [axes])
+    tidy(axes)
     return figure
 
 
@@ -132,28 +120,24 @@ def accuracy_against_parameters(
         title: of the figure.
         y_label: which accuracy.
     """
-    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    figure = new_figure(7.2, 4.8)
     axes = figure.subplots()
     axes.set_xscale("log")
     for index, (label, parameters, accuracy, published) in enumerate(points):
         if parameters is None:
             continue
-        colour = _colour(index)
+        own = look(index)
         text = f"{label}: {accuracy} %"
         if parameters == 0:
-            axes.axhline(accuracy.mean, color=colour, linestyle=":", label=f"{text}, 0")
+            axes.axhline(accuracy.mean, color=own.colour, linestyle=own.dash, label=f"{text}, 0")
             continue
         axes.errorbar(
             parameters,
             accuracy.mean,
             yerr=accuracy.half_width,
-            color=colour,
-            marker=_marker(index),
-            markerfacecolor="white" if published else colour,
-            markersize=7,
             capsize=3,
-            linestyle="none",
             label=f"{text}, {_short(parameters)}",
+            **own.points | _face(published) | {"markersize": 7},
         )
     axes.set_ylim(None, min(101.0, axes.get_ylim()[1]))
     axes.set_xlabel("trained parameters, head left out (log scale)")
@@ -162,9 +146,11 @@ def accuracy_against_parameters(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     low, high = axes.get_xlim()
     within_a_decade = FuncFormatter(lambda value, _: _short(value))
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     axes.xaxis.set_minor_formatter(within_a_decade if high < 20 * low else NullFormatter())
+    axes.tick_params(which="minor", labelsize=8)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -187,31 +173,31 @@ def shots_lines(panels: Mapping[str, Mapping[str, Mapping[int, Estimate]]], y_la
     """
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.4 * columns + 0.6, 3.2 * rows + 0.5), dpi=150, layout="constrained")
+    figure = new_figure(3.4 * columns + 0.6, 3.2 * rows + 0.5)
+    place = {name: i for i, name in enumerate(dict.fromkeys(m for p in panels.values() for m in p))}
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (name, methods) in zip(grid.flat, panels.items(), strict=False):
         shots = sorted({count for by_shots in methods.values() for count in by_shots})
-        for index, (method, by_shots) in enumerate(methods.items()):
+        for method, by_shots in methods.items():
             axes.errorbar(
                 list(by_shots),
                 [accuracy.mean for accuracy in by_shots.values()],
                 yerr=_whiskers(list(by_shots.values())),
-                color=_colour(index),
-                marker=_marker(index),
                 capsize=2,
                 label=method,
+                **look(place[method]).line,
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks(shots, [str(count) for count in shots])
         axes.minorticks_off()
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("images a class")
-        _tidy(axes)
+        tidy(axes)
+        mark_coinciding(axes)
     grid[0, 0].set_ylabel(y_label)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend(figure, grid.flat[: len(panels)])
     return figure
 
 
@@ -243,37 +229,33 @@ def _scaling() -> Figure:
     table = results.table("efft_table_3")
     sizes = [column.key for column in table.columns if not column.key.endswith("_params")]
     labels = [c.label.removesuffix(" ave.") for c in table.columns if c.key in sizes]
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
     for index, (row, label) in enumerate(table.rows.items()):
         axes.plot(
             labels,
             list(table.values(row, tuple(sizes)).values()),
-            color=_colour(index),
-            marker=MARKERS[index],
-            linestyle="none",
-            markersize=8,
             label=label,
+            **look(index).points | {"markersize": 8},
         )
     axes.set_ylabel("mean of groups, top-1 (%)")
     axes.set_title("EFFT, Table 3", fontsize=10, loc="left")
     axes.legend(fontsize=8, frameon=False)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
 def _rank_figure() -> Figure:
     ranks = (1, 2, 4, 8, 16, 32, 64)
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    figure = new_figure(6.4, 4.4)
     axes = figure.subplots()
     kinds = {"LoRA": LoRA, "FacT-TT": FacTTT, "FacT-TK": FacTTK}
     for index, (label, kind) in enumerate(kinds.items()):
         axes.plot(
             ranks,
             [factors(VIT_B, kind(rank=rank)) for rank in ranks],
-            color=_colour(index),
-            marker=MARKERS[index],
             label=label,
+            **look(index).line,
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -281,8 +263,9 @@ def _rank_figure() -> Figure:
     axes.set_xlabel("rank r")
     axes.set_ylabel("trained parameters on ViT-B, head left out")
     axes.set_title("FacT, Figure 4", fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False)
-    _tidy(axes)
+    tidy(axes)
+    mark_coinciding(axes)
+    axes.legend(fontsize=8, frameon=False, handlelength=3.2)
     return figure
 
 
@@ -310,17 +293,8 @@ def _label(item: Scores) -> str:
     return f"{item.label} (published)" if item.published else item.label
 
 
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
-
-
-def _marker(index: int) -> str:
-    # Shifted in every round of colours, so that no pair of the two comes twice.
-    return MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-
-
-def _hatch(index: int) -> str:
-    return HATCHES[(index + index // len(COLOURS)) % len(HATCHES)]
+def _face(published: bool) -> dict[str, str]:
+    return {"markerfacecolor": "white"} if published else {}
 
 
 def _short(count: float) -> str:
@@ -329,9 +303,3 @@ def _short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3, linewidth=0.6)
-    axes.set_axisbelow(True)

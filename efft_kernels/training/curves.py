@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic_files import replacing
+from ..figure_style import look, new_figure, tidy
 
 if TYPE_CHECKING:
     from .run import EpochRow
-
-_LOSS, _TOP1 = ("#0072B2", "o", "-"), ("#D55E00", "s", "--")  # Okabe and Ito's
 
 
 def draw_curves(history: Sequence[EpochRow], kept_epoch: int, path: Path) -> None:
@@ -23,23 +22,21 @@ def draw_curves(history: Sequence[EpochRow], kept_epoch: int, path: Path) -> Non
         kept_epoch: whose adapter was saved; it is marked.
         path: the file, replaced in one step.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row.epoch for row in history]
-    figure = Figure(figsize=(7, 3), dpi=150, layout="constrained")
+    figure = new_figure(7, 3)
     panels = (
-        ("training loss", [row.train_loss for row in history], _LOSS),
-        ("validation top-1, %", [row.val_top1_percent for row in history], _TOP1),
+        ("training loss", [row.train_loss for row in history]),
+        ("validation top-1, %", [row.val_top1_percent for row in history]),
     )
-    for place, (title, values, (colour, marker, line)) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, 2, place)
-        axes.plot(epochs, values, line, color=colour, marker=marker, markersize=3, linewidth=1.2)
+    for place, (title, values) in enumerate(panels):
+        axes = figure.add_subplot(1, 2, place + 1)
+        axes.plot(epochs, values, **look(place).line | {"markersize": 3})
         axes.axvline(kept_epoch, color="0.4", linewidth=0.8, linestyle=":")
         axes.set(title=title, xlabel="epoch (dotted: the one saved)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3, linewidth=0.6)
+        tidy(axes)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 

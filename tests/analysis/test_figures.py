@@ -76,7 +76,7 @@ def test_a_curve_s_marker_is_filled_where_the_threshold_is_reached() -> None:
     (filled,) = (line for line in axes.lines if len(line.get_xdata()) == 1)
     assert (list(filled.get_xdata()), list(filled.get_ydata())) == ([1], [68.0])
     assert filled.get_color() == curves[0].get_color() != curves[1].get_color()
-    (threshold,) = (line for line in axes.lines if line.get_linestyle() == "--")
+    (threshold,) = (line for line in axes.lines if "threshold" in str(line.get_label()))
     assert set(threshold.get_ydata()) == {67.5}
     table = tables.dimension_table([first, second])
     assert column(table, "d_t") == ["1", "> 10"]
@@ -141,10 +141,35 @@ def test_scales_stay_with_their_accuracies() -> None:
     for m, axes in enumerate(figure.axes):
         assert axes.get_title("left") == sweep.methods[m]
         for t, line in enumerate(axes.lines):
-            assert line.get_label() == sweep.tasks[t]
+            spread = ("60.0 to 80.0", "10.0 to 50.0")[t]
+            assert line.get_label() == f"{sweep.tasks[t]} ({spread} %)"
             np.testing.assert_allclose(line.get_xdata(), [0.1, 1.0, 10.0])
             np.testing.assert_allclose(line.get_ydata(), normal[t, m][[1, 2, 0]])
     table = tables.scale_table(sweep)
     tens = ["70.00 (0.50)", "65.00 (0.25)", "10.00 (0.00)", "50.00 (1.00)"]
     assert column(table, "s = 10") == tens
     assert column(table, "s = 0.1")[-1] == "diverged (0.00)"
+
+
+def test_blocks_are_compared_on_a_scale_of_the_others() -> None:
+    """A block's similarity with itself is 1, and would leave the others one dark blue."""
+    similarity = np.array([[1.0, 0.15, 0.25], [0.15, 1.0, 0.1], [0.25, 0.1, 1.0]])
+    item = BlockComparison("qkv", "in", 12, 4, (0, 1, 2), similarity, 0.05)
+    assert plots.draw_blocks([item]).axes[0].images[0].get_clim() == pytest.approx((0, 0.2))
+    small = Comparison("g", "a", "b", "factor", 40, numbers(2, 3) / 10, np.zeros((2, 3)))
+    assert plots.draw_comparisons([small]).axes[0].images[0].get_clim() == pytest.approx((0, 0.09))
+
+
+def test_an_ablation_s_whiskers_are_the_deviations_over_its_seeds() -> None:
+    full = {"efft1": Cell("efft1", "both", None, 9, 50.0, (50.0, 50.0))}
+    cells = (Cell("efft1", "ffn", None, 5, 40.0, (39.0, 41.0)),)
+    (bars,) = plots.draw_ablation(Ablation("tiny", full, cells)).axes[0].containers[1:]
+    (segment,) = bars.errorbar[2][0].get_segments()
+    assert sorted(segment[:, 1]) == pytest.approx([-20 - 2 * 2**0.5, -20 + 2 * 2**0.5])
+
+
+def test_one_data_set_s_scales_are_shown_as_accuracies() -> None:
+    sweep = ScaleSweep(("one",), ("efft1",), (1.0, 10.0), np.array([[[60.0, 62.0]]]))
+    (axes,) = plots.draw_scales(sweep).axes
+    assert list(axes.lines[0].get_ydata()) == [60.0, 62.0]
+    assert "%" in axes.get_ylabel()

@@ -242,3 +242,41 @@ def test_the_gate_fails_beyond_its_band_and_only_for_this_package() -> None:
     # A disturbed run whose fast rounds are as fast as ever decides nothing.
     (noisy,) = check.compare([whole_row("EFFT2", 1.30, ratio_p20="1.05")], committed)
     assert not noisy.slower(0.10)
+
+
+def test_a_stage_and_a_dtype_have_a_panel_of_their_own() -> None:
+    rows = [
+        operator_row("torch", strategy, 1.5, op=f"Swin-B stage {stage} {layer}", dtype=dtype)
+        | {"ms_p20": "0.9", "ms_p80": "1.2"}
+        for stage in (1, 2)
+        for layer in ("qkv", "fc1")
+        for strategy, dtype in (("split", "float32"), ("merged", "float32"), ("split", "bfloat16"))
+    ]
+    figure = plots.ratio_bars(rows)
+    assert figure is not None
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    titles = [axes.get_title() for axes in panels]
+    assert titles == [f"Swin-B stage {stage}, {dtype}" for stage in (1, 2)
+                      for dtype in ("float32", "bfloat16")]  # fmt: skip
+    assert [len(axes.patches) for axes in panels] == [4, 2, 4, 2]  # no slot stays empty
+    (whisker, *_) = panels[0].collections[0].get_segments()
+    assert list(whisker[:, 1]) == pytest.approx([1.35, 1.8])
+
+
+def test_a_roof_is_named_where_it_is_drawn(operators: list[dict[str, Any]]) -> None:
+    figure = plots.roofline(operators + [row | {"dtype": "bfloat16"} for row in operators])
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["float32", "bfloat16"]
+    for axes in figure.axes:
+        texts = [text.get_text() for text in axes.texts]
+        assert texts == ["torch's GEMM, 100 GFLOP/s", "copy, 20 GB/s"]
+
+
+def test_every_committed_picture_is_one_of_these_and_explained() -> None:
+    found = {path.name for path in plots.PLOTS.glob("*")}
+    sources = (csv_rows.OPERATORS_CSV, csv_rows.WHOLE_MODEL_CSV)
+    rows = [row for path in sources for row in csv_rows.read_rows(path)]
+    devices = {plots.slug(row["device"]) for row in rows}
+    assert found <= {f"{name}-{device}.png" for name in plots.PICTURES for device in devices}
+    page = (csv_rows.ROOT / "benchmarks" / "README.md").read_text()
+    assert all(f"results/plots/{name})" in page for name in found), "each is shown and explained"

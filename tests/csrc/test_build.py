@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -178,11 +177,15 @@ def test_a_compiler_that_does_not_work_is_as_good_as_none(
     broken.chmod(0o755)
     graph = native_build.build_graph(Settings(), project / "build", environ=environ, root=project)
     assert "unknown option -std=c++20" in graph.missing["_native"]
+    named = {**environ, "CXX": str(broken)}
+    with pytest.raises(ToolError, match=r"CXX=.* cannot compile .*unknown option -std"):
+        native_build.build_graph(Settings(), project / "build", environ=named, root=project)
 
 
 def test_a_named_compiler_is_the_only_one_looked_for(environ: dict[str, str]) -> None:
-    with pytest.raises(Missing, match="looked for CXX=no-such-compiler"):
-        toolchain.find_cxx({**os.environ, "CXX": "no-such-compiler"})
+    """And the build ends without it: pip would show nothing of one that succeeds."""
+    with pytest.raises(ToolError, match=r"CXX=no-such-compiler -O1: .*looked for no-such-compiler"):
+        toolchain.find_cxx({**os.environ, "CXX": "no-such-compiler -O1"})
 
 
 def test_without_nvcc_the_rest_is_built(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,12 +439,34 @@ def empty_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_library_that_was_never_built_names_the_command(empty_package: Path) -> None:
     assert native_library.load_cpu() == (
-        "_native.so was not built. To build it, in a clone of efft-kernels:"
-        " pip install --no-build-isolation -e ."
+        "_native.so was not built. To build it: pip install --no-build-isolation --no-deps"
+        " --no-cache-dir --force-reinstall SOURCES, where SOURCES is a clone of efft-kernels or its"
+        " .tar.gz"
     )
-    assert "EFFT_KERNELS_BUILD_CUDA=1 pip install" in str(native_library.cuda_unavailable())
+    assert "it: EFFT_KERNELS_BUILD_CUDA=1 pip install" in str(native_library.cuda_unavailable())
     assert native_library.autograd_module() is None
     assert "was not built" in str(native_library.autograd_unavailable())
+
+
+def test_in_a_clone_the_command_names_it(
+    empty_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty_package / "csrc").mkdir()
+    monkeypatch.setattr(native_library, "_PACKAGE", empty_package / "efft_kernels")
+    assert str(native_library.load_cpu()).endswith(
+        f"To build it, in {empty_package}: pip install --no-build-isolation -e ."
+    )
+
+
+def test_the_first_import_says_that_the_build_had_no_compiler(
+    empty_package: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    native_library.warn_of_a_build_without_compiler()
+    assert not recwarn.list  # no build has been made: a tree as it was cloned
+    missing = native_build.BuildGraph(missing={"_native": "no C++ compiler was found"})
+    native_build.write_if_changed(empty_package / native_build.REPORT, json.dumps(missing.report()))
+    with pytest.warns(RuntimeWarning, match="plain torch: _native.so was not built: no C"):
+        native_library.warn_of_a_build_without_compiler()
 
 
 def test_the_reason_of_the_build_is_repeated(empty_package: Path) -> None:
@@ -480,7 +505,7 @@ def test_a_cuda_library_without_a_gpu_says_so(
         (
             (8, 0),
             ["9.0a"],
-            "were built for 9.0a. To build them for it: EFFT_KERNELS_CUDA_ARCHS=8.0",
+            "EFFT_KERNELS_CUDA_ARCHS=8.0 EFFT_KERNELS_BUILD_CUDA=1 pip install",
         ),
         ((8, 6), ["9.0a", "8.0"], None),
         ((9, 0), ["9.0a"], None),
@@ -512,23 +537,6 @@ def test_an_autograd_module_for_another_torch_is_refused(
 
 
 # What is published
-
-
-def test_the_source_distribution_has_what_the_build_needs(tmp_path: Path) -> None:
-    clone = tmp_path / "clone"
-    for folder in ("csrc", "efft_kernels"):
-        shutil.copytree(ROOT / folder, clone / folder)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, clone)
-    code = f"from setuptools import build_meta as b; b.build_sdist({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=clone, check=True, capture_output=True)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
-    assert {name for name in here if "__pycache__" not in name} <= names
-    assert {"setup.py", "pyproject.toml", "csrc/build/native_build.py"} <= names
-    assert not [name for name in names if name.endswith((".so", "_build_report.json"))]
 
 
 def test_make_installs_what_the_build_requires() -> None:

@@ -33,8 +33,10 @@ def test_each_point_has_its_own_place_bar_and_words(
     assert axes.get_xscale() == "log"
     assert len(axes.containers) == len(points)
     dots = [item for item in axes.collections if len(item.get_offsets()) == 2]
-    colours = set()
-    for point, bar, seeds, text in zip(points, axes.containers, dots, axes.texts, strict=True):
+    names = ["linear probe", "full fine-tuning", "efft1", "efft2"]
+    shown = set()
+    drawn = zip(points, names, axes.containers, dots, axes.texts, strict=True)
+    for point, name, bar, seeds, text in drawn:
         marker, _, (segments,) = bar
         assert (list(marker.get_xdata()), list(marker.get_ydata())) == (
             [point.trained_params],
@@ -44,8 +46,7 @@ def test_each_point_has_its_own_place_bar_and_words(
         assert ends == [point.top1_mean - point.top1_std, point.top1_mean + point.top1_std]
         assert [y for _, y in seeds.get_offsets()] == list(point.top1)
         assert text.xy == (point.trained_params, point.top1_mean)
-        words = f"{point.label}\n{point.top1_mean:.1f}%, {point.trained_params:,} parameters"
+        words = f"{name}\n{point.top1_mean:.1f}%, {point.trained_params:,} parameters"
         assert text.get_text() == words
-        assert text.get_color() == marker.get_color()
-        colours.add(marker.get_color())
-    assert len(colours) == len(points)
+        shown.add((marker.get_color(), marker.get_marker()))
+    assert len(shown) == len(points)

@@ -17,7 +17,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 import sysconfig
+import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -34,8 +36,7 @@ NATIVE_LIBRARY_VARIABLE = "EFFT_KERNELS_NATIVE_LIBRARY"
 LIBRARIES = ("_native", "_native_cuda", "_autograd", "_build_info")
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-_BUILD_COMMAND = "pip install --no-build-isolation -e ."
-_HOW_TO_BUILD = {"_native_cuda": f"EFFT_KERNELS_BUILD_CUDA=1 {_BUILD_COMMAND}"}
+_CUDA_IS_WANTED = "EFFT_KERNELS_BUILD_CUDA=1 "
 
 
 def library_path(name: str) -> Path:
@@ -54,11 +55,26 @@ def not_built(name: str) -> str | None:
     if name == "_native" and os.environ.get(NATIVE_LIBRARY_VARIABLE):
         return f"{NATIVE_LIBRARY_VARIABLE}={path}: there is no such file"
     reason = _reasons_of_the_build().get(name)
-    command = _HOW_TO_BUILD.get(name, _BUILD_COMMAND)
+    settings = _CUDA_IS_WANTED if name == "_native_cuda" else ""
+    because = f": {reason}" if reason else ""
+    return f"{path.name} was not built{because}. To build it{_how_to_build(settings)}"
+
+
+def _how_to_build(settings: str = "") -> str:
+    """The end of a sentence: where, and the command. `settings` come before it."""
+    if (_PACKAGE.parent / "csrc").is_dir():
+        return f", in {_PACKAGE.parent}: {settings}pip install --no-build-isolation -e ."
     return (
-        f"{path.name} was not built{f': {reason}' if reason else ''}."
-        f" To build it, in a clone of efft-kernels: {command}"
+        f": {settings}pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall"
+        " SOURCES, where SOURCES is a clone of efft-kernels or its .tar.gz"
     )
+
+
+def warn_of_a_build_without_compiler() -> None:
+    """Warn where a build left the C++ library out: pip shows nothing of a build that succeeds."""
+    reason = not_built("_native")
+    if sys.platform == "linux" and reason is not None and "_native" in _reasons_of_the_build():
+        warnings.warn(f"CPU calls run in plain torch: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _reasons_of_the_build() -> dict[str, str | None]:
@@ -125,9 +141,10 @@ def device_rejected(index: int) -> str | None:
     if archs and not any(_runs_on(arch, capability) for arch in archs):
         return (
             f"cuda:{index} ({name}) has compute capability {capability[0]}.{capability[1]}, and the"
-            f" CUDA operators were built for {', '.join(archs)}. To build them for it:"
-            f" EFFT_KERNELS_CUDA_ARCHS={capability[0]}.{capability[1]}"
-            f" {_HOW_TO_BUILD['_native_cuda']}"
+            f" CUDA operators were built for {', '.join(archs)}. To build them for it"
+            + _how_to_build(
+                f"EFFT_KERNELS_CUDA_ARCHS={capability[0]}.{capability[1]} {_CUDA_IS_WANTED}"
+            )
         )
     return None
 
@@ -164,7 +181,7 @@ def _autograd() -> tuple[ModuleType | None, str | None]:
     if built_for is not None and _minor(built_for) != _minor(torch.__version__):
         return None, (
             f"{library_path('_autograd')} was built for torch {built_for}, this is torch"
-            f" {torch.__version__}. To build it again, in a clone of efft-kernels: {_BUILD_COMMAND}"
+            f" {torch.__version__}. To build it again{_how_to_build()}"
         )
     try:
         return importlib.import_module("efft_kernels._autograd"), None
@@ -230,3 +247,6 @@ def backward(
         d_core if need_core else None,
         d_up if need_up else None,
     )
+
+
+warn_of_a_build_without_compiler()
