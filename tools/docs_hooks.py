@@ -115,12 +115,13 @@ def _command(command: Any, name: str, summary: str = "") -> list[str]:
             if record is None or parameter.name == "help":
                 continue
             panel = getattr(parameter, "rich_help_panel", None) or ""
-            cells = (record[0], getattr(parameter, "help", None) or "", _default(parameter))
+            names = record[0].replace("list[str]", "str").replace(" range>", ">")
+            cells = (names, getattr(parameter, "help", None) or "", _default(parameter))
             rows.setdefault(panel, []).append(_row(*cells))
     for panel, found in rows.items():
         lines += [
             *([f"**{panel}**", ""] if panel else []),
-            "| | | default |",
+            "| option | | default |",
             "|---|---|---|",
             *found,
             "",
