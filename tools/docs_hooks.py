@@ -50,7 +50,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     uri = page.file.src_uri
     own = uri.removeprefix(OUTSIDE) if uri.startswith(OUTSIDE) else DOCS + uri
     if COMMANDS_HERE in markdown:
-        markdown = markdown.replace(COMMANDS_HERE, commands_page())
+        # The class keeps options in one piece; extra.css has it.
+        page_of_commands = f'<div class="commands" markdown>\n\n{commands_page()}\n\n</div>'
+        markdown = markdown.replace(COMMANDS_HERE, page_of_commands)
     for path, link in sorted(_links(markdown, own), key=lambda pair: -len(pair[1])):
         to = posixpath.relpath(_place(path), posixpath.dirname(uri) or ".")
         markdown = re.sub(
