@@ -10,9 +10,9 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..adapters.adapter import Adapter
 from ..atomic_files import replacing
 from .hub import ADAPTER
+from .left_out import adapted_module, base_parameters
 
 WEIGHTS = "model.safetensors"
 
@@ -21,7 +21,7 @@ class AdapterCheckpoints(TrainerCallback):
     """Makes every checkpoint one of the adapter: `Trainer(..., callbacks=[AdapterCheckpoints()])`.
 
     A checkpoint gets an adapter.safetensors, for `load` or `from_pretrained`, and its
-    model.safetensors is left with what Trainer needs to resume: whatever is not a frozen parameter.
+    model.safetensors is left with what Trainer needs to resume: all but the frozen base.
     Trainer says that keys are missing when it resumes; these are the frozen ones, which the model
     has.
     """
@@ -32,11 +32,11 @@ class AdapterCheckpoints(TrainerCallback):
             return
         model: nn.Module = given["model"]
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        Adapter(model).save(folder / ADAPTER)
+        path, adapter = adapted_module(model)
+        adapter.save(folder / ADAPTER)
         weights = folder / WEIGHTS
         if weights.is_file():  # and not in parts, as those of a very large model are
-            frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-            state_dict = load_file(weights)
-            kept = {name: tensor for name, tensor in state_dict.items() if name not in frozen}
+            base = base_parameters(model, path, adapter)
+            kept = {name: t for name, t in load_file(weights).items() if name not in base}
             with replacing(weights) as temporary:
                 save_file(kept, temporary, {"format": "pt"})
