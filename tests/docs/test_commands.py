@@ -115,6 +115,8 @@ def test_inline_commands_exist() -> None:
             assert name in COMMANDS, f"{page}: efft-kernels {name}"
         for name in re.findall(r"`make ([a-z-]+)", text):
             assert re.search(rf"^{name}:", makefile, re.MULTILINE), f"{page}: make {name}"
+        for name in re.findall(r"`python ([\w/]+\.py)", text):
+            assert (ROOT / name).is_file(), f"{page}: python {name}"
         for name in re.findall(r"`python -m ([\w.]+)", text):
             assert importlib.util.find_spec(name), f"{page}: python -m {name}"
 
