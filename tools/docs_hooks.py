@@ -104,30 +104,22 @@ def _command(command: Any, name: str, summary: str = "") -> list[str]:
     with typer.Context(command, info_name=f"efft-kernels {name}") as context:
         usage = " ".join(command.collect_usage_pieces(context))
         text = (command.help or "").removeprefix(summary).strip()
-        lines = [
-            *([text, ""] if text else []),
-            "```text",
-            f"efft-kernels {name} {usage}",
-            "```",
-            "",
-        ]
+        lines = [text, ""] if text else []
+        lines += ["```text", f"efft-kernels {name} {usage}", "```", ""]
         rows: dict[str, list[str]] = {}
         for parameter in command.get_params(context):
             record = parameter.get_help_record(context)
             if record is None or parameter.name == "help":
                 continue
             panel = getattr(parameter, "rich_help_panel", None) or ""
-            names = record[0].replace("list[str]", "str").replace(" range>", ">")
+            names = re.sub(r"list\[(\w+)\]", lambda m: m[1].lower(), record[0])
+            names = names.replace(" range>", ">")
             cells = (names, getattr(parameter, "help", None) or "", _default(parameter))
             rows.setdefault(panel, []).append(_row(*cells))
-    for panel, found in rows.items():
-        lines += [
-            *([f"**{panel}**", ""] if panel else []),
-            "| option | | default |",
-            "|---|---|---|",
-            *found,
-            "",
-        ]
+    for panel, found in sorted(rows.items(), key=lambda item: not item[0]):  # unnamed last
+        if len(rows) > 1:
+            lines += [f"**{panel or 'Others'}**", ""]
+        lines += ["| option | | default |", "|---|---|---|", *found, ""]
     return lines
 
 
