@@ -439,7 +439,7 @@ class FusedEFFTLinear(nn.Linear):
         else:
             down, core, up = bank.task_factors(self._site)
         source = None
-        if tasks is None and torch.is_grad_enabled():
+        if tasks is None and torch.is_grad_enabled() and not torch.jit.is_tracing():
             source = self._source(input, down)
         return adapted_linear(
             input,
@@ -454,6 +454,36 @@ class FusedEFFTLinear(nn.Linear):
             source=source,
             backend=self.backend,
             strategy=self.strategy,
+        )
+
+    @property
+    def base_layer(self) -> Any:
+        """What PEFT asks the layers for that it is about to wrap, before it changes the model.
+
+        Raises:
+            TypeError: the layer is an attached one: PEFT would save its part without the factors.
+        """
+        if self._bank:
+            raise TypeError(
+                f"{self._site} is adapted by efft_kernels already, and PEFT cannot wrap it: call"
+                " merge() and detach() on the adapter for a plain model first, or take the adapter"
+                " over by export_peft_lora(adapter, folder) and PeftModel.from_pretrained"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
+
+    def __dir__(self) -> list[str]:
+        """Without `base_layer`: torch.jit.trace, for one, reads all that is here."""
+        return [name for name in super().__dir__() if name != "base_layer"]
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script.
+
+        Raises:
+            TypeError: always; TorchScript has no such layers.
+        """
+        raise TypeError(
+            "torch.jit.script takes no adapted linears: call merge() and detach() on the adapter,"
+            " which leave plain ones, or use torch.export or torch.jit.trace"
         )
 
     def _source(self, x: Tensor, down: Tensor) -> Source | None:

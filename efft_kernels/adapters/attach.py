@@ -240,14 +240,20 @@ def _load(
 
 def _check_not_wrapped(model: nn.Module) -> None:
     """Refuse what wraps a model: the bank belongs at the root of the model itself."""
-    wrappers = {"DataParallel", "DistributedDataParallel", "OptimizedModule", "PeftModel"}
-    if wrapper := wrappers & {kind.__name__ for kind in type(model).__mro__}:
-        way = (
-            "merge_and_unload() first, or read its adapter with efft_kernels.interop"
-            if wrapper == {"PeftModel"}
-            else "attach before torch.compile or DataParallel wraps the model"
-        )
+    peft = "merge_and_unload() first, or read its adapter with import_peft_lora"
+    wrappers = dict.fromkeys(("PeftModel", "PeftMixedModel"), peft) | dict.fromkeys(
+        ("DataParallel", "DistributedDataParallel", "OptimizedModule"),
+        "attach before torch.compile or DataParallel wraps the model",
+    )
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    if way := next((wrappers[kind] for kind in kinds if kind in wrappers), None):
         raise ValueError(f"model must not be wrapped, got a {type(model).__name__}; {way}")
+    for name, module in model.named_modules():
+        if "BaseTunerLayer" in (kind.__name__ for kind in type(module).__mro__):
+            raise ValueError(
+                f"model must hold no layers of PEFT, got a {type(module).__name__} at {name!r};"
+                f" {peft}"
+            )
 
 
 def _build(model: nn.Module, method: Method, sites: Sequence[Site]) -> dict[str, FactorGroup]:

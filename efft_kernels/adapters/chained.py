@@ -248,7 +248,7 @@ class ChainedBlocks:
             traced = self._in_graph(input)
             if traced is not None:
                 return compiled_chain.run_chain(input, *traced, graph_dtype(input))
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and not torch.jit.is_tracing():
             found = self._engine(input)
             if not isinstance(found, str):
                 engine, parts = found

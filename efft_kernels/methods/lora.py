@@ -223,7 +223,7 @@ class LoRAGroup(FactorGroup):
         nn.init.zeros_(self.B)
 
     def factors(self, site: str, dropout: bool) -> Factors:
-        down: Tensor = self.A.mT
+        down: Tensor = self.A.transpose(-2, -1)
         up: Tensor = self.B
         if dropout and self.dropout > 0:
             down, up = F.dropout(down, self.dropout), F.dropout(up, self.dropout)

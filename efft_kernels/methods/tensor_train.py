@@ -268,7 +268,7 @@ class TensorTrainGroup(FactorGroup):
             return Factors(_side_by_side(u, place.u_chunks), core, v.unsqueeze(0))
         if place.u_side == "in":
             return Factors(u, core, v.unsqueeze(0))
-        return Factors(v, core.mT, u.unsqueeze(0))
+        return Factors(v, core.transpose(-2, -1), u.unsqueeze(0))
 
     def joint_factors(self, dropout: bool) -> dict[str, Factors]:
         rate = self.dropout if dropout else 0.0

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from . import checks, dispatch, eager_entry, reference
 from .backends.torch_backend import backward as backward_in_torch
+from .backends.torch_backend import fold
 from .recompute import Source, kept_for, made_from
 
 
@@ -96,6 +99,8 @@ def run(
         raise RuntimeError(
             f"backend {backend!r} does not support torch.func transforms; use backend='torch'"
         )
+    if torch.jit.is_tracing():
+        return _in_torch(x, weight, bias, down, core, up)[0]
     if transformed or backend == "reference":
         return _reference(x, weight, bias, down, core, up)
 
@@ -195,6 +200,33 @@ def plain_backward(
             )
         p = torch.mm(x, down.to(x.dtype))
     return backward_in_torch(dy, x, weight, p, down, core, up, needs=tuple(needs), strategy="split")
+
+
+def _in_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, core: Tensor | None, up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(y, P) in torch's own operators alone, for files that others read: TorchScript and ONNX."""
+    dtype = x.dtype
+    p = torch.matmul(x, down.to(dtype))
+    y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return y + F.linear(p, fold(core, up, dtype).to(dtype)), p
+
+
+# For torch.onnx.export, which knows torch's operators alone; torch.compile keeps ours.
+@register_decomposition(torch.ops.efft_kernels.low_rank_linear_fwd.default)
+def _decomposed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    core: Tensor | None,
+    up: Tensor,
+    save_p: bool,
+    backend: str,
+    strategy: str,
+) -> tuple[Tensor, Tensor]:
+    y, p = _in_torch(x, weight, bias, down, core, up)
+    return y, p if save_p else p.new_empty(0)
 
 
 def _reference(

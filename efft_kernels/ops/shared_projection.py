@@ -50,7 +50,7 @@ class SharedInput:
         """
         if not self.active or strategy != "auto":
             return False
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
             return False
         backend = requested_backend(backend)
         return backend == "torch" or (backend == "auto" and x.device.type == "cpu")

@@ -90,7 +90,7 @@ def fold(core: Tensor | None, up: Tensor, rows: torch.dtype | None = None) -> Te
     if core.shape[0] == 1:
         return torch.mm(up[0], core[0].t())  # a third of torch.matmul's time on the host
     # torch.matmul takes another way, with other rounding, where an operand requires grad.
-    return torch.bmm(up.expand(core.shape[0], -1, -1), core.mT).flatten(0, 1)
+    return torch.bmm(up.expand(core.shape[0], -1, -1), core.transpose(1, 2)).flatten(0, 1)
 
 
 def unfold_grads(
