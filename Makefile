@@ -39,7 +39,7 @@ bench: $(STAMP) ## what the adapter costs on this CPU; let nothing else run
 bench-check: $(STAMP) ## fail where a ratio is worse than the last committed one
 	$(BIN)/python -m benchmarks.check
 
-tables: $(STAMP) ## the measured tables of README from the CSVs
+tables: $(STAMP) ## the measured tables of README and docs/measured.md from the CSVs
 	$(BIN)/python -m benchmarks.tables
 
 aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and sm_100, no GPU needed
