@@ -9,12 +9,25 @@ from __future__ import annotations
 import builtins
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from efft_kernels.methods import METHODS
+
 from . import stand_ins
 from .pages import NOTEBOOKS, PAGES, Block, blocks
+
+
+@pytest.fixture(autouse=True)
+def _own_methods_are_forgotten() -> Iterator[None]:
+    """A page registers a method of its own; other tests go through all that are registered."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
 
 WITH_CODE = [page for page in (*PAGES, *NOTEBOOKS) if blocks(page, "python")]
 _NEEDS = {"lightning": "lightning", "accelerate": "accelerate", "huggingface": "accelerate"}
