@@ -36,11 +36,14 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     import efft_kernels
+    from efft_kernels.baselines import BASELINES
 
     api = "".join(read(page) for page in PAGES if page.startswith("docs/api/"))
     listed = set(re.findall(r"^::: efft_kernels\.(\w+)$", api, re.MULTILINE))
     assert set(efft_kernels.__all__) - {"reference"} <= listed
     assert "::: efft_kernels.ops.reference" in api
+    baselines = {kind.__name__ for kind in BASELINES.values()}
+    assert baselines <= set(re.findall(r"^::: efft_kernels\.baselines\.(\w+)$", api, re.MULTILINE))
 
 
 def test_the_site_asks_no_other_host_for_anything() -> None:
