@@ -7,7 +7,7 @@ BUILD_REQUIRES := setuptools torch ninja pybind11 nvidia-cutlass "cuda-toolkit[c
 CSRC   = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vtab test lint format bench bench-check tables aot asan fuzz soak mutate clean
+.PHONY: help setup demo demo-vtab test docs lint format bench bench-check tables aot asan fuzz soak mutate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo-vtab: $(STAMP) ## the papers' comparison in small: every method and baselin
 test: $(STAMP) ## run the tests in JOBS processes (default 2), one torch thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
 
+docs: $(STAMP) ## the documentation's site in build/site; fails where a link leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(STAMP) ## what the adapter costs on this CPU; let nothing else run
 	$(BIN)/python -m benchmarks.operators --seconds 60
 	$(BIN)/python -m benchmarks.operators --models ViT-S/16 ViT-B/16 --images 8 --ranks 16 \
@@ -36,7 +39,7 @@ bench: $(STAMP) ## what the adapter costs on this CPU; let nothing else run
 bench-check: $(STAMP) ## fail where a ratio is worse than the last committed one
 	$(BIN)/python -m benchmarks.check
 
-tables: $(STAMP) ## the measured tables of README from the CSVs
+tables: $(STAMP) ## the measured tables of README and docs/measured.md from the CSVs
 	$(BIN)/python -m benchmarks.tables
 
 aot: $(STAMP) ## compile every shipped kernel configuration for sm_80, sm_90 and sm_100, no GPU needed

@@ -1,10 +1,11 @@
-"""Tables from the CSVs: for the terminal, and for README between its markers.
+"""Tables from the CSVs: for the terminal, and between the markers of two pages.
 
     python -m benchmarks.tables
     python -m benchmarks.tables --page rows.md      # every newest row, as Markdown
 
-README shows the newest rows of every kind of device, with their date, device and commit. Running it
-twice changes nothing; a test checks that README is what the CSVs give.
+docs/measured.md shows the newest rows of every kind of device, with their date, device and commit,
+and README a few of them in one table. Running it twice changes nothing; a test checks that both are
+what the CSVs give.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .roofline import COPY, GEMM
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 README = ROOT / "README.md"
+MEASURED = ROOT / "docs" / "measured.md"
 
 WHOLE_KEY = ("model", "impl", "dtype", "batch", "r", "device")
 OPERATOR_KEY = columns("op impl strategy mode dtype M K N G r device")
@@ -49,7 +51,7 @@ MODEL_NAMES = {
     "swin_base_patch4_window7_224": "Swin-B",
     "transformers.ViT-S/16": "Hugging Face ViT-S/16",
 }
-README_OPERATOR_RANK = "16"
+PAGE_OPERATOR_RANK = "16"
 
 Lines = list[str]
 
@@ -248,7 +250,7 @@ def operator_summary(rows: Sequence[Row]) -> Lines:
     """One table per device and dtype at the main rank: geometric means over a model's layers."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in last_comparisons((r for r in rows if not is_peak(r)), OPERATOR_KEY):
-        if row["r"] == README_OPERATOR_RANK and row["mode"] == "fwd+bwd" and row["impl"] != LINEAR:
+        if row["r"] == PAGE_OPERATOR_RANK and row["mode"] == "fwd+bwd" and row["impl"] != LINEAR:
             groups.setdefault((row["device"], row["dtype"]), []).append(row)
     lines: Lines = []
     for (_, dtype), group in groups.items():
@@ -267,7 +269,7 @@ def operator_summary(rows: Sequence[Row]) -> Lines:
             cells.append(line)
         lines += [
             f"One layer, forward and backward, over the frozen nn.Linear with dX: geometric mean"
-            f" over the model's layers, {dtype}, r = {README_OPERATOR_RANK}."
+            f" over the model's layers, {dtype}, r = {PAGE_OPERATOR_RANK}."
             f" {where_and_when(group)}.",
             "",
             *markdown(["", *impls], cells),
@@ -329,11 +331,53 @@ def step_cells(own: dict[str, Row], modes: Sequence[str]) -> list[str]:
     return [next(iter(own.values()))["impl"], *times, memory("saved_mib"), memory("peak_mem_mb")]
 
 
+# README's table
+
+SHOWN = (PEERS_FLOOR, "EFFT2", "LoRA", "PEFT LoRA")
+SHOWN_ON_CPU = "vit_small_patch16_224"
+
+
+def short_summary(whole: Sequence[Row], steps: Sequence[Row]) -> str:
+    """What stands between README's markers: a step's time and memory on a CPU and on a GPU, over
+    the frozen backbone's, of the newest run of each."""
+    on_cpu = [
+        group
+        for key, group in timed_groups(whole).items()
+        if is_cpu(key[0]) and key[1] == SHOWN_ON_CPU
+    ]
+    cpu = max(on_cpu, key=lambda group: max(row["timestamp"] for row in group))
+    last = max(steps, key=lambda row: str(row["timestamp"]))["device"]
+    newest = last_comparisons((row for row in steps if row["device"] == last), STEP_KEY)
+    gpu = [row for row in newest if row["mode"] in ("eager", "graph")]
+    by_mode = {(row["mode"], row["impl"]): row for row in gpu}
+    cells = []
+    for impl in SHOWN:
+        own = next(row for row in cpu if row["impl"] == impl)
+        eager, graph = by_mode["eager", impl], by_mode["graph", impl]
+        memory = [
+            f"{float(row['saved_mib']) / float(floor['saved_mib']):.2f}×"
+            for row, floor in (
+                (own, next(row for row in cpu if row["impl"] == PEERS_FLOOR)),
+                (eager, by_mode["eager", PEERS_FLOOR]),
+            )
+        ]
+        times = [f"{float(row['ratio_to_floor']):.2f}×" for row in (own, eager, graph)]
+        cells.append([impl, times[0], memory[0], times[1], times[2], memory[1]])
+    header = ["", "CPU: time", "memory", "GPU: time, eager", "time, CUDA graph", "memory"]
+    lines = [
+        *markdown(header, cells),
+        "",
+        f"CPU: {whole_model_title(cpu[0])}; {where_and_when(cpu)}.",
+        f"GPU: {whole_model_title(gpu[0])}; {where_and_when(gpu)}.",
+    ]
+    return "\n".join(lines)
+
+
 # Files
 
 
-def readme_section(whole: Sequence[Row], operators: Sequence[Row], steps: Sequence[Row]) -> str:
-    """What stands between README's markers."""
+def measured_section(whole: Sequence[Row], operators: Sequence[Row], steps: Sequence[Row]) -> str:
+    """What stands between the markers of docs/measured.md."""
     lines = step_summary(steps) + whole_model_summary(whole) + memory_summary(whole)
     lines += operator_summary(operators)
     on_gpu = ((steps, "Whole models on a GPU"), (operators, "The operator on a GPU"))
@@ -343,19 +387,15 @@ def readme_section(whole: Sequence[Row], operators: Sequence[Row], steps: Sequen
     return "\n".join(lines).strip()
 
 
-def with_section(readme: str, section: str) -> str:
-    """`readme` with the text between its markers replaced.
+def with_section(page: str, section: str) -> str:
+    """`page` with the text between its markers replaced.
 
     Raises:
         ValueError: not exactly one pair of markers.
     """
-    if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
-    ):
-        raise ValueError(f"README must have one {BEGIN} and after it one {END}")
-    head, _, rest = readme.partition(BEGIN)
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"the page must have one {BEGIN} and after it one {END}")
+    head, _, rest = page.partition(BEGIN)
     return f"{head}{BEGIN}\n\n{section}\n\n{END}{rest.partition(END)[2]}"
 
 
@@ -376,18 +416,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--page", type=Path, help="write all tables here, and leave README alone")
+    parser.add_argument("--page", type=Path, help="write all tables here, and nothing else")
     arguments = parser.parse_args()
     rows = [read_rows(path) for path in (WHOLE_MODEL_CSV, OPERATORS_CSV, STEP_CSV)]
     if arguments.page is not None:
         arguments.page.write_text(results_page(*rows))
         return
-    try:
-        text = with_section(README.read_text(), readme_section(*rows))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    with replacing(README) as temporary:
-        temporary.write_text(text)
+    whole, _, steps = rows
+    sections = {MEASURED: measured_section(*rows), README: short_summary(whole, steps)}
+    for path, section in sections.items():
+        try:
+            text = with_section(path.read_text(), section)
+        except ValueError as error:
+            sys.exit(f"error: {path.name}: {error}")
+        with replacing(path) as temporary:
+            temporary.write_text(text)
 
 
 if __name__ == "__main__":

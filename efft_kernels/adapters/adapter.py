@@ -114,6 +114,17 @@ class Adapter:
         """How many numbers the factors hold, the head excluded."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many of the model's parameters train: factors, and modules trained whole."""
+        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        total, trained = (sum(n for n, t in counts if t or every) for every in (True, False))
+        factors = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        others = ", ".join(self.modules_to_train) or "other modules"
+        print(
+            f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %):"
+            f" {factors:,} in factors, {trained - factors:,} in {others}"
+        )
+
     def delta_weights(self) -> dict[str, Tensor]:
         """Module name → ΔW [N, K], detached, float32 (float64 where the factors are)."""
         return {name: layer.delta_weight() for name, layer in self.layers().items()}

@@ -82,7 +82,7 @@ class Description:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(width=120, file=text).print(self)
+        Console(width=120, file=text, force_jupyter=False, force_terminal=False).print(self)
         return text.getvalue()
 
 

@@ -37,7 +37,7 @@ class BaselineDescription:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(width=120, file=text).print(self)
+        Console(width=120, file=text, force_jupyter=False, force_terminal=False).print(self)
         return text.getvalue()
 
 

@@ -91,6 +91,9 @@ class LoRA(Method):
         dropout: probability of dropping an entry of A and B in training; 0.1 in the EFFT release.
         factor_init: how A starts: "kaiming", kaiming_uniform_(a=√5) as the original, or "release",
             xavier_uniform_ as in the EFFT release's Set_LoRA.py.
+
+    `LoRA(rank=8, alpha=16)` is `LoRA(rank=8, scale=16 / 8)`, as other libraries spell it. What is
+    stored is the scale; both at once are refused, and so is alpha with a rank for each stage.
     """
 
     rank: int | list[int] = 8
@@ -100,6 +103,22 @@ class LoRA(Method):
     factor_init: str = "kaiming"
 
     name: ClassVar[str] = "lora"
+
+    def __init__(
+        self,
+        rank: int | list[int] = rank,
+        scale: float | None = None,
+        matrices: tuple[str, ...] | None = matrices,
+        dropout: float = dropout,
+        factor_init: str = factor_init,
+        *,
+        alpha: float | None = None,
+    ) -> None:
+        values: dict[str, object] = {"rank": rank, "matrices": matrices, "dropout": dropout}
+        values |= {"factor_init": factor_init, "scale": _scale(rank, scale, alpha)}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
 
     def __post_init__(self) -> None:
         _check_ranks(self.rank)
@@ -145,6 +164,28 @@ class LoRA(Method):
             name: LoRAGroup(self, site, ranks[site.stage])
             for name, (site,) in self.members(sites).items()
         }
+
+
+def _scale(rank: int | list[int], scale: float | None, alpha: float | None) -> float:
+    """The scale that was given, or alpha/rank, or 1.
+
+    Raises:
+        ValueError: both, or alpha with a rank for each stage.
+    """
+    if alpha is None:
+        return 1.0 if scale is None else scale
+    if scale is not None:
+        raise ValueError(
+            f"scale and alpha must not both be given, got scale={scale!r} and alpha={alpha!r};"
+            " alpha is for scale=alpha/rank"
+        )
+    _check_ranks(rank)
+    check_number("alpha", alpha)
+    if isinstance(rank, list):
+        raise ValueError(
+            f"alpha must go with one rank for all stages, got rank={rank!r}; pass scale"
+        )
+    return alpha / rank
 
 
 def _check_ranks(rank: object) -> None:

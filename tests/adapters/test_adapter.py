@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from efft_kernels import EFFT1, EFFT2, Adapter, FusedEFFTLinear, attach
+from efft_kernels import EFFT1, EFFT2, Adapter, FusedEFFTLinear, LoRA, attach
 
 METHODS = [EFFT1(rank=3, scale=0.5), EFFT2(rank=(3, 2), init="u", cores="shared", learn_scale=True)]
 IMAGES = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
@@ -204,3 +204,15 @@ class TestStateDict:
         adapter.merge()
         with pytest.raises(ValueError, match=r"merged.*unmerge\(\)"):
             adapter.load_state_dict(state)
+
+
+def test_trainable_parameters_are_printed_factors_and_head(make_vit, capsys):
+    model = make_vit()
+    adapter = attach(model, LoRA(rank=2))
+    adapter.print_trainable_parameters()
+    head = 12 * 5 + 5
+    trained, total = adapter.num_parameters() + head, sum(p.numel() for p in model.parameters())
+    assert capsys.readouterr().out == (
+        f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %):"
+        f" {adapter.num_parameters():,} in factors, {head} in head\n"
+    )

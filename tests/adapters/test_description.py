@@ -165,3 +165,10 @@ def test_calls_of_the_last_forward(make_vit):
     assert [row["calls"] for row in adapter.describe().rows] == [0, 2]
     flat = " ".join(str(adapter.describe()).split())
     assert "did not run in the last forward: 1: blocks.*.attn.qkv" in flat
+
+
+def test_text_is_plain_whatever_the_environment_says_of_colours(make_vit, monkeypatch):
+    """A notebook's kernel sets FORCE_COLOR."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = str(attach(make_vit(), EFFT2(rank=2)).describe())
+    assert "mhsa" in text and "\x1b" not in text

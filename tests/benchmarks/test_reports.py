@@ -152,10 +152,10 @@ def test_every_layer_and_rank_is_in_the_sweep() -> None:
     assert {rank for model, _, rank in todo if model == "Swin-B"} == {4, 16, 64}
 
 
-def test_readme_section_is_idempotent_and_says_what_is_not_measured(
+def test_a_section_is_idempotent_and_says_what_is_not_measured(
     whole: list[dict[str, Any]], operators: list[dict[str, Any]]
 ) -> None:
-    section = tables.readme_section(whole, operators, [])
+    section = tables.measured_section(whole, operators, [])
     assert "1.10× (12 MiB)" in section and "`abc1234`" in section and CPU in section
     assert "Whole models on a GPU: not measured." in section
     assert "The operator on a GPU: not measured." in section
@@ -163,7 +163,7 @@ def test_readme_section_is_idempotent_and_says_what_is_not_measured(
     once = tables.with_section(readme, section)
     assert once.startswith("above\n") and once.endswith("below\n") and "old" not in once
     assert tables.with_section(once, section) == once
-    with pytest.raises(ValueError, match="README must have one"):
+    with pytest.raises(ValueError, match="the page must have one"):
         tables.with_section("no markers", section)
 
 
@@ -188,21 +188,23 @@ def test_a_gpu_s_steps_are_a_table_with_a_column_for_every_mode() -> None:
         )
     ]
     older = steps[1] | {"ms_p50": "99", "timestamp": "2026-11-25T12:00:00+00:00"}
-    section = tables.readme_section([], [], [older, *steps])
+    section = tables.measured_section([], [], [older, *steps])
     assert "| EFFT2 | 22.5 (1.10×) | 19.1 | 2,900 | 3,100 |" in section
     assert "| frozen | 20.5 (1.00×) | – | 2,870 | 3,000 |" in section
     assert "99" not in section and "weights float32. 2026-11-26, NVIDIA H200" in section
     assert "Whole models on a GPU: not measured" not in section
 
 
-def test_readme_shows_what_the_csvs_give() -> None:
-    readme = tables.README.read_text()
-    if tables.BEGIN not in readme:
-        pytest.skip("README has no benchmark markers")
-    whole = csv_rows.read_rows(csv_rows.WHOLE_MODEL_CSV)
-    operators = csv_rows.read_rows(csv_rows.OPERATORS_CSV)
-    section = tables.readme_section(whole, operators, csv_rows.read_rows(csv_rows.STEP_CSV))
-    assert tables.with_section(readme, section) == readme, "README is stale: run `make tables`"
+def test_pages_show_what_the_csvs_give() -> None:
+    files = (csv_rows.WHOLE_MODEL_CSV, csv_rows.OPERATORS_CSV, csv_rows.STEP_CSV)
+    whole, operators, steps = map(csv_rows.read_rows, files)
+    measured = tables.measured_section(whole, operators, steps)
+    for path, section in (
+        (tables.MEASURED, measured),
+        (tables.README, tables.short_summary(whole, steps)),
+    ):
+        page = path.read_text()
+        assert tables.with_section(page, section) == page, f"{path.name} is stale: `make tables`"
 
 
 def test_pictures_come_from_rows_alone(

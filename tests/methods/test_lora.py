@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
 import math
 from collections import OrderedDict
@@ -413,3 +415,38 @@ def test_the_release_starts_with_xavier_and_masks_both_factors(make_vit):
     assert sum(kept) / len(kept) == pytest.approx(0.75, abs=0.02)
     with pytest.raises(ValueError, match="factor_init must be one of"):
         LoRA(factor_init="xavier")
+
+
+def test_alpha_is_another_spelling_of_the_scale():
+    method = LoRA(rank=8, alpha=16)
+    assert method == LoRA(rank=8, scale=2.0) and method.scale == 2.0
+    assert LoRA.from_config(method.to_config()) == method and "alpha" not in method.to_config()
+    assert dataclasses.replace(method, rank=4).scale == 2.0
+    assert LoRA().scale == 1.0
+
+
+def test_the_written_constructor_has_the_fields_in_their_order_with_their_defaults():
+    parameters = inspect.signature(LoRA).parameters.values()
+    fields = dataclasses.fields(LoRA)
+    assert [p.name for p in parameters] == [*(field.name for field in fields), "alpha"]
+    assert all(getattr(LoRA(), field.name) == field.default for field in fields)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_scale_and_alpha_together_are_refused(scale):
+    with pytest.raises(ValueError, match="scale and alpha must not both be given"):
+        LoRA(rank=8, scale=scale, alpha=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rank": [2, 4], "alpha": 8}, ValueError, "one rank for all stages"),
+        ({"rank": 0, "alpha": 8}, ValueError, "rank"),
+        ({"alpha": "8"}, TypeError, "alpha"),
+        ({"alpha": math.nan}, ValueError, "alpha"),
+    ],
+)
+def test_an_alpha_that_gives_no_scale_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        LoRA(**options)
