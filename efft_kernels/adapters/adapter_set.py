@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..methods.sharded import whole
 from ..nn import FactorBank, TaskBatch, check_weight_is_stored
+from ..ops.checks import without_autocast
 from .adapter import Adapter
 from .adapter_file import (
     Header,
@@ -238,21 +239,25 @@ class AdapterSet:
         device = next(self.adapter.parameters()).device
         index = torch.tensor([distinct.index(name) for name in task_ids], device=device)
         heads = self._head_keys()
-        stacked = {
-            key: torch.stack([state[key] for state in states])
-            for key in self.adapter.required_state()
-            if key not in heads
-        }
+        with without_autocast(device):  # torch.stack refuses the other half precision
+            stacked = {
+                key: torch.stack([state[key] for state in states])
+                for key in self.adapter.required_state()
+                if key not in heads
+            }
+            rows = {}
+            for name, module in self._trained_modules():
+                if isinstance(module, nn.Linear):
+                    weights = [state[module_key(name, "weight")] for state in states]
+                    biases = [state.get(module_key(name, "bias")) for state in states]
+                    rows[module] = _padded(weights, biases)
         several = len(distinct) > 1 and not batch_first
         batch = TaskBatch(factors_of(stacked), index, self._require_layout if several else _nothing)
         check = _BatchCheck(self, batch, several)
         hooks = [self.model.register_forward_pre_hook(check, with_kwargs=True)]
-        for name, module in self._trained_modules():
-            if isinstance(module, nn.Linear):
-                weights = [state[module_key(name, "weight")] for state in states]
-                biases = [state.get(module_key(name, "bias")) for state in states]
-                head = _TaskHead(bank, batch, *_padded(weights, biases))
-                hooks.append(module.register_forward_hook(head, with_kwargs=True))
+        for module, head in rows.items():
+            hook = _TaskHead(bank, batch, *head)
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             with bank.mixed(batch):
                 yield
