@@ -299,7 +299,7 @@ def main() -> None:
         noticed = len(tried) - len(survivors)
         print(f"{file}: {noticed} of {len(tried)}", flush=True)
         if options.csv is not None:
-            _append(options.csv, [options.seed, file, len(tried), noticed])
+            append_score(options.csv, [options.seed, file, len(tried), noticed])
         passed += len(survivors)
     caught = len(chosen) - passed
     score = 100 * caught / len(chosen)
@@ -307,7 +307,8 @@ def main() -> None:
     sys.exit(0)
 
 
-def _append(path: Path, numbers: Sequence[object]) -> None:
+def append_score(path: Path, numbers: Sequence[object]) -> None:
+    """Append (seed, file, faults tried, caught) to a CSV file, with date and commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()

@@ -256,8 +256,8 @@ class AdapterSet:
         check = _BatchCheck(self, batch, several)
         hooks = [self.model.register_forward_pre_hook(check, with_kwargs=True)]
         for module, head in rows.items():
-            hook = _TaskHead(bank, batch, *head)
-            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+            of_tasks = _TaskHead(bank, batch, *head)
+            hooks.append(module.register_forward_hook(of_tasks, with_kwargs=True))
         try:
             with bank.mixed(batch):
                 yield
