@@ -39,7 +39,11 @@ SECONDS = 400.0  # a fault may make a loop endless
 # Module → the tests that are about it; these alone are run.
 FILES: dict[str, tuple[str, ...]] = {
     "adapters/adapter.py": ("adapters/test_adapter.py", "adapters/test_adapter_state.py"),
-    "adapters/adapter_file.py": ("adapters/test_adapter_file.py", "interop/test_damaged_files.py"),
+    "adapters/adapter_file.py": (
+        "adapters/test_adapter_file.py",
+        "interop/test_damaged_files.py",
+        "adapters/test_adapter_set.py",
+    ),
     "adapters/adapter_set.py": (
         "adapters/test_adapter_set.py",
         "adapters/test_adapter_set_calls.py",
