@@ -22,7 +22,7 @@ demo-vtab: $(STAMP) ## the papers' comparison in small: every method and baselin
 	$(BIN)/efft-kernels demo-vtab
 
 test: $(STAMP) ## run the tests in JOBS processes (default 2), one torch thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --benchmark-disable
 
 docs: $(STAMP) ## the documentation's site in build/site; fails where a link leads nowhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -56,6 +56,7 @@ soak: $(STAMP) ## kill save, train and a sweep at random moments, KILLS times (d
 
 mutate: $(STAMP) ## put SAMPLE small faults into the core (default 40, 0 for all) and count those noticed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutate --sample $(or $(SAMPLE),40)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutate_csrc
 
 lint: $(STAMP) ## check style, types, formatting and which module imports which
 	$(BIN)/ruff check .

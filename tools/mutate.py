@@ -39,7 +39,11 @@ SECONDS = 400.0  # a fault may make a loop endless
 # Module → the tests that are about it; these alone are run.
 FILES: dict[str, tuple[str, ...]] = {
     "adapters/adapter.py": ("adapters/test_adapter.py", "adapters/test_adapter_state.py"),
-    "adapters/adapter_file.py": ("adapters/test_adapter_file.py", "interop/test_damaged_files.py"),
+    "adapters/adapter_file.py": (
+        "adapters/test_adapter_file.py",
+        "interop/test_damaged_files.py",
+        "adapters/test_adapter_set.py",
+    ),
     "adapters/adapter_set.py": (
         "adapters/test_adapter_set.py",
         "adapters/test_adapter_set_calls.py",
@@ -277,7 +281,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=40, help="how many faults; 0 for all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--only", nargs="+", choices=FILES, default=list(FILES), metavar="FILE")
-    parser.add_argument("--csv", type=Path, help="append the score to this file")
+    parser.add_argument("--csv", type=Path, help="append the score of each file to this one")
     options = parser.parse_args()
     import hypothesis  # noqa: F401  what the tests import is loaded once, before the forks
     import timm  # noqa: F401
@@ -296,17 +300,19 @@ def main() -> None:
         survivors = [fault for fault in tried if passes(fault, FILES[file])]
         for fault in survivors:
             print(f"passes: {fault}")
-        print(f"{file}: {len(tried) - len(survivors)} of {len(tried)}", flush=True)
+        noticed = len(tried) - len(survivors)
+        print(f"{file}: {noticed} of {len(tried)}", flush=True)
+        if options.csv is not None:
+            append_score(options.csv, [options.seed, file, len(tried), noticed])
         passed += len(survivors)
     caught = len(chosen) - passed
     score = 100 * caught / len(chosen)
     print(f"{caught} of {len(chosen)} caught, {score:.1f} %, {time.monotonic() - start:.0f} s")
-    if options.csv is not None:
-        _append(options.csv, options.seed, len(chosen), caught)
     sys.exit(0)
 
 
-def _append(path: Path, seed: int, tried: int, caught: int) -> None:
+def append_score(path: Path, numbers: Sequence[object]) -> None:
+    """Append (seed, file, faults tried, caught) to a CSV file, with date and commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
@@ -314,9 +320,8 @@ def _append(path: Path, seed: int, tried: int, caught: int) -> None:
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow(["date", "commit", "seed", "faults", "caught", "percent"])
-        percent = f"{100 * caught / tried:.1f}"
-        writer.writerow([time.strftime("%Y-%m-%d"), commit, seed, tried, caught, percent])
+            writer.writerow(["date", "commit", "seed", "file", "faults", "caught"])
+        writer.writerow([time.strftime("%Y-%m-%d"), commit, *numbers])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method, Site
-from ..methods.sharded import check_not_sharded, copy_into, factors_of, reshard, stored_state
+from ..methods.sharded import (
+    check_not_sharded,
+    copy_into,
+    factors_of,
+    reshard,
+    stored_state,
+    whole,
+)
 from ..nn import FusedEFFTLinear
 from ..ops.checks import FLOAT_DTYPES
 from .adapter_file import (
@@ -284,7 +291,7 @@ class Adapter:
                 raise ValueError(f"{name} must be {expected}, got {tensor.dtype}")
         with torch.no_grad():
             for name, tensor in required.items():
-                copy_into(tensor, state[name])
+                copy_into(tensor, whole(state[name]).reshape(tensor.shape))  # one number, any dims
         self._set_buffers(buffers_of(state))
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:

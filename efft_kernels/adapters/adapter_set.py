@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..methods.sharded import whole
 from ..nn import FactorBank, TaskBatch, TracedTasks, check_weight_is_stored
+from ..ops.checks import without_autocast
 from .adapter import Adapter
 from .adapter_file import (
     Header,
@@ -258,11 +259,12 @@ class AdapterSet:
         device = next(self.adapter.parameters()).device
         index = torch.tensor([distinct.index(name) for name in task_ids], device=device)
         heads = self._head_keys()
-        stacked = {
-            key: torch.stack([state[key] for state in states])
-            for key in self.adapter.required_state()
-            if key not in heads
-        }
+        with without_autocast(device):  # torch.stack refuses the other half precision
+            stacked = {
+                key: torch.stack([state[key] for state in states])
+                for key in self.adapter.required_state()
+                if key not in heads
+            }
         return states, index, factors_of(stacked)
 
     def _stacked_heads(
@@ -273,7 +275,9 @@ class AdapterSet:
             if isinstance(module, nn.Linear):
                 weights = [state[module_key(name, "weight")] for state in states]
                 biases = [state.get(module_key(name, "bias")) for state in states]
-                yield name, module, *_padded(weights, biases)
+                with without_autocast(weights[0].device):
+                    padded = _padded(weights, biases)
+                yield name, module, *padded
 
     def compiled(self, **options: Any) -> Callable[..., Any]:
         """The model under torch.compile for batches of several tasks, as one graph.

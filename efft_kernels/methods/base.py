@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 _RESERVED = frozenset(dir(nn.ParameterDict()))
@@ -38,6 +39,12 @@ class Factors(NamedTuple):
     down: Tensor  # [K, Ra]
     core: Tensor | None  # [G, Ra, Rb], scale folded in
     up: Tensor  # [1 or G, N/G, Rb]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """What products of parameters are made from: float32 where they are stored in half precision,
+    since rows may be of the other half precision, and a product leave float16's range."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import MHSA_ROLES, Method, Rank, Site, check_ranks, stage_rank
+from .base import MHSA_ROLES, Method, Rank, Site, check_ranks, stage_rank, wide
 from .registry import register_method
 from .tensor_train import (
     CoreIndex,
@@ -182,7 +182,7 @@ class TuckerGroup(TensorTrainGroup):
         nn.init.xavier_uniform_(self.P)
 
     def cores(self, first: int, count: int) -> Tensor:
-        return torch.einsum("nt,tab->nab", self.P[first : first + count], self.core)
+        return torch.einsum("nt,tab->nab", wide(self.P[first : first + count]), wide(self.core))
 
     def _core_parameters(self) -> tuple[Tensor, ...]:
         return self.P, self.core

@@ -19,6 +19,7 @@ from .base import (
     check_ranks,
     constant_float,
     undotted_names,
+    wide,
 )
 from .lora import check_matrices, chosen_slices, stack_matrices
 from .registry import register_method
@@ -126,10 +127,11 @@ class KroneckerGroup(FactorGroup):
     def factors(self, site: str, dropout: bool) -> Factors:
         # With (i, b, r) as rank index: down[(a, p), (i, b, r)] = A_i[a, b]·u_i[p, r] and
         # up[(b', q), (i, b, r)] = v_i[q, r] where b' = b, else 0.
-        u, v = self.u[self.names[site]], self.v[self.names[site]]
-        n = self.A.shape[0]
+        key = self.names[site]
+        A, u, v = (wide(t) for t in (self.A, self.u[key], self.v[key]))
+        n = A.shape[0]
         eye = torch.eye(n, dtype=v.dtype, device=v.device)
-        down = torch.einsum("iab,mipr->mapibr", self.A * self.scale, u)
+        down = torch.einsum("iab,mipr->mapibr", A * self.scale, u)
         up = torch.einsum("bc,miqr->mbqicr", eye, v)
         return stack_matrices(
             down.flatten(3, 5).flatten(1, 2),

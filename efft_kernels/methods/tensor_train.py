@@ -30,6 +30,7 @@ from .base import (
     check_ranks,
     constant_float,
     require_roles,
+    wide,
 )
 from .joint import keep_graph
 
@@ -255,7 +256,7 @@ class TensorTrainGroup(FactorGroup):
         whole = site in self._whole
         u: Tensor = self.U if whole else self.U[place.u_rows[0] : place.u_rows[1]]
         v: Tensor = self.V
-        core = self.cores(place.first_core, place.slices)
+        u, v, core = (wide(t) for t in (u, v, self.cores(place.first_core, place.slices)))
         if dropout and self.dropout > 0:
             u, v, core = (t * self._mask(t.shape, self.dropout) for t in (u, v, core))
         if self._scaled:
@@ -275,7 +276,8 @@ class TensorTrainGroup(FactorGroup):
         masks = [self._masks(family, rate) for family in self._families] if rate else []
         scale = (self.scale,) if isinstance(self.scale, Tensor) else ()
 
-        def compute(u: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        def compute(*parameters: Tensor) -> tuple[Tensor, ...]:
+            u, v, *rest = map(wide, parameters)
             cores = self._all_cores(*rest[len(scale) :])
             if self._scaled:
                 cores = cores * (rest[0] if scale else self.initial_scale)

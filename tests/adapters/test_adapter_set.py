@@ -194,6 +194,36 @@ def test_autocast(filled):
     assert (found.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("stored", "rows"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_factors_stored_in_another_half_precision_than_the_rows(
+    filled, randomize, stored, rows, method
+):
+    """Their products are made in neither: one has not the other's range, that one not its bits."""
+    model, tasks = filled(method=method, dtype=torch.float32, names="")
+    rows = getattr(torch, rows)
+    model.factor_bank.to(getattr(torch, stored))
+    model.head.to(getattr(torch, stored))
+    # Beyond float16 in core·V and A·u alone, as U and v are small.
+    large, small = (("core", "P", "V", "A", "u."), ("U", "v."))
+    for name in "abc":
+        randomize(tasks.adapter)
+        with torch.no_grad():
+            for key, p in model.factor_bank.named_parameters():
+                part = key.split(".", 1)[1]
+                if stored == "float16" and not isinstance(method, LoRA):
+                    p.mul_(2e3 if part.startswith(large) else 1e-5 if part.startswith(small) else 1)
+        tasks.add(name)
+    x = images(3, dtype=torch.float32)
+    with torch.autocast("cpu", rows):
+        expected = alone(model, tasks, x, "cab")
+        with tasks.tasks("cab"), torch.no_grad():
+            found = model(x)
+    assert found.dtype == rows and expected.isfinite().all()
+    atol = 4 * torch.finfo(rows).eps * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
 def test_hot_swap_by_name(filled, randomize):
     model, tasks = filled()
     x = images(2)

@@ -565,3 +565,22 @@ class TestTrainedElsewhere:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             adapter.save(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_one_number_may_have_any_shape(make_vit, shape):
+    """A learnt scale had no dimensions once, and has none in files."""
+    adapter = attach(make_vit(), EFFT2(rank=2, learn_scale=True))
+    state = adapter.state_dict()
+    scales = [name for name in state if name.endswith("scale")]
+    changed = {name: torch.full(shape, 0.625) for name in scales}
+    adapter.load_state_dict(state | changed)
+    assert scales and all(adapter.state_dict()[name].item() == 0.625 for name in scales)
+
+
+def test_two_numbers_may_not_have_any_shape(make_vit):
+    adapter = attach(make_vit(), LoRA(rank=2), modules_to_train=["head"])
+    state = adapter.state_dict()
+    name = next(name for name in state if name.endswith("bias"))
+    with pytest.raises(ValueError, match=r"must be \[5\], got \[1, 5\]"):
+        adapter.load_state_dict(state | {name: state[name][None]})

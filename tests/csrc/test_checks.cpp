@@ -84,6 +84,12 @@ int main() {
        [](Problem& q) { q.p.stride = {1, 67}; });
   says("x must be contiguous along its last dim, got strides (1, 67)", forward(), false,
        [](Problem& q) { q.rows.stride = {1, 67}; });
+  says("x must be contiguous along its last dim, got strides (1, 67)", backward(), true,
+       [](Problem& q) { q.x.stride = {1, 67}; });
+  says("weight must be contiguous along its last dim, got strides (1, 2304)", backward(), true,
+       [](Problem& q) { q.weight.stride = {1, 2304}; });
+  says("up must be [1 or G=3, N/G=768, Rb=8], got (3, 512, 8)", forward(), false,
+       [](Problem& q) { q.up = tensor("up", {3, 512, 8}); });
   // float32 tensors beside half-precision rows, as under autocast; per-slice up; no core.
   Problem mixed = forward();
   for (TensorInfo* t : {&mixed.weight, &mixed.bias, &mixed.down, &mixed.core, &mixed.up})

@@ -22,6 +22,7 @@ static void limits() {
   refused("no columns", [](auto& p) { p.cols = 0; });
   refused("no rows", [](auto& p) { p.rows = 0; });
   refused("rows of 1538 bytes", [](auto& p) { p.row_bytes = 1538; });
+  refused("rows of 1544 bytes", [](auto& p) { p.row_bytes = 1544; });
   refused("rows of 2^40 bytes", [](auto& p) { p.row_bytes = uint64_t{1} << 40; });
   refused("rows that overlap", [](auto& p) { p.row_bytes = 1520; });
   refused("rows that repeat", [](auto& p) { p.row_bytes = 0; });

@@ -22,6 +22,9 @@ int main() {
         EXPECT(splits.count * splits.rows >= m, "m %ld is covered", static_cast<long>(m));
         EXPECT((splits.count - 1) * splits.rows < m, "m %ld: none empty", static_cast<long>(m));
         EXPECT(splits.count <= 65535, "a grid's second dim");
+        EXPECT(splits.count <= ceil_div(m, 256), "m %ld: too thin", static_cast<long>(m));
+        EXPECT(splits.count == 1 || splits.count * ceil_div(c, kPassCols) <= 4 * multiprocessors,
+               "m %ld: more blocks than four a multiprocessor", static_cast<long>(m));
         const int64_t programs = thin_grad_programs(m, multiprocessors);
         EXPECT(programs >= 1 && programs <= ceil_div(m, kOnePassRows), "programs of m %ld",
                static_cast<long>(m));

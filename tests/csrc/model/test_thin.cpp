@@ -1,5 +1,7 @@
 // The passes over a tall matrix and their reductions on the model.
 
+#include <limits>
+
 #include "matrices.h"
 #include "passes/reduce.cu"
 #include "passes/tall_grad.cu"
@@ -93,7 +95,29 @@ static void many_parts(int64_t parts, int64_t c, int rank) {
   });
 }
 
+// What a GEMM reads as the rank's padding: an infinity in the tall matrix times it is no NaN.
+static void padding_of_an_infinite_row(int64_t programs) {
+  const int64_t m = 67, c = 40;
+  const int rank = 5, rank_padded = padded_rank(rank);
+  auto tall = Stored<__half>::random(m, c, 1), thin_in = Stored<__half>::random(c, rank_padded, 2);
+  auto p = Stored<__half>::random(m, rank, 3);
+  tall.at(3, 7) = from_float<__half>(std::numeric_limits<float>::infinity());
+  Stored<__half> s(m, rank_padded);
+  std::vector<float> partial(programs * c * rank_padded);
+  const auto launched =
+      programs > 0
+          ? launch_thin_grad({Dtype::kHalf, tall.matrix(), thin_in.matrix(), p.matrix(), s.matrix(),
+                              rank, partial.data(), programs},
+                             nullptr)
+          : launch_thin({Dtype::kHalf, tall.matrix(), thin_in.matrix(), s.matrix(), {}, rank},
+                        rank_padded, nullptr);
+  EXPECT(launched == cudaSuccess, "launch");
+  for (int64_t r = 0; r < m; ++r)
+    for (int k = rank; k < rank_padded; ++k) EXPECT(s.value(r, k) == 0, "S[%d, %d]", int(r), k);
+}
+
 int main() {
+  for (const int64_t programs : {0, 1}) padding_of_an_infinite_row(programs);
   many_parts(261, 5, 13);
   for (const bool eager : {true, false}) {
     for (const bool aligned : {true, false}) {

@@ -128,7 +128,7 @@ class TestRememberedChoices:
         asked = []
 
         def select(backend, wanted, problem, x):
-            asked.append((problem.backward, problem.weight_bytes))
+            asked.append((problem.M, problem.backward, problem.weight_bytes))
             return torch_backend, wanted
 
         monkeypatch.setattr(eager_entry.dispatch, "select", select)
@@ -136,7 +136,7 @@ class TestRememberedChoices:
             x, weight, down, core, up = (
                 torch.empty(size, device=device, dtype=dtype)
                 for size, dtype in (
-                    ((11, 7), torch.bfloat16),
+                    ((3, 11, 7), torch.bfloat16),
                     ((15, 7), weight_dtype),
                     ((7, 3), torch.float32),
                     ((3, 3, 2), torch.float32),
@@ -144,11 +144,11 @@ class TestRememberedChoices:
                 )
             )
             code = eager_entry._BACKEND_CODES["torch"] + eager_entry._STRATEGIES.index(strategy)
-            answer = eager_entry._decide(x, weight, down, core, up, 11, True, code)
+            answer = eager_entry._decide(x, weight, down, core, up, 33, True, code)
         assert answer is not None and answer[2] is cast
         assert asked == [
-            (False, weight_dtype.itemsize),
-            (True, 2 if cast else weight_dtype.itemsize),
+            (33, False, weight_dtype.itemsize),
+            (33, True, 2 if cast else weight_dtype.itemsize),
         ]
 
     def test_more_kinds_of_call_than_are_kept(self, decisions):

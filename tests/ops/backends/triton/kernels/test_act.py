@@ -62,6 +62,7 @@ def doubled(o):
     return {name: t.double() for name, t in o.items()}
 
 
+@pytest.mark.every_other(0)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("act", TORCH)
 def test_every_activation(act, config, dtype, device):

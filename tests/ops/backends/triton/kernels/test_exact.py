@@ -29,6 +29,7 @@ def assert_exact_results(shape: Shape, dtype: torch.dtype, strategy: str, device
     assert_exact(results, reference_results(tensors, torch.float64))
 
 
+@pytest.mark.every_other(1)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_operands_give_exact_results(shape, dtype, strategy, device):
     assert_exact_results(shape, dtype, strategy, device)

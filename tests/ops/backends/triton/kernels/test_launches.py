@@ -17,20 +17,23 @@ from efft_kernels.testing.results import backend_results, results_within_budget
 FACTORS_AND_X = (True, False, False, True, True, True)
 
 
-def test_launches_and_bytes_are_those_priced(strategy, device, recorded):
+@pytest.mark.parametrize(
+    ("rows", "factors"), [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=str
+)
+def test_launches_and_bytes_are_those_priced(rows, factors, strategy, device, recorded):
     """What runs is what triton/cost.py says: no launch more, no pass over x or dY more, no byte
     more.
     """
     s = Shape(M=160, K=64, n=48, G=2, Ra=16, Rb=16, shared=False)
-    *tensors, dy = operands_and_dy(s, torch.float32, device=device)
+    *tensors, dy = operands_and_dy(s, rows, factor_dtype=factors, device=device)
     x, weight, _, down, core, up = tensors
     problem = cost_model.Problem.of(x, weight, down, core, up, training=True)
     h200 = cost_model.DEVICES["H200"]
     aligned = {"aligned": True, "index": None}
     thin_grad = pass_config("thin_grad", s.M, s.N, s.Ra, x.dtype, **aligned)
     by_x = pass_config("tall_grad", s.M, s.K, s.Ra, x.dtype, **aligned)
-    rows = cdiv(cdiv(s.M, by_x.programs), by_x.block_m) * by_x.block_m
-    tiling = cost.Tiling(min(cdiv(s.M, thin_grad.block_m), thin_grad.programs), cdiv(s.M, rows))
+    split = cdiv(cdiv(s.M, by_x.programs), by_x.block_m) * by_x.block_m
+    tiling = cost.Tiling(min(cdiv(s.M, thin_grad.block_m), thin_grad.programs), cdiv(s.M, split))
 
     def priced(backward):
         launches = cost.launches(problem._replace(backward=backward), strategy, h200, tiling)

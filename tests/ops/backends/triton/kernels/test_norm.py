@@ -81,6 +81,7 @@ def branch_of(o, gamma):
     return Branch(o["y"], o["thin"], o["up"], o["gamma"] if gamma else None)
 
 
+@pytest.mark.every_other(0)
 @pytest.mark.parametrize("config", FORWARD, ids=str)
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])
@@ -105,6 +106,7 @@ def test_forward(branch, rms, config, dtype, device):
     assert branch or got.z is o["x"]
 
 
+@pytest.mark.every_other(1)
 @pytest.mark.parametrize("config", BACKWARD, ids=str)
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_backward(rms, config, dtype, device):

@@ -15,6 +15,7 @@ def of_ranks(ra: int, rb: int, dtype: torch.dtype, device: str):
     return operands_and_dy(Shape(M=37, K=41, n=23, G=2, Ra=ra, Rb=rb), dtype, device=device)
 
 
+@pytest.mark.every_other(0)
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 2), (16, 16), (33, 17), (128, 128)], ids=str)
 def test_every_rank(ranks, dtype, strategy, device):
     results_within_budget(backend, of_ranks(*ranks, dtype, device), strategy)
