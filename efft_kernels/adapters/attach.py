@@ -66,7 +66,7 @@ def attach(
     """Adapt `model` in place: targeted nn.Linear become FusedEFFTLinear, the rest is frozen.
 
     The layers keep the very same weight and bias tensors; the factors live in a FactorBank at the
-    model's root; ΔW starts at exactly zero, so the outputs do not change. It is the parameters that
+    model's root; ΔW starts at zero, so the outputs change by rounding at most. It is the parameters that
     are frozen: BatchNorm's statistics move in training as ever, and are saved with the adapter.
     All or nothing: on any error the model is as it was.
 
