@@ -66,8 +66,8 @@ def attach(
     """Adapt `model` in place: targeted nn.Linear become FusedEFFTLinear, the rest is frozen.
 
     The layers keep the very same weight and bias tensors; the factors live in a FactorBank at the
-    model's root; ΔW starts at zero, so the outputs change by rounding at most. It is the parameters that
-    are frozen: BatchNorm's statistics move in training as ever, and are saved with the adapter.
+    model's root; ΔW starts at zero, so the outputs change by rounding at most. It is the parameters
+    that are frozen: BatchNorm's statistics move in training as ever, and are in the adapter's file.
     All or nothing: on any error the model is as it was.
 
     Args:
