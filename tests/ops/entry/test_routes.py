@@ -172,15 +172,16 @@ class TestWhatIsLeftToPython:
         expected = low_rank_linear(**(tensors | {"core": torch.zeros_like(tensors["core"])}))
         assert torch.equal(low_rank_linear(**(tensors | {"core": lazy})), expected)
 
-    def test_a_trace_holds_the_operator(self, python_calls):
+    def test_a_trace_needs_no_package_but_torch(self, python_calls):
         x, *others = operands().values()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(lambda x: low_rank_linear(x, *others), (x,))
-        assert "efft_kernels::low_rank_linear_fwd" in {n.kind() for n in traced.graph.nodes()}
+        kinds = {n.kind() for n in traced.graph.nodes()}
+        assert "aten::linear" in kinds and not any("efft_kernels" in kind for kind in kinds)
         assert len(python_calls) >= 1
         other = torch.randn(5, 7)
-        assert torch.equal(traced(other), low_rank_linear(other, *others))
+        torch.testing.assert_close(traced(other), low_rank_linear(other, *others))
 
     def test_compiled_graphs_hold_the_operator(self):
         torch._dynamo.reset()
