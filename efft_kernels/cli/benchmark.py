@@ -187,8 +187,7 @@ def running(
     from ..experiments.ledger import Ledger
 
     with input_errors():
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output must be a folder, got the file {output}")
+        check_output(output)
         ledger = Ledger(output / "cells", note)
         waiting = [cell for cell in cells if find_finished(ledger, cell) is None]
         if waiting:
@@ -231,6 +230,12 @@ def running(
     ):
         output.mkdir(parents=True, exist_ok=True)
         yield run_shown
+
+
+def check_output(output: Path) -> None:
+    """Raise a ValueError where a file stands in the place of the folder."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output must be a folder, got the file {output}")
 
 
 def finish(plan: Plan | SweepPlan, failed: Mapping[str, str], cells: int) -> None:

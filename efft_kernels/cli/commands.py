@@ -61,7 +61,7 @@ class Command:
         """Exit with code 2 where torchrun started several processes, which would each do all the
         work and write the same files; the first of them tells."""
         world = os.environ.get("WORLD_SIZE", "1")
-        if self.together or world == "1" or "RANK" not in os.environ:
+        if self.together or world == "1" or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
             return
         if os.environ["RANK"] != "0":
             raise typer.Exit(USER_ERROR)

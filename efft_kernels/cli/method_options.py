@@ -58,7 +58,11 @@ def parse_one(name: str, text: str) -> Any:
         ValueError: no method has the field, or the text cannot be parsed.
     """
     if name not in _fields():
-        raise ValueError(f"axis must name a setting or an option of a method, got {name!r}")
+        from ..experiments.sweep import SETTINGS
+
+        raise ValueError(
+            f"axis must name an option of a method, or one of {', '.join(SETTINGS)}, got {name!r}"
+        )
     kind = _option_type(name)
     value = text if kind is str else parse.setting(text, kind, name)
     return _parse(name, value)

@@ -13,13 +13,14 @@ from . import method_options, parse
 from .benchmark import (
     BenchmarkOptions,
     as_json,
+    check_output,
     finish,
     not_there,
     running,
     tell_left_out,
     write_report,
 )
-from .errors import input_errors
+from .errors import FAILED, fail, input_errors
 from .options import Given, with_options
 from .scheduling import SchedulingOptions
 from .terminal import note
@@ -41,7 +42,7 @@ class SearchOptions:
         list[str] | None,
         typer.Option(
             metavar='"NAME=VALUE VALUE ..."',
-            help="Another option of train to try, a setting or a method's; may be repeated.",
+            help="Another setting of the training, or option of a method, to try; may be repeated.",
         ),
     ] = None
     protocol: Annotated[
@@ -67,7 +68,7 @@ class SearchOptions:
         from ..experiments.sweep import PROTOCOL_GRIDS, Search
         from ..training.settings import require
 
-        axes = self._axes()
+        axes = self.own_axes()
         names = ", ".join(PROTOCOL_GRIDS)
         known = self.protocol is None or self.protocol in PROTOCOL_GRIDS
         require("protocol", known, f"one of {names}", repr(self.protocol))
@@ -81,7 +82,9 @@ class SearchOptions:
                 found,
                 axes={**found.axes, **axes},
                 ladder=None if ladder is None or ladder.name in axes else ladder,
+                given={name: value for name, value in found.given.items() if name not in axes},
             )
+            given = {name: value for name, value in given.items() if name not in axes}
         changes: dict[str, Any] = {"select": self.select}
         if self.search_epochs is not None:
             changes["given"] = {**found.given, "epochs": self.search_epochs}
@@ -91,7 +94,12 @@ class SearchOptions:
             changes["by"] = self.by
         return dataclasses.replace(found, **changes), given
 
-    def _axes(self) -> dict[str, tuple[Any, ...]]:
+    def own_axes(self) -> dict[str, tuple[Any, ...]]:
+        """The axes that the options name, without a protocol's.
+
+        Raises:
+            ValueError: one that cannot be parsed or makes no sense.
+        """
         from ..experiments.sweep import SETTINGS
 
         axes: dict[str, tuple[Any, ...]] = {}
@@ -143,6 +151,7 @@ def sweep(
 
     console = Console()
     with input_errors():
+        check_output(output)
         if searched.protocol is not None:
             seeds = seeds if "seeds" in given else "0,1,2"
             if "methods" not in given:
@@ -165,11 +174,15 @@ def sweep(
     figures = vtab_figures(outcome.final, options.report) if outcome.final.finished else {}
     grids = sweep_grids(outcome, options.report)
     names = dict.fromkeys(item.task for item in plan.candidates)
-    gone = not_there(plan, outcome.failed)
+    gone = not_there(plan, {**outcome.failed, **outcome.unchosen})
     write_report(output, f"sweep: {', '.join(names)}", files, grids, figures, lead, gone, console)
     cells = [cell for item in outcome.tried for cell in item.candidate.tries]
     cells += [cell for item in outcome.chosen for cell in item.candidate.finals]
+    for name, why in outcome.unchosen.items():
+        note(f"{name}: {why}")
     finish(plan, outcome.failed, len(set(map(id, cells))))
+    if outcome.unchosen:
+        raise fail(f"nothing was chosen for {'; '.join(outcome.unchosen)}", FAILED)
 
 
 def make_plan(
@@ -185,6 +198,15 @@ def make_plan(
 
     search, settings = searched.search()
     choices = options.choices()
+    if searched.protocol is not None:  # one value that is given wins over the protocol's axis
+        own = searched.own_axes()
+        fixed = {name for name in (*choices.given, *choices.options) if name not in own}
+        ladder = search.ladder
+        search = dataclasses.replace(
+            search,
+            axes={name: values for name, values in search.axes.items() if name not in fixed},
+            ladder=None if ladder is None or ladder.name in fixed else ladder,
+        )
     choices = dataclasses.replace(choices, given={**settings, **choices.given})
     numbers = parse.integers(seeds, "seeds")
     return plan_sweep(

@@ -123,7 +123,8 @@ class Search:
         require("settings of the search", not chosen_in_full, expected, ", ".join(self.given))
         for name, values in self.axes.items():
             known = name in SETTINGS or any(_has(method, name) for method in TRAINABLE)
-            require("axes", known, "settings, or options of methods", repr(name))
+            expected = f"one of {', '.join(SETTINGS)}, or an option of a method"
+            require("axes", known, expected, repr(name))
             require(name, bool(values), "at least one value to try", "none")
             twice = any(value in values[:index] for index, value in enumerate(values))
             require(name, not twice, "values each given once", _shown_all(values))
@@ -143,8 +144,9 @@ class Search:
         names = [*self.axes, *([self.ladder.name] if self.ladder else [])]
         for name in names:
             tried = name in SETTINGS or any(_has(method, name) for method in choices.methods)
-            require(name, tried, f"an option of {', '.join(choices.methods)}", "an axis of it")
-            fixed = name in choices.given or name in choices.options
+            expected = f"an option of {' or '.join(choices.methods)}"
+            require(name, tried, expected, "an axis that none of them has")
+            fixed = name in choices.given or name in choices.options or name in self.given
             require(name, not fixed, "either an axis or one value", "both")
 
 
@@ -235,6 +237,7 @@ class SweepOutcome:
         chosen: the best for each task and method that has one.
         final: of the cells of those that were chosen.
         failed: cell's title → why, of all cells.
+        unchosen: "task, method" → why nothing could be chosen for them.
     """
 
     search: Search
@@ -242,6 +245,7 @@ class SweepOutcome:
     chosen: tuple[Tried, ...]
     final: Outcome
     failed: Mapping[str, str]
+    unchosen: Mapping[str, str]
 
 
 def plan_sweep(
@@ -373,7 +377,16 @@ def run_sweep(plan: SweepPlan, run: Callable[[str, Plan], Outcome]) -> SweepOutc
     finals = [cell for item in chosen for cell in item.candidate.finals]
     final = run("to test", plan.plan(finals)) if finals else Outcome((), {})
     in_order = tuple(sorted(tried, key=lambda item: plan.place(item.candidate)))
-    return SweepOutcome(plan.search, in_order, chosen, final, {**failed, **final.failed})
+    failed |= final.failed
+    return SweepOutcome(plan.search, in_order, chosen, final, failed, _unchosen(tried, chosen))
+
+
+def _unchosen(tried: Sequence[Tried], chosen: Sequence[Tried]) -> dict[str, str]:
+    """The tasks and methods of which nothing could be chosen → why."""
+    found = {(item.candidate.task, item.candidate.method) for item in chosen}
+    all_of = dict.fromkeys((item.candidate.task, item.candidate.method) for item in tried)
+    why = "nothing to choose from: of every combination a seed failed or diverged"
+    return {f"{task}, {method}": why for task, method in all_of if (task, method) not in found}
 
 
 def _tried(
@@ -461,6 +474,8 @@ def shown(value: Any) -> str:
         return ":".join(shown(item) for item in value)
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
+    if value is None:
+        return "all"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

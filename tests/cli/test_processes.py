@@ -15,6 +15,7 @@ def test_only_train_takes_several_processes(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 2
     told = f"error: {name} works in one process, got 2 of torchrun: efft-kernels {name} ..."

@@ -154,6 +154,7 @@ def test_a_method_is_tried_with_the_axes_that_it_has(kitti: Path) -> None:
 def test_where_nothing_comes_to_a_number_nothing_is_chosen(kitti: Path) -> None:
     outcome, ran = measured(plan(kitti, Search({"rank": (2, 4)})), lambda cell: None)
     assert (outcome.chosen, len(ran)) == ((), 1)
+    assert list(outcome.unchosen) == ["kitti, lora"]
     assert [grid.title for grid in sweep_grids(outcome, "last")][1:] == [
         "kitti: all that was tried"
     ]
@@ -250,7 +251,10 @@ def test_kadaptations_protocol(kitti: Path) -> None:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"axes": {"magic": (1,)}}, "axes must be settings, or options of methods, got 'magic'"),
+        (
+            {"axes": {"magic": (1,)}},
+            "axes must be one of lr, .* or an option of a method, got 'magic'",
+        ),
         ({"axes": {"rank": ()}}, "rank must be at least one value to try, got none"),
         ({"axes": {"rank": (2, 4, 2)}}, "rank must be values each given once, got 2 4 2"),
         ({"axes": {"rank": (2,)}, "select": "train"}, "select must be val200 or test"),
@@ -336,6 +340,46 @@ def test_the_command(kitti: Path, tmp_path: Path) -> None:
     assert again.stdout.count("finished") == 4
 
 
+def test_a_sweep_that_chose_nothing_says_so(kitti: Path, tmp_path: Path) -> None:
+    result = sweep(kitti, tmp_path / "run", "--methods=lora", "--lrs=1e30")
+    assert result.exit_code == 1, result.output
+    assert result.stderr.splitlines()[-1] == "error: nothing was chosen for kitti, lora"
+    assert "nothing to choose from" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "axes"),
+    [
+        ((), "lr 1e-06, weight_decay 1e-06"),
+        (("--lr=0.1",), "weight_decay 1e-06"),
+        (("--weight-decays=0",), "lr 1e-06, weight_decay 0"),
+        (("--lrs=0.5",), "lr 0.5, weight_decay 1e-06"),
+        (("--axis=batch-size=8 16", "--lr=0.1"), "batch_size 8, weight_decay 1e-06"),
+        (("--axis=optimizer=adamw sgd", "--lr=0.1"), "optimizer adamw, weight_decay 1e-06"),
+        (("--axis=warmup-epochs=0 1",), "lr 1e-06, warmup_epochs 0, weight_decay 1e-06"),
+    ],
+)
+def test_what_is_given_wins_over_the_protocols(
+    kitti: Path, tmp_path: Path, options: tuple[str, ...], axes: str
+) -> None:
+    output = tmp_path / "run"
+    command = ["sweep", "--data", str(kitti), "--output", str(output), "--model=test_vit"]
+    command += ["--no-pretrained", "--img-size=32", "--workers=0", "--device=cpu", "--tasks=kitti"]
+    command += ["--protocol=kadaptation", "--methods=lora", "--dry-run", *options]
+    result = CliRunner(env={"COLUMNS": "150"}).invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == f"kitti-lora-seed0 ({axes}, to choose): not run"
+
+
+def test_a_file_in_the_place_of_the_folder(kitti: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    file.write_text("mine")
+    for options in ((), ("--dry-run",)):
+        result = sweep(kitti, file, "--ranks=2", *options)
+        assert (result.exit_code, file.read_text()) == (2, "mine")
+        assert "output must be a folder, got the file" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -343,9 +387,13 @@ def test_the_command(kitti: Path, tmp_path: Path) -> None:
         (("--ranks=a",), "ranks must be whole numbers"),
         (("--lrs=0.1,x",), "lrs must be numbers such as 0.1,1,10"),
         (("--ranks=2", "--rank=4"), "rank must be either an axis or one value, got both"),
-        (("--ranks=2", "--methods=linear"), "rank must be an option of linear, got an axis of it"),
+        (
+            ("--ranks=2", "--methods=linear"),
+            "rank must be an option of linear, got an axis that none of them has",
+        ),
+        (("--axis=epochs=1 2", "--search-epochs=1"), "epochs must be either an axis or one value"),
         (("--axis=rank",), "axis must be 'NAME=VALUE VALUE ...', got 'rank'"),
-        (("--axis=magic=3",), "axis must name a setting or an option of a method, got 'magic'"),
+        (("--axis=magic=3",), "axis must name an option of a method, or one of lr, "),
         (("--axis=rank=2", "--ranks=4"), "axis must name rank once, got it twice"),
         (("--axis=batch-size=x",), "batch_size must be a whole number, got 'x'"),
         (("--axis=init=w", "--methods=efft2"), "init must be"),
