@@ -135,18 +135,24 @@ def test_a_killed_driver_loses_the_running_cells_alone(
 
 
 def test_an_interrupt_says_how_to_go_on(
-    kitti: Path, cluster: str, expected: dict[str, Any], tmp_path: Path
+    kitti: Path,
+    cluster: str,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt() -> None:
-        while not list(tmp_path.glob("cells/*/result.json")):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+    wait = ray.wait
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        """Ctrl-C after the first result: where the command spends its time."""
+        if list(tmp_path.glob("cells/*/result.json")):
+            raise KeyboardInterrupt
+        return wait(*args, **kwargs)
+
+    monkeypatch.setattr(ray, "wait", interrupted)
     command = ["sweep", "--data", str(kitti), *COMMAND, "--output", str(tmp_path), "--ray"]
     result = CliRunner().invoke(app, command)
-    thread.join()
+    monkeypatch.setattr(ray, "wait", wait)
     assert result.exit_code == 130, result.output
     line = result.stderr.splitlines()[-1]
     assert line == f"error: interrupted. the same command goes on where {tmp_path} ends"
