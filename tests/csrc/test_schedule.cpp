@@ -42,10 +42,14 @@ static void block_shapes() {
   for (const int c : {768, 2304, 3072}) EXPECT(sm90_block_c(12608, c, 132) == 192, "%d columns", c);
   for (const int c : {128, 256, 512, 1024})
     EXPECT(sm90_block_c(12608, c, 132) == 128, "%d columns", c);
+  // 5 waves of 192 columns cost as much as 7 of 128, and read a less often.
+  EXPECT(sm90_block_c(132 * 128, 896, 132) == 192, "the same cost");
   for (const int c : {768, 2304, 3072}) EXPECT(sm90_cluster(c, 192, 132) == 2, "%d columns", c);
   EXPECT(sm90_cluster(576, 192, 132) == 1 && sm90_cluster(768, 192, 1) == 1, "no pairs");
   EXPECT(enough_tiles_for_sm90(12608, 768, 132), "a full GPU");
   EXPECT(!enough_tiles_for_sm90(197, 768, 132), "one image");
+  EXPECT(enough_tiles_for_sm90(33 * 128, 128, 132), "a quarter of the GPU");
+  EXPECT(!enough_tiles_for_sm90(32 * 128, 128, 132), "a tile less");
   EXPECT(sm80_block(12608, 2304, 108) == 128 && sm80_block(197, 768, 108) == 64, "edges");
   EXPECT(tiles_fit(int64_t{1} << 20, 1 << 16, 128, 128), "many");
   EXPECT(!tiles_fit(int64_t{1} << 30, int64_t{1} << 30, 64, 64), "too many");

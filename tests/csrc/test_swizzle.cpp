@@ -127,6 +127,19 @@ static uint32_t swizzled_address(uint32_t address, uint32_t line_bytes) {
   return line_bytes == 32 ? swizzle_32b(address) : swizzle_128b(address);
 }
 
+// Which chunk of 16 bytes of a line lies where, by CUDA's documentation of the two modes: the tests
+// below write and read by the same function, and would agree on any other.
+static void swizzled_lines() {
+  for (uint32_t line = 0; line < 16; ++line) {
+    for (uint32_t chunk = 0; chunk < 8; ++chunk)
+      EXPECT(swizzle_128b(line * 128 + chunk * 16) == line * 128 + (chunk ^ line % 8) * 16,
+             "128 bytes: line %u, chunk %u", line, chunk);
+    for (uint32_t chunk = 0; chunk < 2; ++chunk)
+      EXPECT(swizzle_32b(line * 32 + chunk * 16) == line * 32 + (chunk ^ line / 4 % 2) * 16,
+             "32 bytes: line %u, chunk %u", line, chunk);
+  }
+}
+
 // One box of TMA with SWIZZLE_128B or SWIZZLE_32B: lines of as many bytes one after another from
 // `to`, each 16-byte chunk at its address XORed; zeros beyond the tensor.
 static void load_box(std::vector<int>& smem, uint32_t to, const Rows& tensor, int row, int col,
@@ -275,6 +288,7 @@ static void swizzle_is_a_permutation() {
 }
 
 int main() {
+  swizzled_lines();
   // gemm_sm80: a in rows of 32; w in rows of I (32) or rows of C (64, 128).
   tensor_core_product<32, 32, true, true>("forward");
   tensor_core_product<32, 64, true, false>("dX, 64 columns");

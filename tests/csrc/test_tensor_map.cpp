@@ -32,6 +32,16 @@ static void limits() {
   refused("a box row of 8 bytes", [](auto& p) { p.box_cols = 4; });
   refused("a swizzle of 64 bytes", [](auto& p) { p.swizzle_bytes = 64; });
   refused("a box row beyond a narrow swizzle", [](auto& p) { p.swizzle_bytes = 32; });
+  refused("2^32 columns and one", [](auto& p) {
+    p.cols = (uint64_t{1} << 32) + 1;
+    p.row_bytes = uint64_t{1} << 34;
+  });
+  refused("2^32 rows and one", [](auto& p) { p.rows = (uint64_t{1} << 32) + 1; });
+  TensorMapParams largest = valid();
+  largest.cols = largest.rows = uint64_t{1} << 32;
+  largest.row_bytes = (uint64_t{1} << 40) - 16;
+  largest.box_rows = 256;
+  EXPECT(tensor_map_error(largest).empty(), "%s", tensor_map_error(largest).c_str());
   TensorMapParams small = valid();
   small.cols = 16;
   small.row_bytes = 32;
