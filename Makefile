@@ -54,7 +54,7 @@ fuzz: $(STAMP) ## random calls against the specification, for SECONDS (default 6
 soak: $(STAMP) ## kill save, train and a sweep at random moments, KILLS times (default 200)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --kills $(or $(KILLS),200)
 
-mutate: $(STAMP) ## put SAMPLE small faults into the core (default 40, 0 for all) and count those noticed
+mutate: $(STAMP) ## put SAMPLE small faults into the core (default 40, 0 for all), those of tools/csrc_faults.py into csrc, and count those noticed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutate --sample $(or $(SAMPLE),40)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutate_csrc
 

@@ -1,146 +1,185 @@
-"""Small faults put into csrc/cuda, one at a time: which of them do the tests without a GPU notice?
+"""Small faults put into csrc, one at a time: which of them do the tests without a GPU notice?
 
-    python -m tools.mutate_csrc [--only thin checks ...] [--csv FILE]
+    python -m tools.mutate_csrc [--only thin ops/test_mixed_batch.py ...] [--csv FILE]
 
-Each is one changed expression in a copy of the sources, from which the tests of tests/csrc/ that
-FAULTS names are compiled and run: on a plain CPU, the kernels on the model of a multiprocessor. The
-sources themselves are not touched, and hold nothing for it.
+Each is one changed expression in a copy of the project (tools/csrc_faults.py lists them, with the
+test that is to notice each). Those of csrc/cuda go into the programs of tests/csrc/, which run on a
+plain CPU, the kernels on the model of a multiprocessor. Those of csrc/cpu and csrc/entry go into
+the library that the tests load: one file of it is compiled again without most optimisations, of the
+kernels for one instruction set. The sources themselves are not touched, and hold nothing for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any
 
+from .csrc_faults import FAULTS, Fault
 from .mutate import ROOT, append_score
 
-
-class Fault(NamedTuple):
-    """`right`, found once in a file of csrc/cuda, becomes `wrong`."""
-
-    file: str
-    right: str
-    wrong: str
+BUILD = ROOT / "build" / "native"
+LIBRARIES = {"cpu": "_native", "entry": "_autograd"}  # by the folder of csrc
+INSTRUCTION_SET = "baseline"  # of csrc/cpu's kernels: compiled in 3 seconds, and runs everywhere
+SECONDS = 900.0  # a fault may make a loop endless; a program is compiled in less
 
 
-# Program of tests/csrc, by what follows `test_` in its name → faults that it is to notice.
-FAULTS: dict[str, tuple[Fault, ...]] = {
-    "checks": (
-        Fault(
-            "checks.h", "t.shape[1] > 1 && t.stride[1] != 1", "t.shape[1] > 1 && t.stride[0] < 1"
-        ),
-        Fault("checks.h", "q.down.shape[1] > kMaxRank", "q.down.shape[1] > kMaxRank + 1"),
-        Fault("checks.h", "q.down.shape[1] > kMaxRank", "q.down.shape[1] >= kMaxRank"),
-        Fault("checks.h", "{&q.rows, &q.weight, &q.x, &q.p}", "{&q.rows, &q.weight, &q.x}"),
-        Fault("checks.h", "{&q.rows, &q.weight, &q.x, &q.p}", "{&q.rows, &q.weight, &q.p}"),
-        Fault("checks.h", "t->present && t->dtype != q.down.dtype", "false"),
-        Fault("checks.h", "slices < 1 || n % slices", "slices < 1"),
-        Fault("checks.h", "q.up.shape[1] != n / slices ||", ""),
-        Fault("checks.h", "t->present && t->device != q.rows.device", "false"),
-    ),
-    "ring": (Fault("common/ring.h", "parity ^= 1;", ""),),
-    "schedule": (
-        Fault("gemm/schedule.h", "rows - first < kGroup ? rows - first : kGroup", "kGroup"),
-        Fault("gemm/schedule.h", "ceil_div(c, block_c) % 2 == 0", "ceil_div(c, block_c) > 0"),
-        Fault("gemm/select.h", "wide <= narrow", "wide < narrow"),
-        Fault("gemm/select.h", "* (kSm90WideBlockC + 32)", "* kSm90WideBlockC"),
-        Fault("gemm/select.h", "return 4 * ceil_div", "return 2 * ceil_div"),
-    ),
-    "swizzle": (
-        Fault("common/swizzle.h", "kCols == 16 ? 2 : kCols == 32 ? 1 : 0", "0"),
-        Fault("common/swizzle.h", "lane / 4 + e / 2 * 8", "lane / 4 + e % 2 * 8"),
-        Fault("common/swizzle.h", "(address >> 7 & 1) << 4", "(address >> 8 & 1) << 4"),
-    ),
-    "tensor_map": (
-        Fault("gemm/tma.h", "p.row_bytes % 16", "p.row_bytes % 8"),
-        Fault("gemm/tma.h", "p.box_rows > 256", "p.box_rows > 255"),
-        Fault("gemm/tma.h", "p.row_bytes < p.cols * kElementBytes", "false"),
-        Fault("gemm/tma.h", "p.address % 16", "p.address % 8"),
-    ),
-    "workspace": (
-        Fault("passes/sizes.h", "if (wanted < 1) wanted = 1;", ""),
-        Fault("passes/sizes.h", "ceil_div(m, 256)", "ceil_div(m, 128)"),
-        Fault("passes/sizes.h", "int64_t wanted = 4 *", "int64_t wanted = 5 *"),
-        Fault("passes/sizes.h", "while (padded < rank)", "while (padded <= rank)"),
-    ),
-    "thin": (
-        Fault(
-            "passes/reduce.cu", "other = 1; other < kReduceLanes", "other = 2; other < kReduceLanes"
-        ),
-        Fault("passes/reduce.cu", "other = 1; other < kReduceLanes;", "other = 1; other < 8;"),
-        Fault("passes/reduce.cu", "from += kReduceInFlight * step;", "from += step;"),
-        Fault("passes/pass.cuh", "r < t.rank ? s[j][half * 2 + e] : 0.0f", "s[j][half * 2 + e]"),
-        Fault("passes/pass.cuh", "if (row >= t.rows) continue;", ""),
-        Fault(
-            "passes/thin_grad.cu", "first ? part[i + 2] : column[8] + part[i + 2]", "part[i + 2]"
-        ),
-        Fault(
-            "passes/thin_grad.cu",
-            "if (c + i >= t.tall.cols) continue;",
-            "if (c >= t.tall.cols) continue;",
-        ),
-        Fault("passes/tall_grad.cu", "left < t.rows_per_split ? left : t.rows_per_split", "left"),
-    ),
-    "factors": (
-        Fault("factors/fold.cu", "a < f.ra ? to_float(*", "a <= f.ra ? to_float(*"),
-        Fault("factors/fold.cu", "to_float(core[b * f.core.stride[2]])", "to_float(core[b])"),
-        Fault("factors/unfold.cu", "u.shared ? u.slices : first + 1", "first + 1"),
-        Fault("factors/unfold.cu", "n + row * kRowShares < u.slice_n ? row * kRowShares : 0", "0"),
-        Fault(
-            "factors/unfold.cu",
-            "for (int i = 1; i < kGroups; ++i) total",
-            "for (int i = 2; i < kGroups; ++i) total",
-        ),
-        Fault("factors/unfold.cu", "u.up.stride[2] == 1 &&", ""),
-    ),
-    "norm": (
-        Fault("norm/norm.cu", "kNormCols * apart * apart", "apart * apart"),
-        Fault("norm/norm.cu", "row >= p.rows || r >= p.rank", "row >= p.rows"),
-        Fault("norm/norm.cu", "z[chunk][j] += y[j]", "z[chunk][j] += y[0]"),
-        Fault("norm/norm.cu", "turn ^= 1;", ""),
-    ),
-}
+class Copy:
+    """The project in a folder of its own, where one fault at a time is tried."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        unwanted = shutil.ignore_patterns("__pycache__", "*.so")
+        for name in ("csrc", "tests", "efft_kernels"):
+            shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+
+    @cached_property
+    def libraries(self) -> dict[str, _Library]:
+        """Built from the sources as they are, put into the copy of the package.
+
+        Raises:
+            RuntimeError: one cannot be built here.
+        """
+        build = _build_module("native_build")
+        settings = build.Settings.from_environment(os.environ)
+        names = [*LIBRARIES.values(), "_build_info"]
+        graph = build.build(settings, BUILD, names=names)
+        if graph.missing:
+            raise RuntimeError(f"no library to try faults in: {graph.missing}")
+        build.install(graph, BUILD, self.folder / "efft_kernels")
+        of_the_copy = build.build_graph(
+            settings, self.folder / "build", root=self.folder, names=list(LIBRARIES.values())
+        )
+        return {made.name: _Library(self.folder, made) for made in of_the_copy.libraries}
+
+    def noticed(self, fault: Fault | None, test: str) -> bool:
+        """Whether the test fails; without a fault, from libraries that were made in the same way.
+
+        Raises:
+            RuntimeError: a source does not compile, which would tell nothing of the test; or there
+                is no such test.
+        """
+        if fault is None:
+            for file in sorted({unit_of(fault.file) for fault in FAULTS[test]}):
+                if library := self._library_of(file):
+                    library.rebuild(file, kept=True)
+            return self._fails(test)
+        path, library = self.folder / "csrc" / fault.file, self._library_of(fault.file)
+        right = path.read_text()
+        path.write_text(replaced(fault, right))
+        try:
+            if library:
+                library.rebuild(fault.file)
+            return self._fails(test)
+        finally:
+            path.write_text(right)
+            if library:
+                library.link()
+
+    def _library_of(self, file: str) -> _Library | None:
+        name = LIBRARIES.get(folder_of(file))
+        return None if name is None else self.libraries[name]
+
+    def _fails(self, test: str) -> bool:
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *arguments_of(test)],
+            cwd=self.folder,
+            env=os.environ
+            | {
+                "PYTHONPATH": str(self.folder),
+                "OMP_NUM_THREADS": "1",
+                "EFFT_KERNELS_CPU_ISA": INSTRUCTION_SET,
+                "TMPDIR": str(self.folder),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return True
+        # A negative one is a signal's: a crash.
+        if process.returncode > 1 or ": error:" in output:
+            raise RuntimeError(output)
+        return process.returncode != 0
 
 
-def noticed(fault: Fault | None, program: str, folder: Path) -> bool:
-    """Whether the program fails, from a copy of the sources in `folder`.
+@dataclass
+class _Library:
+    """A library of the copy: which of its objects were compiled there, and how it is linked."""
 
-    Raises:
-        RuntimeError: it does not compile, which would tell nothing of the test; or there is none.
-    """
-    for name in ("csrc", "tests/csrc"):
-        shutil.copytree(ROOT / name, folder / name)
-    if fault is not None:
-        path = folder / "csrc" / "cuda" / fault.file
-        path.write_text(replaced(fault, path.read_text()))
-    # Nothing of the package is needed: no conftest.py, no settings of pytest.
-    options = [
-        "-q",
-        "-x",
-        "--noconftest",
-        "-c",
-        os.devnull,
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-    ]
-    options += [f"--rootdir={folder}", f"--basetemp={folder / 'tmp'}", "-k", f"test_{program}"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(folder / "tests/csrc/test_host.py")],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    if run.returncode not in (0, 1) or ": error:" in run.stdout:
-        raise RuntimeError(run.stdout + run.stderr)
-    return run.returncode == 1
+    folder: Path
+    made: Any  # a Library of native_build
+
+    def __post_init__(self) -> None:
+        self.objects = {
+            item.source: BUILD / "objects" / self.made.name / f"{self._relative(item.source)}.o"
+            for item in self.made.objects
+        }
+
+    def rebuild(self, file: str, kept: bool = False) -> None:
+        """Compile what a changed file is part of, and link. `kept`: for all links to come."""
+        unit = self.folder / "csrc" / unit_of(file)
+        (command,) = (item.command for item in self.made.objects if item.source == unit)
+        target = self.folder / f"{unit.stem}.{'right' if kept else 'wrong'}.o"
+        _run([*self._quickly(command), "-c", str(unit), "-o", str(target)])
+        if kept:
+            self.objects[unit] = target
+        self.link({unit: target})
+
+    def link(self, changed: dict[Path, Path] | None = None) -> None:
+        objects = [str(path) for path in (self.objects | (changed or {})).values()]
+        target = self.folder / "efft_kernels" / self.made.filename
+        _run([*self.made.link, *objects, "-o", str(target), *self.made.link_libraries])
+
+    def _relative(self, source: Path) -> Path:
+        return source.relative_to(self.folder)
+
+    def _quickly(self, command: tuple[str, ...]) -> list[str]:
+        """The command with fewer optimisations, and torch's headers, most of the work, read once:
+        15 seconds a file of csrc/entry in place of 45."""
+        quick = ["-O1" if part == "-O3" else part for part in command]
+        if self.made.name != LIBRARIES["entry"]:
+            return quick
+        header = self.folder / "precompiled.h"
+        if not header.exists():
+            header.write_text("#include <torch/extension.h>\n")
+            _run([*quick, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
+        return [*quick, "-include", str(header)]
+
+
+def folder_of(file: str) -> str:
+    return file.partition("/")[0]
+
+
+def unit_of(file: str) -> str:
+    """What is compiled for a file of csrc: itself, or the kernels that a header is part of."""
+    kernels = file.startswith("cpu/") and file.endswith(".h")
+    return f"cpu/isa_{INSTRUCTION_SET}.cpp" if kernels else file
+
+
+def arguments_of(test: str) -> list[str]:
+    """pytest's, for a test file or the name of a program of tests/csrc."""
+    if test.endswith(".py"):
+        return ["-m", "not slow", f"tests/{test}"]
+    return ["-k", f"test_{test}", "tests/csrc/test_host.py"]
 
 
 def replaced(fault: Fault, source: str) -> str:
@@ -154,25 +193,43 @@ def replaced(fault: Fault, source: str) -> str:
     return source.replace(fault.right, fault.wrong)
 
 
+def _build_module(name: str) -> ModuleType:
+    """A module of csrc/build, which is no package."""
+    sys.path.insert(0, str(ROOT / "csrc" / "build"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Small faults in csrc/cuda: which are noticed?")
+    parser = argparse.ArgumentParser(description="Small faults in csrc: which are noticed?")
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="TEST")
-    parser.add_argument("--csv", type=Path, help="append the score of each program to this file")
+    parser.add_argument("--csv", type=Path, help="append the score of each test to this file")
     options = parser.parse_args()
     tried = caught = 0
-    for program in options.only:
-        found = []
-        for fault in (None, *FAULTS[program]):
-            with tempfile.TemporaryDirectory() as folder:
-                found.append(noticed(fault, program, Path(folder)))
-            if fault is None and found.pop():
-                sys.exit(f"error: without a fault test_{program} fails")
-            if fault is not None and not found[-1]:
-                print(f"passes: {fault.file}\n  - {fault.right}\n  + {fault.wrong}", flush=True)
-        print(f"test_{program}: {sum(found)} of {len(found)}", flush=True)
-        if options.csv is not None:
-            append_score(options.csv, ["", f"csrc/cuda by test_{program}", len(found), sum(found)])
-        tried, caught = tried + len(found), caught + sum(found)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder).resolve())
+        for test in options.only:
+            if copy.noticed(None, test):
+                sys.exit(f"error: without a fault {test} fails")
+            for part, group in itertools.groupby(FAULTS[test], lambda fault: folder_of(fault.file)):
+                faults = list(group)
+                survivors = [fault for fault in faults if not copy.noticed(fault, test)]
+                for fault in survivors:
+                    print(f"passes: {fault.file}\n  - {fault.right}\n  + {fault.wrong}")
+                noticed = len(faults) - len(survivors)
+                name = f"csrc/{part} by {test if test.endswith('.py') else f'test_{test}'}"
+                print(f"{name}: {noticed} of {len(faults)}", flush=True)
+                if options.csv is not None:
+                    append_score(options.csv, ["", name, len(faults), noticed])
+                tried, caught = tried + len(faults), caught + noticed
     print(f"{caught} of {tried} caught, {100 * caught / tried:.1f} %")
 
 

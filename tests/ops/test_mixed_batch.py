@@ -56,6 +56,23 @@ def test_each_item_gets_its_own_task(shape, backend, poisoned_memory):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_operands_of_any_strides(backend):
+    """Each a part of a larger tensor, whose other numbers are NaN; bias every second of them."""
+    tensors = operands(3, 11, 13, 17, 2, 5)
+    expected = one_by_one(*tensors)
+    parts = [
+        torch.nn.functional.pad(t, (1, 2, 1, 2), value=torch.nan)[..., 1:-2, 1:-2]
+        for t in tensors
+        if t.dim() > 1
+    ]
+    x, weight, down, b = parts
+    bias = torch.stack([tensors[2], torch.full_like(tensors[2], torch.nan)], -1)[:, 0]
+    index = tensors[5].repeat_interleave(2)[::2]
+    y = tasks_linear(x, weight, bias, down, b, index, backend=backend)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_budget(dtype, backend):
     tensors = operands(4, 197, 96, 144, 3, 16, dtype)

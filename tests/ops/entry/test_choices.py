@@ -47,6 +47,22 @@ class TestRememberedChoices:
         assert all(isinstance(part, int) for _, _, answer in native_ones for part in answer)
         assert all(map(callable, in_python[:2])), "torch takes float16"
 
+    def test_asked_for_each_kind_of_operands(self, decisions):
+        """Kinds that differ in one size or dtype alone."""
+        kinds = [
+            {}, {"k": 8}, {"per_slice": 6}, {"per_slice": 3, "slices": 5}, {"core": False},
+            {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "factor_dtype": torch.float32},
+        ]  # fmt: skip
+        wider = operands() | {"down": torch.randn(7, 4), "core": torch.randn(3, 4, 2)}
+        for _ in range(2):
+            for kind in kinds:
+                low_rank_linear(**operands(**kind))
+            low_rank_linear(**wider)
+            with torch.autocast("cpu", torch.bfloat16):
+                low_rank_linear(**operands(factor_dtype=torch.bfloat16))
+                low_rank_linear(**operands())
+        assert len(decisions) == len(kinds) + 3
+
     def test_forgotten_when_told(self, decisions):
         for _ in range(2):
             low_rank_linear(**operands())

@@ -150,6 +150,27 @@ def test_bfloat16_is_rounded_once_to_nearest_even(strategy):
         assert forward(t, strategy)[0].item() == right
 
 
+def test_every_nan_stays_one_in_bfloat16(strategy):
+    """Rounded like a number, one whose bits are all set would carry into its sign, and come out as
+    zero."""
+    t = cast(integers(Shape(M=2, G=1, n=3), bound=1), BF16, F32)
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    t["bias"] = bits.view(F32)
+    assert forward(t, strategy)[0].isnan().all()
+
+
+def test_float16_operands_keep_their_bits(strategy):
+    """1 + 2^-10, which bfloat16 has not, in every one of them: its product with itself is exact in
+    float32."""
+    exact_in_half = 1 + 2**-10
+    t = {
+        name: torch.full(size, exact_in_half, dtype=torch.float16)
+        for name, size in (("weight", (3, 1)), ("bias", (3,)), ("down", (1, 1)), ("up", (1, 3, 1)))
+    }
+    y, p = forward({"x": torch.ones(2, 1), "core": None, **t}, strategy)
+    assert (p == exact_in_half).all() and (y == 2 * exact_in_half + exact_in_half**2).all()
+
+
 @pytest.mark.skipif(SANITIZED, reason="a sanitizer keeps freed memory")
 def test_memory_does_not_grow(strategy):
     t = cast(reals(WIDE), F32)

@@ -128,6 +128,7 @@ def test_operands_that_do_not_fit_are_refused(call):
         ("fwd", {"core": (0, 7, 5)}, "up must be"),
         ("fwd", {"core": None}, "up must be .* where core is None|up must be"),
         ("fwd", {"up": (2, 23, 5)}, "up must be"),
+        ("fwd", {"core": (2, 7, 5), "up": (2, 34, 5)}, "up must be .* with G dividing N"),
         ("bwd", {"dy": (19, 68)}, "weight must be"),
         ("bwd", {"x": (18, 53)}, "x must be .* for the gradient of down"),
         ("bwd", {"x": None}, "x must be .* for the gradient of down"),
@@ -144,6 +145,31 @@ def test_refusals_name_the_argument(operator, changes, message):
         t[name] = None if shape is None else torch.ones(shape)
     with pytest.raises(RuntimeError, match=f"efft_kernels: {message}"):
         call_operator(operator, t)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"made_by": 0}, "made_by must be"),
+        ({"made_by": 4}, "made_by must be"),
+        ({"mean": None}, "mean and rstd must be given"),
+        ({"rstd": None}, "mean and rstd must be given"),
+        ({"mean": (18, 1)}, r"mean must be \[M, 1\]"),
+        ({"rstd": (19,)}, r"rstd must be \[M, 1\]"),
+        ({"norm_weight": (52,)}, r"norm_weight must be \[K\]"),
+        ({"norm_bias": (53, 1)}, r"norm_bias must be \[K\]"),
+        ({"kept": (19, 52)}, "x must be .* for the gradient of down"),
+    ],
+    ids=str,
+)
+def test_refusals_of_what_x_is_made_from(changes, message):
+    shapes = {"kept": (19, 53), "mean": (19, 1), "rstd": (19, 1)}
+    shapes |= {"norm_weight": (53,), "norm_bias": (53,)} | changes
+    made_by = shapes.pop("made_by", 1)
+    source = (None if shape is None else torch.ones(shape) for shape in shapes.values())
+    dy, _, *rest = operator_arguments("bwd", operands_of("bwd"))
+    with pytest.raises(RuntimeError, match=f"efft_kernels: {message}"):
+        torch.ops.efft_kernels.native_bwd_made(dy, made_by, *source, *rest)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,17 @@ def test_any_strides(name, layout, strategy):
                 assert torch.equal(found, right[key].to(found.dtype)), key
 
 
+@pytest.mark.parametrize("layout", ["columns of a wider one", "rows of a taller one"])
+@pytest.mark.parametrize("core", [False, True])
+def test_factors_of_whole_vectors(core, layout, strategy):
+    """Their columns need no padding, and `down` is read where it lies if its rows follow each
+    other; 16 is a whole number of vectors of every instruction set."""
+    t = cast(integers(Shape(Ra=16, Rb=16, core=core, shared=False), bound=1), F32)
+    for name in FACTORS:
+        t[name] = None if t[name] is None else LAYOUTS[layout](t[name])
+    assert_exact(t, strategy)
+
+
 @pytest.mark.parametrize("layout", ["every second", "offset", "one for all", "reads a row"])
 def test_any_strides_of_the_bias(layout, strategy):
     t = cast(integers(FORMS["shared up"], bound=1), F32)

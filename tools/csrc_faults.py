@@ -1,0 +1,247 @@
+"""The faults that tools/mutate_csrc.py tries, by the test that is to notice each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """`right`, found once in a file of csrc, becomes `wrong`."""
+
+    file: str
+    right: str
+    wrong: str
+
+
+# Program of tests/csrc, by what follows `test_` in its name, or file of tests → faults for it.
+FAULTS: dict[str, tuple[Fault, ...]] = {
+    "checks": (
+        Fault(
+            "cuda/checks.h",
+            "t.shape[1] > 1 && t.stride[1] != 1",
+            "t.shape[1] > 1 && t.stride[0] < 1",
+        ),
+        Fault("cuda/checks.h", "q.down.shape[1] > kMaxRank", "q.down.shape[1] > kMaxRank + 1"),
+        Fault("cuda/checks.h", "q.down.shape[1] > kMaxRank", "q.down.shape[1] >= kMaxRank"),
+        Fault("cuda/checks.h", "{&q.rows, &q.weight, &q.x, &q.p}", "{&q.rows, &q.weight, &q.x}"),
+        Fault("cuda/checks.h", "{&q.rows, &q.weight, &q.x, &q.p}", "{&q.rows, &q.weight, &q.p}"),
+        Fault("cuda/checks.h", "t->present && t->dtype != q.down.dtype", "false"),
+        Fault("cuda/checks.h", "slices < 1 || n % slices", "slices < 1"),
+        Fault("cuda/checks.h", "q.up.shape[1] != n / slices ||", ""),
+        Fault("cuda/checks.h", "t->present && t->device != q.rows.device", "false"),
+    ),
+    "ring": (Fault("cuda/common/ring.h", "parity ^= 1;", ""),),
+    "schedule": (
+        Fault("cuda/gemm/schedule.h", "rows - first < kGroup ? rows - first : kGroup", "kGroup"),
+        Fault("cuda/gemm/schedule.h", "ceil_div(c, block_c) % 2 == 0", "ceil_div(c, block_c) > 0"),
+        Fault("cuda/gemm/select.h", "wide <= narrow", "wide < narrow"),
+        Fault("cuda/gemm/select.h", "* (kSm90WideBlockC + 32)", "* kSm90WideBlockC"),
+        Fault("cuda/gemm/select.h", "return 4 * ceil_div", "return 2 * ceil_div"),
+    ),
+    "swizzle": (
+        Fault("cuda/common/swizzle.h", "kCols == 16 ? 2 : kCols == 32 ? 1 : 0", "0"),
+        Fault("cuda/common/swizzle.h", "lane / 4 + e / 2 * 8", "lane / 4 + e % 2 * 8"),
+        Fault("cuda/common/swizzle.h", "(address >> 7 & 1) << 4", "(address >> 8 & 1) << 4"),
+    ),
+    "tensor_map": (
+        Fault("cuda/gemm/tma.h", "p.row_bytes % 16", "p.row_bytes % 8"),
+        Fault("cuda/gemm/tma.h", "p.box_rows > 256", "p.box_rows > 255"),
+        Fault("cuda/gemm/tma.h", "p.row_bytes < p.cols * kElementBytes", "false"),
+        Fault("cuda/gemm/tma.h", "p.address % 16", "p.address % 8"),
+    ),
+    "workspace": (
+        Fault("cuda/passes/sizes.h", "if (wanted < 1) wanted = 1;", ""),
+        Fault("cuda/passes/sizes.h", "ceil_div(m, 256)", "ceil_div(m, 128)"),
+        Fault("cuda/passes/sizes.h", "int64_t wanted = 4 *", "int64_t wanted = 5 *"),
+        Fault("cuda/passes/sizes.h", "while (padded < rank)", "while (padded <= rank)"),
+    ),
+    "thin": (
+        Fault(
+            "cuda/passes/reduce.cu",
+            "other = 1; other < kReduceLanes",
+            "other = 2; other < kReduceLanes",
+        ),
+        Fault("cuda/passes/reduce.cu", "other = 1; other < kReduceLanes;", "other = 1; other < 8;"),
+        Fault("cuda/passes/reduce.cu", "from += kReduceInFlight * step;", "from += step;"),
+        Fault(
+            "cuda/passes/pass.cuh", "r < t.rank ? s[j][half * 2 + e] : 0.0f", "s[j][half * 2 + e]"
+        ),
+        Fault("cuda/passes/pass.cuh", "if (row >= t.rows) continue;", ""),
+        Fault(
+            "cuda/passes/thin_grad.cu",
+            "first ? part[i + 2] : column[8] + part[i + 2]",
+            "part[i + 2]",
+        ),
+        Fault(
+            "cuda/passes/thin_grad.cu",
+            "if (c + i >= t.tall.cols) continue;",
+            "if (c >= t.tall.cols) continue;",
+        ),
+        Fault(
+            "cuda/passes/tall_grad.cu", "left < t.rows_per_split ? left : t.rows_per_split", "left"
+        ),
+    ),
+    "factors": (
+        Fault("cuda/factors/fold.cu", "a < f.ra ? to_float(*", "a <= f.ra ? to_float(*"),
+        Fault("cuda/factors/fold.cu", "to_float(core[b * f.core.stride[2]])", "to_float(core[b])"),
+        Fault("cuda/factors/unfold.cu", "u.shared ? u.slices : first + 1", "first + 1"),
+        Fault(
+            "cuda/factors/unfold.cu", "n + row * kRowShares < u.slice_n ? row * kRowShares : 0", "0"
+        ),
+        Fault(
+            "cuda/factors/unfold.cu",
+            "for (int i = 1; i < kGroups; ++i) total",
+            "for (int i = 2; i < kGroups; ++i) total",
+        ),
+        Fault("cuda/factors/unfold.cu", "u.up.stride[2] == 1 &&", ""),
+    ),
+    "norm": (
+        Fault("cuda/norm/norm.cu", "kNormCols * apart * apart", "apart * apart"),
+        Fault("cuda/norm/norm.cu", "row >= p.rows || r >= p.rank", "row >= p.rows"),
+        Fault("cuda/norm/norm.cu", "z[chunk][j] += y[j]", "z[chunk][j] += y[0]"),
+        Fault("cuda/norm/norm.cu", "turn ^= 1;", ""),
+    ),
+    "ops/backends/cpp/test_values.py": (
+        # microkernel.h, thin.h: the products
+        Fault("cpu/microkernel.h", "acc[i][j] += odd[i][j];", ""),
+        Fault("cpu/microkernel.h", "std::min(kChain, term.depth - k)", "kChain"),
+        Fault("cpu/thin.h", "for (; i < columns; ++i)", "for (; i + 1 < columns; ++i)"),
+        Fault("cpu/thin.h", "b.data += kTransposedChain * b.stride;", ""),
+        # pack.h: the weight beyond one step of the inner dimension, in each of its layouts
+        Fault("cpu/pack.h", "(n0 + n) * w.row_stride + k0 + k", "(n0 + n) * w.row_stride + k"),
+        Fault("cpu/pack.h", "read_row(w, n0 + n + i, k0 + k,", "read_row(w, n0 + n + i, k,"),
+        Fault("cpu/pack.h", "read_row(w, k0 + k, j0,", "read_row(w, k, j0,"),
+        Fault("cpu/pack.h", "thin_in + (k + i) * width", "thin_in + i * width"),
+        # product.h: the main product and what is fused into it
+        Fault("cpu/product.h", "fused.thin, !first);", "fused.thin, true);"),
+        Fault("cpu/product.h", "!first && r < count", "first && r < count"),
+        Fault("cpu/product.h", "last && fused.d_down != nullptr", "fused.d_down != nullptr"),
+        # factors.h: the fold and the chain rule through it
+        Fault("cpu/factors.h", "thin.b + (g * per_slice + first)", "thin.b + (g * per_slice)"),
+        Fault("cpu/factors.h", "to, g != set)", "to, false)"),
+        Fault("cpu/factors.h", "G * Ra * thin.rb * sizeof(T)", "Ra * thin.rb * sizeof(T)"),
+        # forward.h, backward.h: blocks, slots and what is wanted
+        Fault("cpu/forward.h", "if (args.p || !merge)", "if (!merge)"),
+        Fault("cpu/backward.h", "args.d_down || (args.dx && !merge)", "args.d_down"),
+        Fault("cpu/backward.h", "std::memset(fused.d_b, 0, args.N * width * sizeof(T));", ""),
+        Fault("cpu/backward.h", "for (int64_t slot = 1; slot", "for (int64_t slot = 2; slot"),
+        Fault("cpu/blocking.h", "std::min(step, end - i)", "step"),
+        # storage.h, ops.cpp: what the operands are
+        Fault(
+            "cpu/storage.h", "columns == width && matrix.row_stride == width", "columns == width"
+        ),
+        Fault(
+            "cpu/ops.cpp",
+            "need_down = needs & kNeedDown, need_up = needs & kNeedUp",
+            "need_down = needs & kNeedUp, need_up = needs & kNeedDown",
+        ),
+        Fault("cpu/ops.cpp", "i < count; i = next", "i + 1 < count; i = next"),
+    ),
+    "ops/backends/cpp/test_numerics.py": (
+        Fault("cpu/storage.h", "0x7fffu + ((bits >> 16) & 1u)", "0x8000u"),
+        Fault("cpu/storage.h", "value != value ? 0x7fc0u : rounded", "rounded"),
+        Fault(
+            "cpu/ops.cpp",
+            "return torch::stable::to(tensor, ScalarType::Float);",
+            "return torch::stable::to(tensor, ScalarType::BFloat16);",
+        ),
+    ),
+    "ops/backends/cpp/test_refusals.py": (
+        Fault("cpu/ops.cpp", "N % factors.G == 0 &&", ""),
+        Fault("cpu/ops.cpp", "core->size(1) == factors.Ra && core", "core"),
+        Fault(
+            "cpu/ops.cpp",
+            "x->size(1) == args.K &&\n                         is_readable(x->scalar_type())",
+            "x->size(1) == args.K",
+        ),
+        Fault("cpu/ops.cpp", "given->numel() == size && ", ""),
+        Fault("cpu/ops.cpp", "require(mean && rstd,", "require(mean || rstd,"),
+    ),
+    "ops/test_mixed_batch.py": (
+        Fault(
+            "cpu/mixed_batch.h",
+            "units * (slot + 1) / args.slots",
+            "units / args.slots * (slot + 1)",
+        ),
+        Fault("cpu/mixed_batch.h", "memory.tail + task * tail_size}", "memory.tail}"),
+        Fault("cpu/ops.cpp", "args.task_of_item[item] >= 0 && ", ""),
+        Fault("cpu/ops.cpp", "rows = torch::stable::contiguous(x);", "rows = x;"),
+    ),
+    "ops/test_recompute.py": (
+        Fault("cpu/made_rows.h", "row[k] += bias[k];", "(void)bias[k];"),
+        Fault("cpu/made_rows.h", "0.797884561f", "0.79788f"),
+        Fault("entry/node.cpp", "!(needs & kNeedWeight) &&", ""),
+        Fault("entry/node.cpp", "    check_in_memory(source);", ""),
+        Fault("entry/node.cpp", "source.attached || !at::GradMode::is_enabled()", "true"),
+        Fault("entry/python_backend.cpp", ".reshape({-1, K}).to(dtype)", ".reshape({-1, K})"),
+    ),
+    "ops/entry/test_refusals.py": (
+        Fault(
+            "entry/entry.cpp", "(t.bias->dim() != 1 || t.bias->size(0) != N)", "t.bias->dim() != 1"
+        ),
+        Fault("entry/entry.cpp", "(factor && own == at::kFloat", "(own == at::kFloat"),
+    ),
+    "ops/entry/test_autocast.py": (
+        Fault(
+            "entry/entry.cpp",
+            "!autocast || !(x.scalar_type() == at::kFloat || is_half(x.scalar_type()))",
+            "!autocast",
+        ),
+        Fault(
+            "entry/node.cpp",
+            "const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);",
+            "",
+        ),
+        Fault(
+            "entry/node.cpp",
+            "at::promote_types(t.weight.scalar_type(), at::kFloat)",
+            "t.weight.scalar_type()",
+        ),
+    ),
+    "ops/entry/test_results.py": (
+        Fault(
+            "entry/entry.cpp",
+            "bit(*t.core, kNeedCore) : 0) | bit(t.up, kNeedUp)",
+            "bit(*t.core, kNeedUp) : 0) | bit(t.up, kNeedCore)",
+        ),
+        Fault(
+            "entry/node.cpp", "save_p = needs & (kNeedCore | kNeedUp)", "save_p = needs & kNeedUp"
+        ),
+        Fault(
+            "entry/python_backend.cpp",
+            "wanted(kNeedDown), wanted(kNeedCore)",
+            "wanted(kNeedCore), wanted(kNeedDown)",
+        ),
+    ),
+    "ops/entry/test_autograd.py": (
+        Fault("entry/node.cpp", "!made ? x : Tensor()", "!made ? x.variable_data() : Tensor()"),
+        Fault("entry/node.cpp", ": Tensor(), down,", ": Tensor(), down.variable_data(),"),
+    ),
+    "ops/entry/test_choices.py": (
+        Fault("entry/entry.cpp", "(static_cast<int64_t>(training) << 15)", "0"),
+        Fault("entry/entry.cpp", "(static_cast<int64_t>(t.down.scalar_type()) << 40)", "0"),
+        Fault(
+            "entry/entry.cpp",
+            "t.weight.size(1), G, t.down.size(1)",
+            "t.weight.size(1), 0, t.down.size(1)",
+        ),
+    ),
+    "ops/entry/test_routes.py": (
+        Fault(
+            "entry/entry.cpp",
+            "if (at::tracer::impl::is_dispatch_enabled()) return std::nullopt;",
+            "",
+        ),
+        Fault("entry/entry.cpp", "{bias, core}", "{bias}"),
+    ),
+    "ops/entry/test_python_backends.py": (
+        Fault("entry/python_backend.cpp", "error.persist();", ""),
+    ),
+    "ops/test_forward_over_reverse.py": (
+        Fault(
+            "entry/node.cpp",
+            "at::GradMode::is_enabled() || has_tangent(t.dy)",
+            "at::GradMode::is_enabled()",
+        ),
+    ),
+}
