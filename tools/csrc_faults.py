@@ -207,18 +207,12 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault(
             "entry/node.cpp", "save_p = needs & (kNeedCore | kNeedUp)", "save_p = needs & kNeedUp"
         ),
-        Fault(
-            "entry/python_backend.cpp",
-            "wanted(kNeedDown), wanted(kNeedCore)",
-            "wanted(kNeedCore), wanted(kNeedDown)",
-        ),
     ),
     "ops/entry/test_autograd.py": (
         Fault("entry/node.cpp", "!made ? x : Tensor()", "!made ? x.variable_data() : Tensor()"),
         Fault("entry/node.cpp", ": Tensor(), down,", ": Tensor(), down.variable_data(),"),
     ),
     "ops/entry/test_choices.py": (
-        Fault("entry/entry.cpp", "(static_cast<int64_t>(training) << 15)", "0"),
         Fault("entry/entry.cpp", "(static_cast<int64_t>(t.down.scalar_type()) << 40)", "0"),
         Fault(
             "entry/entry.cpp",
@@ -232,10 +226,6 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "if (at::tracer::impl::is_dispatch_enabled()) return std::nullopt;",
             "",
         ),
-        Fault("entry/entry.cpp", "{bias, core}", "{bias}"),
-    ),
-    "ops/entry/test_python_backends.py": (
-        Fault("entry/python_backend.cpp", "error.persist();", ""),
     ),
     "ops/test_forward_over_reverse.py": (
         Fault(
