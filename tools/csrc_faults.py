@@ -103,29 +103,24 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "ops/backends/cpp/test_values.py": (
         # microkernel.h, thin.h: the products
-        Fault("cpu/microkernel.h", "acc[i][j] += odd[i][j];", ""),
+        Fault("cpu/microkernel.h", "acc[i][j] += odd[i][j];", "(void)odd[i][j];"),
         Fault("cpu/microkernel.h", "std::min(kChain, term.depth - k)", "kChain"),
         Fault("cpu/thin.h", "for (; i < columns; ++i)", "for (; i + 1 < columns; ++i)"),
         Fault("cpu/thin.h", "b.data += kTransposedChain * b.stride;", ""),
-        # pack.h: the weight beyond one step of the inner dimension, in each of its layouts
-        Fault("cpu/pack.h", "(n0 + n) * w.row_stride + k0 + k", "(n0 + n) * w.row_stride + k"),
+        # pack.h: the weight beyond one step of the inner dimension
         Fault("cpu/pack.h", "read_row(w, n0 + n + i, k0 + k,", "read_row(w, n0 + n + i, k,"),
-        Fault("cpu/pack.h", "read_row(w, k0 + k, j0,", "read_row(w, k, j0,"),
         Fault("cpu/pack.h", "thin_in + (k + i) * width", "thin_in + i * width"),
         # product.h: the main product and what is fused into it
         Fault("cpu/product.h", "fused.thin, !first);", "fused.thin, true);"),
         Fault("cpu/product.h", "!first && r < count", "first && r < count"),
         Fault("cpu/product.h", "last && fused.d_down != nullptr", "fused.d_down != nullptr"),
         # factors.h: the fold and the chain rule through it
-        Fault("cpu/factors.h", "thin.b + (g * per_slice + first)", "thin.b + (g * per_slice)"),
         Fault("cpu/factors.h", "to, g != set)", "to, false)"),
         Fault("cpu/factors.h", "G * Ra * thin.rb * sizeof(T)", "Ra * thin.rb * sizeof(T)"),
         # forward.h, backward.h: blocks, slots and what is wanted
         Fault("cpu/forward.h", "if (args.p || !merge)", "if (!merge)"),
         Fault("cpu/backward.h", "args.d_down || (args.dx && !merge)", "args.d_down"),
-        Fault("cpu/backward.h", "std::memset(fused.d_b, 0, args.N * width * sizeof(T));", ""),
         Fault("cpu/backward.h", "for (int64_t slot = 1; slot", "for (int64_t slot = 2; slot"),
-        Fault("cpu/blocking.h", "std::min(step, end - i)", "step"),
         # storage.h, ops.cpp: what the operands are
         Fault(
             "cpu/storage.h", "columns == width && matrix.row_stride == width", "columns == width"
