@@ -119,6 +119,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/factors.h", "G * Ra * thin.rb * sizeof(T)", "Ra * thin.rb * sizeof(T)"),
         # forward.h, backward.h: blocks, slots and what is wanted
         Fault("cpu/forward.h", "if (args.p || !merge)", "if (!merge)"),
+        Fault("cpu/forward.h", "if (args.p || !merge)", "if (args.p)"),
         Fault("cpu/backward.h", "args.d_down || (args.dx && !merge)", "args.d_down"),
         Fault("cpu/backward.h", "for (int64_t slot = 1; slot", "for (int64_t slot = 2; slot"),
         # storage.h, ops.cpp: what the operands are
