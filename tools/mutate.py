@@ -44,7 +44,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "efft_kernels"
 SECONDS = 900.0  # for a file's tests without a fault, traced
-LONG = 6.0  # seconds of a test that is not run for every fault
+LONG = 10.0  # seconds of a test that is not run for every fault
 
 CHAINED = tuple(
     f"adapters/test_chained.py::{name}"
@@ -78,6 +78,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "adapters/adapter_set.py": (
         "adapters/test_adapter_set.py",
         "adapters/test_adapter_set_calls.py",
+        "adapters/test_adapter_set_compiled.py",
     ),
     "adapters/architectures.py": (
         "adapters/test_sites.py",
@@ -96,7 +97,9 @@ FILES: dict[str, tuple[str, ...]] = {
     "adapters/attachment.py": (
         "adapters/test_attach.py",
         "adapters/test_adapter.py",
-        "adapters/test_description.py",
+        "adapters/test_adapter_state.py",
+        "adapters/test_adapter_set_calls.py",
+        "adapters/test_call_watch.py",
     ),
     "adapters/batch_layout.py": ("adapters/test_adapter_set_calls.py",),
     "adapters/bypassed.py": ("adapters/test_coverage.py", "adapters/test_call_watch.py"),
@@ -107,7 +110,11 @@ FILES: dict[str, tuple[str, ...]] = {
     "adapters/hints.py": ("adapters/test_coverage.py", "adapters/test_refusals.py"),
     "adapters/roles.py": ("adapters/test_sites.py", "adapters/test_coverage.py"),
     "adapters/sites.py": ("adapters/test_sites.py", "adapters/test_attach.py"),
-    "adapters/swapping.py": ("adapters/test_attach.py", "adapters/test_adapter.py"),
+    "adapters/swapping.py": (
+        "adapters/test_attach.py",
+        "adapters/test_adapter.py",
+        "adapters/test_torch_attention.py",
+    ),
     "adapters/torch_attention.py": ("adapters/test_torch_attention.py",),
     "atomic_files.py": ("test_atomic_files.py",),
     "interop/fact.py": ("interop/test_fact.py", "interop/test_damaged_files.py"),
