@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from efft_kernels.adapters.roles import split_name
+from efft_kernels.adapters.roles import beside_vision, split_name
 from efft_kernels.adapters.sites import find_all_linears, find_sites
 
 NAMES = [
@@ -283,3 +283,11 @@ def test_a_stacked_projection_is_three_times_as_wide():
     assert (joined.role, joined.in_features, joined.out_features) == ("qkv", 12, 36)
     out = sites["layers.0.self_attn.out_proj"]
     assert (out.role, out.in_features, out.out_features) == ("o", 12, 12)
+
+
+def test_a_text_tower_is_one_beside_a_vision_tower():
+    text = ["text_model.blocks.0.attn.qkv", "transformer.resblocks.0.mlp.c_fc"]
+    others = ["decoder.blocks.0.attn.qkv", "blocks.0.transformer.attn.qkv"]
+    vision = ["visual.transformer.resblocks.0.mlp.c_fc", "visual.text.attn.qkv"]
+    assert beside_vision([*vision, *others, *text]) == set(text)
+    assert beside_vision([*others, *text]) == set()

@@ -227,6 +227,42 @@ def test_explanation_reads_as_text():
     assert "merged  ruled out: the weight is stored in half precision" in text
 
 
+def test_explained_numbers_are_the_models():
+    found = explain(12608, 768, 2304, 3, 16, device="H200", backend="triton")
+    assert found.problem == QKV._replace(factor_bytes=0)
+    predicted, excluded = cost_model.candidates(found.problem, triton, DEVICES["H200"])
+    assert found.times_us == {name: 1e6 * seconds for name, seconds in predicted.items()}
+    assert (found.excluded, found.source) == (excluded, "predicted")
+    assert found.floor_us == 1e6 * cost_model.floor_seconds(found.problem, DEVICES["H200"])
+    lines = str(found).splitlines()
+    assert lines[0].endswith("rank 16, 16-bit compute, weight stored in 16 bits")
+    assert lines[1].startswith("backend triton on H200 (measured on an H100")
+    us = sorted(found.times_us.values())
+    for line, one in zip(lines[2:], us, strict=False):
+        assert line.endswith(f"{one:9.1f} us  {one / found.floor_us:5.2f} x the frozen layer")
+    plain = explain(5, 7, 11, device="CPU").problem
+    assert plain == cost_model.Problem(5, 7, 11, 1, 16, True, 2, 2, "cpu")
+    kinds = {"weight_dtype": torch.float64, "training": False, "dtype": torch.float32}
+    assert explain(5, 7, 11, device="CPU", **kinds).problem == plain._replace(
+        training=False, weight_bytes=8, compute_bytes=4
+    )
+    backward = explain(5, 7, 11, device="CPU", training=False, backward=True).problem
+    assert backward == plain._replace(backward=True)
+
+
+def test_measured_times_are_explained_where_they_were_measured(forget):
+    sizes = {"M": 5, "K": 7, "N": 11, "rank": 3, "compute_bytes": 4, "weight_bytes": 4}
+    cost_model.add_measured(
+        {**sizes, "backend": "cpp", "backward": False, "strategy": name, "ms_p50": ms}
+        for name, ms in (("split", 0.5), ("merged", 0.25))
+    )
+    shape = {"M": 5, "K": 7, "N": 11, "rank": 3, "dtype": torch.float32, "backend": "cpp"}
+    found = explain(**shape, device="CPU")
+    assert (found.times_us, found.source) == ({"split": 500.0, "merged": 250.0}, "measured")
+    assert found.chosen == "merged"
+    assert explain(**shape, device="H200").source == "predicted"
+
+
 def test_what_is_explained_is_the_backend_that_auto_takes():
     def backend(device, dtype, **changes):
         return explain(12608, 768, 2304, device=device, dtype=dtype, **changes).backend
@@ -344,3 +380,26 @@ def test_packing_pays_where_it_was_measured_to():
     assert cpp_backend.preferred(large._replace(M=1576))
     assert cpp_backend.preferred(large._replace(compute_bytes=2))
     assert cpp_backend.preferred(large._replace(K=384, N=1536))
+
+
+def test_devices_stand_to_each_other_as_their_datasheets_do():
+    """Dense FLOP/s of 16-bit and of TF32 operands, bytes/s, multiprocessors."""
+    sheets = {
+        "A100": (312e12, 156e12, 2.04e12, 108),
+        "H100": (989e12, 494e12, 3.35e12, 132),
+        "H200": (989e12, 494e12, 4.8e12, 132),
+        "B200": (2250e12, 1125e12, 8.0e12, 148),
+    }
+    assert DEVICES.keys() == {*sheets, "CPU"}
+    for name, (half, single, bandwidth, multiprocessors) in sheets.items():
+        found, known = DEVICES[name], DEVICES["H100"]
+        assert (found.name, found.multiprocessors) == (name, multiprocessors)
+        assert found.half_flops / known.half_flops == pytest.approx(half / 989e12, rel=0.03)
+        assert found.float_flops / known.float_flops == pytest.approx(single / 494e12, rel=0.03)
+        assert found.bandwidth / known.bandwidth == pytest.approx(bandwidth / 3.35e12, rel=0.03)
+        assert found.bandwidth < found.store_bandwidth < 2 * found.bandwidth
+        assert found.launch_s == 2.5e-6
+        assert (found.thin_efficiency, found.merge_cost) == (1.0, 1.0)
+        assert found.sm90 == (name in ("H100", "H200"))
+    columns = {name: (d.tile_columns, d.thin_columns) for name, d in DEVICES.items()}
+    assert columns["A100"] == (128, 16) and columns["B200"] == (256, 128)
