@@ -136,6 +136,101 @@ def test_arithmetic_of_one_forward_on_cuda():
     assert gemm.flops == pytest.approx(main * (1 + 16 / 192) + last)
 
 
+def counted(launches):
+    """(name, FLOPs, bytes, of them stored after the loop) of each launch."""
+    return [(x.name, x.flops, x.bytes_moved, x.stored) for x in launches]
+
+
+def test_arithmetic_of_one_backward_on_cuda():
+    M, K, N, r = 12608, 768, 2304, 16
+    stored, padded = 2 * (K + N + 3 * r) * r, (K + N) * r
+    dx = 2 * (M * (N + K) + N * K + K * r + M * r)
+    # 40 parts of 320 rows for x, 14 of 960 for dY, 99 of 128 where the pass that makes S sums too
+    x_pass = ("tall_grad", 2 * M * K * r, 2 * M * (K + r) + 4 * 40 * K * r, 0)
+    dy_pass = ("tall_grad", 2 * M * N * r, 2 * M * (N + r) + 4 * 14 * N * r, 0)
+    both = 2 * (M * (N + r) + N * r) + 2 * M * r + 4 * 99 * N * r
+    fold, thin = ("fold", 0, stored + 2 * padded, 0), ("thin_grad", 4 * M * N * r, both, 0)
+    unfold = ("unfold", 0, 4 * N * r + 2 * 2 * (N + 3 * r) * r, 0)
+    flops = 2 * M * N * K + 2 * M * K * r
+
+    def reduce(parts):
+        return ("reduce", 0, 4 * (parts * N + 40 * K) * r + 4 * N * r + 2 * K * r, 0)
+
+    problem = QKV._replace(backward=True)
+    fused, split, merged = (
+        cuda_backend.launches(problem, strategy, DEVICES["H200"])
+        for strategy in ("fused", "split", "merged")
+    )
+    gemm = ("gemm", flops, dx, 2 * M * K)
+    assert counted(split) == [fold, thin, x_pass, reduce(99), unfold, gemm]
+    gemm = ("gemm", flops, dx + 2 * N * r, 2 * M * K)
+    assert counted(fused) == [fold, gemm, x_pass, dy_pass, reduce(14), unfold]
+    assert split[-1].efficiency / fused[1].efficiency == pytest.approx(1.2)
+    again = ("fold", 0, stored + 4 * padded, 0)
+    merge = ("merge", 0, 4 * N * K + 4 * padded, 0)
+    library = ("library gemm", 2 * M * N * K, 2 * (M * (N + K) + N * K), 2 * M * K)
+    assert counted(merged) == [fold, thin, x_pass, reduce(99), unfold, again, merge, library]
+    assert [x.latency_s for x in merged] == [0, 0, 0, 0, 4e-6, 0, 0, 0]
+
+
+def test_arithmetic_of_a_cast_and_of_p_on_cuda():
+    M, K, N, r = 12608, 768, 2304, 32
+    problem = QKV._replace(rank=29, weight_bytes=4, factor_bytes=4)
+    cast, _, thin, gemm = cuda_backend.launches(problem, "split", DEVICES["A100"])
+    assert counted([cast, thin]) == [
+        ("cast", 0, N * K * (4 + 2), 0),
+        ("thin", 2 * M * K * r, 2 * (M * (K + r) + K * r), 0),
+    ]
+    moved = 2 * (M * (K + N) + N * K + N * r + M * 29 + N)
+    assert counted([gemm]) == [("gemm", 2 * M * N * K + 2 * M * N * r, moved, 2 * M * N)]
+    down, *_ = cuda_backend.launches(problem, "merged", DEVICES["A100"])
+    assert counted([down]) == [("fold", 0, K * (29 * 4 + r * 2), 0)]
+
+
+@pytest.mark.parametrize(("wb", "b"), [(4, 4), (4, 2), (2, 2)])
+def test_arithmetic_on_a_cpu(wb, b):
+    M, K, N, r = 1009, 71, 37, 5
+    problem = Problem(M, K, N, 1, r, True, wb, b, "cpu")
+    product = 2 * M * N * K
+    pack = ("pack", 0, N * K * (wb + max(4, b)), 0)
+    gemm = ("gemm", product, b * (M * (N + K) + N * K), 0)
+    merge = ("merge", 2 * N * K * r, 0, 0)
+
+    def thin(columns):
+        return ("thin", 2 * M * columns * r, 0, 0)
+
+    def more(columns):
+        return ("r more steps", 2 * M * columns * r, 0, 0)
+
+    def found(backend, strategy, **changes):
+        return counted(backend.launches(problem._replace(**changes), strategy, DEVICES["CPU"]))
+
+    tall = [("tall", 2 * M * N * r, 0, 0), ("tall", 2 * M * K * r, b * M * K, 0)]
+    assert found(cpp_backend, "split") == [pack, gemm, more(N), thin(K)]
+    assert found(cpp_backend, "merged") == [pack, merge, gemm, thin(K)]
+    assert found(cpp_backend, "split", backward=True) == [pack, gemm, more(K), thin(N), *tall]
+    assert found(cpp_backend, "merged", backward=True) == [pack, merge, gemm, thin(N), *tall]
+
+    def library(columns):
+        return ("library gemm", product, gemm[2], b * M * columns)
+
+    def pass_over(columns):
+        return ("thin product", 2 * M * columns * r, b * M * columns, 0)
+
+    def update(columns):
+        return ("update in place", 2 * M * columns * r, 2 * b * M * columns, 0)
+
+    # W + ΔW is made in four bytes, and rounded in a pass of its own
+    merge = ("merge", 2 * N * K * r, N * K * (wb + 4 + (b if b < 4 else 0)), 0)
+    assert found(torch_backend, "split") == [pass_over(K), library(N), update(N)]
+    assert found(torch_backend, "merged") == [pass_over(K), merge, library(N)]
+    assert found(torch_backend, "merged", training=False) == [merge, library(N)]
+    factors = [pass_over(N), pass_over(N), pass_over(K)]
+    backward = found(torch_backend, "split", backward=True)
+    assert backward == [*factors, library(K), update(K)]
+    assert found(torch_backend, "merged", backward=True) == [*factors, merge, library(K)]
+
+
 @pytest.mark.parametrize("backend", [triton, cuda_backend], ids=lambda backend: backend.NAME)
 def test_a_rank_beyond_the_kernels_costs_what_plain_torch_does(backend):
     for strategy in ("split", "merged"):
@@ -377,6 +472,10 @@ def test_packing_pays_where_it_was_measured_to():
     """A large float32 weight and few rows go to plain torch, everything else to the C++ kernels."""
     large = cost_model.Problem(197, 768, 3072, 1, 16, True, 4, 4, "cpu")
     assert not cpp_backend.preferred(large)
+    assert not cpp_backend.preferred(large._replace(M=511))
+    assert cpp_backend.preferred(large._replace(M=512))
+    assert cpp_backend.preferred(large._replace(K=1024, N=1024))
+    assert not cpp_backend.preferred(large._replace(K=1025, N=1024))
     assert cpp_backend.preferred(large._replace(M=1576))
     assert cpp_backend.preferred(large._replace(compute_bytes=2))
     assert cpp_backend.preferred(large._replace(K=384, N=1536))
