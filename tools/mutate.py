@@ -167,10 +167,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/backends/triton/test_launch_cache.py",
         "tools/test_tune_triton.py",
     ),
-    "ops/backends/triton/cost.py": (
-        "ops/test_cost_model.py",
-        "ops/backends/triton/kernels/test_launches.py::test_launches_and_bytes_are_those_priced",
-    ),
+    "ops/backends/triton/cost.py": ("ops/test_cost_model.py",),
     "ops/backends/triton/launch_cache.py": ("ops/backends/triton/test_launch_cache.py",),
     "ops/backends/triton/tuning.py": (
         "ops/backends/triton/test_backend.py",
@@ -190,10 +187,18 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "ops/explain.py": ("ops/test_cost_model.py",),
     "ops/functional.py": ("ops/test_functional.py", "ops/test_gradients.py"),
-    "ops/layer.py": ("test_nn.py", "adapters/test_shared_input.py"),
+    "ops/layer.py": (
+        "test_nn.py",
+        "adapters/test_shared_input.py",
+        "adapters/test_adapter_set_calls.py",
+    ),
     "ops/mixed_batch.py": ("ops/test_mixed_batch.py",),
     "ops/recompute.py": ("ops/test_recompute.py",),
-    "ops/schemas.py": ("ops/test_codes.py", "ops/test_functional.py"),
+    "ops/schemas.py": (
+        "ops/test_codes.py",
+        "ops/test_dispatch.py::test_opcheck_forward",
+        "ops/test_dispatch.py::test_opcheck_backward",
+    ),
     "ops/shared_projection.py": ("ops/test_shared_projection.py",),
     "testing/error_budget.py": ("testing/test_error_budget.py",),
     "training/averaging.py": ("training/test_updates.py",),

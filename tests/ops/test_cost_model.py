@@ -10,7 +10,9 @@ import torch
 from benchmarks.lib.shapes import models
 from efft_kernels.ops import cost_model
 from efft_kernels.ops.backends import cpp_backend, cuda_backend, torch_backend, triton
-from efft_kernels.ops.backends.triton.cost import launches
+from efft_kernels.ops.backends.triton.configs import PassConfig
+from efft_kernels.ops.backends.triton.cost import default_tiling, launches
+from efft_kernels.ops.backends.triton.tuning import pass_programs
 from efft_kernels.ops.cost_model import DEVICES, Problem, seconds
 from efft_kernels.ops.explain import explain
 
@@ -58,6 +60,20 @@ def test_arithmetic_of_one_forward():
     assert gemm.bytes_moved == 2 * (x + w + y + p + factors + 2304)
     main, share, last = 2 * 12608 * 768 * 2304, 96 / 256, 2 * 12608 * 2304 * 16
     assert gemm.flops == pytest.approx(main * (1 + share) + last)
+
+
+@pytest.mark.parametrize("m", [1, 255, 256, 257, 1153, 12608])
+@pytest.mark.parametrize("k", [41, 768, 40_000])
+def test_default_partial_sums_are_those_of_the_launches(m, k):
+    thin_grad, tall_grad = (PassConfig(rows, 128, 0, 4, 2) for rows in (128, 64))
+    assert default_tiling(QKV._replace(M=m, K=k), 132) == (
+        pass_programs("thin_grad", m, 2304, thin_grad, 132),
+        pass_programs("tall_grad", m, k, tall_grad, 132),
+    )
+    assert pass_programs("thin", m, k, tall_grad, 132) == -(-m // 64)
+    assert default_tiling(QKV, 132) == (99, 44)
+    assert default_tiling(QKV._replace(K=128), 132) == (99, 50)
+    assert default_tiling(QKV._replace(M=100_000), 132) == (264, 44)
 
 
 @pytest.mark.parametrize("strategy", ["fused", "split"])
