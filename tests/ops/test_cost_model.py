@@ -203,6 +203,37 @@ def test_arithmetic_of_a_cast_and_of_p_on_cuda():
     assert counted([down]) == [("fold", 0, K * (29 * 4 + r * 2), 0)]
 
 
+@pytest.mark.parametrize("rank", [16, 64])
+def test_arithmetic_of_both_passes_in_triton(rank):
+    """Rank 64 is beyond what the kernels read in place: up is folded, and unfolded afterwards."""
+    M, K, N, r = 12608, 768, 2304, rank
+    cores = 3 * r * r if rank == 16 else 0
+    up, columns = N * r + cores, N * r + cores
+    products, of_x, of_y = 2 * M * N * K, 2 * M * K * r, 2 * M * N * r
+    fold = [] if rank == 16 else [("fold", 0, 2 * (N + 3 * r) * r + 2 * N * r, 0)]
+    unfold = [] if rank == 16 else [("unfold", 0, 4 * N * r, 0)] * 2
+
+    def found(strategy, **changes):
+        return counted(launches(QKV._replace(rank=rank, **changes), strategy, DEVICES["H200"]))
+
+    thin = ("thin", of_x, 2 * M * (K + r) + 2 * K * r, 0)
+    y = ("gemm", products + of_y, 2 * (M * (K + N + r) + up + N * K + N), 2 * M * N)
+    library = ("library gemm", products, 2 * (M * (N + K) + N * K), 2 * M * N)
+    merge = ("merge", 0, 4 * N * K + 2 * ((N + K) * r + 3 * r * r), 0)
+    assert found("split") == [thin, *fold, y]
+    assert found("merged") == [thin, merge, library]
+    assert found("merged", training=False) == [merge, library]
+    dy_pass = ("thin_grad", 2 * of_y, 2 * M * (N + 2 * r) + 2 * up + 4 * 99 * columns, 0)
+    dx = ("gemm", products + of_x, 2 * (M * (K + N + r) + K * r + N * K), 2 * M * K)
+    x_pass = ("tall_grad", of_x, 2 * M * (K + r) + 4 * 44 * K * r, 0)
+    sums = 4 * (99 * columns + 44 * K * r) + 2 * ((N + K) * r + cores)
+    after = [x_pass, ("reduce", 0, sums, 0), *unfold]
+    library = (*library[:3], 2 * M * K)
+    assert found("split", backward=True) == [*fold, dy_pass, dx, *after]
+    assert found("fused", backward=True) == [*fold, dy_pass, dx, *after]
+    assert found("merged", backward=True) == [*fold, dy_pass, merge, library, *after]
+
+
 @pytest.mark.parametrize(("wb", "b"), [(4, 4), (4, 2), (2, 2)])
 def test_arithmetic_on_a_cpu(wb, b):
     M, K, N, r = 1009, 71, 37, 5
