@@ -451,3 +451,13 @@ def test_p_is_made_where_a_gradient_needs_it(monkeypatch, no_entry_point):
         assert saved.pop() == (name in ("core", "up"))
         tensor.requires_grad_(False)
     assert saved == [False] * (1 + len(tensors))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trace_holds_torchs_own_operators(form):
+    tensors = operands(FORMS[form], torch.float64, lead=(2, 3))
+    x = tensors.pop("x")
+    traced = torch.jit.trace(lambda x: low_rank_linear(x, **tensors), (x,), check_trace=False)
+    assert "efft_kernels::" not in str(traced.graph)
+    exact = reference.low_rank_linear(x, **tensors)
+    torch.testing.assert_close(traced(x), exact, rtol=1e-12, atol=1e-12)
