@@ -183,7 +183,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "ops/cost_model.py": ("ops/test_cost_model.py", "ops/entry/test_choices.py"),
     "ops/dispatch.py": ("ops/test_dispatch.py", "ops/entry/test_routes.py"),
     "ops/dropout.py": ("ops/test_dropout.py",),
-    "ops/dropout_mask.py": ("ops/test_dropout.py",),
+    "ops/dropout_mask.py": ("ops/test_dropout.py::TestMask",),
     "ops/eager_entry.py": (
         "ops/entry/test_choices.py",
         "ops/entry/test_routes.py",
