@@ -220,6 +220,11 @@ FILES: dict[str, tuple[str, ...]] = {
 # (file, line of code without its indent, what it becomes): why no result can tell.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "methods/efft.py",
+        "placements[site.name] = Placement(first, site.slices, side, (0, 4 * d))",
+        "5",
+    ): "rows beyond the last of U are none",
+    (
         "adapters/sites.py",
         "{name: Site(name, split_name(name)[1], 0, 0, *shape) for name, shape in shapes.items()},",
         "1",
