@@ -107,7 +107,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "adapters/call_watch.py": ("adapters/test_call_watch.py",),
     "adapters/chained.py": CHAINED,
     "adapters/coverage.py": ("adapters/test_coverage.py",),
-    "adapters/description.py": ("adapters/test_description.py",),
+    "adapters/description.py": ("adapters/test_description.py", "adapters/test_coverage.py"),
     "adapters/hints.py": ("adapters/test_coverage.py", "adapters/test_refusals.py"),
     "adapters/roles.py": ("adapters/test_sites.py", "adapters/test_coverage.py"),
     "adapters/sites.py": ("adapters/test_sites.py", "adapters/test_attach.py"),
@@ -229,6 +229,21 @@ FILES: dict[str, tuple[str, ...]] = {
 
 # (file, line of code without its indent, what it becomes): why no result can tell.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "adapters/batch_layout.py",
+        "other = 1 - 2 * last if value.is_floating_point() else value.max() - last + value.min()",
+        "2",
+    ): "any other image does",
+    (
+        "adapters/batch_layout.py",
+        "other = 1 - 2 * last if value.is_floating_point() else value.max() - last + value.min()",
+        "3",
+    ): "any other image does",
+    (
+        "methods/joint.py",
+        "with torch.autocast(ctx.inputs[0].device.type, enabled=False):",
+        "1",
+    ): "all inputs are on one device",
     (
         "methods/efft.py",
         "placements[site.name] = Placement(first, site.slices, side, (0, 4 * d))",
