@@ -65,7 +65,10 @@ def test_whole_numbers_are_compared_bit_for_bit(dtype, largest):
     wrong = {"y": torch.tensor([2.0, largest], dtype=dtype)}
     with pytest.raises(AssertionError, match="y"):
         assert_exact(wrong, exact)
-    assert_exact(wrong, exact, below=largest)
+    for below in (largest, largest + 1):
+        assert_exact(wrong, exact, below=below)
+    with pytest.raises(AssertionError, match="y"):
+        assert_exact(wrong, exact, below=largest + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -66,6 +66,11 @@ def test_rejects_names_what_came():
     assert "cpu" in str(backend.rejects(torch.zeros(2, 3, dtype=torch.bfloat16)))
 
 
+def test_a_strategy_that_torch_has_stands_for_itself():
+    found = {strategy: fallback.torch_strategy(strategy) for strategy in STRATEGIES}
+    assert found == {"fused": "split", "split": "split", "merged": "merged"}
+
+
 def test_rows_are_copied_only_where_columns_are_apart():
     wide = torch.randn(5, 8)
     for taken in (wide, wide[:, 2:5], wide[:, ::2][:, :1], wide[:0].t()[:, :1]):
