@@ -40,7 +40,7 @@ class Attachment:
     required_grad: dict[str, bool]
     separated_bias: tuple[str, ...] = ()
     without_nested_tensors: tuple[str, ...] = ()
-    base_buffers: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    base_buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 class AttachedBank(FactorBank):

@@ -75,7 +75,7 @@ def explain(
     """
     named = device is not None
     if device is None:
-        peaks = cost_model.device_of("cuda" if torch.cuda.is_available() else "cpu")
+        peaks = cost_model.device_of("cuda")  # the CPU where there is no GPU
     elif device in DEVICES:
         peaks = DEVICES[device]
     else:

@@ -19,12 +19,12 @@ def adapted_linear(
     core: Tensor | None,
     up: Tensor,
     *,
-    dropout: float = 0.0,
-    shared_input: SharedInput | None = None,
-    task_of_row: Tensor | None = None,
-    source: Source | None = None,
-    backend: str = "auto",
-    strategy: str = "auto",
+    dropout: float,
+    shared_input: SharedInput | None,
+    task_of_row: Tensor | None,
+    source: Source | None,
+    backend: str,
+    strategy: str,
 ) -> Tensor:
     """y = x·weight^T + bias + x·down·core[g]·up[g]^T, by the operator that fits the call.
 

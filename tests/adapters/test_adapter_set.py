@@ -549,7 +549,7 @@ def test_head_without_bias(make_vit, randomize):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_heads_of_different_sizes(make_vit, randomize, tmp_path, bias):
-    outputs = {"a": 2, "b": 7, "c": 5}
+    outputs = {"a": 2, "b": 12, "c": 5}  # 12 as many as its inputs
     expected, paths = {}, {}
     x = images(3)
     for name, count in outputs.items():
@@ -568,7 +568,7 @@ def test_heads_of_different_sizes(make_vit, randomize, tmp_path, bias):
         tasks.add(name, path)
     with tasks.tasks("abc"), torch.no_grad():
         found = model(x)
-    assert found.shape == (3, 7)
+    assert found.shape == (3, 12)
     for i, name in enumerate("abc"):
         torch.testing.assert_close(found[i, : outputs[name]], expected[name][i])
         assert (found[i, outputs[name] :] == -torch.inf).all()

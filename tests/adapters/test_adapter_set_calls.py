@@ -58,6 +58,13 @@ def alone(tasks, ids, x):
     return torch.cat(rows)
 
 
+def test_rows_are_those_of_the_first_tensor_that_has_any():
+    x = torch.ones(4, 2)
+    assert batch_layout.batch_rows((torch.tensor(3.0), "x", x), {}) == 4
+    assert batch_layout.batch_rows((None,), {"scale": torch.tensor(3.0), "x": x}) == 4
+    assert batch_layout.batch_rows((torch.tensor(3.0), 7), {}) is None
+
+
 class TestThreads:
     def test_another_thread_gets_the_models_own_adapter(self, make_vit, fill):
         tasks = fill(make_vit(), METHODS[0])

@@ -297,6 +297,22 @@ def test_subclass_of_linear(make_vit):
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("others", [0, 1, 8, 9])
+def test_what_to_target_beside_a_linear_that_is_refused(others):
+    class Own(nn.Linear):
+        pass
+
+    names = [f"linear_{letter}" for letter in "abcdefghi"[:others]]
+    blocks = nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for _ in range(2)
+    )
+    model = nn.ModuleDict({"blocks": blocks, "refused": Own(4, 4)})
+    shown = ", ".join([*map(repr, names[:8]), *["..."] * (others in (0, 9))])
+    with pytest.raises(TypeError) as error:
+        attach(model, LoRA(rank=2), targets="*", modules_to_train=())
+    assert str(error.value).endswith(f"leave it out, e.g. targets=[{shown}]")
+
+
 @pytest.mark.parametrize("model", [None, "vit", torch.ones(2)], ids=repr)
 def test_model_of_another_kind(model):
     with pytest.raises(TypeError, match=f"model must be an nn.Module, got {type(model).__name__}"):

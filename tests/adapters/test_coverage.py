@@ -13,6 +13,7 @@ from torch import nn
 from efft_kernels import EFFT1, EFFT2, LoRA, attach
 from efft_kernels.adapters.architectures import classifier_names
 from efft_kernels.adapters.coverage import coverage
+from efft_kernels.adapters.hints import listed, none_known, none_matches
 
 
 @functools.cache
@@ -185,3 +186,29 @@ def test_clips_text_tower():
     advice = str(caught[0].message).partition("targets=[")[2].partition("]")[0]
     targets = [part.strip("' ") for part in advice.split(",")]
     assert len(attach_quietly(model, EFFT2(rank=1), targets=targets).sites) == 144
+
+
+def test_patterns_are_listed_up_to_six():
+    names = [f"{letter}.{i}.fc" for letter in "abcdefg" for i in range(2)]
+    six = ", ".join(f"2 {letter}.*.fc" for letter in "abcdef")
+    assert listed(names[:12]) == six
+    assert listed(names) == f"{six}, and 1 patterns more"
+
+
+def test_what_a_head_has_besides_its_classifier_is_not_offered():
+    named = ["stem.mix", "head.mix.fc", "body.mix.out"]
+    text = none_known(nn.ModuleList(), named, ["stem.last", "head.last"])
+    assert text.endswith("targets=['stem.mix', 'body.mix.out']")
+    assert "none in ModuleList" in text
+    text = none_known(nn.ModuleList([nn.Conv2d(1, 1, 1)]), ["head.mix"], ["head.last"])
+    assert "has no nn.Linear besides head.last, which is trained whole; its layers are" in text
+
+
+def test_six_endings_of_a_model_are_named_the_close_ones_first():
+    names = [f"blocks.0.{name}" for name in ("one", "two", "three", "four", "five", "six")]
+    text = none_matches(nn.ModuleList(), "fivee", names, [])
+    assert text.endswith("it has five, one, two, three, four, six")
+    text = none_matches(nn.ModuleList(), "fivee", [*names, "blocks.0.seven"], [])
+    assert text.endswith("it has five, one, two, three, four, six, ...")
+    text = none_matches(nn.ModuleList(), "attn.qkvv", ["mlp", "attn.k", "attn.qk", "attn.qkv"], [])
+    assert text.endswith("it has attn.qkv, attn.qk, mlp, attn.k")

@@ -167,6 +167,17 @@ def test_calls_of_the_last_forward(make_vit):
     assert "did not run in the last forward: 1: blocks.*.attn.qkv" in flat
 
 
+def test_what_the_inputs_come_out_of(make_vit):
+    description = attach(make_vit(), LoRA(rank=2, matrices=None)).describe()
+    for row, kind in zip(
+        description.rows, ("LayerNorm", "kept", "LayerNorm", None) * 2, strict=True
+    ):
+        row["input"] = kind
+    flat = " ".join(str(description).split())
+    assert "x made again, out of LayerNorm: 4: blocks.*.attn.qkv, blocks.*.mlp.fc1" in flat
+    assert "x kept: 2: blocks.*.attn.proj" in flat
+
+
 def test_text_is_plain_whatever_the_environment_says_of_colours(make_vit, monkeypatch):
     """A notebook's kernel sets FORCE_COLOR."""
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -247,6 +247,17 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "ddp" not in name])
+def test_on_one_process(name, tmp_path):
+    """Sharded tensors as well, each of one part."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        check, *options = CASES[name]
+        check(tmp_path, *options)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
     """What failed in each process, by the check's name: two processes run all of them once."""

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT1, EFFT2, Adapter, FacTTK, FacTTT, KAdaptation, LoRA, attach
 from efft_kernels import nn as efft_nn
+from efft_kernels.methods import joint
 from efft_kernels.methods.joint import keep_graph
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 
@@ -653,6 +654,23 @@ class TestOnGPU:
         model.blocks[1].forward = forward
         self.close([model(x).detach()], [expected])
         assert made == {"joint": 2, "alone": 4}
+
+
+def test_factors_of_another_stream_are_left_alone(models, images, made, monkeypatch):
+    """A CPU has no streams; the rule is the same."""
+    model, twin = models()
+    streams = ["the model's"]
+
+    def leave(*args):
+        streams.pop()
+
+    monkeypatch.setattr(joint, "_stream", lambda group: streams[-1])
+    expected = twin(images)
+    made["alone"] = 0
+    model.blocks[1].register_forward_pre_hook(lambda *args: streams.append("a block's"))
+    model.blocks[1].register_forward_hook(leave)
+    close([model(images)], [expected])
+    assert made == {"joint": 2, "alone": 4}
 
 
 class TestCopies:

@@ -19,6 +19,15 @@ def test_every_call_runs_once_in_each_round() -> None:
         assert sorted(ran[start : start + 3]) == ["a", "b", "c"]
 
 
+def test_what_warms_up_is_not_timed() -> None:
+    ran: list[str] = []
+    calls = {"a": lambda: ran.append("a")}
+    timings = timing.interleave(calls, seconds=0.0, fewest_rounds=3, warm_ups=2)
+    assert len(ran) == 5 and len(timings.ms["a"]) == timings.rounds == 3
+    timer = timing.Timer("cpu", eager=True)
+    assert timer.prepare(calls["a"]) is calls["a"] and len(ran) == 5 + 3
+
+
 def test_rounds_stop_at_the_most() -> None:
     timings = timing.interleave({"a": lambda: None}, seconds=60.0, most_rounds=7)
     assert timings.rounds == 7

@@ -22,6 +22,7 @@ from efft_kernels.methods.base import (
     Site,
     by_stage,
     check_number,
+    constant_float,
     ffn_hidden,
     stage_rank,
 )
@@ -236,3 +237,15 @@ def test_an_unregistered_method_is_refused_by_name(make_vit, tmp_path):
     attach(make_vit(), CP(rank=3)).save(tmp_path / "cp.safetensors")
     with pytest.raises(ValueError, match=r"method must be one of .* got 'toy_cp'"):
         load(make_vit(), tmp_path / "cp.safetensors")
+
+
+def test_a_constant_is_exact_and_no_float_of_the_module():
+    class Scaled(nn.Module):
+        scale = constant_float("scale")
+
+        def __init__(self):
+            super().__init__()
+            self.scale = 0.1
+
+    assert Scaled().scale == 0.1
+    assert not any(isinstance(value, float) for value in vars(Scaled()).values())

@@ -446,6 +446,14 @@ def test_the_release_draws_swins_cores_by_another_shape():
             assert core.abs().max().item() == pytest.approx(bound, rel=0.2)
 
 
+@pytest.mark.parametrize(("stages", "fans"), [(1, 4 * (8 + 8)), (2, 8 * (8 + 4))])
+def test_two_stages_are_drawn_as_swins(stages, fans):
+    sites = [Site(f"{i}.o", "o", i, i % stages, 16, 16) for i in range(12)]
+    method = EFFT2(rank=[8] * stages if stages > 1 else 8, factor_init="release")
+    for group in method.build(sites).values():
+        assert uniform(group.core, (6 / fans) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("name", "rank", "expected"),
     [  # E's Table 3 has 0.36 and 0.59 million and no ranks: 48 and 64 fit; released are 24 and 32

@@ -10,7 +10,9 @@ import torch
 from benchmarks.lib.shapes import models
 from efft_kernels.ops import cost_model
 from efft_kernels.ops.backends import cpp_backend, cuda_backend, torch_backend, triton
-from efft_kernels.ops.backends.triton.cost import launches
+from efft_kernels.ops.backends.triton.configs import PassConfig
+from efft_kernels.ops.backends.triton.cost import default_tiling, launches
+from efft_kernels.ops.backends.triton.tuning import pass_programs
 from efft_kernels.ops.cost_model import DEVICES, Problem, seconds
 from efft_kernels.ops.explain import explain
 
@@ -58,6 +60,20 @@ def test_arithmetic_of_one_forward():
     assert gemm.bytes_moved == 2 * (x + w + y + p + factors + 2304)
     main, share, last = 2 * 12608 * 768 * 2304, 96 / 256, 2 * 12608 * 2304 * 16
     assert gemm.flops == pytest.approx(main * (1 + share) + last)
+
+
+@pytest.mark.parametrize("m", [1, 255, 256, 257, 1153, 12608])
+@pytest.mark.parametrize("k", [41, 768, 40_000])
+def test_default_partial_sums_are_those_of_the_launches(m, k):
+    thin_grad, tall_grad = (PassConfig(rows, 128, 0, 4, 2) for rows in (128, 64))
+    assert default_tiling(QKV._replace(M=m, K=k), 132) == (
+        pass_programs("thin_grad", m, 2304, thin_grad, 132),
+        pass_programs("tall_grad", m, k, tall_grad, 132),
+    )
+    assert pass_programs("thin", m, k, tall_grad, 132) == -(-m // 64)
+    assert default_tiling(QKV, 132) == (99, 44)
+    assert default_tiling(QKV._replace(K=128), 132) == (99, 50)
+    assert default_tiling(QKV._replace(M=100_000), 132) == (264, 44)
 
 
 @pytest.mark.parametrize("strategy", ["fused", "split"])
@@ -134,6 +150,132 @@ def test_arithmetic_of_one_forward_on_cuda():
     assert gemm.bytes_moved == 2 * (x + w + y + p + factors + 2304)
     main, last = 2 * 12608 * 768 * 2304, 2 * 12608 * 2304 * 16
     assert gemm.flops == pytest.approx(main * (1 + 16 / 192) + last)
+
+
+def counted(launches):
+    """(name, FLOPs, bytes, of them stored after the loop) of each launch."""
+    return [(x.name, x.flops, x.bytes_moved, x.stored) for x in launches]
+
+
+def test_arithmetic_of_one_backward_on_cuda():
+    M, K, N, r = 12608, 768, 2304, 16
+    stored, padded = 2 * (K + N + 3 * r) * r, (K + N) * r
+    dx = 2 * (M * (N + K) + N * K + K * r + M * r)
+    # 40 parts of 320 rows for x, 14 of 960 for dY, 99 of 128 where the pass that makes S sums too
+    x_pass = ("tall_grad", 2 * M * K * r, 2 * M * (K + r) + 4 * 40 * K * r, 0)
+    dy_pass = ("tall_grad", 2 * M * N * r, 2 * M * (N + r) + 4 * 14 * N * r, 0)
+    both = 2 * (M * (N + r) + N * r) + 2 * M * r + 4 * 99 * N * r
+    fold, thin = ("fold", 0, stored + 2 * padded, 0), ("thin_grad", 4 * M * N * r, both, 0)
+    unfold = ("unfold", 0, 4 * N * r + 2 * 2 * (N + 3 * r) * r, 0)
+    flops = 2 * M * N * K + 2 * M * K * r
+
+    def reduce(parts):
+        return ("reduce", 0, 4 * (parts * N + 40 * K) * r + 4 * N * r + 2 * K * r, 0)
+
+    problem = QKV._replace(backward=True)
+    fused, split, merged = (
+        cuda_backend.launches(problem, strategy, DEVICES["H200"])
+        for strategy in ("fused", "split", "merged")
+    )
+    gemm = ("gemm", flops, dx, 2 * M * K)
+    assert counted(split) == [fold, thin, x_pass, reduce(99), unfold, gemm]
+    gemm = ("gemm", flops, dx + 2 * N * r, 2 * M * K)
+    assert counted(fused) == [fold, gemm, x_pass, dy_pass, reduce(14), unfold]
+    assert split[-1].efficiency / fused[1].efficiency == pytest.approx(1.2)
+    again = ("fold", 0, stored + 4 * padded, 0)
+    merge = ("merge", 0, 4 * N * K + 4 * padded, 0)
+    library = ("library gemm", 2 * M * N * K, 2 * (M * (N + K) + N * K), 2 * M * K)
+    assert counted(merged) == [fold, thin, x_pass, reduce(99), unfold, again, merge, library]
+    assert [x.latency_s for x in merged] == [0, 0, 0, 0, 4e-6, 0, 0, 0]
+
+
+def test_arithmetic_of_a_cast_and_of_p_on_cuda():
+    M, K, N, r = 12608, 768, 2304, 32
+    problem = QKV._replace(rank=29, weight_bytes=4, factor_bytes=4)
+    cast, _, thin, gemm = cuda_backend.launches(problem, "split", DEVICES["A100"])
+    assert counted([cast, thin]) == [
+        ("cast", 0, N * K * (4 + 2), 0),
+        ("thin", 2 * M * K * r, 2 * (M * (K + r) + K * r), 0),
+    ]
+    moved = 2 * (M * (K + N) + N * K + N * r + M * 29 + N)
+    assert counted([gemm]) == [("gemm", 2 * M * N * K + 2 * M * N * r, moved, 2 * M * N)]
+    down, *_ = cuda_backend.launches(problem, "merged", DEVICES["A100"])
+    assert counted([down]) == [("fold", 0, K * (29 * 4 + r * 2), 0)]
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_arithmetic_of_both_passes_in_triton(rank):
+    """Rank 64 is beyond what the kernels read in place: up is folded, and unfolded afterwards."""
+    M, K, N, r = 12608, 768, 2304, rank
+    cores = 3 * r * r if rank == 16 else 0
+    up, columns = N * r + cores, N * r + cores
+    products, of_x, of_y = 2 * M * N * K, 2 * M * K * r, 2 * M * N * r
+    fold = [] if rank == 16 else [("fold", 0, 2 * (N + 3 * r) * r + 2 * N * r, 0)]
+    unfold = [] if rank == 16 else [("unfold", 0, 4 * N * r, 0)] * 2
+
+    def found(strategy, **changes):
+        return counted(launches(QKV._replace(rank=rank, **changes), strategy, DEVICES["H200"]))
+
+    thin = ("thin", of_x, 2 * M * (K + r) + 2 * K * r, 0)
+    y = ("gemm", products + of_y, 2 * (M * (K + N + r) + up + N * K + N), 2 * M * N)
+    library = ("library gemm", products, 2 * (M * (N + K) + N * K), 2 * M * N)
+    merge = ("merge", 0, 4 * N * K + 2 * ((N + K) * r + 3 * r * r), 0)
+    assert found("split") == [thin, *fold, y]
+    assert found("merged") == [thin, merge, library]
+    assert found("merged", training=False) == [merge, library]
+    dy_pass = ("thin_grad", 2 * of_y, 2 * M * (N + 2 * r) + 2 * up + 4 * 99 * columns, 0)
+    dx = ("gemm", products + of_x, 2 * (M * (K + N + r) + K * r + N * K), 2 * M * K)
+    x_pass = ("tall_grad", of_x, 2 * M * (K + r) + 4 * 44 * K * r, 0)
+    sums = 4 * (99 * columns + 44 * K * r) + 2 * ((N + K) * r + cores)
+    after = [x_pass, ("reduce", 0, sums, 0), *unfold]
+    library = (*library[:3], 2 * M * K)
+    assert found("split", backward=True) == [*fold, dy_pass, dx, *after]
+    assert found("fused", backward=True) == [*fold, dy_pass, dx, *after]
+    assert found("merged", backward=True) == [*fold, dy_pass, merge, library, *after]
+
+
+@pytest.mark.parametrize(("wb", "b"), [(4, 4), (4, 2), (2, 2)])
+def test_arithmetic_on_a_cpu(wb, b):
+    M, K, N, r = 1009, 71, 37, 5
+    problem = Problem(M, K, N, 1, r, True, wb, b, "cpu")
+    product = 2 * M * N * K
+    pack = ("pack", 0, N * K * (wb + max(4, b)), 0)
+    gemm = ("gemm", product, b * (M * (N + K) + N * K), 0)
+    merge = ("merge", 2 * N * K * r, 0, 0)
+
+    def thin(columns):
+        return ("thin", 2 * M * columns * r, 0, 0)
+
+    def more(columns):
+        return ("r more steps", 2 * M * columns * r, 0, 0)
+
+    def found(backend, strategy, **changes):
+        return counted(backend.launches(problem._replace(**changes), strategy, DEVICES["CPU"]))
+
+    tall = [("tall", 2 * M * N * r, 0, 0), ("tall", 2 * M * K * r, b * M * K, 0)]
+    assert found(cpp_backend, "split") == [pack, gemm, more(N), thin(K)]
+    assert found(cpp_backend, "merged") == [pack, merge, gemm, thin(K)]
+    assert found(cpp_backend, "split", backward=True) == [pack, gemm, more(K), thin(N), *tall]
+    assert found(cpp_backend, "merged", backward=True) == [pack, merge, gemm, thin(N), *tall]
+
+    def library(columns):
+        return ("library gemm", product, gemm[2], b * M * columns)
+
+    def pass_over(columns):
+        return ("thin product", 2 * M * columns * r, b * M * columns, 0)
+
+    def update(columns):
+        return ("update in place", 2 * M * columns * r, 2 * b * M * columns, 0)
+
+    # W + ΔW is made in four bytes, and rounded in a pass of its own
+    merge = ("merge", 2 * N * K * r, N * K * (wb + 4 + (b if b < 4 else 0)), 0)
+    assert found(torch_backend, "split") == [pass_over(K), library(N), update(N)]
+    assert found(torch_backend, "merged") == [pass_over(K), merge, library(N)]
+    assert found(torch_backend, "merged", training=False) == [merge, library(N)]
+    factors = [pass_over(N), pass_over(N), pass_over(K)]
+    backward = found(torch_backend, "split", backward=True)
+    assert backward == [*factors, library(K), update(K)]
+    assert found(torch_backend, "merged", backward=True) == [*factors, merge, library(K)]
 
 
 @pytest.mark.parametrize("backend", [triton, cuda_backend], ids=lambda backend: backend.NAME)
@@ -225,6 +367,42 @@ def test_explanation_reads_as_text():
     assert "[12608, 768] x [768 -> 2304], G=3, rank 16" in text
     assert "the least predicted time" in text
     assert "merged  ruled out: the weight is stored in half precision" in text
+
+
+def test_explained_numbers_are_the_models():
+    found = explain(12608, 768, 2304, 3, 16, device="H200", backend="triton")
+    assert found.problem == QKV._replace(factor_bytes=0)
+    predicted, excluded = cost_model.candidates(found.problem, triton, DEVICES["H200"])
+    assert found.times_us == {name: 1e6 * seconds for name, seconds in predicted.items()}
+    assert (found.excluded, found.source) == (excluded, "predicted")
+    assert found.floor_us == 1e6 * cost_model.floor_seconds(found.problem, DEVICES["H200"])
+    lines = str(found).splitlines()
+    assert lines[0].endswith("rank 16, 16-bit compute, weight stored in 16 bits")
+    assert lines[1].startswith("backend triton on H200 (measured on an H100")
+    us = sorted(found.times_us.values())
+    for line, one in zip(lines[2:], us, strict=False):
+        assert line.endswith(f"{one:9.1f} us  {one / found.floor_us:5.2f} x the frozen layer")
+    plain = explain(5, 7, 11, device="CPU").problem
+    assert plain == cost_model.Problem(5, 7, 11, 1, 16, True, 2, 2, "cpu")
+    kinds = {"weight_dtype": torch.float64, "training": False, "dtype": torch.float32}
+    assert explain(5, 7, 11, device="CPU", **kinds).problem == plain._replace(
+        training=False, weight_bytes=8, compute_bytes=4
+    )
+    backward = explain(5, 7, 11, device="CPU", training=False, backward=True).problem
+    assert backward == plain._replace(backward=True)
+
+
+def test_measured_times_are_explained_where_they_were_measured(forget):
+    sizes = {"M": 5, "K": 7, "N": 11, "rank": 3, "compute_bytes": 4, "weight_bytes": 4}
+    cost_model.add_measured(
+        {**sizes, "backend": "cpp", "backward": False, "strategy": name, "ms_p50": ms}
+        for name, ms in (("split", 0.5), ("merged", 0.25))
+    )
+    shape = {"M": 5, "K": 7, "N": 11, "rank": 3, "dtype": torch.float32, "backend": "cpp"}
+    found = explain(**shape, device="CPU")
+    assert (found.times_us, found.source) == ({"split": 500.0, "merged": 250.0}, "measured")
+    assert found.chosen == "merged"
+    assert explain(**shape, device="H200").source == "predicted"
 
 
 def test_what_is_explained_is_the_backend_that_auto_takes():
@@ -341,6 +519,33 @@ def test_packing_pays_where_it_was_measured_to():
     """A large float32 weight and few rows go to plain torch, everything else to the C++ kernels."""
     large = cost_model.Problem(197, 768, 3072, 1, 16, True, 4, 4, "cpu")
     assert not cpp_backend.preferred(large)
+    assert not cpp_backend.preferred(large._replace(M=511))
+    assert cpp_backend.preferred(large._replace(M=512))
+    assert cpp_backend.preferred(large._replace(K=1024, N=1024))
+    assert not cpp_backend.preferred(large._replace(K=1025, N=1024))
     assert cpp_backend.preferred(large._replace(M=1576))
     assert cpp_backend.preferred(large._replace(compute_bytes=2))
     assert cpp_backend.preferred(large._replace(K=384, N=1536))
+
+
+def test_devices_stand_to_each_other_as_their_datasheets_do():
+    """Dense FLOP/s of 16-bit and of TF32 operands, bytes/s, multiprocessors."""
+    sheets = {
+        "A100": (312e12, 156e12, 2.04e12, 108),
+        "H100": (989e12, 494e12, 3.35e12, 132),
+        "H200": (989e12, 494e12, 4.8e12, 132),
+        "B200": (2250e12, 1125e12, 8.0e12, 148),
+    }
+    assert DEVICES.keys() == {*sheets, "CPU"}
+    for name, (half, single, bandwidth, multiprocessors) in sheets.items():
+        found, known = DEVICES[name], DEVICES["H100"]
+        assert (found.name, found.multiprocessors) == (name, multiprocessors)
+        assert found.half_flops / known.half_flops == pytest.approx(half / 989e12, rel=0.03)
+        assert found.float_flops / known.float_flops == pytest.approx(single / 494e12, rel=0.03)
+        assert found.bandwidth / known.bandwidth == pytest.approx(bandwidth / 3.35e12, rel=0.03)
+        assert found.bandwidth < found.store_bandwidth < 2 * found.bandwidth
+        assert found.launch_s == 2.5e-6
+        assert (found.thin_efficiency, found.merge_cost) == (1.0, 1.0)
+        assert found.sm90 == (name in ("H100", "H200"))
+    columns = {name: (d.tile_columns, d.thin_columns) for name, d in DEVICES.items()}
+    assert columns["A100"] == (128, 16) and columns["B200"] == (256, 128)

@@ -297,6 +297,14 @@ class TestMask:
         torch.manual_seed(4)
         assert torch.equal(new_seed(torch.device("cpu")), first) and not torch.equal(first, second)
 
+    def test_a_seed_has_62_bits(self):
+        ones = 0
+        for _ in range(64):
+            seed = int(new_seed(torch.device("cpu")))
+            assert 0 <= seed < 2**62
+            ones |= seed
+        assert ones == 2**62 - 1
+
 
 def seeded(function, t, p=0.5, seed=9, **options):
     """function(**t), always with the same mask."""

@@ -430,3 +430,34 @@ def test_refuses_mixed_devices(name):
 def test_refuses_an_unknown_strategy():
     with pytest.raises(ValueError, match=r"strategy must be 'auto' or one of .*'split'.*'quick'"):
         low_rank_linear(**f32(**BASE), strategy="quick")
+
+
+def test_p_is_made_where_a_gradient_needs_it(monkeypatch, no_entry_point):
+    saved = []
+    real = torch_backend.forward
+
+    def forward(*tensors, save_p, strategy):
+        saved.append(save_p)
+        return real(*tensors, save_p=save_p, strategy=strategy)
+
+    monkeypatch.setattr(torch_backend, "forward", forward)
+    tensors = operands(Shape(M=5, K=7, n=5, Ra=3, Rb=2), torch.float32)
+    low_rank_linear(**tensors, backend="torch")
+    for name, tensor in tensors.items():
+        tensor.requires_grad_()
+        with torch.no_grad():
+            low_rank_linear(**tensors, backend="torch")
+        assert low_rank_linear(**tensors, backend="torch").requires_grad
+        assert saved.pop() == (name in ("core", "up"))
+        tensor.requires_grad_(False)
+    assert saved == [False] * (1 + len(tensors))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trace_holds_torchs_own_operators(form):
+    tensors = operands(FORMS[form], torch.float64, lead=(2, 3))
+    x = tensors.pop("x")
+    traced = torch.jit.trace(lambda x: low_rank_linear(x, **tensors), (x,), check_trace=False)
+    assert "efft_kernels::" not in str(traced.graph)
+    exact = reference.low_rank_linear(x, **tensors)
+    torch.testing.assert_close(traced(x), exact, rtol=1e-12, atol=1e-12)

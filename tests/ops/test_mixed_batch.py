@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels.ops.backends import native_library
 from efft_kernels.ops.mixed_batch import tasks_linear
@@ -88,6 +89,48 @@ def test_no_items_and_no_rows(backend):
     for items, rows in ((0, 5), (3, 0)):
         tensors = operands(items, rows, 7, 5, 2, 3)
         assert tasks_linear(*tensors, backend=backend).shape == (items, rows, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_of_an_item_have_its_task(backend):
+    x, *rest, index = operands(6, 5, 7, 11, 3, 3)
+    for items in (1, 2, 3):
+        few = index[:items]
+        expected = one_by_one(x, *rest, few.repeat_interleave(6 // items))
+        found = tasks_linear(x, *rest, few, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        found = tasks_linear(x.view(6, 1, 5, 7), *rest, few, backend=backend)
+        torch.testing.assert_close(found[:, 0], expected, rtol=1e-12, atol=1e-12)
+    for items in (4, 0):
+        with pytest.raises(ValueError, match=f"got {items} for a leading dimension of 6"):
+            tasks_linear(x, *rest, index[:items], backend=backend)
+
+
+@pytest.mark.skipif(bool(native_library.not_built("_native")), reason="not built")
+def test_the_kernel_runs_where_it_can():
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def takes_kernel(dtype=torch.float32, backend="auto", sizes=(2, 3, 7, 5), learns=None):
+        tensors = operands(*sizes, 2, 3, dtype)
+        if learns is not None:
+            tensors[learns].requires_grad_()
+        ran.clear()
+        with Operators():
+            tasks_linear(*tensors, backend=backend)
+        return "efft_kernels.native_tasks_fwd.default" in ran
+
+    ran = []
+    assert takes_kernel() and takes_kernel(backend="cpp") and takes_kernel(torch.bfloat16)
+    assert not takes_kernel(backend="torch")
+    assert not takes_kernel(torch.float16)  # the kernel has none
+    assert not takes_kernel(sizes=(2, 3, 7, 0))
+    for operand in range(5):
+        assert not takes_kernel(learns=operand)
+        with torch.no_grad():
+            assert takes_kernel(learns=operand)
 
 
 def test_a_gradient_goes_by_plain_torch():

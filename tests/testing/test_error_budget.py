@@ -28,6 +28,12 @@ def test_the_ratio_is_of_the_errors():
     assert error_ratio(EXACT, PLAIN, EXACT) == 0
 
 
+def test_the_worst_ratio_is_the_largest():
+    worse = torch.ones(4) + 3e-3
+    for got in ([PLAIN, worse], [worse, PLAIN]):
+        assert worst_ratio(got, [PLAIN] * 2, [EXACT] * 2) == pytest.approx(3, rel=1e-3)
+
+
 def test_one_rounding_is_allowed_where_plain_torch_is_exact():
     value = EXACT + 2 * HALF_ULP
     assert error_ratio(value, EXACT.float(), EXACT) == pytest.approx(2)
@@ -59,7 +65,10 @@ def test_whole_numbers_are_compared_bit_for_bit(dtype, largest):
     wrong = {"y": torch.tensor([2.0, largest], dtype=dtype)}
     with pytest.raises(AssertionError, match="y"):
         assert_exact(wrong, exact)
-    assert_exact(wrong, exact, below=largest)
+    for below in (largest, largest + 1):
+        assert_exact(wrong, exact, below=below)
+    with pytest.raises(AssertionError, match="y"):
+        assert_exact(wrong, exact, below=largest + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +65,10 @@ def test_equivalents_are_faults_of_today() -> None:
 def test_files_and_their_tests_exist() -> None:
     for file, tests in mutate.FILES.items():
         assert (mutate.PACKAGE / file).is_file()
-        assert all((mutate.ROOT / "tests" / test).exists() for test in tests)
+        for test in tests:
+            path, _, name = test.partition("::")
+            text = (mutate.ROOT / "tests" / path).read_text(encoding="utf-8")
+            assert not name or re.search(rf"^(class|def) {name}\b", text, re.MULTILINE), test
 
 
 def test_a_sample_reaches_every_file(package: Path) -> None:
@@ -71,3 +76,31 @@ def test_a_sample_reaches_every_file(package: Path) -> None:
     assert mutate.draw(faults, 0, 1) == faults
     assert len(set(mutate.draw(faults, 4, 1))) == 4
     assert mutate.draw(faults, 4, 1) != mutate.draw(faults, 4, 2)
+
+
+def test_short_tests_of_the_line_come_first() -> None:
+    tests: mutate.Tests = {
+        "elsewhere": (0.1, {1}),
+        "longer": (2.0, {7}),
+        "short": (1.0, {6, 7}),
+        "too long": (mutate.LONG, {7}),
+    }
+    items = [SimpleNamespace(nodeid=name) for name in tests]
+    mutate._Order(tests, 7).pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+    assert [item.nodeid for item in items] == ["short", "longer", "elsewhere"]
+
+
+def test_a_fault_is_noticed_or_passes(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In forks; the module is nowhere but in memory."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_it.py").write_text(
+        "def test_area():\n    from efft_kernels.shapes import area\n    assert area(3) == 6\n"
+    )
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    monkeypatch.setitem(mutate.FILES, "shapes.py", ("test_it.py",))
+    faults = {fault.after: fault for fault in mutate.faults_of("shapes.py")}
+    tests = {"tests/test_it.py::test_area": (0.1, {4, 6, 7})}
+    assert mutate.passes(faults["pass"], tests)
+    assert not mutate.passes(faults["return None"], tests)

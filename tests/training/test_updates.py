@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -34,14 +36,16 @@ def batches(sizes: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def trained(
-    loader: list[tuple[torch.Tensor, torch.Tensor]], updates: Updates, epoch: int = 0
+    loader: list[tuple[torch.Tensor, torch.Tensor]],
+    updates: Updates,
+    epoch: int = 0,
+    **options: Any,
 ) -> tuple[nn.Linear, Steps]:
     torch.manual_seed(1)
     model, steps = nn.Linear(5, 3), Steps()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    train_one_epoch(
-        model, loader, optimizer, device="cpu", scheduler=steps, epoch=epoch, updates=updates
-    )
+    options |= {"scheduler": steps, "epoch": epoch, "updates": updates}
+    train_one_epoch(model, loader, optimizer, device="cpu", **options)
     return model, steps
 
 
@@ -58,10 +62,12 @@ def test_batches_of_an_update_are_one_larger_batch() -> None:
         trained(iter(small), Updates(accumulate=2))  # type: ignore[arg-type]
 
 
-def test_a_gradient_is_clipped_to_its_norm() -> None:
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_a_gradient_is_clipped_to_its_norm(scale: float | None) -> None:
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
     torch.manual_seed(1)
     before = nn.Linear(5, 3)
-    model, _ = trained(batches([8]), Updates(clip_grad=0.01))
+    model, _ = trained(batches([8]), Updates(clip_grad=0.01), scaler=scaler)
     moved = [p - q for p, q in zip(model.parameters(), before.parameters(), strict=True)]
     assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.5 * 0.01, rel=1e-4)
 

@@ -66,6 +66,31 @@ def test_rejects_names_what_came():
     assert "cpu" in str(backend.rejects(torch.zeros(2, 3, dtype=torch.bfloat16)))
 
 
+def test_a_strategy_that_torch_has_stands_for_itself():
+    found = {strategy: fallback.torch_strategy(strategy) for strategy in STRATEGIES}
+    assert found == {"fused": "split", "split": "split", "merged": "merged"}
+
+
+def test_rows_are_copied_only_where_columns_are_apart():
+    wide = torch.randn(5, 8)
+    for taken in (wide, wide[:, 2:5], wide[:, ::2][:, :1], wide[:0].t()[:, :1]):
+        assert fallback.rows(taken) is taken
+    for apart in (wide.t(), wide[:, ::2]):
+        copy = fallback.rows(apart)
+        assert torch.equal(copy, apart) and copy.is_contiguous()
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (7, 9), (8, 0), (9, 0)])
+def test_devices_before_the_first_capability_are_named(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    reason = fallback.too_old.__wrapped__(3)
+    if capability < (8, 0):
+        assert reason == "GPU 3 is older than compute capability 8.0; use backend='torch'"
+    else:
+        assert reason is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_unavailable_has_a_reason():
     assert backend.unavailable()

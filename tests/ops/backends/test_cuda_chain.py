@@ -157,3 +157,10 @@ def test_without_the_library_triton_does_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(native_library, "cuda_unavailable", lambda: "not built")
     assert not cuda_chain.takes(768, 16, 0)
+
+
+def test_addresses_between_16_bytes_are_found():
+    storage = torch.zeros(64)
+    aligned, shifted = storage[4:8], storage[5:9]
+    assert cuda_chain._on_16_bytes(aligned, None, storage)
+    assert not cuda_chain._on_16_bytes(aligned, shifted, None)

@@ -178,3 +178,86 @@ def test_tf32_only_where_torch_allows_it():
         assert device.dot_precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_shared_memory_of_the_pipeline():
+    config = configs.GemmConfig(128, 256, 64, 8, 8, 3)
+    a, w, down = 128 * 64, 64 * 256, 64 * 16
+    assert configs.gemm_smem_bytes(config, 16, 2, 4, True) == 3 * (2 * a + 4 * w + 2 * down)
+    assert configs.gemm_smem_bytes(config, 16, 2, 2, False) == 3 * 2 * (a + w)
+    persistent = config._replace(persistent=True)
+    assert configs.gemm_smem_bytes(persistent, 16, 2, 2, False) == 3 * 2 * (a + w) + 32 * 1024
+    for compute_p, rows in ((True, 256), (False, 256 + 128)):
+        pipelined = configs.gemm_smem_bytes(config, 128, 2, 2, compute_p)
+        found = configs.gemm_smem_bytes(persistent, 128, 2, 2, compute_p)
+        assert found - pipelined == rows * 128 * 2
+
+
+@pytest.mark.parametrize("rank", [16, 17, 32])
+def test_persistent_programs_keep_the_stages_that_fit(rank):
+    for arch in (80, 100):
+        assert configs.persistent_candidates(arch, "half", rank, True) == ()
+    found = configs.persistent_candidates(90, "half", rank, True)
+    shipped = configs.gemm_candidates(90, "half", rank)
+    for config in found:
+        assert config.tma and config.persistent and config.num_warps >= 8
+        assert config.num_stages >= 2 and (rank <= 16 or config.block_c <= 128)
+        plain = config._replace(tma=False, persistent=False)
+        (given,) = (s for s in shipped if s[:5] == plain[:5])
+        more = config._replace(num_stages=config.num_stages + 1)
+        fits = configs.gemm_smem_bytes(more, rank, 2, 2, True) <= device.SMEM_BYTES[90]
+        assert config.num_stages == given.num_stages or not fits
+    wide = [s for s in shipped if s.num_warps >= 8 and (rank <= 16 or s.block_c <= 128)]
+    assert len(found) == len(wide) > 0
+
+
+def test_a_measured_row_serves_sizes_one_bit_apart(monkeypatch):
+    rows = {"a": {"10": [1], "14": [2]}, "empty": {}}
+    monkeypatch.setattr(configs, "measured_table", lambda name: rows)
+    found = {m: configs.measured("any", "a", m) for m in (255, 256, 1023, 2047, 2048, 4096, 65535)}
+    assert found == {255: None, 256: [1], 1023: [1], 2047: [1], 2048: None, 4096: [2], 65535: None}
+    assert configs.measured("any", "a", 32767) == [2]
+    assert configs.measured("any", "empty", 16) is configs.measured("any", "other", 16) is None
+
+
+def test_time_of_a_grid_is_its_waves():
+    config = configs.GemmConfig(128, 128, 64, 8, 8, 3)  # two of its programs share a multiprocessor
+    tile = 128 * 128 / 0.88
+
+    def cost(tiles, config=config, compute_p=False, on=H200):
+        return tuning._gemm_cost(config, 128 * tiles, 128, 16, compute_p, on)
+
+    waves = {1: 1, 132: 1, 133: 2, 264: 2, 265: 3, 264 * 3: 6}
+    assert {tiles: cost(tiles) / tile for tiles in waves} == pytest.approx(waves)
+    assert cost(1, compute_p=True) == pytest.approx(128 * (128 + 16) / 0.88)
+    assert cost(1, config._replace(block_i=48)) == cost(1)
+    odd = config._replace(block_m=32, block_c=32)
+    assert cost(1, odd) == 32 * 32 / 0.5
+    alone = config._replace(num_warps=16)
+    assert cost(133, alone) == pytest.approx(2 * tile)
+
+
+def test_what_counts_as_aligned():
+    assert tuning.is_aligned(768 | 2304, 16) and tuning.is_aligned(16, 5)
+    assert tuning.is_aligned(32, 32) and tuning.is_aligned(32, 48) and tuning.is_aligned(32, 31)
+    assert not tuning.is_aligned(768 | 8, 16) and not tuning.is_aligned(32, 33)
+    forms = {
+        (torch.bfloat16, False, True): "half",
+        (torch.float16, True, True): "half-wide",
+        (torch.float16, True, False): "half-unaligned",
+        (torch.float32, False, True): device.dot_precision(torch.float32),
+    }
+    assert {how: tuning.operand_form(*how) for how in forms} == forms
+    narrow = tuning.merge_config(16, 17)
+    assert tuning.merge_config(16, 5) == tuning.merge_config(32, 48) == tuning.MERGE_CONFIG
+    assert narrow == tuning.merge_config(24, 16) != tuning.MERGE_CONFIG
+
+
+def test_rows_of_a_pass_are_split_between_programs():
+    config = configs.PassConfig(64, 128, 0, 4, 2)
+    programs = {"thin": 198, "thin_grad": 198, "tall_grad": 44}
+    for kernel, expected in programs.items():
+        assert tuning.pass_programs(kernel, 12608 + 8, 768, config, 132) == expected
+    assert tuning.pass_programs("thin_grad", 12608 * 2, 768, config, 132) == 264
+    assert tuning.pass_programs("tall_grad", 257, 768, config, 132) == 2
+    assert tuning.pass_programs("tall_grad", 1, 10**6, config, 132) == 1
