@@ -46,7 +46,7 @@ from .attachment import (
 from .bypassed import why_bypassed
 from .call_watch import tell_of_frozen
 from .chained import FUSE, chain
-from .coverage import coverage
+from .coverage import coverage, not_taken
 from .roles import split_name
 from .sites import find_sites
 from .swapping import adapted_layer, linear_at, put_in
@@ -75,7 +75,8 @@ def attach(
         method: a method's configuration, e.g. `EFFT2(rank=16, scale=10.0)`.
         targets: None for all attention and FFN linears that are known by name, a text tower beside
             a vision tower left out; a warning tells what it passes over. Else names, dotted endings
-            ("attn.qkv"), globs, or "mhsa" / "ffn", one or several.
+            ("attn.qkv"), globs, or "mhsa" / "ffn", one or several; a warning tells which of these
+            are none of the method's `matrices` (LoRA's are q and v).
         layers: block indices from 0; None for all.
         modules_to_train: modules that are trained whole along with the factors. "head" stands for
             the model's classifier, whatever its name; None for that too, if the model has one.
@@ -125,9 +126,11 @@ def attach(
             + ("; with matrices=None it adapts these" if hasattr(method, "matrices") else "")
         )
     passed_over = None
-    if targets is None and layers is None:
+    if targets is not None:
+        passed_over = not_taken(method, targeted)
+    elif layers is None:
         found = coverage(model, (site.name for site in targeted), trained)
-        passed_over = found.warning(targeted, isinstance(method, LoRA))
+        passed_over = found.warning(method, targeted)
     linears = _plain_linears(model, sites)
     check_not_sharded(model, "be adapted: call attach or load first")
     weights = [linear.weight for linear in linears.values()]
@@ -261,7 +264,8 @@ def _build(model: nn.Module, method: Method, sites: Sequence[Site]) -> dict[str,
     try:
         return method.build(sites)
     except ValueError as error:
-        if "LoRA" in str(error) or _fits(method, sites) or not _fits(LoRA(), sites):
+        lora = LoRA(matrices=None)
+        if "LoRA" in str(error) or _fits(method, sites) or not _fits(lora, sites):
             raise
         parts = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES}
         fitting = [
@@ -270,7 +274,9 @@ def _build(model: nn.Module, method: Method, sites: Sequence[Site]) -> dict[str,
             if _fits(method, [site for site in sites if site.role in roles])
         ]
         part = f", and {type(method).__name__} takes targets={fitting[0]!r}" if fitting else ""
-        raise ValueError(f"{error}; LoRA takes all of {type(model).__name__}{part}") from None
+        raise ValueError(
+            f"{error}; LoRA(matrices=None) takes all of {type(model).__name__}{part}"
+        ) from None
 
 
 def _fits(method: Method, sites: Sequence[Site]) -> bool:

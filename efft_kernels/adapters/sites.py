@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
 
 from ..methods.base import FFN_ROLES, MHSA_ROLES, Site
-from .hints import none_known, none_matches
+from .hints import matches, none_known, none_matches
 from .roles import beside_vision, fit_roles, split_name
 from .torch_attention import IN_PROJ, InProjection, unsupported
 
@@ -62,14 +61,14 @@ def find_sites(
     return _filter_layers(sites, layers, len(blocks), inside)
 
 
-def find_all_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
-    """The names of all linears that could be adapted, each once.
+def linear_shapes(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+    """Name → (K, N) of all linears that could be adapted, each once.
 
     Args:
         model: the model to look through.
         exclude: module names whose linears are left alone.
     """
-    return list(_linears(model, exclude)[0])
+    return _linears(model, exclude)[0]
 
 
 def _linears(
@@ -145,11 +144,6 @@ def _match_targets(
             raise ValueError(none_matches(model, pattern, list(sites), exclude))
         chosen |= hits
     return chosen
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a linear's name is a name, a dotted ending or a glob of `targets`."""
-    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
 def _filter_layers(

@@ -52,6 +52,7 @@ def test_patterns_and_wrong_names():
         ("takes targets='ffn'", "takes --targets ffn"),
         ("use LoRA, which", "use --method lora, which"),
         ("LoRA(rank=4) has matrices=None", "LoRA(rank=4) has --matrices all"),
+        ("and LoRA(matrices=None), which", "and --method lora --matrices all, which"),
         ("the baseline BitFit does", "--method bitfit does"),
         ("targets=None finds nothing", "without --targets the method finds nothing"),
         ("targets must be ['a']", "targets must be ['a']"),
