@@ -73,10 +73,10 @@ def attach(
     Args:
         model: any module with the linears that `targets` names.
         method: a method's configuration, e.g. `EFFT2(rank=16, scale=10.0)`.
-        targets: None for all attention and FFN linears that are known by name, a text tower beside
-            a vision tower left out; a warning tells what it passes over. Else names, dotted endings
-            ("attn.qkv"), globs, or "mhsa" / "ffn", one or several; a warning tells which of these
-            are none of the method's `matrices` (LoRA's are q and v).
+        targets: None for all attention and FFN linears that are known by name, of a model that
+            reads text as well those of its vision tower; a warning tells what it passes over. Else
+            names, dotted endings ("attn.qkv"), globs, or "mhsa" / "ffn", one or several; a warning
+            tells which of these are none of the method's `matrices` (LoRA's are q and v).
         layers: block indices from 0; None for all.
         modules_to_train: modules that are trained whole along with the factors. "head" stands for
             the model's classifier, whatever its name; None for that too, if the model has one.

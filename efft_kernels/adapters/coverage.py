@@ -10,9 +10,10 @@ from torch import nn
 from ..methods.base import FFN_ROLES, MHSA_ROLES, Method, Site
 from ..methods.lora import LoRA, chosen_slices
 from .hints import endings, listed
-from .roles import beside_vision, kind_of, split_name
+from .roles import kind_of, split_name
 from .sites import linear_shapes
 from .torch_attention import unsupported
+from .towers import FUSION, TEXT, beside_vision
 
 TAKES_ANY = "LoRA(matrices=None), which takes any linear,"
 
@@ -24,7 +25,8 @@ class Coverage:
     Attributes:
         model: the name of its class.
         adapted: names of those that are adapted.
-        left: name → "attention", "FFN" or "text tower", of those that are not.
+        left: name → "attention", "FFN", "text tower" or "fusion of text and image", of those that
+            are not.
         out_of_reach: name → what it is, of what no method takes: a 1×1 convolution in the place of
             a linear, an attention that keeps its projections to itself.
         narrowest: name → min(K, N), the highest rank, of those left.
@@ -59,7 +61,7 @@ class Coverage:
         own = [alias for alias, known in parts if roles.intersection(known)]
         own = endings(taken, [*unchosen, *self.left]) if unchosen else own
         keep = f"targets={own} if that is meant"
-        only_text = set(self.left.values()) == {"text tower"}
+        only_text = bool(self.left) and {*self.left.values()} <= {TEXT, FUSION}
         if only_text:
             more = endings([*taken, *(name for name in self.left if _takes(method, name))])
             way = f"targets={more[:12]}"
@@ -97,11 +99,11 @@ def coverage(model: nn.Module, adapted: Iterable[str], trained: Collection[str] 
     adapted = tuple(adapted)
     exclude = list(trained)
     shapes = linear_shapes(model, exclude)
-    beside = beside_vision(shapes)
+    beside = beside_vision(model, shapes)
     left: dict[str, str] = {}
     for name in shapes:
         if name not in adapted and (kind := kind_of(name)):
-            left[name] = "text tower" if name in beside else kind
+            left[name] = beside.get(name, kind)
     narrowest = {name: min(shapes[name]) for name in left}
     return Coverage(type(model).__name__, adapted, left, _out_of_reach(model, exclude), narrowest)
 
@@ -132,7 +134,9 @@ def _matrices(method: Method) -> str:
 
 def _takes(method: Method, name: str) -> bool:
     """Whether a method takes a linear of this name, shapes aside."""
-    return not not_chosen(method, [Site(name, split_name(name)[1], 0, 0, 1, 1)])
+    role = split_name(name)[1]
+    known = role != "linear" or hasattr(method, "matrices")
+    return known and not not_chosen(method, [Site(name, role, 0, 0, 1, 1)])
 
 
 def _highest_rank(method: Method) -> int:

@@ -63,8 +63,8 @@ def none_known(model: nn.Module, names: Sequence[str], exclude: Sequence[str]) -
     of_blocks = [name for name in names if kind_of(name)] or list(names)
     return (
         f"targets=None finds the attention and FFN linears of the vision transformers it knows,"
-        f" none in {kind}; name some of its own and use LoRA, which takes any such linear, e.g."
-        f" targets={endings(of_blocks)[:4]}"
+        f" none in {kind}; name some of its own and use LoRA(matrices=None), which takes any"
+        f" linear, e.g. targets={endings(of_blocks)[:4]}"
     )
 
 

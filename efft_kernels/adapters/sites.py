@@ -10,8 +10,9 @@ from torch import nn
 
 from ..methods.base import FFN_ROLES, MHSA_ROLES, Site
 from .hints import matches, none_known, none_matches
-from .roles import beside_vision, fit_roles, split_name
+from .roles import fit_roles, split_name
 from .torch_attention import IN_PROJ, InProjection, unsupported
+from .towers import beside_vision
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -32,9 +33,9 @@ def find_sites(
 
     Args:
         model: the model to look through.
-        targets: None for every attention and FFN linear whose role is known by name, those of the
-            text tower beside a vision tower left out; else names, dotted endings ("attn.qkv"),
-            globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or several.
+        targets: None for every attention and FFN linear whose role is known by name, of a model
+            that reads text as well those of its vision tower; else names, dotted endings
+            ("attn.qkv"), globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or several.
         layers: block indices from 0 over the whole model; None for all.
         exclude: module names whose linears are left alone (those that are trained whole).
 
@@ -120,9 +121,12 @@ def _match_targets(
     aliases: Mapping[str, str],
     exclude: Sequence[str],
 ) -> set[str]:
-    known = {name: site.role for name, site in sites.items() if site.role != "linear"}
-    for name in beside_vision(known):
-        del known[name]
+    beside = beside_vision(model, sites)
+    known = {
+        name: site.role
+        for name, site in sites.items()
+        if site.role != "linear" and name not in beside
+    }
     if targets is None:
         if not known:
             raise ValueError(none_known(model, list(sites), exclude))

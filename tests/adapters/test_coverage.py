@@ -16,6 +16,7 @@ from torch import nn
 from efft_kernels import EFFT1, EFFT2, Adapter, KAdaptation, LoRA, attach
 from efft_kernels.adapters.architectures import classifier_names
 from efft_kernels.adapters.coverage import coverage
+from efft_kernels.adapters.sites import find_sites
 
 
 @functools.cache
@@ -228,6 +229,49 @@ def test_classifiers_of_hugging_face(name, heads):
     kind = getattr(transformers, name)
     with torch.device("meta"):
         assert classifier_names(kind(kind.config_class())) == heads
+
+
+SMALL = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 32}
+SMALL |= {"num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "adapted", "left"),
+    [
+        ("BlipModel", {}, "vision_model", {"text tower": "text_model"}),
+        ("BlipForConditionalGeneration", {}, "vision_model", {"text tower": "text_decoder"}),
+        ("VisionTextDualEncoderModel", {}, "vision_model", {"text tower": "text_model"}),
+        ("VisionEncoderDecoderModel", {}, "encoder", {"text tower": "decoder"}),
+        ("GitModel", SMALL, "image_encoder", {"text tower": "encoder"}),
+        (
+            "FlavaModel",
+            {"multimodal_config": SMALL},
+            "image_model",
+            {"text tower": "text_model", "fusion of text and image": "multimodal_model"},
+        ),
+        ("ViltModel", SMALL, "encoder", {}),  # reads both at once
+        ("BertModel", SMALL, "encoder", {}),  # no vision tower that it could be beside
+    ],
+)
+def test_of_a_model_that_reads_text_the_vision_tower_is_adapted(name, config, adapted, left):
+    transformers = pytest.importorskip("transformers")
+    vit, bert = transformers.ViTConfig(**SMALL), transformers.BertConfig(**SMALL)
+    if name == "VisionTextDualEncoderModel":
+        made = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vit, bert)
+    elif name == "VisionEncoderDecoderModel":
+        bert = transformers.BertConfig(**SMALL, is_decoder=True, add_cross_attention=True)
+        made = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, bert)
+    else:
+        towers = ("vision_config", "text_config", "image_config")
+        kind = getattr(transformers, name).config_class
+        config = {tower: SMALL for tower in towers if tower in kind.sub_configs} | config
+        made = kind(**config)
+    with torch.device("meta"):
+        model = getattr(transformers, name)(made)
+    sites = [site.name for site in find_sites(model)]
+    assert {site.partition(".")[0] for site in sites} == {adapted}
+    found = coverage(model, sites).left
+    assert {kind: name.partition(".")[0] for name, kind in found.items()} == left
 
 
 def test_clips_text_tower():
