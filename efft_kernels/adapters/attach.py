@@ -47,6 +47,7 @@ from .bypassed import why_bypassed
 from .call_watch import tell_of_frozen
 from .chained import FUSE, chain
 from .coverage import coverage, not_taken
+from .peft_guard import guard
 from .roles import split_name
 from .sites import find_sites
 from .swapping import adapted_layer, linear_at, put_in
@@ -370,6 +371,7 @@ def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFF
     if any(bank.group(site.name).joint for site in attachment.sites):
         bank.joint_factors.watch(model)
     bank.calls.watch(model)
+    guard(model)
     share_inputs(model, bank, attachment.sites)
 
 
