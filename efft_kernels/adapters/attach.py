@@ -190,7 +190,8 @@ def load(
             trained are the model's own.
         path: a file written by `Adapter.save`.
         keep_head: take the factors alone, and leave the model's own modules where the file has
-            modules trained whole: a head for other classes, say. They are trained as in the file.
+            modules trained whole: a head for other classes, say. They are trained as in the file;
+            those that the model is without, as with timm's num_classes=0, are left out.
         fuse, strict: as in `attach`.
 
     Returns:
@@ -214,24 +215,28 @@ def _load(
     header = read_header(metadata, path)
     trained = header.modules_to_train
     if keep_head:
-        resolve_modules_to_train(model, trained)
+        with_parameters = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
+        present = [
+            name for name in trained if any(is_inside(f"{n}.", [name]) for n in with_parameters)
+        ]
         expected = {n: s for n, s in header.base_shapes.items() if not is_inside(n, trained)}
         own = {n: tuple(p.shape) for n, p in model.named_parameters() if is_inside(n, trained)}
         check_architecture(model, expected | own, trained)
+        trained = present
     else:
         check_architecture(model, header.base_shapes, trained)
     adapter = attach(
         model,
         header.method,
         targets=header.targets,
-        modules_to_train=header.modules_to_train,
+        modules_to_train=trained,
         fuse=fuse,
         strict=strict,
     )
     if keep_head:
-        present = adapter.required_state().items()
+        own_state = adapter.required_state().items()
         tensors = {key: t for key, t in tensors.items() if not key.startswith("modules.")}
-        tensors |= {key: t for key, t in present if key.startswith("modules.")}
+        tensors |= {key: t for key, t in own_state if key.startswith("modules.")}
     try:
         adapter.load_state_dict(tensors)
     except ValueError as error:
@@ -376,7 +381,11 @@ def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFF
 
 
 def check_architecture(
-    model: nn.Module, expected: Mapping[str, tuple[int, ...]], trained: Sequence[str]
+    model: nn.Module,
+    expected: Mapping[str, tuple[int, ...]],
+    trained: Sequence[str],
+    *,
+    may_keep_head: bool = True,
 ) -> None:
     """Check that a model has the parameters that a file was written for.
 
@@ -384,6 +393,7 @@ def check_architecture(
         model: the plain model.
         expected: parameter name → shape.
         trained: modules that the file holds whole.
+        may_keep_head: whether the user's call takes keep_head.
 
     Raises:
         ValueError: it has others; it names the first.
@@ -403,9 +413,9 @@ def check_architecture(
         f"{name} expected {_shape(expected.get(name))}, got {_shape(found.get(name))}"
         for name in names
     ]
+    keep = "pass keep_head=True to load the factors alone, or " if may_keep_head else ""
     advice = (
-        "; these modules are in the file whole: pass keep_head=True to load the factors alone, or"
-        " give the model such ones first, timm's by"
+        f"; these modules are in the file whole: {keep}give the model such ones first, timm's by"
     )
     raise ValueError(
         f"model must be the architecture the adapter was trained on, got {type(model).__name__}"
