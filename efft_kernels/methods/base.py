@@ -9,10 +9,8 @@ The kernels know nothing of methods and a method knows nothing of kernels, model
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
 import sys
-from abc import ABC, ABCMeta, abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -141,42 +139,8 @@ class FactorGroup(nn.Module, ABC):
         """Initialise in place so that every site's ΔW is exactly zero."""
 
 
-_SPELT_ELSEWHERE = {
-    "r": "rank=",
-    "alpha": "scale=",  # divided by the rank
-    "lora_alpha": "scale=",
-    "lora_dropout": "dropout=",
-    "target_modules": "attach(..., targets=",
-    "targets": "attach(..., targets=",
-    "layers": "attach(..., layers=",
-    "modules_to_save": "attach(..., modules_to_train=",
-    "modules_to_train": "attach(..., modules_to_train=",
-}
-
-
-class _NamesArguments(ABCMeta):
-    """Calls of a class with an argument of another library's name say what it is called here."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        known = list(inspect.signature(cls.__init__).parameters)[1:]
-        if unknown := [name for name in kwargs if name not in known]:
-            name, value = unknown[0], kwargs[unknown[0]]
-            near = difflib.get_close_matches(name, known, n=1)
-            way = _SPELT_ELSEWHERE.get(name, f"{near[0]}=" if near else None)
-            if name == "lora_alpha" and "alpha" in known:
-                way = "alpha="
-            advice = ""
-            if way:
-                end = ")" if "(" in way else " / rank" if way == "scale=" else ""
-                advice = f": pass {way}{value!r}{end}"
-            raise TypeError(
-                f"{cls.__name__} has no argument {name!r}{advice}; it takes {', '.join(known)}"
-            )
-        return super().__call__(*args, **kwargs)
-
-
 @dataclass(frozen=True)
-class Method(metaclass=_NamesArguments):
+class Method(ABC):
     """A method's configuration; `build` turns sites into groups of parameters.
 
     Attributes:
