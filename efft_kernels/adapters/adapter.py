@@ -42,6 +42,7 @@ from .attachment import (
 from .chained import find_chain, unchain
 from .coverage import coverage
 from .description import Description
+from .peft_guard import unguard
 from .swapping import take_out
 from .torch_attention import allow_fast_paths
 
@@ -126,10 +127,13 @@ class Adapter:
         counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         total, trained = (sum(n for n, t in counts if t or every) for every in (True, False))
         factors = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        others = ", ".join(self.modules_to_train) or "other modules"
+        elsewhere = self._trained_elsewhere()
+        others = sum(self.model.get_parameter(name).numel() for name in elsewhere)
+        whole = ", ".join(self.modules_to_train) or "modules trained whole"
         print(
             f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %):"
-            f" {factors:,} in factors, {trained - factors:,} in {others}"
+            f" {factors:,} in factors, {trained - factors - others:,} in {whole}"
+            + (f", {others:,} in no part of the adapter ({shorten(elsewhere)})" if others else "")
         )
 
     def delta_weights(self) -> dict[str, Tensor]:
@@ -197,6 +201,7 @@ class Adapter:
         take_out(self.model, layers)
         if not merged:
             self._set_buffers({})
+        unguard(self.model)
         unshare_inputs(self.model)
         allow_fast_paths(self.model, attachment.without_nested_tensors)
         self.bank.unwatch(self.model)

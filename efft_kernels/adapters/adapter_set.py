@@ -166,6 +166,7 @@ class AdapterSet:
         """Copy an adapter's numbers into the model's factors, heads and buffers.
 
         A head with another number of outputs gets new parameters: make its optimizer after this.
+        The model's own num_classes (timm) or num_labels (transformers) follows it.
 
         Raises:
             KeyError: no such name.
@@ -182,12 +183,24 @@ class AdapterSet:
         for name, module in self._trained_modules():
             if not isinstance(module, nn.Linear):
                 continue
+            outputs = module.out_features
             for part, old in list(module.named_parameters(recurse=False)):
                 new = state[module_key(name, part)]
                 if new.shape != old.shape:
                     parameter = nn.Parameter(new.to(old, copy=True), old.requires_grad)
                     setattr(module, part, parameter)
                     module.out_features = new.shape[0]
+            self._count_outputs(name, outputs, module.out_features)
+
+    def _count_outputs(self, head: str, before: int, now: int) -> None:
+        """Correct what the model says of its classes, where it said what the head had."""
+        outer = self.model
+        for part in head.split("."):
+            for owner in (outer, getattr(outer, "config", None)):
+                for name in ("num_classes", "num_labels"):
+                    if now != before and getattr(owner, name, None) == before:
+                        setattr(owner, name, now)
+            outer = outer.get_submodule(part)
 
     def update(self, name: str) -> None:
         """Store the model's present factors and heads, after training say, under a name of the set.

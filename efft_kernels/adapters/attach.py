@@ -46,7 +46,8 @@ from .attachment import (
 from .bypassed import why_bypassed
 from .call_watch import tell_of_frozen
 from .chained import FUSE, chain
-from .coverage import coverage
+from .coverage import coverage, not_taken
+from .peft_guard import guard
 from .roles import split_name
 from .sites import find_sites
 from .swapping import adapted_layer, linear_at, put_in
@@ -73,9 +74,10 @@ def attach(
     Args:
         model: any module with the linears that `targets` names.
         method: a method's configuration, e.g. `EFFT2(rank=16, scale=10.0)`.
-        targets: None for all attention and FFN linears that are known by name, a text tower beside
-            a vision tower left out; a warning tells what it passes over. Else names, dotted endings
-            ("attn.qkv"), globs, or "mhsa" / "ffn", one or several.
+        targets: None for all attention and FFN linears that are known by name, of a model that
+            reads text as well those of its vision tower; a warning tells what it passes over. Else
+            names, dotted endings ("attn.qkv"), globs, or "mhsa" / "ffn", one or several; a warning
+            tells which of these are none of the method's `matrices` (LoRA's are q and v).
         layers: block indices from 0; None for all.
         modules_to_train: modules that are trained whole along with the factors. "head" stands for
             the model's classifier, whatever its name; None for that too, if the model has one.
@@ -125,9 +127,11 @@ def attach(
             + ("; with matrices=None it adapts these" if hasattr(method, "matrices") else "")
         )
     passed_over = None
-    if targets is None and layers is None:
+    if targets is not None:
+        passed_over = not_taken(method, targeted)
+    elif layers is None:
         found = coverage(model, (site.name for site in targeted), trained)
-        passed_over = found.warning(targeted, isinstance(method, LoRA))
+        passed_over = found.warning(method, targeted)
     linears = _plain_linears(model, sites)
     check_not_sharded(model, "be adapted: call attach or load first")
     weights = [linear.weight for linear in linears.values()]
@@ -186,7 +190,8 @@ def load(
             trained are the model's own.
         path: a file written by `Adapter.save`.
         keep_head: take the factors alone, and leave the model's own modules where the file has
-            modules trained whole: a head for other classes, say. They are trained as in the file.
+            modules trained whole: a head for other classes, say. They are trained as in the file;
+            those that the model is without, as with timm's num_classes=0, are left out.
         fuse, strict: as in `attach`.
 
     Returns:
@@ -210,24 +215,28 @@ def _load(
     header = read_header(metadata, path)
     trained = header.modules_to_train
     if keep_head:
-        resolve_modules_to_train(model, trained)
+        with_parameters = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
+        present = [
+            name for name in trained if any(is_inside(f"{n}.", [name]) for n in with_parameters)
+        ]
         expected = {n: s for n, s in header.base_shapes.items() if not is_inside(n, trained)}
         own = {n: tuple(p.shape) for n, p in model.named_parameters() if is_inside(n, trained)}
         check_architecture(model, expected | own, trained)
+        trained = present
     else:
         check_architecture(model, header.base_shapes, trained)
     adapter = attach(
         model,
         header.method,
         targets=header.targets,
-        modules_to_train=header.modules_to_train,
+        modules_to_train=trained,
         fuse=fuse,
         strict=strict,
     )
     if keep_head:
-        present = adapter.required_state().items()
+        own_state = adapter.required_state().items()
         tensors = {key: t for key, t in tensors.items() if not key.startswith("modules.")}
-        tensors |= {key: t for key, t in present if key.startswith("modules.")}
+        tensors |= {key: t for key, t in own_state if key.startswith("modules.")}
     try:
         adapter.load_state_dict(tensors)
     except ValueError as error:
@@ -261,7 +270,8 @@ def _build(model: nn.Module, method: Method, sites: Sequence[Site]) -> dict[str,
     try:
         return method.build(sites)
     except ValueError as error:
-        if "LoRA" in str(error) or _fits(method, sites) or not _fits(LoRA(), sites):
+        lora = LoRA(matrices=None)
+        if "LoRA" in str(error) or _fits(method, sites) or not _fits(lora, sites):
             raise
         parts = {"mhsa": MHSA_ROLES, "ffn": FFN_ROLES}
         fitting = [
@@ -270,7 +280,9 @@ def _build(model: nn.Module, method: Method, sites: Sequence[Site]) -> dict[str,
             if _fits(method, [site for site in sites if site.role in roles])
         ]
         part = f", and {type(method).__name__} takes targets={fitting[0]!r}" if fitting else ""
-        raise ValueError(f"{error}; LoRA takes all of {type(model).__name__}{part}") from None
+        raise ValueError(
+            f"{error}; LoRA(matrices=None) takes all of {type(model).__name__}{part}"
+        ) from None
 
 
 def _fits(method: Method, sites: Sequence[Site]) -> bool:
@@ -364,11 +376,16 @@ def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFF
     if any(bank.group(site.name).joint for site in attachment.sites):
         bank.joint_factors.watch(model)
     bank.calls.watch(model)
+    guard(model)
     share_inputs(model, bank, attachment.sites)
 
 
 def check_architecture(
-    model: nn.Module, expected: Mapping[str, tuple[int, ...]], trained: Sequence[str]
+    model: nn.Module,
+    expected: Mapping[str, tuple[int, ...]],
+    trained: Sequence[str],
+    *,
+    may_keep_head: bool = True,
 ) -> None:
     """Check that a model has the parameters that a file was written for.
 
@@ -376,6 +393,7 @@ def check_architecture(
         model: the plain model.
         expected: parameter name → shape.
         trained: modules that the file holds whole.
+        may_keep_head: whether the user's call takes keep_head.
 
     Raises:
         ValueError: it has others; it names the first.
@@ -395,9 +413,9 @@ def check_architecture(
         f"{name} expected {_shape(expected.get(name))}, got {_shape(found.get(name))}"
         for name in names
     ]
+    keep = "pass keep_head=True to load the factors alone, or " if may_keep_head else ""
     advice = (
-        "; these modules are in the file whole: pass keep_head=True to load the factors alone, or"
-        " give the model such ones first, timm's by"
+        f"; these modules are in the file whole: {keep}give the model such ones first, timm's by"
     )
     raise ValueError(
         f"model must be the architecture the adapter was trained on, got {type(model).__name__}"

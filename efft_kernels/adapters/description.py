@@ -30,7 +30,8 @@ class Description:
         groups: group name → parameter name → shape.
         alone: why no linear is in a chain; None where some are.
         left: attention and FFN linears that are not adapted, and 1×1 convolutions in their place:
-            name → "attention", "FFN", "text tower", or why no method takes it.
+            name → "attention", "FFN", "text tower", "fusion of text and image", or why no method
+            takes it.
         trained: names of the modules that are trained whole.
     """
 

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -19,11 +20,24 @@ def patterns(names: Iterable[str]) -> Counter[str]:
     )
 
 
-def endings(names: Iterable[str]) -> list[str]:
-    """Patterns of `targets` for linears: what follows the last number of each name, each once."""
-    return list(
-        dict.fromkeys(re.sub(r"^(?:.*[._])?\d+\.(?=\w*[a-zA-Z])", "", name) for name in names)
-    )
+def endings(names: Iterable[str], besides: Iterable[str] = ()) -> list[str]:
+    """Patterns of `targets` for linears: what follows the last number of each name, each once.
+
+    Args:
+        names: the linears.
+        besides: linears that the patterns must not match; a name whose ending does stands whole.
+    """
+    besides = list(besides)
+    found: dict[str, None] = {}
+    for name in names:
+        ending = re.sub(r"^(?:.*[._])?\d+\.(?=\w*[a-zA-Z])", "", name)
+        found[name if any(matches(other, ending) for other in besides) else ending] = None
+    return list(found)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a linear's name is a name, a dotted ending or a glob of `targets`."""
+    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
@@ -49,8 +63,8 @@ def none_known(model: nn.Module, names: Sequence[str], exclude: Sequence[str]) -
     of_blocks = [name for name in names if kind_of(name)] or list(names)
     return (
         f"targets=None finds the attention and FFN linears of the vision transformers it knows,"
-        f" none in {kind}; name some of its own and use LoRA, which takes any linear, e.g."
-        f" targets={endings(of_blocks)[:4]}"
+        f" none in {kind}; name some of its own and use LoRA(matrices=None), which takes any"
+        f" linear, e.g. targets={endings(of_blocks)[:4]}"
     )
 
 

@@ -59,8 +59,6 @@ _AUXILIARY = re.compile(
     r"(?:^|\.)(?:\w+_mlp|rel_pos\w*|pos_proj|proj_[lw]|se|sampling_offsets|attention_weights"
     r"|relative_position\w*|gate_fn)(?:\.|$)"
 )
-_VISION = frozenset({"vision_model", "vision_tower", "vision_encoder", "visual", "image_encoder"})
-_TEXT = frozenset({"text_model", "text_tower", "text_encoder", "text", "language_model"})
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -92,19 +90,6 @@ def kind_of(name: str) -> str | None:
     if _AUXILIARY.search(name):
         return None
     return "attention" if _OF_ATTENTION.search(name) else "FFN" if _OF_FFN.search(name) else None
-
-
-def beside_vision(names: Iterable[str]) -> set[str]:
-    """Those in the text tower of a model that has a vision tower as well (CLIP)."""
-    names = list(names)
-    if not any(_VISION & set(name.split(".")) for name in names):
-        return set()
-    return {
-        name
-        for name in names
-        if not _VISION & set(parts := name.split("."))
-        and (_TEXT & set(parts) or parts[0] == "transformer")
-    }
 
 
 def fit_roles(sites: Mapping[str, Site], block_of: Mapping[str, str]) -> dict[str, Site]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
 
 from ..methods.base import FFN_ROLES, MHSA_ROLES, Site
-from .hints import none_known, none_matches
-from .roles import beside_vision, fit_roles, split_name
+from .hints import matches, none_known, none_matches
+from .roles import fit_roles, split_name
 from .torch_attention import IN_PROJ, InProjection, unsupported
+from .towers import beside_vision
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -33,9 +33,9 @@ def find_sites(
 
     Args:
         model: the model to look through.
-        targets: None for every attention and FFN linear whose role is known by name, those of the
-            text tower beside a vision tower left out; else names, dotted endings ("attn.qkv"),
-            globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or several.
+        targets: None for every attention and FFN linear whose role is known by name, of a model
+            that reads text as well those of its vision tower; else names, dotted endings
+            ("attn.qkv"), globs ("blocks.*.attn.*"), or "mhsa" / "ffn", one or several.
         layers: block indices from 0 over the whole model; None for all.
         exclude: module names whose linears are left alone (those that are trained whole).
 
@@ -62,14 +62,14 @@ def find_sites(
     return _filter_layers(sites, layers, len(blocks), inside)
 
 
-def find_all_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
-    """The names of all linears that could be adapted, each once.
+def linear_shapes(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+    """Name → (K, N) of all linears that could be adapted, each once.
 
     Args:
         model: the model to look through.
         exclude: module names whose linears are left alone.
     """
-    return list(_linears(model, exclude)[0])
+    return _linears(model, exclude)[0]
 
 
 def _linears(
@@ -121,9 +121,12 @@ def _match_targets(
     aliases: Mapping[str, str],
     exclude: Sequence[str],
 ) -> set[str]:
-    known = {name: site.role for name, site in sites.items() if site.role != "linear"}
-    for name in beside_vision(known):
-        del known[name]
+    beside = beside_vision(model, sites)
+    known = {
+        name: site.role
+        for name, site in sites.items()
+        if site.role != "linear" and name not in beside
+    }
     if targets is None:
         if not known:
             raise ValueError(none_known(model, list(sites), exclude))
@@ -145,11 +148,6 @@ def _match_targets(
             raise ValueError(none_matches(model, pattern, list(sites), exclude))
         chosen |= hits
     return chosen
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a linear's name is a name, a dotted ending or a glob of `targets`."""
-    return name == pattern or name.endswith("." + pattern) or fnmatchcase(name, pattern)
 
 
 def _filter_layers(

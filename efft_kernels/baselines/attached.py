@@ -149,7 +149,7 @@ def load_baseline(model: nn.Module, path: str | os.PathLike[str]) -> AttachedBas
     require_plain(model)
     with errors_about(path):
         header, tensors = read_baseline_file(path)
-        check_architecture(model, header.base_shapes, header.modules_to_train)
+        check_architecture(model, header.base_shapes, header.modules_to_train, may_keep_head=False)
         handle = attach_baseline(model, header.baseline, modules_to_train=header.modules_to_train)
         try:
             handle.load_state_dict(tensors)

@@ -43,6 +43,7 @@ def for_command_line(text: str) -> str:
         text,
     )
     text = re.sub(r"targets=None finds", "without --targets the method finds", text)
+    text = text.replace("LoRA(matrices=None)", "--method lora --matrices all")
     text = re.sub(r"matrices=None", "--matrices all", text)
     text = re.sub(r"\bthe baseline BitFit\b", "--method bitfit", text)
     return re.sub(r"\bLoRA\b(?!\()", "--method lora", text)

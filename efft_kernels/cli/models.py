@@ -72,10 +72,14 @@ def models(
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
         return
     table = Table("method", "linears", "parameters", title=f"{report.name}, a {report.kind}")
+    alike: dict[str, list[str]] = {}  # a refusal of several methods stands once
     for each in report.methods:
-        refused = for_command_line(each.refused or "")
-        row = (refused, "") if refused else (f"{each.linears:,}", f"{each.parameters:,}")
-        table.add_row(each.method, *row)
+        if each.refused:
+            alike.setdefault(for_command_line(each.refused), []).append(each.method)
+        else:
+            table.add_row(each.method, f"{each.linears:,}", f"{each.parameters:,}")
+    for refused, methods in alike.items():
+        table.add_row("\n".join(methods), refused, "")
     console = Console()
     console.print(table)
     lines = [f"left as they are, {line}" for line in report.left]

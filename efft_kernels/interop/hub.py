@@ -29,9 +29,12 @@ def save_pretrained(
         base_model: the hub's name of the model that was adapted; None for what the model says.
 
     Raises:
+        ValueError: `folder` is a file.
         OSError: the folder cannot be made or written.
     """
     path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"folder must be a folder, got the file {path}; Adapter.save writes files")
     path.mkdir(parents=True, exist_ok=True)
     adapter.save(path / ADAPTER)
     if not (path / CARD).exists():
@@ -45,6 +48,7 @@ def from_pretrained(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
+    keep_head: bool = False,
     fuse: str = "auto",
     strict: bool = False,
 ) -> Adapter:
@@ -54,6 +58,7 @@ def from_pretrained(
         model: the base model, as for `load`.
         source: a folder that `save_pretrained` wrote, else the name of a repository.
         revision, token, cache_dir: as in `huggingface_hub.hf_hub_download`.
+        keep_head: as in `load`: take the factors alone, beside the model's own head.
         fuse, strict: as in `attach`.
 
     Raises:
@@ -64,7 +69,22 @@ def from_pretrained(
     if Path(source).is_dir():
         if not path.is_file():
             raise ValueError(f"source must be a folder with {ADAPTER}, got {source} without it")
-        return load(model, path, fuse=fuse, strict=strict)
+        return load(model, path, keep_head=keep_head, fuse=fuse, strict=strict)
+    name = str(source)
+    if (
+        Path(name).exists()
+        or Path(name).is_absolute()
+        or name.startswith(("~", "."))
+        or name.count("/") > 1
+    ):
+        raise ValueError(
+            f"source must be a folder with {ADAPTER}, or a repository, got {name}"
+            + (
+                ", a file: `load` reads one"
+                if Path(name).is_file()
+                else ", where there is no folder"
+            )
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
@@ -77,7 +97,7 @@ def from_pretrained(
         raise ValueError(
             f"source must be a folder or a repository with {ADAPTER}, got {source} ({reason})"
         ) from error
-    return load(model, found, fuse=fuse, strict=strict)
+    return load(model, found, keep_head=keep_head, fuse=fuse, strict=strict)
 
 
 def push_to_hub(

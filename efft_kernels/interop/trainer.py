@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -15,13 +15,16 @@ from .hub import ADAPTER
 from .left_out import adapted_module, base_parameters
 
 WEIGHTS = "model.safetensors"
+IN_PARTS = ("model-?????-of-?????.safetensors", "model.safetensors.index.json")
 
 
 class AdapterCheckpoints(TrainerCallback):
     """Makes every checkpoint one of the adapter: `Trainer(..., callbacks=[AdapterCheckpoints()])`.
 
     A checkpoint gets an adapter.safetensors, for `load` or `from_pretrained`, and its
-    model.safetensors is left with what Trainer needs to resume: all but the frozen base.
+    model.safetensors is written anew with what Trainer needs to resume: all but the frozen base,
+    under the names that the model has in memory. Trainer resumes by these, while
+    `PreTrainedModel.save_pretrained`, by which it saves, renames the blocks of many models.
     Trainer says that keys are missing when it resumes; these are the frozen ones, which the model
     has.
     """
@@ -34,9 +37,16 @@ class AdapterCheckpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         path, adapter = adapted_module(model)
         adapter.save(folder / ADAPTER)
-        weights = folder / WEIGHTS
-        if weights.is_file():  # and not in parts, as those of a very large model are
-            base = base_parameters(model, path, adapter)
-            kept = {name: t for name, t in load_file(weights).items() if name not in base}
-            with replacing(weights) as temporary:
-                save_file(kept, temporary, {"format": "pt"})
+        parts = [path for pattern in IN_PARTS for path in folder.glob(pattern)]
+        if not parts and not (folder / WEIGHTS).is_file():
+            return  # FSDP and DeepSpeed write and read files of their own
+        base = base_parameters(model, path, adapter)
+        kept = {
+            name: tensor.detach().clone()  # safetensors refuses tensors that share memory
+            for name, tensor in model.state_dict().items()
+            if name not in base
+        }
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(kept, temporary, {"format": "pt"})
+        for part in parts:
+            part.unlink()

@@ -249,7 +249,8 @@ def require_roles(method: Method, sites: Sequence[Site], roles: Sequence[str]) -
         if site.role not in roles:
             raise ValueError(
                 f"targets must be attention or FFN linears for {type(method).__name__}, which"
-                f" places {', '.join(roles)}; {site.name!r} is none of these (use LoRA for it)"
+                f" places {', '.join(roles)}; {site.name!r} is none of these"
+                " (LoRA(matrices=None) takes it)"
             )
 
 

@@ -216,3 +216,7 @@ def test_trainable_parameters_are_printed_factors_and_head(make_vit, capsys):
         f"trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %):"
         f" {adapter.num_parameters():,} in factors, {head} in head\n"
     )
+    model.norm.bias.requires_grad_(True)
+    adapter.print_trainable_parameters()
+    out = capsys.readouterr().out
+    assert f"{head} in head, 12 in no part of the adapter (norm.bias)\n" in out

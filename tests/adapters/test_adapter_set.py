@@ -577,6 +577,7 @@ def test_heads_of_different_sizes(make_vit, randomize, tmp_path, bias):
         tasks.use(name)
         torch.testing.assert_close(model(x), expected[name])
         assert model.head.out_features == outputs[name] and model.head.weight.requires_grad
+        assert model.num_classes == outputs[name]
     tasks.adapter.save(tmp_path / "saved")
     tasks.add("saved", tmp_path / "saved")
     tasks.update("a")
@@ -598,3 +599,23 @@ def test_a_merged_model_keeps_its_head(make_vit):
     with pytest.raises(ValueError, match="merged"):
         tasks.use("nine")
     assert model.head.out_features == 5
+
+
+def test_the_loss_of_transformers_counts_the_classes_of_the_head_in_use():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "image_size": 8, "patch_size": 4}
+    config = transformers.ViTConfig(**sizes, num_labels=3)
+    model = transformers.ViTForImageClassification(config)
+    adapter = attach(model, EFFT2(rank=2))
+    tasks = AdapterSet(adapter)
+    tasks.add("three")
+    five = adapter.state_dict()
+    five["modules.classifier.weight"] = torch.zeros(5, 8)
+    five["modules.classifier.bias"] = torch.zeros(5)
+    tasks.add("five", five)
+    for name, classes in (("five", 5), ("three", 3)):
+        tasks.use(name)
+        assert model.num_labels == model.config.num_labels == classes
+        images, labels = torch.ones(2, 3, 8, 8), torch.tensor([0, classes - 1])
+        assert model(pixel_values=images, labels=labels).loss.isfinite()

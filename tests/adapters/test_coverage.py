@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
+import re
 import warnings
 
 import pytest
@@ -10,10 +13,11 @@ import timm
 import torch
 from torch import nn
 
-from efft_kernels import EFFT1, EFFT2, LoRA, attach
+from efft_kernels import EFFT1, EFFT2, Adapter, KAdaptation, LoRA, attach
 from efft_kernels.adapters.architectures import classifier_names
 from efft_kernels.adapters.coverage import coverage
 from efft_kernels.adapters.hints import listed, none_known, none_matches
+from efft_kernels.adapters.sites import find_sites
 
 
 @functools.cache
@@ -53,7 +57,7 @@ def test_one_warning_with_counts_and_the_way_out(method):
     text = str(caught[0].message)
     assert "2 of 4 attention and FFN layers of Partial" in text
     assert "attention: 1 blocks.*.my_attn.left, 1 blocks.*.my_attn.right" in text
-    assert ("LoRA, which takes any linear" in text) == isinstance(method, EFFT2)
+    assert ("LoRA(matrices=None), which takes any linear" in text) == isinstance(method, EFFT2)
     assert adapter.describe().left == {
         "blocks.0.my_attn.left": "attention",
         "blocks.0.my_attn.right": "attention",
@@ -65,6 +69,56 @@ def test_one_warning_with_counts_and_the_way_out(method):
     for advice in (["ffn", "my_attn.left", "my_attn.right"], ["ffn"]):
         assert f"targets={advice}" in text
         attach_quietly(model, LoRA(rank=1, matrices=None), targets=advice).detach()
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "expected"),
+    [
+        (LoRA(), ["qkv", "fc1"], (12, 24, "LoRA's matrices (q, v): 12 blocks.*.mlp.fc1.")),
+        (LoRA(), ["mhsa", "ffn"], (12, 48, "(q, v): 12 blocks.*.attn.proj, 12 blocks.*.mlp.fc1, ")),
+        (KAdaptation(), "*", (24, 48, "(q, k, v, o): 12 blocks.*.mlp.fc1, 12 blocks.*.mlp.fc2.")),
+    ],
+)
+def test_targets_that_are_none_of_a_methods_matrices_are_told(method, targets, expected):
+    model = meta("vit_tiny_patch16_224")
+    adapted, named, kinds = expected
+    with pytest.warns(UserWarning, match=f"^{adapted} of {named} linears that targets") as caught:
+        assert len(attach(model, method, targets=targets).sites) == adapted
+    Adapter(model).detach()
+    text = str(caught[0].message)
+    assert len(caught) == 1 and kinds in text and "Pass matrices=None to adapt" in text
+    # Both ways out are silent, as is the method's own default.
+    meant = ast.literal_eval(text.partition("targets=")[2].partition(" if")[0])
+    assert len(attach_quietly(model, method, targets=meant).sites) == adapted
+    Adapter(model).detach()
+    whole = dataclasses.replace(method, matrices=None, rank=1)
+    assert len(attach_quietly(model, whole, targets=targets).sites) == named
+    Adapter(model).detach()
+    attach_quietly(model, method).detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "counts", "further"),
+    [
+        ("volo_d1_224", LoRA(rank=4), (22, 86), 26),
+        ("csatv2", LoRA(rank=4), (4, 86), 32),  # the others of its spatial attention have a 1
+        ("csatv2", LoRA(rank=4, matrices=None), (16, 86), 44),
+        ("efficientformer_l1", EFFT2(rank=4), (2, 32), 4),
+    ],
+)
+def test_what_a_warning_proposes_is_taken(name, method, counts, further):
+    model = meta(name)
+    with pytest.warns(UserWarning, match="{} of {} attention".format(*counts)) as caught:
+        assert len(attach(model, method).sites) == counts[0]
+    Adapter(model).detach()
+    text = str(caught[0].message)
+    more, meant = map(ast.literal_eval, re.findall(r"targets=(\[.*?\])", text))
+    assert len(attach_quietly(model, method, targets=meant).sites) == counts[0]
+    Adapter(model).detach()
+    if "LoRA(matrices=None)" in text:
+        method = LoRA(matrices=None)
+    assert len(attach_quietly(model, method, targets=more).sites) == further
+    Adapter(model).detach()
 
 
 def test_whole_models_and_chosen_layers_do_not_warn():
@@ -102,8 +156,12 @@ def test_families_that_were_partly_adapted_are_whole(name):
 @pytest.mark.parametrize(
     ("name", "method", "words"),
     [
-        ("hiera_tiny_224", EFFT2(rank=1), ["LoRA takes all of Hiera", "EFFT2 takes targets='ffn'"]),
-        ("mvitv2_tiny", EFFT1(rank=1), ["LoRA takes all of MultiScaleVit", "targets='ffn'"]),
+        (
+            "hiera_tiny_224",
+            EFFT2(rank=1),
+            ["(matrices=None) takes all", "EFFT2 takes targets='ffn'"],
+        ),
+        ("mvitv2_tiny", EFFT1(rank=1), ["takes all of MultiScaleVit", "targets='ffn'"]),
         ("efficientvit_b0", LoRA(), ["has no nn.Linear besides head.classifier.4", "BitFit"]),
         ("resnet18", LoRA(), ["ResNet has no nn.Linear besides fc", "BitFit"]),
         ("mixer_s32_224", EFFT2(rank=1), ["LoRA", "'mlp_tokens.fc1'", "'mlp_channels.fc2'"]),
@@ -172,6 +230,49 @@ def test_classifiers_of_hugging_face(name, heads):
     kind = getattr(transformers, name)
     with torch.device("meta"):
         assert classifier_names(kind(kind.config_class())) == heads
+
+
+SMALL = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 32}
+SMALL |= {"num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "adapted", "left"),
+    [
+        ("BlipModel", {}, "vision_model", {"text tower": "text_model"}),
+        ("BlipForConditionalGeneration", {}, "vision_model", {"text tower": "text_decoder"}),
+        ("VisionTextDualEncoderModel", {}, "vision_model", {"text tower": "text_model"}),
+        ("VisionEncoderDecoderModel", {}, "encoder", {"text tower": "decoder"}),
+        ("GitModel", SMALL, "image_encoder", {"text tower": "encoder"}),
+        (
+            "FlavaModel",
+            {"multimodal_config": SMALL},
+            "image_model",
+            {"text tower": "text_model", "fusion of text and image": "multimodal_model"},
+        ),
+        ("ViltModel", SMALL, "encoder", {}),  # reads both at once
+        ("BertModel", SMALL, "encoder", {}),  # no vision tower that it could be beside
+    ],
+)
+def test_of_a_model_that_reads_text_the_vision_tower_is_adapted(name, config, adapted, left):
+    transformers = pytest.importorskip("transformers")
+    vit, bert = transformers.ViTConfig(**SMALL), transformers.BertConfig(**SMALL)
+    if name == "VisionTextDualEncoderModel":
+        made = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vit, bert)
+    elif name == "VisionEncoderDecoderModel":
+        bert = transformers.BertConfig(**SMALL, is_decoder=True, add_cross_attention=True)
+        made = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, bert)
+    else:
+        towers = ("vision_config", "text_config", "image_config")
+        kind = getattr(transformers, name).config_class
+        config = {tower: SMALL for tower in towers if tower in kind.sub_configs} | config
+        made = kind(**config)
+    with torch.device("meta"):
+        model = getattr(transformers, name)(made)
+    sites = [site.name for site in find_sites(model)]
+    assert {site.partition(".")[0] for site in sites} == {adapted}
+    found = coverage(model, sites).left
+    assert {kind: name.partition(".")[0] for name, kind in found.items()} == left
 
 
 def test_clips_text_tower():

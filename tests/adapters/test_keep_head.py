@@ -37,6 +37,23 @@ def test_the_rest_is_checked_all_the_same(adapted, make_vit, tmp_path):
     with pytest.raises(ValueError, match=r"fc1.weight expected \[48, 12\], got \[24, 12\]"):
         load(fresh, tmp_path / "a", keep_head=True)
     del fresh.head
-    with pytest.raises(ValueError, match="modules_to_train must name modules"):
+    with pytest.raises(ValueError, match=r"fc1.weight expected \[48, 12\], got \[24, 12\]"):
         load(fresh, tmp_path / "a", keep_head=True)
     assert type(fresh.blocks[0].attn.qkv) is nn.Linear
+
+
+def test_a_feature_extractor_takes_the_factors(adapted, make_vit, tmp_path):
+    model, adapter = adapted()
+    adapter.save(tmp_path / "a")
+    fresh = make_vit().eval()
+    fresh.reset_classifier(0)
+    with pytest.raises(ValueError, match="pass keep_head=True to load the factors alone"):
+        load(fresh, tmp_path / "a")
+    loaded = load(fresh, tmp_path / "a", keep_head=True)
+    assert loaded.modules_to_train == ()
+    images = torch.randn(2, 3, 8, 8)
+    expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(fresh(images), expected)
+    loaded.save(tmp_path / "b")
+    loaded.detach()
+    load(fresh, tmp_path / "b")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from efft_kernels.cli import app
 from efft_kernels.cli.errors import for_command_line, in_one_line
+from efft_kernels.methods import METHODS
 
 
 def invoke(*arguments):
@@ -36,6 +37,14 @@ def test_what_is_left_and_refused_in_words_of_the_command_line():
     assert "with --matrices all it adapts these" in flat and "matrices=None" not in flat
 
 
+def test_a_refusal_of_all_methods_stands_once():
+    result = invoke("resnet18")
+    flat = " ".join(result.stdout.replace("│", " ").split())
+    assert result.stdout.count("trained whole: fc\n") == 1
+    assert flat.count("--method bitfit does") == 1
+    assert all(f"│ {method} " in result.stdout for method in METHODS)
+
+
 def test_patterns_and_wrong_names():
     assert "swin_tiny_patch4_window7_224" in invoke("swin_tiny*").stdout.splitlines()
     nothing = invoke("nope*")
@@ -52,6 +61,7 @@ def test_patterns_and_wrong_names():
         ("takes targets='ffn'", "takes --targets ffn"),
         ("use LoRA, which", "use --method lora, which"),
         ("LoRA(rank=4) has matrices=None", "LoRA(rank=4) has --matrices all"),
+        ("and LoRA(matrices=None), which", "and --method lora --matrices all, which"),
         ("the baseline BitFit does", "--method bitfit does"),
         ("targets=None finds nothing", "without --targets the method finds nothing"),
         ("targets must be ['a']", "targets must be ['a']"),

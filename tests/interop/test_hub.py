@@ -39,6 +39,12 @@ def test_a_folder_gives_the_adapter_back(adapter: Adapter, tmp_path: Path) -> No
     again = from_pretrained(build(), tmp_path / "deep" / "folder")
     assert torch.equal(logits(again.model), logits(adapter.model))
     assert not torch.equal(logits(again.model), logits(build()))
+    other = build()
+    other.reset_classifier(7)
+    with pytest.raises(ValueError, match="pass keep_head=True"):
+        from_pretrained(other, tmp_path / "deep" / "folder")
+    from_pretrained(other, tmp_path / "deep" / "folder", keep_head=True)
+    assert logits(other).shape == (1, 7)
     card = huggingface_hub.ModelCard.load(tmp_path / "deep" / "folder" / "README.md")
     assert card.data.library_name == "efft-kernels"
     assert card.data.base_model.startswith("timm/vit_tiny_patch16_224")
@@ -55,6 +61,14 @@ def test_a_card_that_is_there_stays(adapter: Adapter, tmp_path: Path) -> None:
 def test_what_holds_no_adapter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"source must be a folder with adapter\.safetensors"):
         from_pretrained(build(), tmp_path)
+    for path in ("/nope", "./nope", "~/nope", "runs/pets/best"):
+        with pytest.raises(ValueError, match=f"got {path}, where there is no folder"):
+            from_pretrained(build(), path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="a file: `load` reads one"):
+        from_pretrained(build(), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"folder must be a folder, got the file .*Adapter\.save"):
+        save_pretrained(attach(build(), EFFT2(rank=2)), tmp_path / "file")
 
     def absent(*args: object, **kwargs: object) -> str:
         raise OSError("404 Client Error\nand more")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from efft_kernels import EFFT2, LoRA, attach
+from efft_kernels import EFFT2, Adapter, LoRA, attach
 
 IMAGES = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
 
@@ -112,9 +112,19 @@ class TestPeft:
         options |= {"feedforward_modules": ["fc1"]} if kind == "IA3Config" else {}
         options |= {"r": 2} if kind == "LoraConfig" else {}
         options |= {"r": 0, "oft_block_size": 2} if kind == "OFTConfig" else {}
-        message = r"blocks\.0\.attn\.qkv is adapted .*merge\(\) and detach\(\).*export_peft_lora"
+        message = r"is adapted by efft_.*merge\(\) and detach\(\).*export_peft_lora"
+        for _ in range(2):
+            with unchanged(model), pytest.raises(TypeError, match=message):
+                peft.get_peft_model(model, getattr(peft, kind)(**options))
         with unchanged(model), pytest.raises(TypeError, match=message):
-            peft.get_peft_model(model, getattr(peft, kind)(**options))
+            peft.inject_adapter_in_model(getattr(peft, kind)(**options), model)
+        Adapter(model).detach()
+        assert "peft_config" not in vars(model)
+        # A linear that the adapter leaves is no way in: PEFT would freeze the factors.
+        adapter = attach(model, LoRA(rank=2, matrices=("o",)))
+        with unchanged(model), pytest.raises(TypeError, match=message):
+            peft.get_peft_model(model, getattr(peft, kind)(**options), mixed=kind == "LoraConfig")
+        assert all(factor.requires_grad for factor in adapter.parameters())
 
     def test_a_model_of_peft_is_refused(
         self, make_vit: Callable[..., nn.Module], peft: Any, unchanged: Any
@@ -132,8 +142,6 @@ class TestPeft:
         attach(plain, LoRA(rank=2))
 
     def test_peft_takes_it_once_detached(self, model: nn.Module, peft: Any) -> None:
-        from efft_kernels import Adapter
-
         with torch.no_grad():
             expected = model(IMAGES)
         adapter = Adapter(model)

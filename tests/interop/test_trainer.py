@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from efft_kernels import EFFT2, attach, load
+from efft_kernels import EFFT2, Adapter, attach, load
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -56,17 +57,18 @@ def train(model: nn.Module, folder: Path, steps: int, **given: Any) -> None:
 
 
 def test_a_checkpoint_holds_the_adapter_and_resumes(tmp_path: Path) -> None:
-    whole = attach(build(), EFFT2(rank=2), modules_to_train=("classifier",))
+    # A norm within the blocks, which transformers' save_pretrained writes under another name.
+    norm = next(n for n, _ in build().named_modules() if n.endswith("layernorm_before"))
+    trained = ("classifier", norm)
+    whole = attach(build(), EFFT2(rank=2), modules_to_train=trained)
     train(whole.model, tmp_path / "whole", 4)
-    frozen = {name for name, p in whole.model.named_parameters() if not p.requires_grad}
     for step in (2, 4):
         weights = load_file(tmp_path / "whole" / f"checkpoint-{step}" / "model.safetensors")
-        assert weights
-        assert not frozen & set(weights)
+        assert set(weights) == {n for n, p in whole.model.named_parameters() if p.requires_grad}
 
-    stopped = attach(build(), EFFT2(rank=2), modules_to_train=("classifier",))
+    stopped = attach(build(), EFFT2(rank=2), modules_to_train=trained)
     train(stopped.model, tmp_path / "stopped", 2)
-    resumed = attach(build(), EFFT2(rank=2), modules_to_train=("classifier",))
+    resumed = attach(build(), EFFT2(rank=2), modules_to_train=trained)
     checkpoint = tmp_path / "stopped" / "checkpoint-2"
     train(resumed.model, tmp_path / "stopped", 4, resume_from_checkpoint=str(checkpoint))
     for name, tensor in whole.state_dict().items():
@@ -77,6 +79,35 @@ def test_a_checkpoint_holds_the_adapter_and_resumes(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = whole.model.eval()(images).logits
         assert torch.equal(again.model.eval()(images).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["ViT", "Beit", "DeiT", "Dinov2", "Swin", "CLIP"])
+@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+def test_nothing_of_the_backbone_stays_whatever_names_it_is_saved_under(
+    family: str, shard: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"image_size": 8, "patch_size": 4, "intermediate_size": 32}
+    if family == "Swin":
+        sizes = {"embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 2}
+        sizes |= {"image_size": 8, "patch_size": 4}
+    given = {"vision_config": sizes} if family == "CLIP" else sizes
+    config = getattr(transformers, f"{family}Config")(**given, num_labels=3)
+    model = getattr(transformers, f"{family}ForImageClassification")(config)
+    attach(model, EFFT2(rank=2))
+    folder = tmp_path / "checkpoint-1"
+    model.save_pretrained(folder, max_shard_size=shard)
+    trainer = SimpleNamespace(output_dir=tmp_path)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    AdapterCheckpoints().on_save(trainer, state, None, model=model)
+    assert {path.name for path in folder.glob("model*")} == {"model.safetensors"}
+    kept = load_file(folder / "model.safetensors")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {*[f"factor_bank.{n}" for n in Adapter(model).bank.state_dict()]} | {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert trained == set(kept) - {name for name, _ in model.named_buffers()}
 
 
 def test_factors_that_are_frozen_by_now_are_kept(tmp_path: Path) -> None:

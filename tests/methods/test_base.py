@@ -186,6 +186,22 @@ def registered():
     del METHODS[CP.name]
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "advice"),
+    [
+        (LoRA, {"r": 8}, "LoRA has no argument 'r': pass rank=8; it takes rank, scale, matrices, "),
+        (LoRA, {"rank": 8, "lora_alpha": 16}, "pass alpha=16;"),
+        (EFFT2, {"alpha": 16}, "pass scale=16 / rank;"),
+        (EFFT2, {"target_modules": ["qkv"]}, r"pass attach\(\.\.\., targets=\['qkv'\]\);"),
+        (FacTTT, {"dropuot": 0.1}, "pass dropout=0.1;"),
+        (KAdaptation, {"beta": 1}, "no argument 'beta'; it takes products, "),
+    ],
+)
+def test_arguments_of_other_names_are_told_ours(method, given, advice):
+    with pytest.raises(TypeError, match=advice):
+        method(**given)
+
+
 def test_a_method_of_ones_own_is_short():
     assert sum(len(inspect.getsource(part).splitlines()) for part in (CP, CPGroup)) < 40
 
