@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
+from .methods.followed_table import FollowedTable
 from .methods.joint import JointFactors
 from .methods.sharded import copy_into, factors_of, is_sharded, whole
 from .methods.tensor_train import Placement, TensorTrainGroup
@@ -58,6 +60,40 @@ def _without_autocast(group: nn.Module) -> AbstractContextManager[object]:
     return contextlib.nullcontext() if parameter is None else without_autocast(parameter.device)
 
 
+def without_numbers(site: str) -> str:
+    """A linear's name for all blocks, "blocks.#.mlp.fc1": numbers of the modules around it are
+    left out."""
+    return re.sub(r"\d+(?=.*\.)", "#", site)
+
+
+class Place:
+    """Where a layer finds its factors in the bank, by a path that is the same in every block.
+
+    Args:
+        site: the site's name.
+        group: the group that holds its factors.
+
+    Attributes:
+        position: what the group knows of the site for `FactorGroup.factors_at`.
+        pattern: the site's name, `without_numbers`.
+    """
+
+    def __init__(self, site: str, group: FactorGroup) -> None:
+        self.site = site
+        self.pattern = without_numbers(site)
+        self.group = group
+
+    @property
+    def group(self) -> FactorGroup:
+        """The bank's own: it follows where that is exchanged."""
+        return self._group
+
+    @group.setter
+    def group(self, group: FactorGroup) -> None:
+        self._group = group
+        self.position = None if group is None else group.position(self.site)
+
+
 class FactorBank(nn.Module):
     """The factors of an attached method, owned once at the model's root.
 
@@ -70,6 +106,7 @@ class FactorBank(nn.Module):
         sites: site name → name of its group.
 
     Attributes:
+        places: site → where its layer finds its factors.
         mixing: how many threads run a batch of several tasks at present.
         traced: the tasks of the graph that `AdapterSet.compiled` traces.
 
@@ -89,6 +126,11 @@ class FactorBank(nn.Module):
                     f"groups must not be named like a FactorBank's own attribute, got {name!r}"
                 )
             self.add_module(name, group)
+        self.places = {site: Place(site, self.group(site)) for site in sites}
+        followers: dict[str, list[Place]] = {}
+        for site, name in self.group_of.items():
+            followers.setdefault(name, []).append(self.places[site])
+        self._modules = FollowedTable(self._modules, followers, "group")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "mixing": 0, "traced": None}
@@ -146,6 +188,24 @@ class FactorBank(nn.Module):
         with _without_autocast(group):
             return group.factors(site, dropout)
 
+    def factors_in_graph(self, place: Place, dropout: bool) -> Factors:
+        """The operands for one site in a graph of torch.compile. Equal linears of different blocks
+        take the same one, so that blocks that are compiled one by one share a graph.
+
+        Args:
+            place: the site's.
+            dropout: as in `factors`.
+        """
+        group = place.group
+        with _without_autocast(group):
+            # Where one graph holds all blocks, a slice of the cores has the cheaper backward.
+            if place.position is not None and not self.joint_factors.traced:
+                factors = group.factors_at(place.position, dropout)
+                if factors is not None:
+                    return factors
+            # A group that does not look at the name is not told apart by it.
+            return group.factors(place.site, dropout)
+
     def task_factors(self, site: str) -> Factors:
         """(down [tasks, K, Ra], None, up [tasks, N, Ra]) of one site for every task of the present
         batch; the core is folded into up."""
@@ -194,7 +254,7 @@ class FactorBank(nn.Module):
 _OWN_SITE = "self"
 _BASE_WEIGHT = "base_weight"
 _OWN_ATTRIBUTES = (
-    *("backend", "strategy", "_bank", "_site", "_base_weight"),
+    *("backend", "strategy", "_bank", "_site", "_place", "_base_weight"),
     *("shared_input", "remakes_input", "input_from", "_recipes"),
 )
 _WAY_OUT = (
@@ -284,6 +344,7 @@ class FusedEFFTLinear(nn.Linear):
         self.strategy = strategy
         self.factors = None
         self._bank: tuple[FactorBank, ...] = ()
+        self._place: Place | None = None
         self._site = _OWN_SITE
         self.shared_input: SharedInput | None = None
         self.remakes_input = True  # in the backward, where that does without keeping it
@@ -334,7 +395,7 @@ class FusedEFFTLinear(nn.Linear):
         if bank is not None:
             if site is None or site not in bank.group_of:
                 raise ValueError(f"site must be one of the bank's sites, got {site!r}")
-            layer._bank, layer._site = (bank,), site
+            layer._bank, layer._site, layer._place = (bank,), site, bank.places[site]
         return layer
 
     def to_linear(self) -> nn.Linear:
@@ -356,7 +417,7 @@ class FusedEFFTLinear(nn.Linear):
         return linear
 
     def _group(self) -> FactorGroup:
-        group: Any = self._bank[0].group(self._site) if self._bank else self.factors
+        group: Any = self.factors if self._place is None else self._place.group
         return group  # type: ignore[no-any-return]
 
     def current_factors(self, dropout: bool = False) -> Factors:
@@ -462,10 +523,12 @@ class FusedEFFTLinear(nn.Linear):
         tasks = None if bank is None else bank.tasks
         if bank is None:
             down, core, up = self._group().factors(self._site, self.training)
-        elif tasks is None:
-            down, core, up = bank.factors(self._site, self.training)
-        else:
+        elif tasks is not None:
             down, core, up = bank.task_factors(self._site)
+        elif self._place is not None and torch.compiler.is_dynamo_compiling():
+            down, core, up = bank.factors_in_graph(self._place, self.training)
+        else:
+            down, core, up = bank.factors(self._site, self.training)
         source = None
         if tasks is None and torch.is_grad_enabled() and not torch.jit.is_tracing():
             source = self._source(input, down)

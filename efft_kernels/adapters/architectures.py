@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -114,11 +115,24 @@ def share_inputs(model: nn.Module, bank: FactorBank, sites: Iterable[Site]) -> N
         shared = SharedInput()
         module = model.get_submodule(parent)
         module.register_forward_pre_hook(shared.open)
-        module.register_forward_hook(shared.close, always_call=True)
+        _call_always(module, shared.close)
         for name in names:
             layer = model.get_submodule(name)
             assert isinstance(layer, FusedEFFTLinear)
             layer.shared_input = shared
+
+
+def _call_always(module: nn.Module, hook: Any) -> None:
+    """Register a forward hook that runs after an exception too.
+
+    Under a number that equal modules have in common, below torch's own: a graph of torch.compile
+    is guarded by it, and each block would need another one.
+    """
+    number = module.register_forward_hook(hook, always_call=True).id
+    common = min(0, *module._forward_hooks) - 1
+    for table in (module._forward_hooks, module._forward_hooks_always_called):
+        entry: Any = table.pop(number)
+        table[common] = entry
 
 
 def unshare_inputs(model: nn.Module) -> None:

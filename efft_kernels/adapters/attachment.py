@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import FactorGroup, Factors, Method, Site
-from ..nn import FactorBank
+from ..nn import FactorBank, Place
 from .call_watch import CallWatch
 
 BANK_NAME = "factor_bank"
@@ -78,6 +78,11 @@ class AttachedBank(FactorBank):
         """As FactorBank's; the call is counted."""
         self.calls.count(site)
         return super().factors(site, dropout)
+
+    def factors_in_graph(self, place: Place, dropout: bool) -> Factors:
+        """As FactorBank's; the call is noted."""
+        self.calls.note(place.pattern)
+        return super().factors_in_graph(place, dropout)
 
     def task_factors(self, site: str) -> Factors:
         """As FactorBank's; the call is counted."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn import FactorBank, FusedEFFTLinear
+from ..nn import FactorBank, FusedEFFTLinear, without_numbers
 
 _BYPASSED = (
     "{sites} did not run in a forward whose output needs its gradient, so their factors learn"
@@ -34,7 +34,7 @@ _REPLACED = (
     "{sites} are not in the model any more, so the adapter is without them: a quantizer or other"
     " code has replaced the modules. Merge the adapter before, or leave them out of targets=[...]"
 )
-_compiled: set[tuple[str, str]] = set()  # kind of a watch, site
+_compiled: set[tuple[str, str]] = set()  # kind of a watch, site or its name without numbers
 
 
 def _note_compiled(kind: str, site: str) -> None:
@@ -109,11 +109,19 @@ class CallWatch:
             site: its name.
         """
         if torch.compiler.is_dynamo_compiling():
-            _note_compiled(self._kind, site)
+            self.note(site)
             return
         now = self._running.get(threading.get_ident())
         if now is not None:
             (now.with_grad if torch.is_grad_enabled() else now.without).append(site)
+
+    def note(self, pattern: str) -> None:
+        """A linear is traced into a graph, which other blocks may run too.
+
+        Args:
+            pattern: its name; without its numbers, where the graph does not know them.
+        """
+        _note_compiled(self._kind, pattern)
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model.
@@ -154,9 +162,12 @@ class CallWatch:
 
     def _candidates(self, ran: Iterable[str]) -> list[str]:
         quiet = self._told.union(ran)
-        return [
-            site for site in self.sites if site not in quiet and (self._kind, site) not in _compiled
-        ]
+        return [site for site in self.sites if site not in quiet and not self._was_traced(site)]
+
+    def _was_traced(self, site: str) -> bool:
+        """Whether graphs hold the linear, or one at the same place in another block, whose graph
+        its own block runs where the blocks are compiled one by one."""
+        return any((self._kind, name) in _compiled for name in (site, without_numbers(site)))
 
     def _tell(self, sites: Sequence[str], text: str) -> None:
         if sites:

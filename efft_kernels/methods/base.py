@@ -100,6 +100,11 @@ class FactorGroup(nn.Module, ABC):
     joint: ClassVar[bool] = False
     activation_dropout: float = 0.0
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if is_older(cls, "factors_at", "factors"):
+            cls.factors_at = FactorGroup.factors_at  # type: ignore[method-assign]
+
     def forward(self, site: str, dropout: bool) -> Factors:
         """`factors`, as a module's forward: torch.func calls it with other parameters."""
         return self.factors(site, dropout)
@@ -115,6 +120,29 @@ class FactorGroup(nn.Module, ABC):
         Returns:
             down [K, Ra], core [G, Ra, Rb] or None, up [1 or G, N/G, Rb].
         """
+
+    def position(self, site: str) -> Any:
+        """What `factors_at` takes for a site: an object that is equal for sites at the same place
+        in different blocks, but for the tensors in it. None where sites are told apart by name.
+
+        Args:
+            site: the site's name.
+        """
+        return None
+
+    def factors_at(self, position: Any, dropout: bool) -> Factors | None:
+        """The operands of a site as `factors` makes them, in a graph of torch.compile: one that
+        blocks share if it reads no name, nor a number that tells which block it is.
+
+        Args:
+            position: the site's.
+            dropout: as in `factors`.
+
+        Returns:
+            As `factors`; or None, where they have to be made from the site's name: because the
+            position does not fit the parameters, or a subclass has a `factors` of its own.
+        """
+        return None
 
     def joint_factors(self, dropout: bool) -> dict[str, Factors]:
         """Site → its operands, computed for all sites at once, with the core folded into up.
@@ -137,6 +165,13 @@ class FactorGroup(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Initialise in place so that every site's ΔW is exactly zero."""
+
+
+def is_older(cls: type, name: str, other: str) -> bool:
+    """Whether a class has its method `name` from further up than its method `other`, which `name`
+    should agree with."""
+    owners = [next(i for i, c in enumerate(cls.__mro__) if n in c.__dict__) for n in (name, other)]
+    return owners[0] > owners[1]
 
 
 @dataclass(frozen=True)

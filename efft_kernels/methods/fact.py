@@ -184,6 +184,9 @@ class TuckerGroup(TensorTrainGroup):
     def cores(self, first: int, count: int) -> Tensor:
         return torch.einsum("nt,tab->nab", wide(self.P[first : first + count]), wide(self.core))
 
+    def _picked_cores(self, indices: Tensor) -> Tensor:
+        return torch.einsum("nt,tab->nab", wide(self.P.index_select(0, indices)), wide(self.core))
+
     def _core_parameters(self) -> tuple[Tensor, ...]:
         return self.P, self.core
 

@@ -45,9 +45,14 @@ class _Held(NamedTuple):
 
 
 class JointFactors:
-    """The factors of whole groups, between `open` and `close`."""
+    """The factors of whole groups, between `open` and `close`.
+
+    Attributes:
+        traced: whether the model's own forward is being traced, into a graph for all blocks.
+    """
 
     def __init__(self) -> None:
+        self.traced = False
         # One attribute, so that a thread never takes what another one's forward holds.
         self._now: tuple[object, dict[tuple[FactorGroup, bool], _Held]] | None = None
 
@@ -71,10 +76,12 @@ class JointFactors:
     def open(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         self._now = None if torch.compiler.is_compiling() else (_circumstances(), {})
+        self.traced = torch.compiler.is_dynamo_compiling()
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model; runs after an exception too."""
         self._now = None
+        self.traced = False
 
     def get(self, group: FactorGroup, site: str, dropout: bool) -> Factors | None:
         """The operands for one site, or None where it should ask the group for its own.

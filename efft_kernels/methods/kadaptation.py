@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import (
     FactorGroup,
@@ -21,6 +21,7 @@ from .base import (
     undotted_names,
     wide,
 )
+from .followed_table import FollowedTable
 from .lora import check_matrices, chosen_slices, stack_matrices
 from .registry import register_method
 
@@ -107,6 +108,13 @@ class KroneckerGroup(FactorGroup):
             m, out, key = len(chosen), site.out_features // slices, self.names[site.name]
             self.u[key] = nn.Parameter(torch.empty(m, n, site.in_features // n, method.rank))
             self.v[key] = nn.Parameter(torch.empty(m, n, out // n, method.rank))
+        self._fast = {
+            self.names[site.name]: _FastWeights(*self.chosen[site.name]) for site in sites
+        }
+        for attribute in ("u", "v"):
+            table: Any = getattr(self, attribute)
+            followers = {key: [weights] for key, weights in self._fast.items()}
+            table._parameters = FollowedTable(table._parameters, followers, attribute)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -125,10 +133,22 @@ class KroneckerGroup(FactorGroup):
                 nn.init.xavier_uniform_(matrix)
 
     def factors(self, site: str, dropout: bool) -> Factors:
+        key = self.names[site]
+        return self._compose(self.u[key], self.v[key], *self.chosen[site])
+
+    def position(self, site: str) -> _FastWeights:
+        return self._fast[self.names[site]]
+
+    def factors_at(self, position: _FastWeights, dropout: bool) -> Factors | None:
+        u, v = position.u, position.v
+        if u is None or v is None:  # parametrized, say
+            return None
+        return self._compose(u, v, position.chosen, position.slices)
+
+    def _compose(self, u: Tensor, v: Tensor, chosen: tuple[int, ...], slices: int) -> Factors:
         # With (i, b, r) as rank index: down[(a, p), (i, b, r)] = A_i[a, b]·u_i[p, r] and
         # up[(b', q), (i, b, r)] = v_i[q, r] where b' = b, else 0.
-        key = self.names[site]
-        A, u, v = (wide(t) for t in (self.A, self.u[key], self.v[key]))
+        A, u, v = (wide(t) for t in (self.A, u, v))
         n = A.shape[0]
         eye = torch.eye(n, dtype=v.dtype, device=v.device)
         down = torch.einsum("iab,mipr->mapibr", A * self.scale, u)
@@ -136,5 +156,17 @@ class KroneckerGroup(FactorGroup):
         return stack_matrices(
             down.flatten(3, 5).flatten(1, 2),
             up.flatten(3, 5).flatten(1, 2),
-            *self.chosen[site],
+            chosen,
+            slices,
         )
+
+
+class _FastWeights:
+    """The u and v of one site, which follow the group's."""
+
+    u: Tensor | None = None
+    v: Tensor | None = None
+
+    def __init__(self, chosen: tuple[int, ...], slices: int) -> None:
+        self.chosen = chosen
+        self.slices = slices

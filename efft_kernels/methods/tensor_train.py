@@ -6,6 +6,7 @@ core.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from .base import (
     check_rank_fits,
     check_ranks,
     constant_float,
+    is_older,
     require_roles,
     wide,
 )
@@ -80,6 +82,22 @@ class CoreIndex:
             self._first[key] = self.total
             self.total += count
         return self._first[key]
+
+
+class _Position:
+    """A site's place in the tensor for a graph that blocks share.
+
+    Attributes:
+        place: the placement, but for its cores.
+        whole: whether the site uses all rows of U.
+        cores: [slices], int64, the indices of its cores.
+    """
+
+    cores: Tensor
+
+    def __init__(self, place: Placement, whole: bool) -> None:
+        self.place = dataclasses.replace(place, first_core=0)
+        self.whole = whole
 
 
 class _Family(NamedTuple):
@@ -166,9 +184,11 @@ class TensorTrainGroup(FactorGroup):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # Joint factors are those of `factors` here, not of one that a subclass has written.
-        if "factors" in cls.__dict__ and "joint_factors" not in cls.__dict__:
+        # Others are made by what is written here, not by what a subclass has written since.
+        if is_older(cls, "joint_factors", "factors") or is_older(cls, "_all_cores", "cores"):
             cls.joint = False
+        if is_older(cls, "_picked_cores", "cores"):
+            cls.factors_at = FactorGroup.factors_at  # type: ignore[method-assign]
 
     U: nn.Parameter
     V: nn.Parameter
@@ -200,6 +220,9 @@ class TensorTrainGroup(FactorGroup):
         # Settled here: torch.compile would guard a comparison in factors(), vmap refuse it.
         self._scaled = learn_scale or self.initial_scale != 1.0
         self._whole = {name for name, p in self.placements.items() if p.u_rows == (0, dims[0])}
+        self._positions = {
+            name: _Position(place, name in self._whole) for name, place in self.placements.items()
+        }
         families: dict[object, dict[str, Placement]] = {}
         for name, p in self.placements.items():
             families.setdefault((p.u_side, p.u_rows, p.stacked), {})[name] = p
@@ -210,7 +233,21 @@ class TensorTrainGroup(FactorGroup):
         self.V = nn.Parameter(torch.empty(dims[1], rank[1]))
         self._add_cores(cores, rank)
         self.scale = nn.Parameter(torch.empty(1)) if learn_scale else self.initial_scale
+        self._put_positions()
         self.reset_parameters()
+
+    def _put_positions(self) -> None:
+        """The indices of the cores where the cores are. A graph in which two linears read one
+        tensor does for none in which they read two: each site has its own."""
+        with torch.inference_mode(False):
+            for name, position in self._positions.items():
+                first, count = self.placements[name].first_core, self.placements[name].slices
+                position.cores = torch.arange(first, first + count, device=self.core.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TensorTrainGroup:
+        super()._apply(fn, recurse)
+        self._put_positions()
+        return self
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -220,6 +257,7 @@ class TensorTrainGroup(FactorGroup):
         if name in state:
             state[name] = state[name].reshape(1)
         super()._load_from_state_dict(state, prefix, *args, **kwargs)
+        self._put_positions()  # tensors that are assigned may be elsewhere
 
     def _add_cores(self, count: int, rank: tuple[int, int]) -> None:
         self.core = nn.Parameter(torch.empty(count, *rank))
@@ -234,6 +272,10 @@ class TensorTrainGroup(FactorGroup):
     def cores(self, first: int, count: int) -> Tensor:
         """Σ_first ... Σ_(first+count-1), [count, r1, r2], without scale and dropout."""
         return self.core[first : first + count]
+
+    def _picked_cores(self, indices: Tensor) -> Tensor:
+        """As `cores`, those of these indices."""
+        return self.core.index_select(0, indices)
 
     def _core_parameters(self) -> tuple[Tensor, ...]:
         """What `_all_cores` takes."""
@@ -252,11 +294,23 @@ class TensorTrainGroup(FactorGroup):
 
     def factors(self, site: str, dropout: bool) -> Factors:
         place = self.placements[site]
+        cores = self.cores(place.first_core, place.slices)
+        return self._compose(place, site in self._whole, cores, dropout)
+
+    def position(self, site: str) -> _Position:
+        return self._positions[site]
+
+    def factors_at(self, position: _Position, dropout: bool) -> Factors | None:
+        if any(p.device != position.cores.device for p in self._core_parameters()):
+            return None
+        cores = self._picked_cores(position.cores)
+        return self._compose(position.place, position.whole, cores, dropout)
+
+    def _compose(self, place: Placement, whole: bool, cores: Tensor, dropout: bool) -> Factors:
         # A slice's backward fills a gradient of U's size with zeros, for every linear of the group.
-        whole = site in self._whole
         u: Tensor = self.U if whole else self.U[place.u_rows[0] : place.u_rows[1]]
         v: Tensor = self.V
-        u, v, core = (wide(t) for t in (u, v, self.cores(place.first_core, place.slices)))
+        u, v, core = (wide(t) for t in (u, v, cores))
         if dropout and self.dropout > 0:
             u, v, core = (t * self._mask(t.shape, self.dropout) for t in (u, v, core))
         if self._scaled:
