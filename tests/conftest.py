@@ -20,6 +20,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("efft")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a fixture of their module go to one process, which makes it once."""
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo", None)
+        if fixtures is None or item.get_closest_marker("xdist_group"):
+            continue
+        own = item.nodeid.partition("::")[0]
+        for name, found in fixtures.name2fixturedefs.items():
+            if any(each.scope == "module" and each.baseid == own for each in found):
+                item.add_marker(pytest.mark.xdist_group(f"{own}:{name}"))
+                break
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(20231106)

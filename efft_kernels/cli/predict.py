@@ -32,11 +32,18 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
     amp: Annotated[Amp, typer.Option(help="Autocast dtype.")] = Amp.none,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Images left out are no failure.")
+    ] = False,
     backend: Annotated[str, typer.Option(help="Kernels: auto, torch, triton, ...")] = "auto",
     *,
     backbone: BackboneOptions,
 ) -> None:
-    """Name the classes of images: a CSV of path, top-k classes and their probabilities."""
+    """Name the classes of images: a CSV of path, top-k classes and their probabilities.
+
+    An image that cannot be read is named and left out; the others are written, and the command ends
+    with an error unless --skip-bad-images is given.
+    """
     from ..training import prediction
 
     console = Console(stderr=True, soft_wrap=True)
@@ -68,7 +75,7 @@ def predict(
                 pairs = zip(item.classes, item.probabilities, strict=True)
                 cells = [cell for name, value in pairs for cell in (name, f"{value:.6f}")]
                 table.writerow([item.path, *cells])
-    if unreadable:
+    if unreadable and not skip_bad_images:
         raise fail(f"{unreadable} of {len(paths)} images could not be read: named above", FAILED)
 
 

@@ -35,6 +35,8 @@ def draw_curves(history: Sequence[EpochRow], kept_epoch: int, path: Path) -> Non
         axes.plot(epochs, values, **look(place).line | {"markersize": 3})
         axes.axvline(kept_epoch, color="0.4", linewidth=0.8, linestyle=":")
         axes.set(title=title, xlabel="epoch (dotted: the one saved)")
+        if title.endswith("%"):
+            axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))  # half the line above a perfect score
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(axes)
     with replacing(path) as temporary:

@@ -79,10 +79,12 @@ def _program(trained: Trained, images: Tensor, any_batch: bool) -> torch.export.
 def _write_pt2(trained: Trained, path: Path, images: Tensor, any_batch: bool) -> float:
     program = _program(trained, images, any_batch)
     # torch.export.save asks for the ending.
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.export.save(program, file, extra_files={MODEL_KEY: json.dumps(dict(trained.facts))})
-    with warnings.catch_warnings():  # torch's own, about the buffers of its file
+    with warnings.catch_warnings():  # torch's own, about its file's buffers and its own classes
         warnings.filterwarnings("ignore", "The given buffer is not writable")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|copyreg")
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            facts = json.dumps(dict(trained.facts))
+            torch.export.save(program, file, extra_files={MODEL_KEY: facts})
         found = torch.export.load(path).module()(images)
     return float((found - trained.model(images)).abs().max())
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -285,7 +286,9 @@ def _decode(path: str) -> Image.Image:
             raise OSError("no regular file")  # opening a pipe would wait for ever
         return default_loader(path)
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types on damaged files
-        reason = str(error).replace(path, "the file").strip() or "no reason given"
+        # Pillow names a file that it was given open by the object's repr.
+        reason = re.sub(r"<_io\.\w+ name=(.*?)>", r"\1", str(error)).replace(repr(path), "the file")
+        reason = reason.replace(path, "the file").strip() or "no reason given"
         raise UnreadableImageError(
             f"cannot read image {path} ({type(error).__name__}: {reason})"
         ) from error

@@ -32,6 +32,7 @@ from .settings import require, resolve_device
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODEL_KEY = "efft_kernels.model"
+PROGRAMS = (".pt2", ".onnx")  # what `export` writes for others
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def open_trained(
 
 def _file_of(source: Path) -> Path:
     if not source.is_dir():
+        what = "a run's folder, its adapter.safetensors or a merged model's .safetensors"
+        require("source", source.suffix not in PROGRAMS, what, source)
         return source
     names = (run_folder.ADAPTER, WEIGHTS)
     found = [source / name for name in names if (source / name).is_file()]

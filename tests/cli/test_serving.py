@@ -142,8 +142,25 @@ def test_unreadable_images_are_named_and_the_rest_is_there(
         str(tmp_path / "a.png"),
         str(tmp_path / "c.png"),
     ]
-    assert f"note: left out: cannot read image {tmp_path / 'b.png'}" in result.stderr
+    left_out = f"note: left out: cannot read image {tmp_path / 'b.png'}"
+    assert f"{left_out} (UnidentifiedImageError: cannot identify image file the file)" in (
+        result.stderr
+    )
     assert "error: 1 of 3 images could not be read" in result.stderr
+    again = invoke(
+        *("predict", merged, tmp_path, "--workers", 0, "--device", "cpu", "--skip-bad-images")
+    )
+    assert again.exit_code == 0 and again.stdout == result.stdout and left_out in again.stderr
+
+
+@pytest.mark.parametrize("command", ["predict", "merge", "export"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_a_program_is_not_opened(command: str, name: str, images: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"a program")
+    last = images if command == "predict" else f"--output={tmp_path / 'out.safetensors'}"
+    result = invoke(command, tmp_path / name, last)
+    assert result.exit_code == 2
+    assert "source must be a run's folder, its adapter.safetensors or a merged" in result.stderr
 
 
 def test_exports_compute_what_the_model_does(

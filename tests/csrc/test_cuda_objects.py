@@ -20,7 +20,10 @@ import pytest
 from efft_kernels.ops.backends import native_library
 
 NOT_BUILT = native_library.not_built("_native_cuda")
-pytestmark = pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))
+pytestmark = [
+    pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT)),
+    pytest.mark.xdist_group("cuda_objects"),  # one process reads the library's machine code
+]
 
 # Shared memory that a block may have, in bytes.
 SMEM_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}

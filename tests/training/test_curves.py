@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from efft_kernels.training import curves
 from efft_kernels.training.curves import TensorBoardLog, draw_curves
 from efft_kernels.training.run import EpochRow
 
@@ -24,6 +25,24 @@ def test_the_picture_is_written(tmp_path: Path, rows: list[EpochRow]) -> None:
         assert picture.size == (1050, 450)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_a_perfect_run_has_no_percents_above_a_hundred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    make = curves.new_figure
+    monkeypatch.setattr(
+        curves, "new_figure", lambda *size: figures.append(make(*size)) or figures[0]
+    )
+    draw_curves(
+        [EpochRow(1, 1.0, 30.0, 1e-3, 2.0), EpochRow(2, 0.5, 100.0, 1e-3, 2.0)],
+        2,
+        tmp_path / "c.png",
+    )
+    loss, accuracy = (axes.get_ylim() for axes in figures[0].axes)
+    assert accuracy[0] < 30 and 100 < accuracy[1] < 101
+    assert loss[1] > 1  # as matplotlib chose it
 
 
 class Writer:
