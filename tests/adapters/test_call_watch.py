@@ -33,6 +33,13 @@ def _no_warning_unseen():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet(monkeypatch):
+    """What other tests have traced counts for models of the same linears, in the whole process."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(call_watch, "_compiled", set())
+
+
 @both
 def test_a_linear_that_does_not_run_is_named_once(make_vit, images, method):
     model = make_vit()
