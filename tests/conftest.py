@@ -47,6 +47,14 @@ def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled graph is there before the test, and none of its own after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every fresh floating allocation holds NaN."""
     with poisoned_allocations(warn_only=torch.cuda.is_available()):

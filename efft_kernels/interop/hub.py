@@ -70,20 +70,10 @@ def from_pretrained(
         if not path.is_file():
             raise ValueError(f"source must be a folder with {ADAPTER}, got {source} without it")
         return load(model, path, keep_head=keep_head, fuse=fuse, strict=strict)
-    name = str(source)
-    if (
-        Path(name).exists()
-        or Path(name).is_absolute()
-        or name.startswith(("~", "."))
-        or name.count("/") > 1
-    ):
+    if _is_path(str(source)):
+        what = "a file: `load` reads one" if Path(source).is_file() else "where there is no folder"
         raise ValueError(
-            f"source must be a folder with {ADAPTER}, or a repository, got {name}"
-            + (
-                ", a file: `load` reads one"
-                if Path(name).is_file()
-                else ", where there is no folder"
-            )
+            f"source must be a folder with {ADAPTER}, or a repository, got {source}, {what}"
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
@@ -98,6 +88,17 @@ def from_pretrained(
             f"source must be a folder or a repository with {ADAPTER}, got {source} ({reason})"
         ) from error
     return load(model, found, keep_head=keep_head, fuse=fuse, strict=strict)
+
+
+def _is_path(source: str) -> bool:
+    """Whether what is no folder was meant as one: a repository is NAME or OWNER/NAME."""
+    path = Path(source)
+    return (
+        path.exists()
+        or path.is_absolute()
+        or source.startswith(("~", "."))
+        or source.count("/") > 1
+    )
 
 
 def push_to_hub(

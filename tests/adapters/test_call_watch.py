@@ -34,9 +34,8 @@ def _no_warning_unseen():
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_compiled_yet(monkeypatch):
+def _nothing_is_compiled_yet(monkeypatch, fresh_dynamo):
     """What other tests have traced counts for models of the same linears, in the whole process."""
-    torch._dynamo.reset()
     monkeypatch.setattr(call_watch, "_compiled", set())
 
 
@@ -201,12 +200,6 @@ def test_under_no_grad(make_vit, images):
 
 class TestCompiled:
     """What runs in a graph is not counted, so nothing is said of it; nothing breaks the graph."""
-
-    @pytest.fixture(autouse=True)
-    def _alone(self):
-        yield
-        torch._dynamo.reset()
-        call_watch._compiled.clear()
 
     def test_whole(self, make_vit, images):
         model = make_vit()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,13 +36,7 @@ METHODS = [
 ]
 EFFT = EFFT2(rank=3, dropout=0.0)
 IMAGES = torch.linspace(-1, 1, 2 * 192).view(2, 3, 8, 8)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture

@@ -21,17 +21,17 @@ from .pages import PAGES, ROOT, blocks, commands
 ALL = [(page, line, text) for page in PAGES for line, text in commands(page)]
 # Pages whose commands are run as they stand.
 EXECUTED = ("README.md", "docs/guides/images.md", "docs/guides/serving.md", "docs/install.md")
-# What a command is known by → the test that runs it by itself, with its data and small. Here such a
-# command is only parsed.
+# What a command is known by → the test that runs it by itself, with its data and small, and how.
+# Here such a command is only parsed.
 RUN_ELSEWHERE = {
-    "--recipe": "cli/test_cli.py",
-    "vtab": "cli/test_benchmarks.py",
-    "sweep": "experiments/test_sweep.py",
-    "analyse": "cli/test_analyse.py",
-    "papers": "cli/test_papers.py",
-    "bench": "benchmarks/test_command.py",
-    "model.onnx": "cli/test_serving.py",
-    "torchrun": "training/test_ranks.py",
+    "--recipe": ("cli/test_cli.py", 'command = ("--recipe", "vtab"'),
+    "vtab": ("cli/test_benchmarks.py", 'invoke("vtab", "--data", data'),
+    "sweep": ("experiments/test_sweep.py", "def test_the_command("),
+    "analyse": ("cli/test_analyse.py", "def test_the_digits"),
+    "papers": ("cli/test_papers.py", 'app, ["papers", "--output"'),
+    "bench": ("benchmarks/test_command.py", 'app, ["--model", "Tiny"'),
+    "model.onnx": ("cli/test_serving.py", '"export", run, "--output", path'),
+    "torchrun": ("training/test_ranks.py", '"RANK": str(rank), "WORLD_SIZE"'),
 }
 
 
@@ -143,8 +143,8 @@ def test_other_commands_are_run_by_tests_of_their_own() -> None:
         for line, words in _resolved(page):
             if words[0] == "efft-kernels" and words[1] != "models":
                 assert RUN_ELSEWHERE.keys() & set(words), f"{page}:{line}: nobody runs {words}"
-    for word, test in RUN_ELSEWHERE.items():
-        assert word in (ROOT / "tests" / test).read_text(), f"{test} does not run {word}"
+    for test, call in RUN_ELSEWHERE.values():
+        assert call in (ROOT / "tests" / test).read_text(), f"{test} does not hold {call}"
 
 
 def _run(arguments: str, where: str = "") -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -17,13 +15,7 @@ from efft_kernels.testing.operands import Shape, leaves, operands
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default
 BWD = torch.ops.efft_kernels.low_rank_linear_bwd.default
 SHAPE = Shape(K=7, n=5, Ra=3, Rb=2)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Graphs:

@@ -558,13 +558,8 @@ class TestTransforms:
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 class TestCompile:
-    @pytest.fixture(autouse=True)
-    def _fresh_dynamo(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
     @staticmethod
     def call(t, **options):
         return low_rank_linear_with_dropout(**t, p=0.5, **options)
