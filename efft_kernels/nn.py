@@ -257,6 +257,11 @@ _OWN_ATTRIBUTES = (
     *("backend", "strategy", "_bank", "_site", "_place", "_base_weight"),
     *("shared_input", "remakes_input", "input_from", "_recipes"),
 )
+NOT_FOR_PEFT = (
+    " is adapted by efft_kernels already, and PEFT cannot wrap it: call merge() and detach() on the"
+    " adapter for a plain model first, or take the adapter over by export_peft_lora(adapter,"
+    " folder) and PeftModel.from_pretrained"
+)
 _WAY_OUT = (
     "make it permanent first, by torch.nn.utils.prune.remove, remove_weight_norm,"
     " remove_spectral_norm or parametrize.remove_parametrizations"
@@ -555,11 +560,7 @@ class FusedEFFTLinear(nn.Linear):
             TypeError: the layer is an attached one: PEFT would save its part without the factors.
         """
         if self._bank:
-            raise TypeError(
-                f"{self._site} is adapted by efft_kernels already, and PEFT cannot wrap it: call"
-                " merge() and detach() on the adapter for a plain model first, or take the adapter"
-                " over by export_peft_lora(adapter, folder) and PeftModel.from_pretrained"
-            )
+            raise TypeError(self._site + NOT_FOR_PEFT)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
 
     def __dir__(self) -> list[str]:

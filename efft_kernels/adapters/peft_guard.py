@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from ..nn import NOT_FOR_PEFT
+
 PLACE = "peft_config"  # of a model: PEFT puts each of its configurations there first of all
 
 
@@ -22,11 +24,7 @@ class PeftGuard:
         self.before = before
 
     def __setitem__(self, adapter: str, config: Any) -> NoReturn:
-        raise TypeError(
-            f"{self.model} is adapted by efft_kernels already, and PEFT cannot wrap it: call"
-            " merge() and detach() on the adapter for a plain model first, or take the adapter"
-            " over by export_peft_lora(adapter, folder) and PeftModel.from_pretrained"
-        )
+        raise TypeError(self.model + NOT_FOR_PEFT)
 
     def update(self, configs: Any) -> NoReturn:
         """As a dictionary's, refused like an item.
