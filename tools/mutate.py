@@ -73,6 +73,7 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "adapters/adapter_file.py": (
         "adapters/test_adapter_file.py",
+        "adapters/test_adapter_state.py",
         "interop/test_damaged_files.py::TestAdapterFile",
         "adapters/test_adapter_set.py",
     ),

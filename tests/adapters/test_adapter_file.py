@@ -80,6 +80,9 @@ class TestFile:
         load(make_vit(), tmp_path / "a.safetensors")
         with pytest.raises(ValueError, match=r"metadata keys must not be the format's own.*method"):
             adapter.save(tmp_path / "b.safetensors", {"method": "mine"})
+        for further in ({"note": 1}, {1: "note"}):
+            with pytest.raises(TypeError, match="metadata must map str to str, got"):
+                adapter.save(tmp_path / "b.safetensors", further)
         assert not (tmp_path / "b.safetensors").exists()
 
     def test_mode_is_that_of_any_new_file(self, adapted, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -542,6 +543,22 @@ def test_head_without_bias(make_vit, randomize):
         randomize(model.head)
         tasks.add(name)
     x = images(2)
+    expected = alone(model, tasks, x, "ba")
+    with tasks.tasks("ba"), torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_of_every_token(randomize):
+    """Segmentation's: [B, T, K] goes through the head, and each row's tokens through its own."""
+    linears = [nn.Linear(6, n, dtype=torch.float64) for n in (6, 3)]
+    model = nn.Sequential(OrderedDict(zip(("fc1", "head"), linears, strict=True))).eval()
+    adapter = attach(model, LoRA(rank=2, matrices=None), targets="fc1", modules_to_train="head")
+    tasks = AdapterSet(adapter)
+    for name in "ab":
+        randomize(adapter)
+        randomize(model.head)
+        tasks.add(name)
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
     expected = alone(model, tasks, x, "ba")
     with tasks.tasks("ba"), torch.no_grad():
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
