@@ -86,6 +86,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_sites.py",
         "adapters/test_coverage.py",
         "adapters/test_swin_and_others.py",
+        "adapters/test_shared_input.py",
         "adapters/test_adapter_state.py",
     ),
     "adapters/attach.py": (

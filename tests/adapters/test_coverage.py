@@ -212,6 +212,11 @@ def test_classifiers_of_timm(name, heads):
     assert classifier_names(meta(name)) == heads
 
 
+def test_of_several_usual_names_the_first_is_the_classifier():
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("fc", "classifier", "head_dist")})
+    assert classifier_names(model) == ["classifier", "head_dist"]
+
+
 @pytest.mark.parametrize(
     ("name", "heads"),
     [

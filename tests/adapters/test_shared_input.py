@@ -93,6 +93,14 @@ def test_first_derivatives(models, shared_calls):
     close(*results)
 
 
+@pytest.mark.parametrize(("targets", "shared"), [(["query", "value"], 4), (["key"], 0)])
+def test_two_share_as_three_do_and_one_does_not(randomize, shared_calls, targets, shared):
+    model = Model().double()
+    randomize(attach(model, EFFT2(rank=3, dropout=0.0), targets=targets), 0.3)
+    model(X)
+    assert len(shared_calls) == shared
+
+
 def test_second_derivatives(models, shared_calls):
     results = []
     for model in models:
