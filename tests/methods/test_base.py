@@ -131,6 +131,7 @@ BAD = [
     (lambda: LoRA(matrices=()), TypeError, "matrices must be None or a tuple"),
     (lambda: LoRA(matrices="q"), TypeError, "matrices must be None or a tuple"),
     (lambda: LoRA(matrices=("q", "w")), ValueError, "matrices must be one of .* got 'w'"),
+    (lambda: KAdaptation(matrices=("q", "w")), ValueError, "matrices must be one of .* got 'w'"),
     (lambda: KAdaptation(products=0), ValueError, "products must be at least 1"),
     (lambda: KAdaptation(products=2.0), TypeError, "products must be an int"),
     (lambda: KAdaptation(init="uv"), ValueError, "init must be one of"),
@@ -265,3 +266,17 @@ def test_a_constant_is_exact_and_no_float_of_the_module():
 
     assert Scaled().scale == 0.1
     assert not any(isinstance(value, float) for value in vars(Scaled()).values())
+
+
+@pytest.mark.parametrize("method", [EFFT1(rank=2), EFFT2(rank=2), FacTTT(rank=2), FacTTK(rank=2)])
+@pytest.mark.parametrize("shape", [(8, 12), (12, 16)])
+def test_attention_of_two_widths_has_no_place_in_a_tensor(method, shape):
+    narrow = Site("blocks.0.attn.q", "q", 0, 0, *shape)
+    with pytest.raises(
+        ValueError, match=rf"d×d .*'blocks.0.attn.q' with K={shape[0]}, N={shape[1]}"
+    ):
+        method.build([narrow])
+
+
+def test_the_published_ranks_are_the_defaults():
+    assert LoRA() == LoRA(rank=8, scale=1.0, matrices=("q", "v"))
