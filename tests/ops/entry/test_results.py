@@ -116,7 +116,7 @@ def test_views_of_larger_parameters():
     found, expected = on_both_ways(run)
     assert_identical(found, expected)
     for a, b in zip(found, run(reference.low_rank_linear), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max()  # of sums in which single terms cancel
 
 
 @on_each_backend
