@@ -177,24 +177,25 @@ def test_the_whole_range_of_an_activation(name, route):
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["norm", "gelu", "gated", "windows of a norm"])
-def test_under_autocast(name, dtype):
+@pytest.mark.parametrize("trains_weight", [False, True])  # its gradient takes the whole of x
+@pytest.mark.parametrize("name", ["norm", "gelu", "gated", "norm, rows in one"])
+def test_under_autocast(name, trains_weight, dtype, monkeypatch):
+    monkeypatch.setitem(globals(), "NORM", copy.deepcopy(NORM).float())
+
     def run(remakes):
         linear = layer(torch.float32)
         linear.remakes_input = remakes
-        linear.weight.requires_grad_(name == "norm")  # its gradient takes the whole of x
-        producer, shape, *_ = PRODUCERS[name]
-        h = drawn(shape, torch.float32)
-        torch.manual_seed(1)
+        linear.weight.requires_grad_(trains_weight)
         with torch.autocast("cpu", dtype):
-            wide = h.double() * 1.5  # the producers here are in float64
-            x = producer(wide).float()
-        with torch.autocast("cpu", dtype):
-            y = linear(x * 1.0 if x.grad_fn is None else x)
+            h, x = produced(name, torch.float32)
+            y = linear(x)
+        assert x.dtype == torch.float32 and y.dtype == dtype
         y.float().sin().sum().backward()
+        assert linear.input_from == (PRODUCERS[name][2] if remakes else "kept")
         return [h.grad, *(p.grad for p in linear.parameters() if p.requires_grad)]
 
     for a, b in zip(run(True), run(False), strict=True):
+        assert b.abs().max() > 0
         assert (a - b).abs().max() <= 0.02 * b.abs().max()
 
 
