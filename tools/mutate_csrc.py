@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from .csrc_faults import FAULTS, Fault
-from .mutate import ROOT, append_score
+from .mutate import ROOT, append_score, present_commit
 
 BUILD = ROOT / "build" / "native"
 LIBRARIES = {"cpu": "_native", "entry": "_autograd"}  # by the folder of csrc
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="TEST")
     parser.add_argument("--csv", type=Path, help="append the score of each test to this file")
     options = parser.parse_args()
-    tried = caught = 0
+    commit, tried, caught = present_commit(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder).resolve())
         for test in options.only:
@@ -231,7 +231,7 @@ def main() -> None:
                 name = f"csrc/{part} by {test if test.endswith('.py') else f'test_{test}'}"
                 print(f"{name}: {noticed} of {len(faults)}", flush=True)
                 if options.csv is not None:
-                    append_score(options.csv, ["", name, len(faults), noticed])
+                    append_score(options.csv, commit, ["", name, len(faults), noticed])
                 tried, caught = tried + len(faults), caught + noticed
     print(f"{caught} of {tried} caught, {100 * caught / tried:.1f} %")
 
