@@ -104,8 +104,10 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "ops/backends/cpp/test_values.py": (
         # microkernel.h, thin.h: the products
         Fault("cpu/microkernel.h", "acc[i][j] += odd[i][j];", "(void)odd[i][j];"),
-        Fault("cpu/microkernel.h", "std::min(kChain, term.depth - k)", "kChain"),
-        Fault("cpu/thin.h", "for (; i < columns; ++i)", "for (; i + 1 < columns; ++i)"),
+        Fault("cpu/microkernel.h", "std::min(kChain, first.depth - k)", "kChain"),
+        Fault("cpu/microkernel.h", "add = true;", ""),
+        Fault("cpu/thin.h", "b.data + k * b.stride + whole,", "b.data + whole,"),
+        Fault("cpu/thin.h", "add({edge, lanes}, 1, c + whole);", "add({edge, lanes}, 1, c);"),
         Fault("cpu/thin.h", "b.data += kTransposedChain * b.stride;", ""),
         # pack.h: the weight beyond one step of the inner dimension
         Fault("cpu/pack.h", "read_row(w, n0 + n + i, k0 + k,", "read_row(w, n0 + n + i, k,"),
@@ -113,7 +115,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         # product.h: the main product and what is fused into it
         Fault("cpu/product.h", "fused.thin, !first);", "fused.thin, true);"),
         Fault("cpu/product.h", "!first && r < count", "first && r < count"),
-        Fault("cpu/product.h", "last && fused.d_down != nullptr", "fused.d_down != nullptr"),
+        Fault("cpu/product.h", "last && fused.d_down_t != nullptr", "fused.d_down_t != nullptr"),
         # factors.h: the fold and the chain rule through it
         Fault("cpu/factors.h", "to, g != set)", "to, false)"),
         Fault("cpu/factors.h", "G * Ra * thin.rb * sizeof(T)", "Ra * thin.rb * sizeof(T)"),
@@ -121,7 +123,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/forward.h", "if (args.p || !merge)", "if (!merge)"),
         Fault("cpu/forward.h", "if (args.p || !merge)", "if (args.p)"),
         Fault("cpu/backward.h", "args.d_down || (args.dx && !merge)", "args.d_down"),
-        Fault("cpu/backward.h", "for (int64_t slot = 1; slot", "for (int64_t slot = 2; slot"),
+        Fault("cpu/backward.h", "for (int64_t slot = 0; slot", "for (int64_t slot = 1; slot"),
+        Fault("cpu/backward.h", "(slot * Ra + r + i) * padded", "(slot * Ra + r) * padded"),
         # storage.h, ops.cpp: what the operands are
         Fault(
             "cpu/storage.h", "columns == width && matrix.row_stride == width", "columns == width"

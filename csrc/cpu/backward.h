@@ -13,12 +13,14 @@ struct BackwardWorkspace {
   RowBlocks<T> blocks;
   MadeRows<T> made;
   T* tail = nullptr;
-  T* x = nullptr;       // [slots, kBlockRows, K], where x is made or not stored in T
-  T* p = nullptr;       // [slots, kBlockRows, width]
-  T* d_b = nullptr;     // [slots, N, width]
-  T* d_down = nullptr;  // [slots, K, width]
-  T* d_core = nullptr;  // [G·Ra, rb]
-  T* d_up = nullptr;    // [up_rows, rb]
+  T* x = nullptr;         // [slots, kBlockRows, K], where x is made or not stored in T
+  T* p = nullptr;         // [slots, kBlockRows, width]
+  T* d_b_t = nullptr;     // [slots, Ra, N padded]
+  T* d_down_t = nullptr;  // [slots, Ra, K padded]
+  T* d_b = nullptr;       // [N, width]
+  T* d_down = nullptr;    // [K, width]
+  T* d_core = nullptr;    // [G·Ra, rb]
+  T* d_up = nullptr;      // [up_rows, rb]
 
   BackwardWorkspace(Arena<T>& arena, const Backward& args)
       : factors(arena, args.factors, args.N, args.K),
@@ -28,11 +30,13 @@ struct BackwardWorkspace {
     if (args.dx) tail = arena.take(args.factors.Ra * blocks.packed.padded);
     if (args.d_core || args.d_up) {
       p = arena.take(rows * factors.width);
-      d_b = arena.take(args.slots * args.N * factors.width);
+      d_b_t = arena.take(args.slots * args.factors.Ra * round_up(args.N, kLanes<T>));
+      d_b = arena.take(args.N * factors.width);
     }
     if (args.d_down) {
       if (args.made_by != kPlain || !is_direct<T>(args.x)) x = arena.take(rows * args.K);
-      d_down = arena.take(args.slots * args.K * factors.width);
+      d_down_t = arena.take(args.slots * args.factors.Ra * round_up(args.K, kLanes<T>));
+      d_down = arena.take(args.K * factors.width);
     }
     // Without a core, d_up is d_B itself.
     if (args.d_core) d_core = arena.take(args.factors.G * args.factors.Ra * factors.rb);
@@ -40,26 +44,43 @@ struct BackwardWorkspace {
   }
 };
 
-// Partial sums [slots, count]; the first slot's += the others', in the order of the slots.
+// Partial sums [slots, Ra, columns padded] to add up, in the order of the slots, and the transpose
+// of their sum [columns, width], zero beyond Ra.
 template <class T>
 struct Partial {
-  T* sums;
-  int64_t count;
+  const T* sums;
+  T* transposed;
+  int64_t columns;
 };
 
 template <class T>
-void reduce_slots(const Partial<T> (&partials)[2], int64_t slots) {
-  constexpr int64_t kPart = 4096;
-  const int64_t parts[2] = {(partials[0].count + kPart - 1) / kPart,
-                            (partials[1].count + kPart - 1) / kPart};
+void reduce_slots(const Partial<T>& partial, int64_t slots, int64_t Ra, int64_t width, int64_t j) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t padded = round_up(partial.columns, lanes);
+  for (int64_t r = 0; r < width; r += lanes) {
+    Vec<T> sums[lanes] = {};
+    for (int64_t i = 0; i < std::min(lanes, Ra - r); ++i) {
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        sums[i] += load(partial.sums + (slot * Ra + r + i) * padded + j);
+      }
+    }
+    transpose<T>(sums);
+    for (int64_t i = 0; i < std::min(lanes, partial.columns - j); ++i) {
+      store(partial.transposed + (j + i) * width + r, sums[i]);
+    }
+  }
+}
+
+template <class T>
+void reduce_slots(const Partial<T> (&partials)[2], int64_t slots, int64_t Ra, int64_t width) {
+  constexpr int64_t kPart = 16 * kLanes<T>;
+  const int64_t parts[2] = {(partials[0].columns + kPart - 1) / kPart,
+                            (partials[1].columns + kPart - 1) / kPart};
   parallel_each(parts[0] + parts[1], [&](int64_t task) {
     const Partial<T>& partial = partials[task < parts[0] ? 0 : 1];
     const int64_t begin = (task < parts[0] ? task : task - parts[0]) * kPart;
-    const int64_t end = std::min(partial.count, begin + kPart);
-    for (int64_t slot = 1; slot < slots; ++slot) {
-      const T* other = partial.sums + slot * partial.count;
-      for (int64_t i = begin; i < end; ++i) partial.sums[i] += other[i];
-    }
+    const int64_t end = std::min(partial.columns, begin + kPart);
+    for (int64_t j = begin; j < end; j += kLanes<T>) reduce_slots(partial, slots, Ra, width, j);
   });
 }
 
@@ -74,6 +95,7 @@ void backward(const Backward& args) {
   fold(args.factors, args.N, args.K, factors);
   memory.made.read_norm(args.K);
   FusedThinProducts<T> shared;
+  shared.rank = Ra;
   shared.width = width;
   if (args.dx) {
     const Tail<T> tail = pack_tail(factors.down, width, Ra, args.K, memory.tail);
@@ -89,18 +111,18 @@ void backward(const Backward& args) {
     FusedThinProducts<T> fused = shared;
     fused.thin = blocks.thin(slot);
     fused.p = p;
-    if (memory.d_b != nullptr) {
-      fused.d_b = memory.d_b + slot * args.N * width;
-      std::memset(fused.d_b, 0, args.N * width * sizeof(T));
-    }
-    if (memory.d_down != nullptr) {
-      fused.d_down = memory.d_down + slot * args.K * width;
-      std::memset(fused.d_down, 0, args.K * width * sizeof(T));
-    }
+    const auto zeroed = [&](T* partial, int64_t columns) {
+      if (partial == nullptr) return partial;
+      const int64_t count = Ra * round_up(columns, kLanes<T>);
+      std::memset(partial + slot * count, 0, count * sizeof(T));
+      return partial + slot * count;
+    };
+    fused.d_b_t = zeroed(memory.d_b_t, args.N);
+    fused.d_down_t = zeroed(memory.d_down_t, args.K);
     each_block(args.M, slot, args.slots, [&](int64_t first, int64_t rows) {
       const Rows<T> dy = blocks.load(slot, first, rows);
-      if (fused.d_b != nullptr) read_padded(args.p, first, rows, Ra, p, width);
-      if (fused.d_down != nullptr) fused.x = memory.made.rows(first, rows, args.K, x_scratch);
+      if (fused.d_b_t != nullptr) read_padded(args.p, first, rows, Ra, p, width);
+      if (fused.d_down_t != nullptr) fused.x = memory.made.rows(first, rows, args.K, x_scratch);
       if (args.dx) {
         blocks.run_block(slot, first, rows, dy, fused);
         return;
@@ -109,19 +131,20 @@ void backward(const Backward& args) {
       if (fused.thin_in != nullptr) {
         thin_product(dy, rows, args.N, fused.thin_in, width, fused.thin);
       }
-      if (fused.d_b != nullptr) {
-        add_transposed_product<T>(dy, {p, width}, rows, fused.d_b, width, args.N, width);
+      if (fused.d_b_t != nullptr) {
+        add_transposed_product<T>({p, width}, Ra, dy, args.N, rows, fused.d_b_t,
+                                  round_up(args.N, kLanes<T>));
       }
-      if (fused.d_down != nullptr) {
-        add_transposed_product<T>(fused.x, {fused.thin, width}, rows, fused.d_down, width, args.K,
-                                  width);
+      if (fused.d_down_t != nullptr) {
+        add_transposed_product<T>({fused.thin, width}, Ra, fused.x, args.K, rows, fused.d_down_t,
+                                  round_up(args.K, kLanes<T>));
       }
     });
   });
 
-  reduce_slots<T>({{memory.d_down, memory.d_down == nullptr ? 0 : args.K * width},
-                   {memory.d_b, memory.d_b == nullptr ? 0 : args.N * width}},
-                  args.slots);
+  reduce_slots<T>({{memory.d_down_t, memory.d_down, memory.d_down == nullptr ? 0 : args.K},
+                   {memory.d_b_t, memory.d_b, memory.d_b == nullptr ? 0 : args.N}},
+                  args.slots, Ra, width);
   if (memory.d_down != nullptr) write_padded(args.d_down, 0, args.K, Ra, memory.d_down, width);
   if (memory.d_b == nullptr) return;
   unfold(args.factors, args.N, factors, memory.d_b, memory.d_up, memory.d_core);

@@ -93,9 +93,9 @@ void unfold(const Factors& factors, int64_t N, const PaddedFactors<T>& thin, con
   if (d_core != nullptr) {
     std::memset(d_core, 0, G * Ra * thin.rb * sizeof(T));
     parallel_each(G, [&](int64_t g) {
-      add_transposed_product<T>({d_b + g * per_slice * thin.width, thin.width},
-                                {thin.up_row(factors, g, 0, per_slice), thin.rb}, per_slice,
-                                d_core + g * Ra * thin.rb, thin.rb, Ra, thin.rb);
+      add_transposed_product<T>({d_b + g * per_slice * thin.width, thin.width}, Ra,
+                                {thin.up_row(factors, g, 0, per_slice), thin.rb}, thin.rb,
+                                per_slice, d_core + g * Ra * thin.rb, thin.rb);
     });
   }
 }

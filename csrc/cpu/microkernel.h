@@ -5,7 +5,7 @@
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
-// acc[i][j] += Σ_k a[i·row + k·column] · b[k·ldb + j·lanes ...] for one k.
+// acc[i][j] += a[i·row]·b[j·lanes ...]
 template <class T, int ROWS, int VECTORS>
 EFFT_INLINE void step(Vec<T> (&acc)[ROWS][VECTORS], const T* a, int64_t row, const T* b) {
   Vec<T> bv[VECTORS];
@@ -19,20 +19,18 @@ EFFT_INLINE void step(Vec<T> (&acc)[ROWS][VECTORS], const T* a, int64_t row, con
   }
 }
 
-// The same over `depth` of them. A block of few accumulators runs two sums at once, since one sum's
-// additions would wait for each other.
+// acc += a·b for a [ROWS, depth], its rows `row` apart, and b [depth, VECTORS·lanes], its rows ldb
+// apart. A block of few accumulators runs two sums at once, since one sum's additions would wait
+// for each other.
 template <class T, int ROWS, int VECTORS>
-EFFT_INLINE void accumulate(Vec<T> (&acc)[ROWS][VECTORS],
-                            const T* a,  // [ROWS, depth] through its strides
-                            int64_t row, int64_t column,
-                            const T* b,  // [depth, VECTORS·lanes], rows ldb apart
+EFFT_INLINE void accumulate(Vec<T> (&acc)[ROWS][VECTORS], const T* a, int64_t row, const T* b,
                             int64_t ldb, int64_t depth) {
   if constexpr (2 * ROWS * VECTORS <= kAccumulators) {
     Vec<T> odd[ROWS][VECTORS] = {};
     for (; depth >= 2; depth -= 2) {
       step<T, ROWS, VECTORS>(acc, a, row, b);
-      step<T, ROWS, VECTORS>(odd, a + column, row, b + ldb);
-      a += 2 * column;
+      step<T, ROWS, VECTORS>(odd, a + 1, row, b + ldb);
+      a += 2;
       b += 2 * ldb;
     }
 #pragma GCC unroll 32
@@ -43,7 +41,7 @@ EFFT_INLINE void accumulate(Vec<T> (&acc)[ROWS][VECTORS],
   }
   for (; depth > 0; --depth) {
     step<T, ROWS, VECTORS>(acc, a, row, b);
-    a += column;
+    a += 1;
     b += ldb;
   }
 }
@@ -60,91 +58,92 @@ struct Term {
 
 // Terms that are summed one after another before the sum joins the others': rounding errors grow
 // with the length of a chain.
-constexpr int64_t kChain = 128;
-static_assert(kChain % (2 * kPrefetchInterval) == 0);
+constexpr int64_t kChain = 384;
 
-// total += term.a·term.b, a read along its rows.
+// The steps between two prefetches, with a panel b, whose lines come into the first-level cache
+// kAhead steps before they are read: the processor's own prefetcher is late for them. One step a
+// loop: where the compiler sees several, it moves accumulators about.
 template <class T, int ROWS, int VECTORS>
-EFFT_INLINE void add_term(Vec<T> (&total)[ROWS][VECTORS], const Term<T>& term) {
-  for (int64_t k = 0; k < term.depth; k += kChain) {
-    Vec<T> acc[ROWS][VECTORS] = {};
-    accumulate<T, ROWS, VECTORS>(acc, term.a + k, term.row, 1, term.b + k * term.ldb, term.ldb,
-                                 std::min(kChain, term.depth - k));
-#pragma GCC unroll 32
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) total[i][j] += acc[i][j];
+EFFT_INLINE void interval(Vec<T> (&acc)[ROWS][VECTORS], const T*& a, int64_t row, const T*& b) {
+  constexpr int64_t kAhead = 6;
+  constexpr int64_t kPanelRow = VECTORS * kLanes<T>;
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < kPrefetchInterval; ++k) {
+#pragma GCC unroll 4
+    for (int64_t byte = 0; byte < VECTORS * EFFT_VECTOR_BYTES; byte += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(b + kAhead * kPanelRow) + byte, 0, 3);
     }
+    step<T, ROWS, VECTORS>(acc, a, row, b);
+    a += 1;
+    b += kPanelRow;
   }
 }
 
-// The same with prefetches between the steps; out's rows are ldc apart.
+// acc += term.a·term.b for a panel b, whose rows follow each other, and an `a` read along its rows.
 template <class T, int ROWS, int VECTORS>
-EFFT_INLINE void add_term_with_prefetch(Vec<T> (&total)[ROWS][VECTORS], const Term<T>& term,
-                                        Prefetch prefetch, int64_t ldc) {
+EFFT_INLINE void accumulate_with_prefetch(Vec<T> (&acc)[ROWS][VECTORS], const Term<T>& term,
+                                          Prefetch prefetch, int64_t ldc) {
+  constexpr int64_t kPanelRow = VECTORS * kLanes<T>;
   const T* a = term.a;
   const T* b = term.b;
-  const int64_t row = term.row, ldb = term.ldb, depth = term.depth;
   const T* out = static_cast<const T*>(prefetch.out);
   const T* x = static_cast<const T*>(prefetch.x);
   int vector = 0;
-  for (int64_t k = 0; k < depth;) {
-    Vec<T> acc[ROWS][VECTORS] = {};
-    const int64_t chain_end = std::min(depth, k + kChain);
-    while (k < chain_end) {
-      for (int64_t line = 0; line < prefetch.panel_lines; ++line) {
-        __builtin_prefetch(prefetch.panel, 0, 2);
-        prefetch.panel += kCacheLine;
-      }
-      if (k % (2 * kPrefetchInterval) == 0) {
-        __builtin_prefetch(prefetch.row, 0, 2);
-        prefetch.row += kCacheLine;
-      } else {
-        __builtin_prefetch(out, 1, 3);
-        __builtin_prefetch(x, 0, 2);
-        out += kLanes<T>;
-        x += kLanes<T>;
-        if (++vector == VECTORS) {
-          vector = 0;
-          out += ldc - VECTORS * kLanes<T>;
-          x += prefetch.x_stride - VECTORS * kLanes<T>;
-        }
-      }
-      for (const int64_t end = std::min(chain_end, k + kPrefetchInterval); k < end; ++k) {
-        step<T, ROWS, VECTORS>(acc, a, row, b);
-        a += 1;
-        b += ldb;
-      }
+  int64_t k = 0;
+  for (; k + 2 * kPrefetchInterval <= term.depth; k += 2 * kPrefetchInterval) {
+    for (int64_t line = 0; line < 2 * prefetch.panel_lines; ++line) {
+      __builtin_prefetch(prefetch.panel, 0, 2);
+      prefetch.panel += kCacheLine;
     }
-#pragma GCC unroll 32
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) total[i][j] += acc[i][j];
+    __builtin_prefetch(prefetch.row, 0, 2);
+    prefetch.row += kCacheLine;
+    interval<T, ROWS, VECTORS>(acc, a, term.row, b);
+    __builtin_prefetch(out, 1, 3);
+    __builtin_prefetch(x, 0, 2);
+    out += kLanes<T>;
+    x += kLanes<T>;
+    if (++vector == VECTORS) {
+      vector = 0;
+      out += ldc - kPanelRow;
+      x += prefetch.x_stride - kPanelRow;
     }
+    interval<T, ROWS, VECTORS>(acc, a, term.row, b);
+  }
+  for (; k < term.depth; ++k) {
+    step<T, ROWS, VECTORS>(acc, a, term.row, b);
+    a += 1;
+    b += kPanelRow;
   }
 }
 
-// c [ROWS, VECTORS·lanes] = first.a·first.b + second.a·second.b + bias (+ c if `add`).
+// c [ROWS, VECTORS·lanes] = first.a·first.b + second.a·second.b + bias (+ c if `add`). With
+// PREFETCH `first` is one chain, and its b a panel.
 template <class T, int ROWS, int VECTORS, bool PREFETCH = false>
 EFFT_INLINE void block(const Term<T>& first, const Term<T>& second, T* c, int64_t ldc,
                        const T* bias, bool add, const Prefetch& prefetch) {
-  Vec<T> total[ROWS][VECTORS];
+  for (int64_t k = 0;; k += kChain) {
+    const bool last = PREFETCH || k + kChain >= first.depth;
+    Vec<T> acc[ROWS][VECTORS] = {};
+    if constexpr (PREFETCH) {
+      accumulate_with_prefetch<T, ROWS, VECTORS>(acc, first, prefetch, ldc);
+    } else {
+      accumulate<T, ROWS, VECTORS>(acc, first.a + k, first.row, first.b + k * first.ldb, first.ldb,
+                                   std::min(kChain, first.depth - k));
+    }
+    if (last) {
+      accumulate<T, ROWS, VECTORS>(acc, second.a, second.row, second.b, second.ldb, second.depth);
+    }
 #pragma GCC unroll 8
-  for (int j = 0; j < VECTORS; ++j) {
-    const Vec<T> start = bias != nullptr ? load(bias + j * kLanes<T>) : Vec<T>{};
+    for (int j = 0; j < VECTORS; ++j) {
+      const Vec<T> start = bias != nullptr ? load(bias + j * kLanes<T>) : Vec<T>{};
 #pragma GCC unroll 32
-    for (int i = 0; i < ROWS; ++i) total[i][j] = add ? load(c + i * ldc + j * kLanes<T>) : start;
-  }
-  if constexpr (PREFETCH) {
-    add_term_with_prefetch<T, ROWS, VECTORS>(total, first, prefetch, ldc);
-  } else {
-    add_term<T, ROWS, VECTORS>(total, first);
-  }
-  add_term<T, ROWS, VECTORS>(total, second);
-#pragma GCC unroll 32
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) store(c + i * ldc + j * kLanes<T>, total[i][j]);
+      for (int i = 0; i < ROWS; ++i) {
+        T* to = c + i * ldc + j * kLanes<T>;
+        store(to, (add ? load(to) : start) + acc[i][j]);
+      }
+    }
+    if (last) return;
+    add = true;
   }
 }
 

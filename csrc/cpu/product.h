@@ -10,17 +10,18 @@ namespace efft_kernels::cpu::EFFT_ISA {
 // while these are in cache. A product whose result is null is left out.
 template <class T>
 struct FusedThinProducts {
-  int64_t width = 0;  // of every thin matrix
+  int64_t rank = 0;   // Ra
+  int64_t width = 0;  // of thin matrices' rows: Ra padded
 
   const T* thin_in = nullptr;  // [inner, width]: down in the forward, B in the backward
   T* thin = nullptr;           // [rows, width] = a·thin_in: P in the forward, S in the backward
   Tail<T> tail = {};           // out += thin·tail
 
   // The backward's, where a = dY and out = dX.
-  const T* p = nullptr;  // [rows, width]
-  T* d_b = nullptr;      // [inner, width] += a^T·p
-  Rows<T> x = {};        // [rows, columns]
-  T* d_down = nullptr;   // [columns, width] += x^T·thin
+  const T* p = nullptr;   // [rows, width]
+  T* d_b_t = nullptr;     // [Ra, inner padded] += p^T·a
+  Rows<T> x = {};         // [rows, columns]
+  T* d_down_t = nullptr;  // [Ra, columns padded] += thin^T·x
 };
 
 // Where the product of a block of rows is stored. Rows have room for the packed weight's padded
@@ -37,6 +38,7 @@ struct OutputBlock {
 template <class T>
 void product(Rows<T> a, int64_t rows, int64_t next_rows, const Packed<T>& packed, const T* bias,
              const FusedThinProducts<T>& fused, const OutputBlock<T>& out) {
+  static_assert(kDepth <= kChain);
   T edge[kRows * kPanel<T>];
   const int64_t width = fused.width;
   const int64_t step_depth = std::min(kDepth, packed.inner);
@@ -54,11 +56,11 @@ void product(Rows<T> a, int64_t rows, int64_t next_rows, const Packed<T>& packed
     if (fused.thin_in != nullptr) {
       thin_product(slice, rows, depth, fused.thin_in + k * width, width, fused.thin, !first);
     }
-    if (fused.d_b != nullptr) {
-      add_transposed_product<T>(slice, {fused.p, width}, rows, fused.d_b + k * width, width, depth,
-                                width);
+    if (fused.d_b_t != nullptr) {
+      add_transposed_product<T>({fused.p, width}, fused.rank, slice, depth, rows, fused.d_b_t + k,
+                                round_up(packed.inner, kLanes<T>));
     }
-    const bool with_d_down = last && fused.d_down != nullptr;
+    const bool with_d_down = last && fused.d_down_t != nullptr;
     PrefetchCursor<T> upcoming =
         last ? PrefetchCursor<T>({a.data + rows * a.stride, a.stride}, next_rows, step_depth,
                                  packed.blocks(rows))
@@ -112,8 +114,9 @@ void product(Rows<T> a, int64_t rows, int64_t next_rows, const Packed<T>& packed
         }
       }
       if (with_d_down) {
-        add_transposed_product<T>({fused.x.data + j, fused.x.stride}, {fused.thin, width}, rows,
-                                  fused.d_down + j * width, width, valid, width);
+        add_transposed_product<T>({fused.thin, width}, fused.rank,
+                                  {fused.x.data + j, fused.x.stride}, valid, rows,
+                                  fused.d_down_t + j, packed.padded);
       }
     }
   }
