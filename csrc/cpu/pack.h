@@ -72,6 +72,18 @@ void pack_transposed(const Matrix& w, int64_t n0, int64_t columns, int64_t width
 template <class T>
 void pack_rows(const Matrix& w, int64_t j0, int64_t columns, int64_t width, int64_t k0,
                int64_t depth, T* out) {
+  if (is_direct<T>(w) && columns == width) {
+    const T* from = static_cast<const T*>(w.data) + k0 * w.row_stride + j0;
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t j = 0; j < width; j += kCacheLine / sizeof(T)) {
+        __builtin_prefetch(from + kPrefetchRows * w.row_stride + j, 0, 3);
+      }
+      for (int64_t j = 0; j < width; j += kLanes<T>) store(out + j, load(from + j));
+      from += w.row_stride;
+      out += width;
+    }
+    return;
+  }
   for (int64_t k = 0; k < depth; ++k) {
     T* row = out + k * width;
     read_row(w, k0 + k, j0, row, columns);

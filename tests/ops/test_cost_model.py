@@ -517,15 +517,19 @@ def test_under_autocast_cuda_casts_and_computes_p_in_the_loop(sizes):
 
 def test_packing_pays_where_it_was_measured_to():
     """A large float32 weight and few rows go to plain torch, everything else to the C++ kernels."""
-    large = cost_model.Problem(197, 768, 3072, 1, 16, True, 4, 4, "cpu")
+    large = cost_model.Problem(197, 1024, 4096, 1, 16, True, 4, 4, "cpu")
     assert not cpp_backend.preferred(large)
     assert not cpp_backend.preferred(large._replace(M=511))
     assert cpp_backend.preferred(large._replace(M=512))
-    assert cpp_backend.preferred(large._replace(K=1024, N=1024))
-    assert not cpp_backend.preferred(large._replace(K=1025, N=1024))
-    assert cpp_backend.preferred(large._replace(M=1576))
     assert cpp_backend.preferred(large._replace(compute_bytes=2))
-    assert cpp_backend.preferred(large._replace(K=384, N=1536))
+    base = large._replace(K=1024, N=2560)
+    assert cpp_backend.preferred(base)
+    assert not cpp_backend.preferred(base._replace(N=2561))
+    assert cpp_backend.preferred(base._replace(M=128))
+    assert not cpp_backend.preferred(base._replace(M=127))
+    small = large._replace(M=1, K=1024, N=1024)
+    assert cpp_backend.preferred(small)
+    assert not cpp_backend.preferred(small._replace(K=1025))
 
 
 def test_devices_stand_to_each_other_as_their_datasheets_do():

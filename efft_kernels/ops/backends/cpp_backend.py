@@ -44,12 +44,14 @@ def out_of_reach(problem: Problem) -> bool:
 def preferred(problem: Problem) -> bool:
     """Whether this backend, which packs the weight once per call, is faster than plain torch.
 
-    Over plain torch, forward and backward, float32, two threads: 0.76 to 0.92 of its speed for
-    weights of 1.8 to 2.4 million elements up to 394 rows, 1.03 to 1.06 at 1,576; 1.01 to 1.34 for
-    590 thousand elements and fewer at any number of rows. In bfloat16 it is 1.6 times as fast as a
-    library without AMX. `python -m benchmarks.operators` measures it anew.
+    Over plain torch, forward and backward, float32, two threads, AVX-512: 1.05 to 1.26 times as
+    fast for weights of 0.6 to 2.4 million elements from 197 rows on, 0.93 to 1.07 at 64; for 3 to
+    6.5 million 0.86 to 1.08 up to 394 rows, 0.87 to 1.28 from 788 on. In bfloat16 it is several
+    times as fast as a library without AMX. `python -m benchmarks.operators` measures it anew.
     """
-    return problem.compute_bytes == 2 or problem.N * problem.K <= 1 << 20 or problem.M >= 512
+    if problem.compute_bytes == 2 or problem.M >= 512:
+        return True
+    return problem.N * problem.K <= (5 << 19 if problem.M >= 128 else 1 << 20)
 
 
 def excluded(problem: Problem, strategy: str) -> str | None:
