@@ -412,7 +412,7 @@ def test_what_is_explained_is_the_backend_that_auto_takes():
     assert backend("H100", torch.bfloat16) == backend("H100", torch.float16) == "cuda"
     assert backend("H100", torch.float32) == "triton"
     assert backend("CPU", torch.float32) == "cpp"
-    assert explain(197, 768, 3072, device="CPU", dtype=torch.float32).backend == "torch"
+    assert explain(197, 1024, 4096, device="CPU", dtype=torch.float32).backend == "torch"
     assert backend("H100", torch.bfloat16, backend="triton") == "triton"
 
 

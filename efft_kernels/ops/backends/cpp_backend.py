@@ -51,7 +51,8 @@ def preferred(problem: Problem) -> bool:
     """
     if problem.compute_bytes == 2 or problem.M >= 512:
         return True
-    return problem.N * problem.K <= (5 << 19 if problem.M >= 128 else 1 << 20)
+    elements = problem.N * problem.K
+    return elements <= (5 << 19 if problem.M >= 128 else 1 << 20)
 
 
 def excluded(problem: Problem, strategy: str) -> str | None:
