@@ -25,7 +25,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,17 @@ def soak_save(folder: Path, draw: random.Random) -> Iterator[str]:
             img_size=8, patch_size=4, embed_dim=96, depth=4, num_heads=2, num_classes=5
         )
 
-    def save_on() -> None:
+    def save(numbers: Iterable[int]) -> None:
+        """One adapter after the other, each of a single number."""
         adapter = attach(model(), EFFT2(rank=16))
-        for number in itertools.count():
+        for number in numbers:
             with torch.no_grad():
                 for parameter in adapter.parameters():
                     parameter.fill_(number)
             adapter.save(path, {"number": str(number)})
+
+    def save_on() -> None:
+        save(itertools.count())
 
     while not path.exists():
         ended(save_on, 1.0)
@@ -107,7 +111,7 @@ def soak_save(folder: Path, draw: random.Random) -> Iterator[str]:
         values = {p.flatten()[0].item() for p in load(model(), path).parameters()}
         if len(values) != 1:
             raise Wrong(f"{path} holds parts of several adapters: {values}")
-        attach(model(), EFFT2(rank=16)).save(path)
+        save([-1])  # what the next kill finds where it comes before the first save
         if others := [other for other in folder.iterdir() if other != path]:
             raise Wrong(f"a save after a kill leaves {others}")
         yield KILLED
