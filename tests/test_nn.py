@@ -579,6 +579,17 @@ def test_bad_backend_or_strategy_is_refused_at_first_use(options, text):
         layer(torch.randn(2, 7))
 
 
+def test_what_made_x_is_looked_at_where_a_backward_may_follow(layer):
+    x = torch.randn(2, 7)
+    with torch.no_grad():
+        layer(x)
+    assert layer.input_from is None
+    torch.jit.trace(layer, x, check_trace=False)
+    assert layer.input_from is None
+    layer(x)
+    assert layer.input_from == "kept"
+
+
 def test_bad_input_to_forward(layer):
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., K=7\], got \(2, 8\)"):
         layer(torch.randn(2, 8))

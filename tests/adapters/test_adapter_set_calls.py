@@ -349,6 +349,16 @@ class TestLayout:
             with pytest.raises(ValueError, match="leading dimension"):
                 mixed(tasks, "ab", x)
 
+    def test_images_of_indices_stay_among_those_that_are_there(self, fill):
+        class Indexed(Mixer):
+            def __init__(self):
+                super().__init__("batch")
+                self.embed = nn.Embedding(7, 6)
+
+        tasks = fill(Indexed(), LoRA(rank=2), targets=["fc1", "fc2"])
+        x = torch.tensor([[3, 5, 4, 6], [6, 3, 4, 3]])
+        torch.testing.assert_close(mixed(tasks, "ab", x), alone(tasks, "ab", x))
+
     def test_a_broken_image_among_others(self, mixers):
         x = tokens(3)
         x[0, 0, 0] = torch.nan

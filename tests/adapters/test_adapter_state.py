@@ -324,6 +324,20 @@ class TestImageSize:
                 with pytest.raises(ValueError, match=r"expected \[5, 4\], got \[6, 4\]"):
                     load(Embedded(6), tmp_path / "a")
 
+    @pytest.mark.parametrize("shape", [(1, 5, 4), None])
+    def test_positions_of_another_kind_are_another_model(self, tmp_path, shape):
+        class Embedded(nn.Module):
+            def __init__(self, shape):
+                super().__init__()
+                self.fc1 = nn.Linear(4, 4)
+                if shape is not None:
+                    self.pos_embed = nn.Parameter(torch.zeros(shape))
+
+        attach(Embedded((5, 4)), METHOD, targets="fc1").save(tmp_path / "a")
+        got = "none" if shape is None else r"\[1, 5, 4\]"
+        with pytest.raises(ValueError, match=rf"pos_embed expected \[5, 4\], got {got}"):
+            load(Embedded(shape), tmp_path / "a")
+
     def test_which_parameters_go_with_the_image_size(self):
         tables = (
             "pos_embed",  # timm

@@ -237,6 +237,16 @@ def test_a_whole_name_is_that_linear_alone():
     assert [s.name for s in find_sites(model, "*fc")] == ["fc", "a.fc"]
 
 
+def test_a_linear_of_two_names_is_found_by_either():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["c"] = nn.ModuleDict({"also": model["b"]})
+    for targets in ("b", "c.also", "also", "c.*"):
+        assert [s.name for s in find_sites(model, targets)] == ["b"]
+    assert [s.name for s in find_sites(model, "*")] == ["a", "b"]
+    for excluded in ("b", "c"):
+        assert [s.name for s in find_sites(model, "*", exclude=[excluded])] == ["a"]
+
+
 def test_linears_outside_the_blocks_are_of_no_layer():
     model = meta("swin_tiny_patch4_window7_224")
     names = {s.name for s in find_sites(model, "*", layers=0)}

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from efft_kernels import EFFT2, FacTTK, FacTTT, KAdaptation, LoRA, attach, import_fact, load
 from efft_kernels.analysis.subspace import load_alone
 from efft_kernels.interop import import_peft_lora
-from efft_kernels.interop.name_patterns import MOST_WAYS, NamePatterns
+from efft_kernels.interop.files import read_json
+from efft_kernels.interop.name_patterns import MOST_WAYS, NamePatterns, _compile
 
 HUGE = [10**9, 10**18, 10**400, 1e308, float("inf"), float("nan"), -1, 0]
 ODD = [None, True, "", "x\ny", [], [[]], {}, {"tuple": 3}, {"a": {"b": []}}, [10**9] * 3]
@@ -199,12 +200,6 @@ class TestPeft:
             write(text)
             assert refused_or_read(lambda: import_peft_lora(model, folder), folder)
 
-    def test_a_config_of_many_bytes_is_not_read(self, make_vit, peft_folder):
-        folder, write = peft_folder
-        write('{"peft_type": "LORA", "x": "' + "x" * 2**24 + '"}')
-        with pytest.raises(ValueError, match=r"JSON of at most 16,777,216 bytes, got 16,777,246"):
-            import_peft_lora(make_vit(), folder)
-
     @pytest.mark.parametrize("flag", [True, False])
     def test_the_merge_weights_flag_of_old_releases_means_nothing(
         self, make_vit, peft_folder, flag
@@ -214,6 +209,16 @@ class TestPeft:
         adapter = import_peft_lora(make_vit(), folder)
         (delta,) = adapter.delta_weights().values()
         assert torch.equal(delta, torch.full((36, 12), 4.0))
+
+
+def test_a_config_of_many_bytes_is_not_read(make_vit, peft_folder):
+    folder, write = peft_folder
+    path, start = folder / "adapter_config.json", '{"peft_type": "LORA", "x": "'
+    write(start + "x" * (2**24 - len(start) - 2) + '"}')
+    assert len(read_json(path)["x"]) == 2**24 - 30
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"JSON of at most 16,777,216 bytes, got 16,777,217"):
+        import_peft_lora(make_vit(), folder)
 
 
 def test_a_failure_at_the_last_moment_takes_the_adapter_off_again(
@@ -277,6 +282,33 @@ class TestNamePatterns:
     def test_a_key_that_could_take_for_ever_is_named(self, key):
         with pytest.raises(ValueError, match="simple regular expressions as keys, got"):
             NamePatterns({key: 2}).value_of(self.NAME * 2, 1)
+
+    @pytest.mark.parametrize(
+        ("key", "choices", "repeats"),
+        [
+            ("qkv", 1, 0),
+            ("ab|cd|ef", 3, 0),
+            ("(a*|b|c*d*)", 3, 2),
+            (".*", 1, 1),
+            ("a{3}", 1, 0),
+            ("a{2,3}", 1, 1),
+            (".*x.+", 1, 2),
+            ("(a*)?b", 2, 1),
+            ("(a*b){3}", 1, 3),
+            ("(ab|cd){3}", 2**3, 0),
+            ("(a*|b){4}", 2**4, 4),
+            ("(a*b){8}", 1, 8),
+            ("(a*b){9}", MOST_WAYS + 1, 0),
+            ("(a*b){1,3}", MOST_WAYS + 1, 0),
+            ("(ab|cd){26}", 2**26, 0),
+            ("(ab|cd){27}", MOST_WAYS + 1, 0),
+            ("(ab|cd){80}", MOST_WAYS + 1, 0),
+            ("((ab|cd){26}|c)(ef|gh){2}", MOST_WAYS + 1, 0),
+            ("(?=a*)(?:ab|cd)c*", 2, 2),
+        ],
+    )
+    def test_the_ways_of_a_key(self, key, choices, repeats):
+        assert _compile(key)[1:] == (choices, repeats)
 
     def test_many_names_share_the_bound(self):
         patterns = NamePatterns({".*.*.*.*x": 2})

@@ -43,6 +43,7 @@ def test_a_perfect_run_has_no_percents_above_a_hundred(
     loss, accuracy = (axes.get_ylim() for axes in figures[0].axes)
     assert accuracy[0] < 30 and 100 < accuracy[1] < 101
     assert loss[1] > 1  # as matplotlib chose it
+    assert all(place % 1 == 0 for axes in figures[0].axes for place in axes.get_xticks())
 
 
 class Writer:

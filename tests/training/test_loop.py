@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from efft_kernels.training import loop
 from efft_kernels.training.loop import (
     NonFiniteLossError,
     Schedule,
+    _Constant,
     evaluate,
     saved_for_backward_mib,
     train_epochs,
     train_one_epoch,
     trained_parameters,
 )
+from efft_kernels.training.updates import Updates
 
 
 def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
@@ -38,6 +41,17 @@ def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
     assert evaluate(model, batches, device="cpu", num_classes=3) == pytest.approx(100 * right)
     with pytest.raises(ValueError, match="at least one batch"):
         train_one_epoch(model, [], optimizer, device="cpu")
+    assert train_one_epoch(model, iter(batches), optimizer, device="cpu").images == 9
+    for scheduler, accumulate in ((_Constant(), 1), (None, 2)):
+        with pytest.raises(TypeError, match="loader must have a length"):
+            train_one_epoch(
+                model,
+                iter(batches),
+                optimizer,
+                device="cpu",
+                scheduler=scheduler,
+                updates=Updates(accumulate=accumulate),
+            )
 
 
 def test_a_nan_loss_stops_before_the_update() -> None:
@@ -196,6 +210,32 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[8:] == sorted(rates[8:], reverse=True)
     assert rates[20] == pytest.approx((0.5 + 0.01) / 2 + (0.5 - 0.01) / 2 * math.cos(math.pi / 2))
     assert rates[40] == 0.01
+
+
+@pytest.mark.parametrize("step", ["update", "epoch", "constant"])
+def test_the_optimizer_is_the_one_that_is_named(step: str) -> None:
+    rest = {"epochs": 2, "lr": 0.5, "weight_decay": 0.1, "warmup_epochs": 0, "warmup_lr": 0.1}
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+        schedule = Schedule(**rest, step=step, optimizer=kind.__name__.lower())  # type: ignore[arg-type]
+        optimizer, _ = schedule.start([torch.nn.Parameter(torch.zeros(1))], updates_per_epoch=4)
+        assert type(optimizer) is kind
+        assert optimizer.param_groups[0].get("momentum", 0.9) == 0.9
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_post_hook(lambda *_: events.append("step"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_synchronize", lambda device: events.append(device.type))
+        batch = (torch.randn(7, 5), torch.randint(3, (7,)))
+        train_one_epoch(model, [batch], optimizer, device="cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", events.append)
+    for name in ("cpu", "cuda:1"):
+        loop._synchronize(torch.device(name))
+    assert events == ["cpu", "step", "cpu", torch.device("cuda:1")]
 
 
 def test_a_seeded_epoch_does_not_depend_on_what_was_drawn_before() -> None:
