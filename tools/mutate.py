@@ -276,6 +276,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "block and stage are replaced by the numbers counted below",
     (
         "methods/lora.py",
+        "rows = dict(zip(chosen, up.unbind(), strict=True))",
+        "False",
+    ): "both have the adapted matrices' number",
+    (
+        "methods/lora.py",
+        "return dict(zip(stages, ranks, strict=True))",
+        "False",
+    ): "the lengths were compared above",
+    (
+        "methods/lora.py",
         "up = up if self.scale == 1.0 else up * self.scale",
         "2.5",
     ): "spares a product by one",
