@@ -265,6 +265,41 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "1",
     ): "all inputs are on one device",
     (
+        "methods/joint.py",
+        "for (p, version), now in zip(self.sources, group._parameters.values(), strict=True)",
+        "False",
+    ): "a group has as many parameters later in a forward",
+    (
+        "methods/joint.py",
+        "torch._C._autograd._top_saved_tensors_default_hooks(False),",
+        "True",
+    ): "where something is traced, _is_traced tells",
+    (
+        "methods/joint.py",
+        "if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:",
+        "True",
+    ): "where something is traced, nothing is made at once",
+    (
+        "methods/joint.py",
+        "if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):",
+        "torch.is_grad_enabled() or any((t.requires_grad for t in inputs))",
+    ): "spares a node that nothing is differentiated by",
+    (
+        "methods/joint.py",
+        "pairs = zip(outputs, inner, strict=True)",
+        "False",
+    ): "made from one another",
+    (
+        "methods/joint.py",
+        "pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]",
+        "False",
+    ): "autograd gives a gradient for each output",
+    (
+        "methods/joint.py",
+        "[source for source, need in zip(sources, needs, strict=True) if need],",
+        "False",
+    ): "autograd has a need for each input",
+    (
         "methods/efft.py",
         "placements[site.name] = Placement(first, site.slices, side, (0, 4 * d))",
         "5",

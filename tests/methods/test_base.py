@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,8 +25,11 @@ from efft_kernels.methods.base import (
     check_number,
     constant_float,
     ffn_hidden,
+    is_older,
     stage_rank,
+    undotted_names,
 )
+from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.ops.reference import delta_weight
 
 
@@ -110,6 +114,40 @@ def test_hidden_width_of_packed_gates():
 def test_check_number(value, kind):
     with pytest.raises(kind, match="scale must be"):
         check_number("scale", value)
+    check_number("scale", -sys.float_info.max)
+
+
+def test_names_without_dots_are_told_apart():
+    names = ["a.b", "a_b", "a.b_", "keys"]  # a ParameterDict has a method of the last name
+    sites = [dataclasses.replace(site("q"), name=name) for name in names]
+    assert undotted_names(sites) == dict(zip(names, ["a_b", "a_b_", "a_b__", "keys_"], strict=True))
+
+
+def test_which_of_two_methods_is_further_up():
+    class First:
+        def one(self):
+            pass
+
+        def other(self):
+            pass
+
+    class Second(First):
+        def other(self):
+            pass
+
+    class Third(Second):
+        def one(self):
+            pass
+
+    found = [is_older(kind, "one", "other") for kind in (First, Second, Third)]
+    assert found == [False, True, False]
+    assert [is_older(kind, "other", "one") for kind in (First, Second, Third)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", [FactorGroup, TensorTrainGroup])
+def test_a_group_takes_no_class_arguments(kind):
+    with pytest.raises(TypeError, match="takes no keyword arguments"):
+        type(kind)("Own", (kind,), {}, colour=1)
 
 
 CONFIGURATIONS = [
@@ -141,7 +179,12 @@ def test_configuration_survives_json(method):
 BAD = [
     (lambda: FacTTT(rank=0), ValueError, "rank must be at least 1"),
     (lambda: FacTTT(rank=[]), ValueError, "rank must have one entry per stage"),
-    (lambda: FacTTT(dropout=1.0), ValueError, "dropout must be"),
+    (lambda: FacTTT(rank=(1, 2, 3)), TypeError, "rank must be an int or a pair"),
+    (lambda: FacTTT(rank=(1, 2.0)), TypeError, "rank must be an int or a pair"),
+    (lambda: FacTTT(rank=(1, True)), TypeError, "rank must be an int or a pair"),
+    (lambda: FacTTT(rank="16"), TypeError, "rank must be an int or a pair"),
+    (lambda: FacTTT(rank=(1, 0)), ValueError, "rank must be at least 1"),
+    (lambda: FacTTT(dropout=1.0), ValueError, "dropout must be at least 0.0 and below 1.0, got"),
     (lambda: FacTTT(dropout=-0.1), ValueError, "dropout must be"),
     (lambda: LoRA(dropout=1.0), ValueError, "dropout must be"),
     (lambda: LoRA(dropout=-0.1), ValueError, "dropout must be"),
@@ -251,6 +294,7 @@ def test_a_method_of_ones_own_attaches_trains_saves_and_loads(make_vit, tmp_path
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05
     group = adapter.bank.toy_cp
+    assert group.activation_dropout == 0
     dense = torch.einsum("it,jt,kt->ikj", group.a, group.b, group.c).detach()  # [slice, out, in]
     found = adapter.delta_weights()
     torch.testing.assert_close(found["blocks.0.attn.qkv"], dense[:3].flatten(0, 1))
