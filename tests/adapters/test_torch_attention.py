@@ -302,6 +302,7 @@ def test_attentions_that_cannot_be_adapted(options, text):
 def test_an_output_projection_of_the_users_own(randomize):
     model, x = Attends(), torch.randn(2, 5, 12)
     model.attn.out_proj = nn.Linear(12, 12)
+    model.eval()
     adapter = attach(model, LoRA(rank=2, matrices=None), targets="out_proj", modules_to_train=())
     randomize(adapter)
     expected = model(x, x, x)[0]
