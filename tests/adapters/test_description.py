@@ -197,13 +197,8 @@ def test_the_caption_names_those_that_it_is_about():
     lines = str(table.caption).splitlines()
     assert lines[0] == "in a chain, on a GPU under autocast: 1: blocks.*.q"
     assert lines[1:] == ["did not run in the last forward: 1: blocks.*.k", "trained whole: head"]
-    assert [column.justify for column in table.columns] == [
-        "left",
-        "right",
-        "left",
-        "left",
-        "right",
-    ]
+    sides = [column.justify for column in table.columns]
+    assert sides == ["left", "right", "left", "left", "right"]
     assert list(table.columns[1].cells) == ["2,468"]
     none = Description("m", rows[1:2], {"a": {}}, "why").__rich__()
     assert str(none.caption).startswith("no chain: why\n")
