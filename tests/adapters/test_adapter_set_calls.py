@@ -65,6 +65,28 @@ def test_rows_are_those_of_the_first_tensor_that_has_any():
     assert batch_layout.batch_rows((torch.tensor(3.0), 7), {}) is None
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "rows", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9], 3, True),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9, 9], 3, False),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 9], 6, True),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9], 6, False),
+        ([1, 2, 3], [1, 2, 3, 4], 3, False),
+        ([0, 0], [0.009, -1], 2, True),
+        ([0, 0], [-0.011, 1], 2, False),
+        ([0, 3], [3, 0], 2, False),
+        ([-2, -2, -2 - 1.9e-5], None, 3, True),  # no image reaches it, and its rows are equal
+        ([-2, -2, -2 - 2.1e-5], None, 3, False),
+        ([2, 2.5, 2], None, 3, False),
+        ([], None, 2, True),
+    ],
+)
+def test_whether_the_last_image_changes_its_own_rows_alone(before, after, rows, expected):
+    a, b = (torch.tensor(prints, dtype=torch.float64) for prints in (before, after or before))
+    assert batch_layout._only_last_changes(a, b, rows) is expected
+
+
 class TestThreads:
     def test_another_thread_gets_the_models_own_adapter(self, make_vit, fill):
         tasks = fill(make_vit(), METHODS[0])
