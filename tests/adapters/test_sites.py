@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from efft_kernels.adapters.roles import split_name
+from efft_kernels.adapters.roles import kind_of, split_name
 from efft_kernels.adapters.sites import find_sites
 
 NAMES = [
@@ -100,6 +100,21 @@ def test_split_name(name, block, role):
     assert split_name(name) == (block, role)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blocks.0.attn.qkv", "attention"),
+        ("blocks.0.mlp.fc1", "FFN"),
+        ("blocks.0.my_attn.mix", "attention"),
+        ("blocks.0.my_mlp.mix", "FFN"),
+        ("blocks.0.attn.cpb_mlp.0", None),
+        ("blocks.0.mix", None),
+    ],
+)
+def test_what_a_linear_is_part_of(name, kind):
+    assert kind_of(name) == kind
+
+
 @functools.cache
 def meta(name, **options):
     with torch.device("meta"):
@@ -170,6 +185,7 @@ def test_packed_gates_are_told_by_width(packed):
     ("widths", "roles"),
     [
         ({"qkv": (8, 24), "proj": (8, 8)}, ["qkv", "o"]),
+        ({"qkv": (8, 24)}, ["qkv"]),
         ({"qkv": (8, 48), "proj": (16, 16)}, ["qkv", "o"]),
         ({"qkv": (8, 16), "proj": (8, 8)}, ["kv", "o"]),
         ({"qkv": (8, 20), "proj": (12, 8)}, ["linear", "linear"]),  # keys narrower than values
