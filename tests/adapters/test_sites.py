@@ -106,7 +106,7 @@ def test_split_name(name, block, role):
         ("blocks.0.attn.qkv", "attention"),
         ("blocks.0.mlp.fc1", "FFN"),
         ("blocks.0.my_attn.mix", "attention"),
-        ("blocks.0.my_mlp.mix", "FFN"),
+        ("blocks.0.my_ffn.mix", "FFN"),
         ("blocks.0.attn.cpb_mlp.0", None),
         ("blocks.0.mix", None),
     ],
@@ -205,6 +205,13 @@ def test_gates_of_lettered_ffns_are_told_by_width():
     blocks = [nn.ModuleDict({"mlp": nn.ModuleDict(ffn)}) for ffn in (mlp, packed)]
     sites = find_sites(nn.ModuleDict({"blocks": nn.ModuleList(blocks)}))
     assert [site.role for site in sites] == ["gate", "fc1", "fc2", "gate_fc1", "fc2"]
+
+
+def test_without_an_fc2_nothing_is_packed():
+    block = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(6, 2)})})
+    assert [s.role for s in find_sites(nn.ModuleDict({"blocks": nn.ModuleList([block])}))] == [
+        "fc1"
+    ]
 
 
 def test_an_unnumbered_ffn_counts_beside_an_attention_alone():
