@@ -118,7 +118,11 @@ FILES: dict[str, tuple[str, ...]] = {
     "adapters/description.py": ("adapters/test_description.py", "adapters/test_coverage.py"),
     "adapters/hints.py": ("adapters/test_coverage.py", "adapters/test_refusals.py"),
     "adapters/roles.py": ("adapters/test_sites.py", "adapters/test_coverage.py"),
-    "adapters/sites.py": ("adapters/test_sites.py", "adapters/test_attach.py"),
+    "adapters/sites.py": (
+        "adapters/test_sites.py",
+        "adapters/test_attach.py",
+        "adapters/test_torch_attention.py::test_attentions_that_cannot_be_adapted",
+    ),
     "adapters/swapping.py": (
         "adapters/test_attach.py",
         "adapters/test_adapter.py",

@@ -112,6 +112,7 @@ def test_what_a_warning_proposes_is_taken(name, method, counts, further):
         assert len(attach(model, method).sites) == counts[0]
     Adapter(model).detach()
     text = str(caught[0].message)
+    assert ("; not of LoRA's matrices (q, v): " in text) == (method == LoRA(rank=4))
     more, meant = map(ast.literal_eval, re.findall(r"targets=(\[.*?\])", text))
     assert len(attach_quietly(model, method, targets=meant).sites) == counts[0]
     Adapter(model).detach()

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from efft_kernels.adapters.roles import kind_of, split_name
-from efft_kernels.adapters.sites import find_sites
+from efft_kernels.adapters.sites import find_sites, linear_shapes
+from efft_kernels.methods.base import Site
 
 NAMES = [
     # timm: ViT, DeiT, BEiT, CLIP tower; Swin; EVA-02 with separate q, k, v and a gated FFN
@@ -209,8 +210,11 @@ def test_gates_of_lettered_ffns_are_told_by_width():
 
 def test_without_an_fc2_nothing_is_packed():
     block = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(6, 2)})})
-    assert [s.role for s in find_sites(nn.ModuleDict({"blocks": nn.ModuleList([block])}))] == [
-        "fc1"
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block]), "last": nn.Linear(5, 3)})
+    assert linear_shapes(model) == {"blocks.0.mlp.fc1": (6, 2), "last": (5, 3)}
+    assert find_sites(model, "*") == [
+        Site("blocks.0.mlp.fc1", "fc1", 0, 0, 6, 2),
+        Site("last", "linear", 0, 0, 5, 3),  # in no block, and of a width of its own
     ]
 
 
