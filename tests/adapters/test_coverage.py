@@ -15,9 +15,11 @@ from torch import nn
 
 from efft_kernels import EFFT1, EFFT2, Adapter, KAdaptation, LoRA, attach
 from efft_kernels.adapters.architectures import classifier_names
-from efft_kernels.adapters.coverage import coverage
+from efft_kernels.adapters.coverage import Coverage, _highest_rank, coverage
 from efft_kernels.adapters.hints import listed, none_known, none_matches
 from efft_kernels.adapters.sites import find_sites
+from efft_kernels.adapters.towers import FUSION, TEXT
+from efft_kernels.methods.base import Site
 
 
 @functools.cache
@@ -48,7 +50,9 @@ def projections():
     return nn.ModuleDict({"left": nn.Linear(4, 4), "right": nn.Linear(4, 4)})
 
 
-@pytest.mark.parametrize("method", [EFFT2(rank=1), LoRA(rank=1, matrices=None)])
+@pytest.mark.parametrize(
+    "method", [EFFT2(rank=1), LoRA(rank=1, matrices=None), LoRA(rank=4, matrices=None)]
+)
 def test_one_warning_with_counts_and_the_way_out(method):
     model = Partial(projections())
     with pytest.warns(UserWarning) as caught:
@@ -279,6 +283,37 @@ def test_of_a_model_that_reads_text_the_vision_tower_is_adapted(name, config, ad
     assert {site.partition(".")[0] for site in sites} == {adapted}
     found = coverage(model, sites).left
     assert {kind: name.partition(".")[0] for name, kind in found.items()} == left
+
+
+@pytest.mark.parametrize("kinds", [(TEXT,), (FUSION,), (TEXT, FUSION)])
+def test_towers_that_read_text_are_offered_as_they_are(kinds):
+    site = Site("vision.0.attn.q", "q", 0, 0, 4, 4)
+    left = {f"tower{i}.0.attn.q": kind for i, kind in enumerate(kinds)}
+    found = Coverage("Model", (site.name,), left, {}, dict.fromkeys(left, 1))
+    assert "to adapt them as well" in found.warning(LoRA(rank=2), [site])
+
+
+@pytest.mark.parametrize(
+    ("method", "offered"),
+    [
+        (LoRA(rank=2), ["attn.q", "mix"]),
+        (LoRA(rank=2, matrices=None), ["attn.q", "attn.proj", "mix"]),
+        (EFFT2(rank=2), ["attn.q", "attn.proj"]),
+    ],
+)
+def test_of_a_text_tower_what_the_method_takes_is_offered(method, offered):
+    site = Site("vision.0.attn.q", "q", 0, 0, 4, 4)
+    left = dict.fromkeys(["text.0.attn.q", "text.0.attn.proj", "text.0.mix"], TEXT)
+    found = Coverage("Model", (site.name,), left, {}, dict.fromkeys(left, 4))
+    assert f"Pass targets={offered} to adapt them as well" in found.warning(method, [site])
+
+
+@pytest.mark.parametrize(
+    ("method", "highest"),
+    [(LoRA(rank=[0, 3, 2]), 3), (EFFT2(rank=[2, (3, 5)]), 5), (EFFT2(rank=(6, 1)), 6), (None, 1)],
+)
+def test_the_highest_rank_of_a_method(method, highest):
+    assert _highest_rank(method) == highest
 
 
 def test_clips_text_tower():
