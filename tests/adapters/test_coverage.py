@@ -140,6 +140,12 @@ def test_what_no_method_takes_is_told_as_such():
     attention = nn.MultiheadAttention(4, 1, kdim=3)
     left = coverage(Partial(attention), ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"], ["fc"])
     assert "kdim" in left.out_of_reach["blocks.0.my_attn.in_proj"]
+    for model, trained in (
+        (Partial(attention), ["blocks.0.my_attn"]),
+        (Partial(conv), ["blocks.0.my_attn"]),
+        (Partial(conv), ["head", "blocks.0.my_attn.qkv"]),
+    ):
+        assert coverage(model, (), trained).out_of_reach == {}
 
 
 def test_what_a_method_leaves_is_in_its_description():
