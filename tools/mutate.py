@@ -232,7 +232,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "training/averaging.py": ("training/test_updates.py",),
     "training/curves.py": ("training/test_curves.py",),
     "training/evaluation.py": ("training/test_loop.py", "training/test_run.py"),
-    "training/loop.py": ("training/test_loop.py",),
+    "training/loop.py": ("training/test_loop.py", "training/test_updates.py"),
     "training/rank_batches.py": ("training/test_rank_batches.py",),
     "training/run.py": ("training/test_run.py",),
     "training/run_folder.py": ("training/test_run_folder.py",),
@@ -337,6 +337,31 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'known = first.setdefault((id(module), IN_PROJ if stacked else ""), own)',
         "'' if stacked else IN_PROJ",
     ): "the same two keys, exchanged",
+    (
+        "training/loop.py",
+        "images = images.to(device, non_blocking=True)",
+        "False",
+    ): "spares a wait for the copy",
+    (
+        "training/loop.py",
+        "targets = targets.to(device, non_blocking=True)",
+        "False",
+    ): "spares a wait for the copy",
+    (
+        "training/loop.py",
+        "logits = model(images.to(device, non_blocking=True))",
+        "False",
+    ): "spares a wait for the copy",
+    (
+        "training/loop.py",
+        "accuracy.update(logits, targets.to(device, non_blocking=True))",
+        "False",
+    ): "spares a wait for the copy",
+    (
+        "training/loop.py",
+        "optimizer.zero_grad(set_to_none=True)",
+        "False",
+    ): "spares the zeros",
 }
 
 Tests = dict[str, tuple[float, set[int]]]  # by name: seconds, and the lines that ran

@@ -223,6 +223,12 @@ def test_classifiers_of_timm(name, heads):
     assert classifier_names(meta(name)) == heads
 
 
+def test_a_classifier_that_was_deleted_is_none(make_vit):
+    model = make_vit()
+    del model.head
+    assert classifier_names(model) == []
+
+
 def test_of_several_usual_names_the_first_is_the_classifier():
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("fc", "classifier", "head_dist")})
     assert classifier_names(model) == ["classifier", "head_dist"]
