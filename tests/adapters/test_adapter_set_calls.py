@@ -87,6 +87,34 @@ def test_whether_the_last_image_changes_its_own_rows_alone(before, after, rows, 
     assert batch_layout._only_last_changes(a, b, rows) is expected
 
 
+def test_what_is_exchanged_of_a_call():
+    """The last image: of every tensor with as many rows, but for masks and what is empty."""
+    x, indices = torch.randn(3, 2), torch.tensor([4, 7, 6])
+    same = [torch.ones(3) > 0, torch.ones(3, 0).long(), torch.tensor(2.0), torch.ones(2), None, "x"]
+    seen, linear = [], nn.Linear(2, 2)
+
+    def forward(*args, **kwargs):
+        seen.append((args, kwargs))
+        linear(args[0])
+
+    batch_layout.check_batch_major(forward, (x, *same), {"indices": indices}, {"it": linear})
+    (args, kwargs), (others, other_kwargs) = seen
+    assert args == (x, *same) and kwargs == {"indices": indices}
+    assert all(a is b for a, b in zip(others[1:], same, strict=True))
+    assert torch.equal(others[0], torch.cat([x[:-1], 1 - 2 * x[-1:]]))
+    assert other_kwargs["indices"].tolist() == [4, 7, 5]
+    assert not linear._forward_pre_hooks
+    for single in ((x[:1],), (None,)):
+        batch_layout.check_batch_major(forward, single, {}, {"it": linear})
+    assert len(seen) == 2
+
+
+def test_a_linear_of_one_row_leaves_one_print():
+    linear = nn.Linear(3, 2)
+    ((name, prints),) = batch_layout._prints(linear, (torch.ones(3),), {}, {"it": linear})
+    assert (name, prints.shape) == ("it", (1,))
+
+
 class TestThreads:
     def test_another_thread_gets_the_models_own_adapter(self, make_vit, fill):
         tasks = fill(make_vit(), METHODS[0])
