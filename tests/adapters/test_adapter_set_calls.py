@@ -79,6 +79,7 @@ def test_rows_are_those_of_the_first_tensor_that_has_any():
         ([-2, -2, -2 - 1.9e-5], None, 3, True),  # no image reaches it, and its rows are equal
         ([-2, -2, -2 - 2.1e-5], None, 3, False),
         ([2, 2.5, 2], None, 3, False),
+        ([0, 0, 0], None, 3, True),
         ([], None, 2, True),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from efft_kernels import EFFT1, EFFT2, Adapter, KAdaptation, LoRA, attach
-from efft_kernels.adapters.architectures import classifier_names
+from efft_kernels.adapters.architectures import _is_head, classifier_names
 from efft_kernels.adapters.coverage import Coverage, _highest_rank, coverage
 from efft_kernels.adapters.hints import listed, none_known, none_matches
 from efft_kernels.adapters.sites import find_sites
@@ -221,6 +221,13 @@ def test_patterns_that_match_nothing(name, pattern, words):
 )
 def test_classifiers_of_timm(name, heads):
     assert classifier_names(meta(name)) == heads
+
+
+def test_what_follows_a_base_model_is_a_head_unless_it_is_a_norm_or_a_transformer():
+    attention = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(4, 12)})})
+    assert _is_head(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)))
+    for part in (nn.LayerNorm(4), nn.Dropout(), attention):
+        assert not _is_head(part)
 
 
 def test_a_classifier_that_was_deleted_is_none(make_vit):
