@@ -162,6 +162,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_adapter.py",
         "adapters/test_adapter_set.py::test_parts_run_once_the_layout_is_known",
         "adapters/test_adapter_set_calls.py",
+        "adapters/test_distributed.py::test_on_one_process",
     ),
     "ops/backends/chain_steps.py": ("ops/test_chains.py", "ops/backends/test_cuda_chain.py"),
     "ops/backends/cpp_backend.py": (
