@@ -634,7 +634,7 @@ class TestFactorBank:
         assert not any(delta.any() for delta in adapter.delta_weights().values())
 
     def test_in_a_graph_of_blocks_factors_are_found_by_their_place(self, make_vit, randomize):
-        adapter = attach(make_vit(), EFFT2(rank=3))
+        adapter = attach(make_vit(), EFFT2(rank=3), targets=["attn.qkv", "mlp.fc2"])
         randomize(adapter)
         bank, site, asked = adapter.bank, "blocks.1.attn.qkv", []
         place, group = bank.places[site], bank.mhsa
@@ -650,6 +650,7 @@ class TestFactorBank:
             for tensor, its in zip(bank.factors_in_graph(place, False), expected, strict=True):
                 torch.testing.assert_close(tensor, its)
             assert asked == kinds
+        assert bank.calls._was_traced(site) and not bank.calls._was_traced("blocks.1.mlp.fc2")
         bank.joint_factors.traced = False
         found["place"] = lambda *of: None  # as where the cores are elsewhere
         assert torch.equal(bank.factors_in_graph(place, False).down, expected.down)

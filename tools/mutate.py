@@ -105,6 +105,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_adapter_state.py",
         "adapters/test_adapter_set_calls.py",
         "adapters/test_call_watch.py",
+        "test_nn.py::TestFactorBank",
     ),
     "adapters/batch_layout.py": ("adapters/test_adapter_set_calls.py",),
     "adapters/bypassed.py": (

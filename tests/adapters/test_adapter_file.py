@@ -316,7 +316,14 @@ class TestBadFiles:
 
 def test_three_of_several_are_named():
     assert shorten(list("abc")) == "a; b; c"
-    assert shorten(list("abcde")) == "a; b; c; and 2 more"
+    assert shorten(list("abcd")) == "a; b; c; and 1 more"
+
+
+def test_a_checksum_is_of_names_dtypes_shapes_and_bits():
+    x = torch.arange(6, dtype=torch.int32).view(2, 3)
+    others = [{"b": x}, {"a": x.view(3, 2)}, {"a": x.view(torch.float32)}, {"a": x + 1}]
+    assert len({adapter_file.checksum(tensors) for tensors in ({"a": x}, *others)}) == 5
+    assert adapter_file.checksum({"a": x.T.contiguous().T}) == adapter_file.checksum({"a": x})
 
 
 def test_names_are_a_list_of_text():

@@ -498,6 +498,9 @@ def test_a_reentrant_checkpoint_is_found_in_a_graph():
     assert call_watch._checkpointed([plain, plain * run + 1]) is True
     assert call_watch._checkpointed([x, plain]) is False
     assert call_watch._checkpointed([x]) is False
+    for _ in range(60):
+        plain = plain.sin() * plain.cos()  # each node is looked at once
+    assert call_watch._checkpointed([plain]) is False
 
 
 def test_six_linears_are_named():
