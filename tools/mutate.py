@@ -114,7 +114,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_torch_attention.py::test_attentions_that_cannot_be_adapted",
     ),
     "adapters/call_watch.py": ("adapters/test_call_watch.py",),
-    "adapters/chained.py": CHAINED,
+    "adapters/chained.py": (*CHAINED, "adapters/test_chained.py::TestInAGraph"),
     "adapters/coverage.py": ("adapters/test_coverage.py",),
     "adapters/description.py": ("adapters/test_description.py", "adapters/test_coverage.py"),
     "adapters/hints.py": ("adapters/test_coverage.py", "adapters/test_refusals.py"),
@@ -133,7 +133,9 @@ FILES: dict[str, tuple[str, ...]] = {
     "atomic_files.py": ("test_atomic_files.py",),
     "interop/fact.py": ("interop/test_fact.py", "interop/test_damaged_files.py::TestFact"),
     "interop/files.py": (
+        "interop/test_damaged_files.py::TestFiles",
         "interop/test_damaged_files.py::TestFact",
+        "interop/test_damaged_files.py::test_a_config_of_many_bytes_is_not_read",
         "interop/test_damaged_files.py::test_a_failure_at_the_last_moment_takes_the_adapter_off_again",
         "interop/test_fact.py",
         "interop/test_peft.py",
@@ -265,6 +267,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "True",
     ): "the numbers of calls are compared in the first round",
     (
+        "adapters/chained.py",
+        "with torch.autocast(x.device.type, enabled=False):",
+        "True",
+    ): "every product in it is made without autocast; this switches it once for all",
+    (
+        "adapters/chained.py",
+        "with torch.autocast(input.device.type, enabled=False):",
+        "True",
+    ): "every product in it is made without autocast; this switches it once for all",
+    (
         "adapters/coverage.py",
         "return known and not not_chosen(method, [Site(name, role, 0, 0, 1, 1)])",
         "1",
@@ -314,6 +326,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "[source for source, need in zip(sources, needs, strict=True) if need],",
         "False",
     ): "autograd has a need for each input",
+    (
+        "interop/fact.py",
+        "name = adapter.bank.group_of[sites[0].name]",
+        "1",
+    ): "all are of one group",
+    (
+        "interop/fact.py",
+        "group = adapter.bank.group(sites[0].name)",
+        "1",
+    ): "all are of one group",
+    (
+        "interop/fact.py",
+        "d = sites[0].width",
+        "1",
+    ): "a block's linears are compared with it",
+    (
+        "interop/files.py",
+        "if unpacked > path.stat().st_size:",
+        "unpacked >= path.stat().st_size",
+    ): "an archive has headers beside what it holds",
     (
         "methods/efft.py",
         "placements[site.name] = Placement(first, site.slices, side, (0, 4 * d))",
