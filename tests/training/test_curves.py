@@ -45,6 +45,8 @@ def test_a_perfect_run_has_no_percents_above_a_hundred(
     assert loss[1] > 1  # as matplotlib chose it
     for axes in figures[0].axes:
         curve, kept = axes.lines
+        assert axes.get_subplotspec().get_gridspec().get_geometry() == (1, 2)
+        assert axes.get_title() and axes.get_xlabel().startswith("epoch")
         assert list(curve.get_xdata()) == [1, 2] and set(kept.get_xdata()) == {2}
         assert (curve.get_markersize(), kept.get_linewidth()) == (3, 0.8)
         assert not axes.spines["top"].get_visible()
