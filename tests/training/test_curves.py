@@ -90,6 +90,8 @@ def test_tensorboard_is_told_every_epoch(tmp_path: Path, monkeypatch: pytest.Mon
         ("seconds", 2.0, 2),
     ]
     assert writer.flushed == 4
+    TensorBoardLog(tmp_path)
+    assert Writer.made[-1].purge_step == 1
 
 
 def test_without_tensorboard_the_way_out_is_named(
