@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from typing import Any
 
 import pytest
@@ -252,8 +253,9 @@ def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch: pytest.MonkeyP
     optimizer.register_step_post_hook(lambda *_: events.append("step"))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_synchronize", lambda device: events.append(device.type))
+        patch.setattr(loop, "time", types.SimpleNamespace(perf_counter=iter((1.0, 1.25)).__next__))
         batch = (torch.randn(7, 5), torch.randint(3, (7,)))
-        train_one_epoch(model, [batch], optimizer, device="cpu")
+        assert train_one_epoch(model, [batch], optimizer, device="cpu").step_ms == [250.0]
     monkeypatch.setattr(torch.cuda, "synchronize", events.append)
     for name in ("cpu", "cuda:1"):
         loop._synchronize(torch.device(name))
