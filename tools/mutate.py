@@ -411,6 +411,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "alone = mixup_target(targets[even:] * ~ignored, num_classes, 1.0, label_smoothing)",
         "2.5",
     ): "the rest is one image, mixed with itself",
+    (
+        "training/run_folder.py",
+        "path.unlink(missing_ok=True)",
+        "False",
+    ): "but for another process that removes the same file at that moment",
 }
 
 Tests = dict[str, tuple[float, set[int]]]  # by name: seconds, and the lines that ran
