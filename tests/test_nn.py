@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -13,7 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from efft_kernels import EFFT2, FactorBank, FusedEFFTLinear, LoRA, attach, use_backend
+from efft_kernels import (
+    EFFT2,
+    FactorBank,
+    FacTTT,
+    FusedEFFTLinear,
+    LoRA,
+    attach,
+    use_backend,
+)
+from efft_kernels.nn import _shallow_copy
 
 FACTOR_KEYS = ["factors.U", "factors.V", "factors.core"]
 HALVES = (torch.bfloat16, torch.float16)
@@ -544,6 +554,7 @@ BAD_OPTIONS = [
     ({"slices": 0}, ValueError, ["slices must divide out_features N=15", "0"]),
     ({"slices": -3}, ValueError, ["slices must divide out_features N=15", "-3"]),
     ({"slices": 3.0}, TypeError, ["slices must be an int", "float"]),
+    ({"slices": True}, TypeError, ["slices must be an int", "bool"]),
     ({"scale": "big"}, TypeError, ["scale must be a number", "str"]),
     ({"scale": float("nan")}, ValueError, ["scale must be finite", "nan"]),
     ({"scale": float("inf")}, ValueError, ["scale must be finite", "inf"]),
@@ -579,6 +590,17 @@ def test_bad_backend_or_strategy_is_refused_at_first_use(options, text):
         layer(torch.randn(2, 7))
 
 
+def test_what_made_x_is_looked_at_where_a_backward_may_follow(layer):
+    x = torch.randn(2, 7)
+    with torch.no_grad():
+        layer(x)
+    assert layer.input_from is None
+    torch.jit.trace(layer, x, check_trace=False)
+    assert layer.input_from is None
+    layer(x)
+    assert layer.input_from == "kept"
+
+
 def test_bad_input_to_forward(layer):
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., K=7\], got \(2, 8\)"):
         layer(torch.randn(2, 8))
@@ -610,3 +632,71 @@ class TestFactorBank:
         assert all(delta.any() for delta in adapter.delta_weights().values())
         adapter.bank.reset_parameters()
         assert not any(delta.any() for delta in adapter.delta_weights().values())
+
+    def test_in_a_graph_of_blocks_factors_are_found_by_their_place(self, make_vit, randomize):
+        adapter = attach(make_vit(), EFFT2(rank=3), targets=["attn.qkv", "mlp.fc2"])
+        randomize(adapter)
+        bank, site, asked = adapter.bank, "blocks.1.attn.qkv", []
+        place, group = bank.places[site], bank.mhsa
+        expected = group.factors(site, False)
+        found = {"place": group.factors_at, "name": group.factors}
+
+        def ask(kind):
+            return lambda *of: asked.append(kind) or found[kind](*of)
+
+        group.factors_at, group.factors = ask("place"), ask("name")
+        for traced, kinds in ((False, ["place"]), (True, ["place", "name"])):
+            bank.joint_factors.traced = traced  # all blocks in one graph
+            for tensor, its in zip(bank.factors_in_graph(place, False), expected, strict=True):
+                torch.testing.assert_close(tensor, its)
+            assert asked == kinds
+        assert bank.calls._was_traced(site) and not bank.calls._was_traced("blocks.1.mlp.fc2")
+        bank.joint_factors.traced = False
+        found["place"] = lambda *of: None  # as where the cores are elsewhere
+        assert torch.equal(bank.factors_in_graph(place, False).down, expected.down)
+        assert asked[2:] == ["place", "name"]
+
+    def test_a_place_follows_its_group(self, make_vit):
+        bank = attach(make_vit(), EFFT2(rank=3)).bank
+        place, other = bank.places["blocks.1.attn.qkv"], copy.deepcopy(bank.mhsa)
+        assert place.group is bank.mhsa and place.pattern == "blocks.#.attn.qkv"
+        bank.mhsa = other
+        assert place.group is other
+        assert place.position is other.position("blocks.1.attn.qkv")
+
+    @pytest.mark.parametrize(
+        ("method", "dropout", "joint"),
+        [
+            (EFFT2(rank=3), True, True),
+            (EFFT2(rank=3), False, True),
+            (FacTTT(rank=3), True, False),  # drops entries of x·down·core
+            (FacTTT(rank=3), False, True),
+        ],
+    )
+    def test_what_is_made_for_a_group_at_once(self, make_vit, method, dropout, joint):
+        bank, site = attach(make_vit(), method).bank, "blocks.0.attn.qkv"
+        made = bank.group(site).factors(site, False)
+        bank.joint_factors.get = lambda *of: made
+        assert (bank.factors(site, dropout) is made) == joint
+
+
+def test_the_defaults_of_a_layer():
+    expected = {"rank": 16, "scale": 1.0, "slices": 1, "init": "v", "dropout": 0.0}
+    expected |= {"learn_scale": False, "backend": "auto", "strategy": "auto"}
+    for make in (FusedEFFTLinear, FusedEFFTLinear.from_linear):
+        parameters = inspect.signature(make).parameters
+        assert {name: parameters[name].default for name in expected} == expected
+    layer = FusedEFFTLinear(16, 16)
+    assert layer.bias is not None and layer.remakes_input
+
+
+def test_a_rank_as_large_as_the_smaller_side():
+    assert FusedEFFTLinear(7, 15, rank=7).factors.U.shape == (7, 7)
+
+
+def test_a_copy_of_a_group_has_its_empty_places():
+    group = nn.Sequential(nn.Linear(2, 2))
+    group.add_module("none", None)
+    copied = _shallow_copy(group)
+    assert copied._modules["none"] is None and copied[0] is not group[0]
+    assert copied[0].weight is group[0].weight

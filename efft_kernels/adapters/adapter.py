@@ -373,7 +373,7 @@ class Adapter:
                 "in_features": site.in_features,
                 "out_features": site.out_features,
                 "group": self.bank.group_of[site.name],
-                "rank": factors_of(self.bank.group(site.name), site.name).down.shape[1],
+                "rank": factors_of(self.bank.group(site.name), site.name, False).down.shape[1],
                 "fused": "chain" if site.name in sites else "alone",
                 "calls": None if calls is None else calls[site.name],
                 "input": getattr(modules.get(site.name), "input_from", None),

@@ -68,7 +68,7 @@ class AttachedBank(FactorBank):
         groups: Mapping[str, FactorGroup],
         sites: Mapping[str, str],
         attachment: Attachment,
-        strict: bool = False,
+        strict: bool,
     ) -> None:
         self.attachment = attachment  # set first, so that no group can take its name
         self.calls = CallWatch(sites, strict)

@@ -20,10 +20,10 @@ def why_bypassed(model: nn.Module, name: str) -> str | None:
         model: the model.
         name: the linear's dotted name.
     """
-    parts = name.split(".")
-    parent = model.get_submodule(".".join(parts[:-1]))
+    parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return unsupported(parent)
+    parts = name.split(".")
     for depth in range(len(parts)):
         module, path = model.get_submodule(".".join(parts[:depth])), ".".join(parts[depth:])
         if isinstance(module, nn.TransformerEncoderLayer | AdaptedMultiheadAttention):

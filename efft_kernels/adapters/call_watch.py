@@ -62,7 +62,7 @@ class CallWatch:
         strict: raise where a linear's factors cannot learn, instead of warning once.
     """
 
-    def __init__(self, sites: Iterable[str], strict: bool = False) -> None:
+    def __init__(self, sites: Iterable[str], strict: bool) -> None:
         self.sites = tuple(sites)
         self.strict = strict
         self._last: _Forward | None = None
@@ -187,9 +187,8 @@ def _learns(model: nn.Module, site: str) -> bool:
     """Whether a linear's factors are meant to get a gradient."""
     bank = next(child for child in model.children() if isinstance(child, FactorBank))
     layer = _layer(model, site)
-    if layer is not None and layer.merged:
-        return False
-    return any(p.requires_grad for p in bank.group(site).parameters())
+    merged = layer is not None and layer.merged
+    return not merged and any(p.requires_grad for p in bank.group(site).parameters())
 
 
 def _layer(model: nn.Module, site: str) -> FusedEFFTLinear | None:

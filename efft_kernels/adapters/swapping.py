@@ -16,7 +16,6 @@ from .torch_attention import (
     in_projection,
     restore_attention,
 )
-from .torch_attention import unsupported as unsupported_attention
 
 
 def parent_of(model: nn.Module, name: str) -> Any:
@@ -27,7 +26,7 @@ def parent_of(model: nn.Module, name: str) -> Any:
 def linear_at(model: nn.Module, name: str) -> nn.Module:
     """The module of a site, or an nn.Linear that stands for an attention's projection."""
     parent = parent_of(model, name)
-    if not isinstance(parent, nn.MultiheadAttention) or unsupported_attention(parent):
+    if not isinstance(parent, nn.MultiheadAttention):
         return model.get_submodule(name)
     if _is_in_proj(name):
         return in_projection(parent)

@@ -174,8 +174,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def in_projection(attention: nn.MultiheadAttention) -> nn.Linear:
     """An nn.Linear of the attention's own in_proj weight and bias."""
-    linear = nn.Linear(1, 1, bias=False, device="meta")
-    linear.in_features, linear.out_features = attention.embed_dim, 3 * attention.embed_dim
+    linear = nn.Linear(attention.embed_dim, 3 * attention.embed_dim, device="meta")
     linear.weight, linear.bias = attention.in_proj_weight, attention.in_proj_bias
     linear.train(attention.training)
     return linear

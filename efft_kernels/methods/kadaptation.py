@@ -149,8 +149,7 @@ class KroneckerGroup(FactorGroup):
         # With (i, b, r) as rank index: down[(a, p), (i, b, r)] = A_i[a, b]·u_i[p, r] and
         # up[(b', q), (i, b, r)] = v_i[q, r] where b' = b, else 0.
         A, u, v = (wide(t) for t in (self.A, u, v))
-        n = A.shape[0]
-        eye = torch.eye(n, dtype=v.dtype, device=v.device)
+        eye = torch.eye(len(A), dtype=v.dtype, device=v.device)
         down = torch.einsum("iab,mipr->mapibr", A * self.scale, u)
         up = torch.einsum("bc,miqr->mbqicr", eye, v)
         return stack_matrices(

@@ -193,9 +193,10 @@ def _check_ranks(rank: object) -> None:
     ranks = rank if isinstance(rank, list) else [rank]
     if any(isinstance(each, bool) or not isinstance(each, int) for each in ranks):
         raise TypeError(f"rank must be an int, or a list with one per stage, got {rank!r}")
-    check_ranks("rank", [each or 1 for each in ranks] if isinstance(rank, list) else rank)
-    if not any(ranks):
+    adapted = [each for each in ranks if each]
+    if ranks and not adapted:
         raise ValueError(f"rank must be at least 1 in one stage, got {rank!r}")
+    check_ranks("rank", adapted)
 
 
 class LoRAGroup(FactorGroup):
@@ -225,7 +226,7 @@ class LoRAGroup(FactorGroup):
     def factors(self, site: str, dropout: bool) -> Factors:
         down: Tensor = self.A.transpose(-2, -1)
         up: Tensor = self.B
-        if dropout and self.dropout > 0:
+        if dropout:
             down, up = F.dropout(down, self.dropout), F.dropout(up, self.dropout)
         up = up if self.scale == 1.0 else up * self.scale
         return stack_matrices(down, up, self.chosen, self.slices)

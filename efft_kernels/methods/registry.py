@@ -61,7 +61,7 @@ def _tell_names(method: type[Method]) -> None:
 
 def _unknown(kind: str, known: Sequence[str], name: str, value: object) -> str:
     """The error's text for an argument that a method does not take."""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known)
     way = _SPELT_ELSEWHERE.get(name, f"{near[0]}=" if near else None)
     if name == "lora_alpha" and "alpha" in known:
         way = "alpha="

@@ -58,7 +58,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
 
-def factors_of(group: FactorGroup, site: str, dropout: bool = False) -> Factors:
+def factors_of(group: FactorGroup, site: str, dropout: bool) -> Factors:
     """The operands of a site from whole parameters, also outside a forward, when FSDP2 has them
     sharded.
 

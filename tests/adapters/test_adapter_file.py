@@ -15,6 +15,7 @@ from torch import nn
 
 from efft_kernels import EFFT1, EFFT2, attach, load
 from efft_kernels.adapters import adapter_file
+from efft_kernels.adapters.adapter_file import _names, errors_about, shorten
 
 METHODS = [EFFT1(rank=3, scale=0.5), EFFT2(rank=(3, 2), init="u", cores="shared", learn_scale=True)]
 IMAGES = torch.linspace(-1, 1, 384).view(2, 3, 8, 8)
@@ -311,3 +312,31 @@ class TestBadFiles:
         model(IMAGES)
         assert seen == [1] and model.blocks[0].mlp.fc1.note == "mine"
         assert type(model.blocks[0].mlp.fc1) is nn.Linear
+
+
+def test_three_of_several_are_named():
+    assert shorten(list("abc")) == "a; b; c"
+    assert shorten(list("abcd")) == "a; b; c; and 1 more"
+
+
+def test_a_checksum_is_of_names_dtypes_shapes_and_bits():
+    x = torch.arange(6, dtype=torch.int32).view(2, 3)
+    others = [{"b": x}, {"a": x.view(3, 2)}, {"a": x.view(torch.float32)}, {"a": x + 1}]
+    assert len({adapter_file.checksum(tensors) for tensors in ({"a": x}, *others)}) == 5
+    assert adapter_file.checksum({"a": x.T.contiguous().T}) == adapter_file.checksum({"a": x})
+
+
+def test_names_are_a_list_of_text():
+    assert _names('["a"]', at_least=1) == ["a"] and _names("[]") == []
+    for text, at_least in (("[]", 1), ("3", 0), ('{"a": 1}', 1), ('["a", 1]', 0)):
+        with pytest.raises(TypeError):
+            _names(text, at_least)
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, UnicodeError])
+def test_an_error_about_a_file_names_it_in_one_line(kind):
+    expected = kind if kind is TypeError else ValueError
+    for text in ("one\ntwo", "one two (in here/it)"):
+        with pytest.raises(expected) as caught, errors_about("here/it"):
+            raise kind(text)
+        assert str(caught.value) == "one two (in here/it)"

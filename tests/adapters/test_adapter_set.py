@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from efft_kernels import EFFT1, EFFT2, AdapterSet, FacTTK, FacTTT, KAdaptation, LoRA, attach, load
+from efft_kernels.adapters.adapter_set import _leave_open, _padded
 
 METHODS = [
     EFFT1(rank=3, scale=0.7),
@@ -636,3 +637,26 @@ def test_the_loss_of_transformers_counts_the_classes_of_the_head_in_use():
         assert model.num_labels == model.config.num_labels == classes
         images, labels = torch.ones(2, 3, 8, 8), torch.tensor([0, classes - 1])
         assert model(pixel_values=images, labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("biased", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("outputs", [(3, 3), (3, 5), (5, 3)])
+def test_heads_are_padded_to_the_widest(biased, outputs):
+    heads = [nn.Linear(2, n, bias=own) for n, own in zip(outputs, biased, strict=True)]
+    weight, bias = _padded([h.weight for h in heads], [h.bias for h in heads])
+    if not any(biased) and len(set(outputs)) == 1:
+        assert torch.equal(weight, torch.stack([h.weight for h in heads])) and bias is None
+        return
+    for task, head in enumerate(heads):
+        n = head.out_features
+        assert torch.equal(weight[task, :n], head.weight) and not weight[task, n:].any()
+        expected = torch.zeros(n) if head.bias is None else head.bias
+        assert torch.equal(bias[task, :n], expected)
+        assert (bias[task, n:] == -torch.inf).all()
+
+
+def test_dimensions_that_a_graph_leaves_open():
+    one, two = torch.ones(2, 1), torch.ones(1, 2)
+    _leave_open([None, one, two], 1)
+    assert two._dynamo_weak_dynamic_indices == {1}
+    assert not hasattr(one, "_dynamo_weak_dynamic_indices")

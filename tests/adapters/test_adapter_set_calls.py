@@ -65,6 +65,57 @@ def test_rows_are_those_of_the_first_tensor_that_has_any():
     assert batch_layout.batch_rows((torch.tensor(3.0), 7), {}) is None
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "rows", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9], 3, True),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9, 9], 3, False),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 9], 6, True),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9], 6, False),
+        ([1, 2, 3], [1, 2, 3, 4], 3, False),
+        ([0, 0], [0.009, -1], 2, True),
+        ([0, 0], [-0.011, 1], 2, False),
+        ([0, 3], [3, 0], 2, False),
+        ([-2, -2, -2 - 1.9e-5], None, 3, True),  # no image reaches it, and its rows are equal
+        ([-2, -2, -2 - 2.1e-5], None, 3, False),
+        ([2, 2.5, 2], None, 3, False),
+        ([0, 0, 0], None, 3, True),
+        ([], None, 2, True),
+    ],
+)
+def test_whether_the_last_image_changes_its_own_rows_alone(before, after, rows, expected):
+    a, b = (torch.tensor(prints, dtype=torch.float64) for prints in (before, after or before))
+    assert batch_layout._only_last_changes(a, b, rows) is expected
+
+
+def test_what_is_exchanged_of_a_call():
+    """The last image: of every tensor with as many rows, but for masks and what is empty."""
+    x, indices = torch.randn(3, 2), torch.tensor([4, 7, 6])
+    same = [torch.ones(3) > 0, torch.ones(3, 0).long(), torch.tensor(2.0), torch.ones(2), None, "x"]
+    seen, linear = [], nn.Linear(2, 2)
+
+    def forward(*args, **kwargs):
+        seen.append((args, kwargs))
+        linear(args[0])
+
+    batch_layout.check_batch_major(forward, (x, *same), {"indices": indices}, {"it": linear})
+    (args, kwargs), (others, other_kwargs) = seen
+    assert args == (x, *same) and kwargs == {"indices": indices}
+    assert all(a is b for a, b in zip(others[1:], same, strict=True))
+    assert torch.equal(others[0], torch.cat([x[:-1], 1 - 2 * x[-1:]]))
+    assert other_kwargs["indices"].tolist() == [4, 7, 5]
+    assert not linear._forward_pre_hooks
+    for single in ((x[:1],), (None,)):
+        batch_layout.check_batch_major(forward, single, {}, {"it": linear})
+    assert len(seen) == 2
+
+
+def test_a_linear_of_one_row_leaves_one_print():
+    linear = nn.Linear(3, 2)
+    ((name, prints),) = batch_layout._prints(linear, (torch.ones(3),), {}, {"it": linear})
+    assert (name, prints.shape) == ("it", (1,))
+
+
 class TestThreads:
     def test_another_thread_gets_the_models_own_adapter(self, make_vit, fill):
         tasks = fill(make_vit(), METHODS[0])
@@ -348,6 +399,16 @@ class TestLayout:
         else:
             with pytest.raises(ValueError, match="leading dimension"):
                 mixed(tasks, "ab", x)
+
+    def test_images_of_indices_stay_among_those_that_are_there(self, fill):
+        class Indexed(Mixer):
+            def __init__(self):
+                super().__init__("batch")
+                self.embed = nn.Embedding(7, 6)
+
+        tasks = fill(Indexed(), LoRA(rank=2), targets=["fc1", "fc2"])
+        x = torch.tensor([[3, 5, 4, 6], [6, 3, 4, 3]])
+        torch.testing.assert_close(mixed(tasks, "ab", x), alone(tasks, "ab", x))
 
     def test_a_broken_image_among_others(self, mixers):
         x = tokens(3)

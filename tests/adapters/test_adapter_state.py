@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 
 from efft_kernels import EFFT2, Adapter, AdapterSet, LoRA, attach, load
 from efft_kernels.adapters.architectures import is_position_table
+from efft_kernels.adapters.attachment import same_numbers, state_buffers
 from efft_kernels.analysis.subspace import load_alone
 from efft_kernels.interop import export_peft_lora
 
@@ -324,6 +325,20 @@ class TestImageSize:
                 with pytest.raises(ValueError, match=r"expected \[5, 4\], got \[6, 4\]"):
                     load(Embedded(6), tmp_path / "a")
 
+    @pytest.mark.parametrize("shape", [(1, 5, 4), None])
+    def test_positions_of_another_kind_are_another_model(self, tmp_path, shape):
+        class Embedded(nn.Module):
+            def __init__(self, shape):
+                super().__init__()
+                self.fc1 = nn.Linear(4, 4)
+                if shape is not None:
+                    self.pos_embed = nn.Parameter(torch.zeros(shape))
+
+        attach(Embedded((5, 4)), METHOD, targets="fc1").save(tmp_path / "a")
+        got = "none" if shape is None else r"\[1, 5, 4\]"
+        with pytest.raises(ValueError, match=rf"pos_embed expected \[5, 4\], got {got}"):
+            load(Embedded(shape), tmp_path / "a")
+
     def test_which_parameters_go_with_the_image_size(self):
         tables = (
             "pos_embed",  # timm
@@ -584,3 +599,27 @@ def test_two_numbers_may_not_have_any_shape(make_vit):
     name = next(name for name in state if name.endswith("bias"))
     with pytest.raises(ValueError, match=r"must be \[5\], got \[1, 5\]"):
         adapter.load_state_dict(state | {name: state[name][None]})
+
+
+def test_buffers_that_hold_the_same_numbers():
+    x, meta = torch.tensor([1.0, 2.0]), torch.empty(2, device="meta")
+    for tensor, base, same in (
+        (x, x.clone(), True),
+        (x, x.double(), True),
+        (x, x + 1, False),
+        (x, x[None], False),
+        (x, meta, False),
+        (meta, meta, True),
+        (meta, x, False),
+    ):
+        assert same_numbers(tensor, base) is same
+
+
+def test_the_buffers_of_a_state_dict():
+    model = nn.ModuleDict({"a": nn.BatchNorm1d(2), "b": nn.ModuleDict({"c": nn.BatchNorm1d(3)})})
+    model.a.register_buffer("scratch", torch.ones(1), persistent=False)
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    found = [name for name, _ in state_buffers(model)]
+    assert found == [f"{prefix}.{name}" for prefix in ("a", "b.c") for name in names]
+    assert [name for name, _ in state_buffers(model, ["b"])] == found[:3]
+    assert [name for name, _ in state_buffers(model, ["a", "b.c"])] == []

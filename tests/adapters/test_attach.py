@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT1, EFFT2, Adapter, FactorBank, FusedEFFTLinear, LoRA, attach
+from efft_kernels.adapters.attach import _fits
+from efft_kernels.methods.base import Site
 
 ADAPTED = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
@@ -317,6 +319,23 @@ def test_what_to_target_beside_a_linear_that_is_refused(others):
 def test_model_of_another_kind(model):
     with pytest.raises(TypeError, match=f"model must be an nn.Module, got {type(model).__name__}"):
         attach(model, EFFT2(rank=3))
+
+
+def test_every_floating_dtype_at_once():
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    model = nn.Sequential(*(nn.Linear(3, 3, dtype=dtype) for dtype in dtypes))
+    adapter = attach(model, LoRA(rank=1, matrices=None), targets="*", modules_to_train=())
+    assert len(adapter.sites) == 4
+    assert {p.dtype for p in adapter.parameters()} == {torch.float64}
+
+
+def test_whether_a_method_takes_linears_at_its_lowest_rank():
+    narrow = [Site("blocks.0.fc1", "fc1", 0, 0, 1, 4)]
+    assert _fits(LoRA(rank=8, matrices=None), narrow) is True
+    assert _fits(EFFT2(rank=8, ffn_rank=9), narrow) is True
+    assert _fits(LoRA(), []) is False
+    assert _fits(EFFT1(), narrow * 2) is True
+    assert _fits(EFFT1(), [Site("blocks.0.fc1", "fc1", 0, 0, 1, 3)]) is False
 
 
 def test_model_that_is_a_linear_itself():

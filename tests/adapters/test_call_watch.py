@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import operator
 import pickle
 import threading
 import warnings
@@ -476,3 +478,51 @@ def test_sams_vision_encoder():
     assert [site.role for site in adapter.sites] == ["qkv", "o", "fc1", "fc2"] * 2
     model(torch.randn(1, 3, 16, 16)).last_hidden_state.sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_the_tensors_in_what_a_model_returns():
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        more: object = None
+
+    a, b, c = (torch.tensor(float(i), requires_grad=True) for i in range(3))
+    found = call_watch._tensors({"a": a, "rest": [Output(b, (c, "text", None)), Output, 3]})
+    assert all(map(operator.is_, found, (a, b, c)))
+    assert len(list(call_watch._tensors([a, (b, Output(c))]))) == 3
+
+
+def test_a_reentrant_checkpoint_is_found_in_a_graph():
+    x = torch.ones(2, requires_grad=True)
+    plain, run = x.sin() * x, checkpoint(torch.sin, x, use_reentrant=True)
+    assert call_watch._checkpointed([plain, plain * run + 1]) is True
+    assert call_watch._checkpointed([x, plain]) is False
+    assert call_watch._checkpointed([x]) is False
+    for _ in range(60):
+        plain = plain.sin() * plain.cos()  # each node is looked at once
+    assert call_watch._checkpointed([plain]) is False
+
+
+def test_six_linears_are_named():
+    names = list("abcdefgh")
+    six = "adapted linears 'a', 'b', 'c', 'd', 'e', 'f'"
+    assert call_watch._listed(names[:6]) == six
+    assert call_watch._listed(names) == f"{six} and 2 more"
+
+
+def test_adapters_inside_that_are_about_to_be_frozen(make_vit):
+    model = nn.ModuleDict({"a": make_vit(), "b": FusedEFFTLinear(4, 4, rank=2)})
+    attach(model.a, EFFT2(rank=2))
+
+    def told(*trained):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call_watch.tell_of_frozen(model, trained, False)
+        return [str(warning.message).partition(" of ModuleDict")[0] for warning in caught]
+
+    assert told() == ["'a', 'b'"]
+    assert told("a") == ["'b'"] and told("b") == ["'a'"] and told("a", "b") == []
+    with pytest.raises(ValueError, match="'b' of ModuleDict has factors of its own"):
+        call_watch.tell_of_frozen(model, ["a"], True)
+    model.b.factors.requires_grad_(False)
+    assert told("a") == [] and told("a.factor_bank") == []

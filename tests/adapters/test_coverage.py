@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from efft_kernels import EFFT1, EFFT2, Adapter, KAdaptation, LoRA, attach
-from efft_kernels.adapters.architectures import classifier_names
-from efft_kernels.adapters.coverage import coverage
+from efft_kernels.adapters.architectures import _is_head, classifier_names
+from efft_kernels.adapters.coverage import Coverage, _highest_rank, coverage
 from efft_kernels.adapters.hints import listed, none_known, none_matches
 from efft_kernels.adapters.sites import find_sites
+from efft_kernels.adapters.towers import FUSION, TEXT
+from efft_kernels.methods.base import Site
 
 
 @functools.cache
@@ -48,7 +50,9 @@ def projections():
     return nn.ModuleDict({"left": nn.Linear(4, 4), "right": nn.Linear(4, 4)})
 
 
-@pytest.mark.parametrize("method", [EFFT2(rank=1), LoRA(rank=1, matrices=None)])
+@pytest.mark.parametrize(
+    "method", [EFFT2(rank=1), LoRA(rank=1, matrices=None), LoRA(rank=4, matrices=None)]
+)
 def test_one_warning_with_counts_and_the_way_out(method):
     model = Partial(projections())
     with pytest.warns(UserWarning) as caught:
@@ -112,6 +116,7 @@ def test_what_a_warning_proposes_is_taken(name, method, counts, further):
         assert len(attach(model, method).sites) == counts[0]
     Adapter(model).detach()
     text = str(caught[0].message)
+    assert ("; not of LoRA's matrices (q, v): " in text) == (method == LoRA(rank=4))
     more, meant = map(ast.literal_eval, re.findall(r"targets=(\[.*?\])", text))
     assert len(attach_quietly(model, method, targets=meant).sites) == counts[0]
     Adapter(model).detach()
@@ -135,6 +140,12 @@ def test_what_no_method_takes_is_told_as_such():
     attention = nn.MultiheadAttention(4, 1, kdim=3)
     left = coverage(Partial(attention), ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"], ["fc"])
     assert "kdim" in left.out_of_reach["blocks.0.my_attn.in_proj"]
+    for model, trained in (
+        (Partial(attention), ["blocks.0.my_attn"]),
+        (Partial(conv), ["blocks.0.my_attn"]),
+        (Partial(conv), ["head", "blocks.0.my_attn.qkv"]),
+    ):
+        assert coverage(model, (), trained).out_of_reach == {}
 
 
 def test_what_a_method_leaves_is_in_its_description():
@@ -212,6 +223,19 @@ def test_classifiers_of_timm(name, heads):
     assert classifier_names(meta(name)) == heads
 
 
+def test_what_follows_a_base_model_is_a_head_unless_it_is_a_norm_or_a_transformer():
+    attention = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(4, 12)})})
+    assert _is_head(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)))
+    for part in (nn.LayerNorm(4), nn.Dropout(), attention):
+        assert not _is_head(part)
+
+
+def test_a_classifier_that_was_deleted_is_none(make_vit):
+    model = make_vit()
+    del model.head
+    assert classifier_names(model) == []
+
+
 def test_of_several_usual_names_the_first_is_the_classifier():
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("fc", "classifier", "head_dist")})
     assert classifier_names(model) == ["classifier", "head_dist"]
@@ -278,6 +302,37 @@ def test_of_a_model_that_reads_text_the_vision_tower_is_adapted(name, config, ad
     assert {site.partition(".")[0] for site in sites} == {adapted}
     found = coverage(model, sites).left
     assert {kind: name.partition(".")[0] for name, kind in found.items()} == left
+
+
+@pytest.mark.parametrize("kinds", [(TEXT,), (FUSION,), (TEXT, FUSION)])
+def test_towers_that_read_text_are_offered_as_they_are(kinds):
+    site = Site("vision.0.attn.q", "q", 0, 0, 4, 4)
+    left = {f"tower{i}.0.attn.q": kind for i, kind in enumerate(kinds)}
+    found = Coverage("Model", (site.name,), left, {}, dict.fromkeys(left, 1))
+    assert "to adapt them as well" in found.warning(LoRA(rank=2), [site])
+
+
+@pytest.mark.parametrize(
+    ("method", "offered"),
+    [
+        (LoRA(rank=2), ["attn.q", "mix"]),
+        (LoRA(rank=2, matrices=None), ["attn.q", "attn.proj", "mix"]),
+        (EFFT2(rank=2), ["attn.q", "attn.proj"]),
+    ],
+)
+def test_of_a_text_tower_what_the_method_takes_is_offered(method, offered):
+    site = Site("vision.0.attn.q", "q", 0, 0, 4, 4)
+    left = dict.fromkeys(["text.0.attn.q", "text.0.attn.proj", "text.0.mix"], TEXT)
+    found = Coverage("Model", (site.name,), left, {}, dict.fromkeys(left, 4))
+    assert f"Pass targets={offered} to adapt them as well" in found.warning(method, [site])
+
+
+@pytest.mark.parametrize(
+    ("method", "highest"),
+    [(LoRA(rank=[0, 3, 2]), 3), (EFFT2(rank=[2, (3, 5)]), 5), (EFFT2(rank=(6, 1)), 6), (None, 1)],
+)
+def test_the_highest_rank_of_a_method(method, highest):
+    assert _highest_rank(method) == highest
 
 
 def test_clips_text_tower():

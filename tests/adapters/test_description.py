@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from efft_kernels import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA, attach
+from efft_kernels.adapters.description import Description
 
 METHODS = [
     EFFT1(rank=(3, 2)),
@@ -183,3 +184,21 @@ def test_text_is_plain_whatever_the_environment_says_of_colours(make_vit, monkey
     monkeypatch.setenv("FORCE_COLOR", "1")
     text = str(attach(make_vit(), EFFT2(rank=2)).describe())
     assert "mhsa" in text and "\x1b" not in text
+
+
+def test_the_caption_names_those_that_it_is_about():
+    rows = [
+        {"name": f"blocks.{i}.{name}", "group": "a", "rank": 2, "fused": fused, "calls": calls}
+        for i, (name, fused, calls) in enumerate(
+            [("q", "chain", 1), ("k", "alone", 0), ("v", "alone", None)]
+        )
+    ]
+    table = Description("m", rows, {"a": {"U": [1234, 2]}}, "why", {}, ("head",)).__rich__()
+    lines = str(table.caption).splitlines()
+    assert lines[0] == "in a chain, on a GPU under autocast: 1: blocks.*.q"
+    assert lines[1:] == ["did not run in the last forward: 1: blocks.*.k", "trained whole: head"]
+    sides = [column.justify for column in table.columns]
+    assert sides == ["left", "right", "left", "left", "right"]
+    assert list(table.columns[1].cells) == ["2,468"]
+    none = Description("m", rows[1:2], {"a": {}}, "why").__rich__()
+    assert str(none.caption).startswith("no chain: why\n")

@@ -7,6 +7,7 @@ import gc
 import itertools
 import pickle
 import threading
+import types
 import weakref
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT1, EFFT2, Adapter, FacTTK, FacTTT, KAdaptation, LoRA, attach
 from efft_kernels import nn as efft_nn
-from efft_kernels.methods import joint
+from efft_kernels.methods import Factors, joint
 from efft_kernels.methods.joint import keep_graph
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 
@@ -724,6 +725,17 @@ class TestKeepGraph:
         x, _ = keep_graph(lambda a, b: (a * 2, b * 3), a, b)
         assert torch.autograd.grad(x.sum(), (a, b), allow_unused=True)[1] is None
 
+    def test_products_are_float32_under_autocast(self):
+        a, b, grad = (torch.randn(4, 4, requires_grad=i < 2) for i in range(3))
+        with torch.autocast("cpu", torch.bfloat16):
+            (x,) = keep_graph(lambda a, b: (a @ b,), a, b)
+            found = torch.autograd.grad(x, (a, b), grad, retain_graph=True)
+            again = torch.autograd.grad(x, (a, b), grad, create_graph=True)
+        expected = grad @ b.T, a.T @ grad
+        assert torch.equal(x, a @ b)
+        for grads in (found, again):
+            assert all(map(torch.equal, grads, expected))
+
     def test_without_any_gradient(self):
         class Stop(torch.autograd.Function):
             @staticmethod
@@ -797,3 +809,40 @@ def test_a_subclass_with_factors_of_its_own_is_asked_for_them():
             raise NotImplementedError
 
     assert TensorTrainGroup.joint and not Own.joint
+
+
+def test_a_group_that_is_not_joint_makes_its_own_beside_one_that_is(models, images, made):
+    class Own(TensorTrainGroup):
+        def factors(self, site, dropout):
+            down, core, up = super().factors(site, dropout)
+            return Factors(down, core, 2 * up)
+
+    model, twin = models()
+    model.factor_bank.mhsa.__class__ = Own
+    with torch.no_grad():
+        twin.factor_bank.mhsa.core.mul_(2.0)
+        expected = twin(images)
+        made |= {"joint": 0, "alone": 0}
+        close([model(images)], [expected])
+    assert made == {"joint": 1, "alone": 4}
+
+
+def test_nothing_is_traced_before_a_forward_and_after_it(models, images):
+    model, _ = models()
+    assert model.factor_bank.joint_factors.traced is False
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        run(images)
+        assert model.factor_bank.joint_factors.traced is False
+
+
+def test_streams_are_those_of_a_groups_first_parameter(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device.index))
+
+    def stream(*devices):
+        parameters = [None if d is None else types.SimpleNamespace(device=d) for d in devices]
+        group = types.SimpleNamespace(_parameters=dict(enumerate(parameters)))
+        return joint._stream(group)
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
+    assert stream(None, gpu) == stream(gpu) == ("stream of", 1)
+    assert stream(None, cpu) is stream(None) is stream() is None

@@ -101,6 +101,33 @@ def test_two_share_as_three_do_and_one_does_not(randomize, shared_calls, targets
     assert len(shared_calls) == shared
 
 
+def test_what_is_shared_ends_with_the_attention_also_after_an_error(models):
+    """Its hooks have a number in common, below torch's own: graphs of equal modules are alike."""
+    model, _ = models
+    attentions = [block.attention.attention for block in model.layer]
+    shared = [attention.query.shared_input for attention in attentions]
+    for attention in attentions:
+        assert (
+            list(attention._forward_hooks) == list(attention._forward_hooks_always_called) == [-1]
+        )
+    attentions[1].value.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(X)
+    assert not any(each.active or each._held for each in shared)
+    Adapter(model).detach()
+    for attention in attentions:
+        assert not attention._forward_hooks and not attention._forward_pre_hooks
+        assert not attention._forward_hooks_always_called
+
+
+def test_a_hook_of_the_users_own_keeps_its_number():
+    model = Model()
+    attention = model.layer[0].attention.attention
+    handle = attention.register_forward_hook(lambda *_: None)
+    attach(model, EFFT2(rank=3))
+    assert list(attention._forward_hooks) == [handle.id, -1]
+
+
 def test_second_derivatives(models, shared_calls):
     results = []
     for model in models:

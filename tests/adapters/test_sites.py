@@ -9,8 +9,9 @@ import timm
 import torch
 from torch import nn
 
-from efft_kernels.adapters.roles import split_name
-from efft_kernels.adapters.sites import find_sites
+from efft_kernels.adapters.roles import kind_of, split_name
+from efft_kernels.adapters.sites import find_sites, linear_shapes
+from efft_kernels.methods.base import Site
 
 NAMES = [
     # timm: ViT, DeiT, BEiT, CLIP tower; Swin; EVA-02 with separate q, k, v and a gated FFN
@@ -100,6 +101,21 @@ def test_split_name(name, block, role):
     assert split_name(name) == (block, role)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blocks.0.attn.qkv", "attention"),
+        ("blocks.0.mlp.fc1", "FFN"),
+        ("blocks.0.my_attn.mix", "attention"),
+        ("blocks.0.my_ffn.mix", "FFN"),
+        ("blocks.0.attn.cpb_mlp.0", None),
+        ("blocks.0.mix", None),
+    ],
+)
+def test_what_a_linear_is_part_of(name, kind):
+    assert kind_of(name) == kind
+
+
 @functools.cache
 def meta(name, **options):
     with torch.device("meta"):
@@ -170,6 +186,7 @@ def test_packed_gates_are_told_by_width(packed):
     ("widths", "roles"),
     [
         ({"qkv": (8, 24), "proj": (8, 8)}, ["qkv", "o"]),
+        ({"qkv": (8, 24)}, ["qkv"]),
         ({"qkv": (8, 48), "proj": (16, 16)}, ["qkv", "o"]),
         ({"qkv": (8, 16), "proj": (8, 8)}, ["kv", "o"]),
         ({"qkv": (8, 20), "proj": (12, 8)}, ["linear", "linear"]),  # keys narrower than values
@@ -189,6 +206,16 @@ def test_gates_of_lettered_ffns_are_told_by_width():
     blocks = [nn.ModuleDict({"mlp": nn.ModuleDict(ffn)}) for ffn in (mlp, packed)]
     sites = find_sites(nn.ModuleDict({"blocks": nn.ModuleList(blocks)}))
     assert [site.role for site in sites] == ["gate", "fc1", "fc2", "gate_fc1", "fc2"]
+
+
+def test_without_an_fc2_nothing_is_packed():
+    block = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(6, 2)})})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block]), "last": nn.Linear(5, 3)})
+    assert linear_shapes(model) == {"blocks.0.mlp.fc1": (6, 2), "last": (5, 3)}
+    assert find_sites(model, "*") == [
+        Site("blocks.0.mlp.fc1", "fc1", 0, 0, 6, 2),
+        Site("last", "linear", 0, 0, 5, 3),  # in no block, and of a width of its own
+    ]
 
 
 def test_an_unnumbered_ffn_counts_beside_an_attention_alone():
@@ -235,6 +262,16 @@ def test_a_whole_name_is_that_linear_alone():
     assert [s.name for s in find_sites(model, "a.fc")] == ["a.fc"]
     assert [s.name for s in find_sites(model, "ffn")] == ["ffn"]
     assert [s.name for s in find_sites(model, "*fc")] == ["fc", "a.fc"]
+
+
+def test_a_linear_of_two_names_is_found_by_either():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["c"] = nn.ModuleDict({"also": model["b"]})
+    for targets in ("b", "c.also", "also", "c.*"):
+        assert [s.name for s in find_sites(model, targets)] == ["b"]
+    assert [s.name for s in find_sites(model, "*")] == ["a", "b"]
+    for excluded in ("b", "c"):
+        assert [s.name for s in find_sites(model, "*", exclude=[excluded])] == ["a"]
 
 
 def test_linears_outside_the_blocks_are_of_no_layer():

@@ -299,6 +299,17 @@ def test_attentions_that_cannot_be_adapted(options, text):
     assert type(model[0]) is nn.MultiheadAttention
 
 
+def test_an_output_projection_of_the_users_own(randomize):
+    model, x = Attends(), torch.randn(2, 5, 12)
+    model.attn.out_proj = nn.Linear(12, 12)
+    model.eval()
+    adapter = attach(model, LoRA(rank=2, matrices=None), targets="out_proj", modules_to_train=())
+    randomize(adapter)
+    expected = model(x, x, x)[0]
+    adapter.merge()
+    torch.testing.assert_close(model(x, x, x)[0], expected)
+
+
 def test_a_subclass_may_compute_something_else():
     class Own(nn.MultiheadAttention):
         pass

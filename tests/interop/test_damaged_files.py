@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import random
 import resource
 import struct
+import sys
 import zipfile
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from efft_kernels import EFFT2, FacTTK, FacTTT, KAdaptation, LoRA, attach, import_fact, load
 from efft_kernels.analysis.subspace import load_alone
-from efft_kernels.interop import import_peft_lora
-from efft_kernels.interop.name_patterns import MOST_WAYS, NamePatterns
+from efft_kernels.interop import files, import_peft_lora
+from efft_kernels.interop.files import is_number, new_folder, read_json, read_torch_file
+from efft_kernels.interop.name_patterns import MOST_WAYS, NamePatterns, _compile
 
 HUGE = [10**9, 10**18, 10**400, 1e308, float("inf"), float("nan"), -1, 0]
 ODD = [None, True, "", "x\ny", [], [[]], {}, {"tuple": 3}, {"a": {"b": []}}, [10**9] * 3]
@@ -199,12 +202,6 @@ class TestPeft:
             write(text)
             assert refused_or_read(lambda: import_peft_lora(model, folder), folder)
 
-    def test_a_config_of_many_bytes_is_not_read(self, make_vit, peft_folder):
-        folder, write = peft_folder
-        write('{"peft_type": "LORA", "x": "' + "x" * 2**24 + '"}')
-        with pytest.raises(ValueError, match=r"JSON of at most 16,777,216 bytes, got 16,777,246"):
-            import_peft_lora(make_vit(), folder)
-
     @pytest.mark.parametrize("flag", [True, False])
     def test_the_merge_weights_flag_of_old_releases_means_nothing(
         self, make_vit, peft_folder, flag
@@ -214,6 +211,16 @@ class TestPeft:
         adapter = import_peft_lora(make_vit(), folder)
         (delta,) = adapter.delta_weights().values()
         assert torch.equal(delta, torch.full((36, 12), 4.0))
+
+
+def test_a_config_of_many_bytes_is_not_read(make_vit, peft_folder):
+    folder, write = peft_folder
+    path, start = folder / "adapter_config.json", '{"peft_type": "LORA", "x": "'
+    write(start + "x" * (2**24 - len(start) - 2) + '"}')
+    assert len(read_json(path)["x"]) == 2**24 - 30
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"JSON of at most 16,777,216 bytes, got 16,777,217"):
+        import_peft_lora(make_vit(), folder)
 
 
 def test_a_failure_at_the_last_moment_takes_the_adapter_off_again(
@@ -278,6 +285,33 @@ class TestNamePatterns:
         with pytest.raises(ValueError, match="simple regular expressions as keys, got"):
             NamePatterns({key: 2}).value_of(self.NAME * 2, 1)
 
+    @pytest.mark.parametrize(
+        ("key", "choices", "repeats"),
+        [
+            ("qkv", 1, 0),
+            ("ab|cd|ef", 3, 0),
+            ("(a*|b|c*d*)", 3, 2),
+            (".*", 1, 1),
+            ("a{3}", 1, 0),
+            ("a{2,3}", 1, 1),
+            (".*x.+", 1, 2),
+            ("(a*)?b", 2, 1),
+            ("(a*b){3}", 1, 3),
+            ("(ab|cd){3}", 2**3, 0),
+            ("(a*|b){4}", 2**4, 4),
+            ("(a*b){8}", 1, 8),
+            ("(a*b){9}", MOST_WAYS + 1, 0),
+            ("(a*b){1,3}", MOST_WAYS + 1, 0),
+            ("(ab|cd){26}", 2**26, 0),
+            ("(ab|cd){27}", MOST_WAYS + 1, 0),
+            ("(ab|cd){80}", MOST_WAYS + 1, 0),
+            ("((ab|cd){26}|c)(ef|gh){2}", MOST_WAYS + 1, 0),
+            ("(?=a*)(?:ab|cd)c*", 2, 2),
+        ],
+    )
+    def test_the_ways_of_a_key(self, key, choices, repeats):
+        assert _compile(key)[1:] == (choices, repeats)
+
     def test_many_names_share_the_bound(self):
         patterns = NamePatterns({".*.*.*.*x": 2})
         assert patterns.value_of(self.NAME, 1) == 1
@@ -307,6 +341,20 @@ class TestFact:
             shapes[f"blocks.{i}.mlp.fc2_FacTs.weight"] = (r, 4 * r)
         one = torch.ones(())
         return {k: one.expand(s) if expand else torch.ones(s) for k, s in shapes.items()}
+
+    def test_the_lowest_rank_and_the_releases_dropout(self, make_vit, tmp_path):
+        torch.save(self.tensors(r=1), tmp_path / "fact.pt")
+        adapter = import_fact(make_vit(), tmp_path / "fact.pt", method="fact_tt", scale=1.0)
+        assert (adapter.method.rank, adapter.method.dropout) == (1, 0.1)
+        for dropout in (-0.1, 1.0):
+            with pytest.raises(ValueError, match=r"dropout must be at least 0\.0 and below 1\.0"):
+                import_fact(
+                    make_vit(),
+                    tmp_path / "fact.pt",
+                    method="fact_tt",
+                    scale=1.0,
+                    dropout=dropout,
+                )
 
     @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     @pytest.mark.parametrize("legacy", [False, True])
@@ -359,6 +407,62 @@ class TestFact:
                 continue
             with pytest.raises(ValueError, match=r"fact\.pt"):
                 import_fact(make_vit(), path, method="fact_tt", scale=1.0)
+
+
+class TestFiles:
+    """What the formats share."""
+
+    def test_a_file_of_tensors_holds_dense_ones_alone(self, tmp_path):
+        path, whole = tmp_path / "it.pt", {"a": torch.ones(2, 3), "b": torch.tensor(1.0)}
+        torch.save(whole, path)
+        assert all(torch.equal(t, whole[name]) for name, t in read_torch_file(path).items())
+        for content, text in (
+            ({"a": path}, "must be a whole file of tensors"),
+            ({"a": torch.eye(2).to_sparse()}, "a must be a dense tensor"),
+            ({"a": torch.ones(2, device="meta")}, "a must be a dense tensor"),
+            ({"a": 3}, "a must be a dense tensor"),
+            ({"a": torch.ones(1).expand(2)}, "a must be stored whole"),
+            ({1: torch.ones(2)}, "a dictionary of named tensors"),
+            ([torch.ones(2)], "a dictionary of named tensors"),
+        ):
+            torch.save(content, path)
+            with pytest.raises(ValueError, match=text):
+                read_torch_file(path)
+        with pytest.raises(FileNotFoundError, match="found none"):
+            read_torch_file(tmp_path / "absent")
+
+    def test_numbers_are_those_that_a_float_can_hold(self):
+        largest = sys.float_info.max
+        assert all(is_number(value) is True for value in (0, -1.5, largest, -largest))
+        assert not any(is_number(v) for v in (True, "1", None, 10**400, math.nan, math.inf))
+
+    def test_a_reason_is_one_line(self):
+        found = [files._reason(error) for error in (ValueError("one\ntwo"), KeyError())]
+        assert found == ["one", "KeyError"]
+
+    def test_a_folder_is_written_whole_or_not_at_all(self, tmp_path):
+        for name in ("new", "empty"):
+            (tmp_path / "empty").mkdir(exist_ok=True)
+            with new_folder(tmp_path / name) as folder:
+                (folder / "a").touch()
+            assert [path.name for path in (tmp_path / name).iterdir()] == ["a"]
+        for name in ("new", "new/a"):
+            with (
+                pytest.raises(FileExistsError, match="an empty folder"),
+                new_folder(tmp_path / name),
+            ):
+                pass
+        with (
+            pytest.raises(FileNotFoundError, match="an existing folder"),
+            new_folder(tmp_path / "absent" / "it"),
+        ):
+            pass
+        for removed in (False, True):
+            with pytest.raises(ValueError, match="mine"), new_folder(tmp_path / "it") as folder:
+                if removed:
+                    folder.rmdir()
+                raise ValueError("mine")
+        assert {path.name for path in tmp_path.iterdir()} == {"new", "empty"}
 
 
 @pytest.mark.parametrize("shape", [[10**9, 10**9], [10**30], [-1, 12]])

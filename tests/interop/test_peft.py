@@ -243,6 +243,18 @@ class TestRefusedPeft:
         with unchanged(model), pytest.raises(ValueError, match=message):
             import_peft_lora(model, checkpoint(**fields))
 
+    def test_what_a_configuration_leaves_out_is_pefts_own(self, make_vit, checkpoint):
+        """r = lora_alpha = 8."""
+        folder = checkpoint(lora_alpha=8)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        for left_out, scale in (("lora_alpha", 4.0), ("r", None)):
+            del config[left_out]
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+            if scale is not None:
+                assert import_peft_lora(make_vit(), folder).method.scale == scale
+        with pytest.raises(ValueError, match=r"lora_A \[r=8, K\]"):
+            import_peft_lora(make_vit(), folder)
+
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [

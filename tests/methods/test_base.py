@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,8 +25,12 @@ from efft_kernels.methods.base import (
     check_number,
     constant_float,
     ffn_hidden,
+    is_older,
     stage_rank,
+    undotted_names,
 )
+from efft_kernels.methods.tensor_train import TensorTrainGroup
+from efft_kernels.ops.reference import delta_weight
 
 
 def site(role, k=12, n=12, block=0, stage=0):
@@ -77,6 +82,25 @@ def test_rank_of_a_stage_counts_the_stages_that_are_there():
         stage_rank("rank", [1, 2, 3, 4], sites, 1)
 
 
+@pytest.mark.parametrize("name", ["rank", "ffn_rank"])
+def test_a_rank_of_another_length_is_named(name):
+    with pytest.raises(ValueError, match=rf"^{name} must have one entry per stage \(1\), got 2"):
+        EFFT2(**{name: [3, 3]}).build([site("fc1", 12, 48)])
+
+
+@pytest.mark.parametrize("kind", [EFFT1, EFFT2, FacTTT, FacTTK, LoRA, KAdaptation])
+@pytest.mark.parametrize("role", ["q", "fc1", "fc2"])
+def test_one_linear_is_a_group(kind, role):
+    method = LoRA(matrices=(role,)) if kind is LoRA else kind()
+    method = KAdaptation(matrices=(role,)) if kind is KAdaptation else method
+    it = site(role, *{"q": (16, 16), "fc1": (16, 64), "fc2": (64, 16)}[role])
+    ((_, group),) = method.build([it]).items()
+    down, core, up = group.factors(it.name, False)
+    slices = up.shape[0] if core is None else core.shape[0]
+    delta = delta_weight(down, core, up, slices)
+    assert delta.shape == (it.out_features, it.in_features) and not delta.any()
+
+
 def test_hidden_width_of_packed_gates():
     assert ffn_hidden([site("gate_fc1", 12, 64), site("fc2", 32, 12)]) == 32
     with pytest.raises(ValueError, match=r"share a hidden width, got \[32, 48\]"):
@@ -90,6 +114,40 @@ def test_hidden_width_of_packed_gates():
 def test_check_number(value, kind):
     with pytest.raises(kind, match="scale must be"):
         check_number("scale", value)
+    check_number("scale", -sys.float_info.max)
+
+
+def test_names_without_dots_are_told_apart():
+    names = ["a.b", "a_b", "a.b_", "keys"]  # a ParameterDict has a method of the last name
+    sites = [dataclasses.replace(site("q"), name=name) for name in names]
+    assert undotted_names(sites) == dict(zip(names, ["a_b", "a_b_", "a_b__", "keys_"], strict=True))
+
+
+def test_which_of_two_methods_is_further_up():
+    class First:
+        def one(self):
+            pass
+
+        def other(self):
+            pass
+
+    class Second(First):
+        def other(self):
+            pass
+
+    class Third(Second):
+        def one(self):
+            pass
+
+    found = [is_older(kind, "one", "other") for kind in (First, Second, Third)]
+    assert found == [False, True, False]
+    assert [is_older(kind, "other", "one") for kind in (First, Second, Third)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", [FactorGroup, TensorTrainGroup])
+def test_a_group_takes_no_class_arguments(kind):
+    with pytest.raises(TypeError, match="takes no keyword arguments"):
+        type(kind)("Own", (kind,), {}, colour=1)
 
 
 CONFIGURATIONS = [
@@ -121,10 +179,19 @@ def test_configuration_survives_json(method):
 BAD = [
     (lambda: FacTTT(rank=0), ValueError, "rank must be at least 1"),
     (lambda: FacTTT(rank=[]), ValueError, "rank must have one entry per stage"),
-    (lambda: FacTTT(dropout=1.0), ValueError, "dropout must be"),
+    (lambda: FacTTT(rank=(1, 2, 3)), TypeError, "rank must be an int or a pair"),
+    (lambda: FacTTT(rank=(1, 2.0)), TypeError, "rank must be an int or a pair"),
+    (lambda: FacTTT(rank=(1, True)), TypeError, "rank must be an int or a pair"),
+    (lambda: FacTTT(rank="16"), TypeError, "rank must be an int or a pair"),
+    (lambda: FacTTT(rank=(1, 0)), ValueError, "rank must be at least 1"),
+    (lambda: FacTTT(dropout=1.0), ValueError, "dropout must be at least 0.0 and below 1.0, got"),
+    (lambda: FacTTT(dropout=-0.1), ValueError, "dropout must be"),
+    (lambda: LoRA(dropout=1.0), ValueError, "dropout must be"),
+    (lambda: LoRA(dropout=-0.1), ValueError, "dropout must be"),
     (lambda: FacTTT(scale="1"), TypeError, "scale must be a number"),
     (lambda: FacTTT(learn_scale=1), TypeError, "learn_scale must be a bool"),
     (lambda: FacTTK(layer_rank=0), ValueError, "layer_rank must be at least 1"),
+    (lambda: LoRA(scale="1"), TypeError, "scale must be a number"),
     (lambda: LoRA(rank=(2, 2)), TypeError, "rank must be an int"),
     (lambda: LoRA(rank=True), TypeError, "rank must be an int"),
     (lambda: LoRA(rank=0), ValueError, "rank must be at least 1"),
@@ -134,6 +201,7 @@ BAD = [
     (lambda: KAdaptation(matrices=("q", "w")), ValueError, "matrices must be one of .* got 'w'"),
     (lambda: KAdaptation(products=0), ValueError, "products must be at least 1"),
     (lambda: KAdaptation(products=2.0), TypeError, "products must be an int"),
+    (lambda: KAdaptation(scale="1"), TypeError, "scale must be a number"),
     (lambda: KAdaptation(init="uv"), ValueError, "init must be one of"),
 ]
 
@@ -226,6 +294,7 @@ def test_a_method_of_ones_own_attaches_trains_saves_and_loads(make_vit, tmp_path
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05
     group = adapter.bank.toy_cp
+    assert group.activation_dropout == 0
     dense = torch.einsum("it,jt,kt->ikj", group.a, group.b, group.c).detach()  # [slice, out, in]
     found = adapter.delta_weights()
     torch.testing.assert_close(found["blocks.0.attn.qkv"], dense[:3].flatten(0, 1))
@@ -278,5 +347,32 @@ def test_attention_of_two_widths_has_no_place_in_a_tensor(method, shape):
         method.build([narrow])
 
 
-def test_the_published_ranks_are_the_defaults():
-    assert LoRA() == LoRA(rank=8, scale=1.0, matrices=("q", "v"))
+_TENSOR = {"rank": 16, "dropout": 0.1, "learn_scale": False}
+_EFFT = {**_TENSOR, "scale": 10.0, "init": "v", "cores": "per_layer"}
+_FACT = {**_TENSOR, "scale": 1.0, "factor_init": "xavier"}
+DEFAULTS = {
+    EFFT1: {**_EFFT, "attention_side": "out"},
+    EFFT2: {**_EFFT, "ffn_rank": None, "ffn_init": None, "factor_init": "xavier"},
+    FacTTT: _FACT,
+    FacTTK: {**_FACT, "layer_rank": None},
+    LoRA: {
+        "rank": 8,
+        "scale": 1.0,
+        "matrices": ("q", "v"),
+        "dropout": 0.0,
+        "factor_init": "kaiming",
+    },
+    KAdaptation: {
+        "products": 4,
+        "rank": 1,
+        "scale": 1.0,
+        "init": "v",
+        "matrices": ("q", "k", "v", "o"),
+        "factor_init": "xavier",
+    },
+}
+
+
+def test_the_defaults_are_the_published_ones():
+    assert {kind: dataclasses.asdict(kind()) for kind in DEFAULTS} == DEFAULTS
+    assert FacTTK(3, 0.5, 0.2, False, 7) == FacTTK(rank=3, scale=0.5, dropout=0.2, layer_rank=7)

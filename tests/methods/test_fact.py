@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import FacTTK, FacTTT, attach
+from efft_kernels.methods.base import Site
 
 D, DEPTH = 12, 2  # of the small model
 KINDS = [FacTTT, FacTTK]
@@ -350,6 +351,14 @@ def test_the_release_draws_fact_tt_as_linears(make_vit, rank):
         by_role["fc2" if site.endswith("fc2") else "others"].append(cores)
     assert is_uniform(torch.cat(by_role["fc2"]), (4 * 16) ** -0.5)
     assert is_uniform(torch.cat(by_role["others"]), 16**-0.5)
+
+
+@pytest.mark.parametrize(("role", "rank", "most"), [("q", (2, 3), 6), ("fc1", (1, 2), 4)])
+def test_a_layer_rank_beyond_which_nothing_is_added_is_refused(role, rank, most):
+    site = Site("blocks.0.it", role, 0, 0, 12, 12 if role == "q" else 48)
+    FacTTK(rank=rank, layer_rank=most).build([site])
+    with pytest.raises(ValueError, match=rf"max\(cores, r1·r2\)={most}, got {most + 1}"):
+        FacTTK(rank=rank, layer_rank=most + 1).build([site])
 
 
 @pytest.mark.parametrize(("rank", "layer_rank"), [(16, None), ((16, 8), 5)])

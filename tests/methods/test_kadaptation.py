@@ -124,6 +124,30 @@ def test_other_slices_outputs_are_untouched_to_the_bit(make_vit, randomize, matr
         assert same == (kind not in matrices)
 
 
+def test_factors_at_a_position_are_those_of_the_name(make_vit, randomize):
+    adapter = attach(make_vit(), KAdaptation(products=2))
+    randomize(adapter)
+    group = adapter.bank.kadaptation
+    for name in adapter.layers():
+        expected = group.factors(name, False)
+        down, core, up = group.factors_at(group.position(name), False)
+        assert torch.equal(down, expected.down) and torch.equal(up, expected.up) and core is None
+    for key, table in (("blocks_0_attn_qkv", group.u), ("blocks_1_attn_proj", group.v)):
+        table._parameters.pop(key)  # as a parametrization does
+        assert group.factors_at(group.position(key.replace("_", ".")), False) is None
+
+
+@pytest.mark.parametrize("init", ["u", "v"])
+def test_what_does_not_start_at_zero_is_drawn_as_matrices(make_vit, init):
+    """xavier_uniform_ of each u_i [K/n, r] or v_i [N/n, r]: within ±√(6 / (K/n + r))."""
+    model = make_vit(embed_dim=96)
+    method = KAdaptation(products=4, rank=2, init=init, matrices=("q", "k", "v", "o"))
+    group = attach(model, method).bank.kadaptation
+    for parameter in (group.u if init == "v" else group.v).values():
+        bound = (6 / (96 / 4 + 2)) ** 0.5
+        assert 0.9 * bound < parameter.abs().max() <= bound
+
+
 @pytest.mark.parametrize("products", [2, 3])
 @pytest.mark.parametrize("init", ["u", "v"])
 def test_starts_at_exactly_zero_and_learns_from_the_first_step(make_vit, init, products):
@@ -163,6 +187,8 @@ def test_factors_are_of_the_effective_rank(make_vit, randomize):
 
 REFUSED = [
     ({"products": 5}, r"products must divide K=12 and N=12 of each matrix in 'blocks.0.attn.qkv'"),
+    ({"products": 16, "matrices": ("fc1",)}, "products must divide K=12 and N=48"),
+    ({"products": 16, "matrices": ("fc2",)}, "products must divide K=48 and N=12"),
     ({"products": 4, "rank": 1}, r"products²·rank must be at most min\(K, N\)=12 .* got 16"),
 ]
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.func import functional_call
 
 from efft_kernels import KAdaptation, LoRA, attach, load, reference
-from efft_kernels.methods.lora import stack_matrices
+from efft_kernels.methods.base import Site
+from efft_kernels.methods.lora import chosen_slices, stack_matrices
 
 D = 12  # of the small model
 PER_SITE = {
@@ -450,3 +451,25 @@ def test_scale_and_alpha_together_are_refused(scale):
 def test_an_alpha_that_gives_no_scale_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         LoRA(**options)
+
+
+@pytest.mark.parametrize(
+    ("role", "matrices", "chosen"),
+    [
+        ("qkv", ("q", "v"), ((0, 2), 3)),
+        ("qkv", ("fc1",), ((), 3)),
+        ("gate_fc1", ("fc1",), ((1,), 2)),
+        ("o", ("o",), ((0,), 1)),
+        ("qkv", None, ((0,), 1)),
+        ("linear", ("q",), ((0,), 1)),
+    ],
+)
+def test_which_of_the_stacked_matrices_are_adapted(role, matrices, chosen):
+    assert chosen_slices(Site("blocks.0.it", role, 0, 0, D, 6 * D), matrices) == chosen
+
+
+def test_a_starts_as_nn_linear_does(make_vit):
+    """kaiming_uniform_(a=√5) on A [r, K]: within ±1/√K."""
+    adapter = attach(make_vit(embed_dim=96), LoRA(rank=8))
+    a = torch.cat([adapter.bank.group(name).A.flatten() for name in adapter.layers()])
+    assert 0.99 * 96**-0.5 < a.abs().max() <= 96**-0.5

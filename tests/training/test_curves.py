@@ -43,6 +43,14 @@ def test_a_perfect_run_has_no_percents_above_a_hundred(
     loss, accuracy = (axes.get_ylim() for axes in figures[0].axes)
     assert accuracy[0] < 30 and 100 < accuracy[1] < 101
     assert loss[1] > 1  # as matplotlib chose it
+    for axes in figures[0].axes:
+        curve, kept = axes.lines
+        assert axes.get_subplotspec().get_gridspec().get_geometry() == (1, 2)
+        assert axes.get_title() and axes.get_xlabel().startswith("epoch")
+        assert list(curve.get_xdata()) == [1, 2] and set(kept.get_xdata()) == {2}
+        assert (curve.get_markersize(), kept.get_linewidth()) == (3, 0.8)
+        assert not axes.spines["top"].get_visible()
+    assert all(place % 1 == 0 for axes in figures[0].axes for place in axes.get_xticks())
 
 
 class Writer:
@@ -59,7 +67,7 @@ class Writer:
         self.scalars.append((name, value, step))
 
     def flush(self) -> None:
-        pass
+        self.flushed = len(self.scalars)
 
     def close(self) -> None:
         self.closed = True
@@ -75,11 +83,15 @@ def test_tensorboard_is_told_every_epoch(tmp_path: Path, monkeypatch: pytest.Mon
     log.close()
     (writer,) = Writer.made
     assert (writer.folder, writer.purge_step, writer.closed) == (str(tmp_path), 2, True)
-    assert writer.scalars[:3] == [
+    assert writer.scalars == [
         ("train/loss", 0.5, 2),
         ("train/lr", 1e-3, 2),
         ("val/top1_percent", 42.0, 2),
+        ("seconds", 2.0, 2),
     ]
+    assert writer.flushed == 4
+    TensorBoardLog(tmp_path)
+    assert Writer.made[-1].purge_step == 1
 
 
 def test_without_tensorboard_the_way_out_is_named(

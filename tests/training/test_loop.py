@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import types
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from efft_kernels.training import loop
 from efft_kernels.training.loop import (
     NonFiniteLossError,
     Schedule,
+    _Constant,
     evaluate,
     saved_for_backward_mib,
     train_epochs,
     train_one_epoch,
     trained_parameters,
 )
+from efft_kernels.training.reproducible import epoch_seed
+from efft_kernels.training.updates import Updates
 
 
 def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
@@ -38,6 +43,17 @@ def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
     assert evaluate(model, batches, device="cpu", num_classes=3) == pytest.approx(100 * right)
     with pytest.raises(ValueError, match="at least one batch"):
         train_one_epoch(model, [], optimizer, device="cpu")
+    assert train_one_epoch(model, iter(batches), optimizer, device="cpu").images == 9
+    for scheduler, accumulate in ((_Constant(), 1), (None, 2)):
+        with pytest.raises(TypeError, match="loader must have a length"):
+            train_one_epoch(
+                model,
+                iter(batches),
+                optimizer,
+                device="cpu",
+                scheduler=scheduler,
+                updates=Updates(accumulate=accumulate),
+            )
 
 
 def test_a_nan_loss_stops_before_the_update() -> None:
@@ -47,6 +63,8 @@ def test_a_nan_loss_stops_before_the_update() -> None:
     batch = (torch.full((2, 5), float("nan")), torch.tensor([0, 1]))
     with pytest.raises(NonFiniteLossError, match="loss is nan in epoch 5, step 1"):
         train_one_epoch(model, [batch], optimizer, device="cpu", epoch=4)
+    with pytest.raises(NonFiniteLossError, match="loss is nan in epoch 1, step 1"):
+        train_one_epoch(model, [batch], optimizer, device="cpu")
     assert torch.equal(model.weight, before)
 
 
@@ -81,10 +99,11 @@ def test_logits_that_mean_nothing_have_no_accuracy(value: float) -> None:
     model = torch.nn.Linear(5, 3)
     with torch.no_grad():
         model.weight.fill_(value)
-    batches = [(torch.ones(4, 5), torch.zeros(4, dtype=torch.long))]
+    batches = iter([(torch.ones(4, 5), torch.zeros(4, dtype=torch.long))] * 3)
     with pytest.raises(NonFiniteLossError, match="logits are not finite"):
         evaluate(model.train(), batches, device="cpu", num_classes=3)
     assert model.training
+    assert len(list(batches)) == 2  # not looked at
 
 
 def test_a_class_that_is_masked_out_does_not_count_against_the_others() -> None:
@@ -100,14 +119,16 @@ def test_a_class_that_is_masked_out_does_not_count_against_the_others() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_runs_in_evaluation_mode_and_keeps_the_models(training: bool) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Dropout(0.5)).train(training)
-    modes: list[bool] = []
-    model[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+    modes: list[tuple[bool, bool]] = []
+    model[1].register_forward_hook(
+        lambda module, *_: modes.append((module.training, torch.is_inference_mode_enabled()))
+    )
     batches = [(torch.randn(4, 5), torch.randint(3, (4,)))]
     evaluate(model, batches, device="cpu", num_classes=3)
-    assert modes == [False]
+    assert modes == [(False, True)]
     assert model.training is model[1].training is training
     train_one_epoch(model, batches, torch.optim.SGD(model.parameters(), lr=0.0), device="cpu")
-    assert modes == [False, True]
+    assert modes == [(False, True), (True, False)]
 
 
 def test_the_scheduler_counts_updates_over_all_epochs() -> None:
@@ -172,11 +193,13 @@ def test_a_scaled_step_is_the_plain_one_and_skips_what_overflows() -> None:
 def test_saved_bytes_count_each_storage_once_without_parameters() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.ReLU())
     x, y = torch.randn(16, 64), torch.zeros(16, dtype=torch.long)
+    modes: list[bool] = []
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
     generator = torch.get_rng_state()
     mib = saved_for_backward_mib(model.eval(), x, y)
     # the input, the ReLU's output, the log-probabilities, the targets and the loss's total weight
     assert mib * 2**20 == 4 * (16 * 64 + 16 * 32 + 16 * 32 + 1) + 8 * 16
-    assert not model.training
+    assert modes == [True] and not model.training
     assert model[0].weight.grad is None
     assert torch.equal(torch.get_rng_state(), generator)
 
@@ -198,6 +221,47 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[40] == 0.01
 
 
+@pytest.mark.parametrize("step", ["update", "epoch", "constant"])
+def test_the_optimizer_is_the_one_that_is_named(step: str) -> None:
+    rest = {"epochs": 2, "lr": 0.5, "weight_decay": 0.1, "warmup_epochs": 0, "warmup_lr": 0.1}
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+        schedule = Schedule(**rest, step=step, optimizer=kind.__name__.lower())  # type: ignore[arg-type]
+        optimizer, _ = schedule.start([torch.nn.Parameter(torch.zeros(1))], updates_per_epoch=4)
+        assert type(optimizer) is kind
+        assert optimizer.param_groups[0].get("momentum", 0.9) == 0.9
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+        assert schedule.min_lr == 0
+
+
+def test_once_an_epoch_the_learning_rate_is_that_of_the_epoch_before() -> None:
+    """timm's scheduler.step(e) after epoch e, counted from 0."""
+    rest: Any = {"lr": 0.5, "weight_decay": 0.0, "warmup_lr": 0.1, "min_lr": 0.01, "step": "epoch"}
+    schedule = Schedule(epochs=4, warmup_epochs=2, **rest)
+    optimizer, scheduler = schedule.start([torch.nn.Parameter(torch.zeros(1))], 3)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for update in range(1, 12):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    half = 0.01 + (0.5 - 0.01) / 2
+    assert rates == pytest.approx([0.1] * 3 + [0.1] * 3 + [0.3] * 3 + [half] * 3)
+
+
+def test_a_step_is_timed_when_the_device_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_post_hook(lambda *_: events.append("step"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_synchronize", lambda device: events.append(device.type))
+        patch.setattr(loop, "time", types.SimpleNamespace(perf_counter=iter((1.0, 1.25)).__next__))
+        batch = (torch.randn(7, 5), torch.randint(3, (7,)))
+        assert train_one_epoch(model, [batch], optimizer, device="cpu").step_ms == [250.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", events.append)
+    for name in ("cpu", "cuda:1"):
+        loop._synchronize(torch.device(name))
+    assert events == ["cpu", "step", "cpu", torch.device("cuda:1")]
+
+
 def test_a_seeded_epoch_does_not_depend_on_what_was_drawn_before() -> None:
     data = TensorDataset(torch.randn(12, 5), torch.randint(3, (12,)))
 
@@ -212,6 +276,9 @@ def test_a_seeded_epoch_does_not_depend_on_what_was_drawn_before() -> None:
             model, loader, optimizer, epochs, device="cpu", scheduler=scheduler, seed=3
         ):
             assert epoch in epochs
+            own = epoch_seed(3, epoch + 1)
+            assert loader.generator is not None
+            assert (loader.generator.initial_seed(), torch.initial_seed()) == (own, own)
             assert result.images == 12
         return model[1].weight.detach()
 

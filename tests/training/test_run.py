@@ -327,33 +327,59 @@ def test_a_bad_setting_writes_nothing(settings: TrainSettings, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"method": "magic"},
-        {"amp": "float8"},
-        {"epochs": 0},
-        {"batch_size": 0},
-        {"lr": 0.0},
-        {"lr": float("nan")},
-        {"min_lr": 1.0},
-        {"weight_decay": -1.0},
-        {"warmup_epochs": 3},
-        {"drop_path": 1.0},
-        {"val_split": 0.0},
-        {"seed": -1},
-        {"workers": -1},
-        {"img_size": 0},
-        {"normalize": "clip"},
-        {"schedule": "step"},
-        {"optimizer": "adam"},
-        {"backbone_lr_factor": 0.0},
-    ],
-)
-def test_senseless_settings_are_named(settings: TrainSettings, change: dict[str, Any]) -> None:
-    (name,) = change
-    with pytest.raises(ValueError, match=f"{name} must be .*, got"):
-        dataclasses.replace(settings, **change)
+# Setting → (values that are taken, values that are refused), at the bounds of its range.
+EDGES: dict[str, tuple[list[Any], list[Any]]] = {
+    "method": (["lora"], ["magic"]),
+    "amp": (["none", "float16"], ["float8"]),
+    "normalize": (["imagenet"], ["clip"]),
+    "schedule": (["constant"], ["step"]),
+    "optimizer": (["sgd"], ["adam"]),
+    "keep": (["best"], ["first"]),
+    "epochs": ([1], [0]),
+    "batch_size": ([1], [0]),
+    "accumulate": ([1], [0]),
+    "weight_decay": ([0.0], [-1e-9, math.inf]),
+    "min_lr": ([0.0, 1e-3], [-1e-9, 1.0001e-3]),  # lr is 1e-3
+    "mixup": ([0.0], [-1e-9, math.inf]),
+    "cutmix": ([0.0], [-1e-9, math.inf]),
+    "workers": ([0, 1024], [-1, 1025]),
+    "seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "lr": ([1e-5], [0.0, math.nan, math.inf]),
+    "backbone_lr_factor": ([1.0], [0.0, math.inf]),
+    "label_smoothing": ([0.0, 0.999], [-1e-9, 1.0]),
+    "ema": ([1e-9, 0.999], [0.0, 1.0]),
+    "clip_grad": ([1e-9], [0.0, math.inf]),
+    "drop_path": ([0.0, 0.999], [-1e-9, 1.0]),
+    "val_split": ([1e-9, 0.999], [0.0, 1.0]),
+    "img_size": ([1, 8192], [0, 8193]),
+    "layers": ([(0,)], [(), (1, -1)]),
+    "warmup_epochs": ([0, 2], [-1, 3]),  # epochs is 3
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_senseless_settings_are_named(settings: TrainSettings, name: str) -> None:
+    taken, refused = EDGES[name]
+    for value in taken:
+        assert getattr(dataclasses.replace(settings, **{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(ValueError, match=f"{name} must be .*, got"):
+            dataclasses.replace(settings, **{name: value})
+
+
+def test_the_defaults_of_a_run(images: Path) -> None:
+    nothing = "rank scale init dropout cores layers targets warmup_epochs checkpoint img_size ema"
+    nothing += " clip_grad recipe task"
+    expected: dict[str, Any] = dict.fromkeys(nothing.split())
+    expected |= {"data": images, "model": MODEL, "method": "efft2", "options": {}}
+    expected |= {"epochs": 100, "batch_size": 64, "accumulate": 1, "seed": 42, "val_split": 0.2}
+    expected |= {"lr": 1e-3, "min_lr": 1e-5, "weight_decay": 1e-4, "backbone_lr_factor": 1.0}
+    expected |= {"optimizer": "adamw", "schedule": "update", "keep": "last", "drop_path": 0.1}
+    expected |= {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "normalize": "model"}
+    expected |= {"device": "auto", "amp": "none", "backend": "auto", "workers": 0}
+    expected |= {"pretrained": True, "learn_scale": False, "drop_last": False, "augment": False}
+    expected |= {"skip_bad_images": False}
+    assert dataclasses.asdict(TrainSettings(images)) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -476,6 +502,7 @@ def test_sgd_at_a_constant_rate_in_two_groups(settings: TrainSettings, tmp_path:
 def test_the_cosine_does_not_rise_for_the_slower_group(settings: TrainSettings) -> None:
     with pytest.raises(ValueError, match=r"min_lr must be at most lr · backbone_lr_factor=1e-06"):
         dataclasses.replace(settings, backbone_lr_factor=1e-3)
+    dataclasses.replace(settings, backbone_lr_factor=0.5, min_lr=0.5 * settings.lr)
 
 
 class Command:

@@ -83,7 +83,7 @@ def test_smoothed_targets_are_timms() -> None:
 
 
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
-@pytest.mark.parametrize("count", [6, 7, 1])
+@pytest.mark.parametrize("count", [6, 5, 1])
 def test_images_and_targets_are_mixed_alike(alphas: dict[str, float], count: int) -> None:
     """Every image is its class's one-hot at each pixel, so the mean pixel is the mixed target."""
     loss, mix = make_loss(4, **alphas)
