@@ -174,7 +174,12 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/backends/test_cuda_backend.py",
         "ops/entry/test_routes.py",
     ),
-    "ops/backends/torch_backend.py": ("ops/test_functional.py", "ops/test_gradients.py"),
+    "ops/backends/torch_backend.py": (
+        "ops/backends/test_torch_backend.py",
+        "ops/test_cost_model.py",
+        "ops/test_functional.py",
+        "ops/test_gradients.py",
+    ),
     "ops/backends/triton/configs.py": (
         "ops/backends/triton/test_backend.py",
         "ops/backends/triton/test_launch_cache.py",
@@ -191,10 +196,18 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/test_functional.py",
         "ops/test_autocast.py",
         "ops/entry/test_refusals.py",
+        "ops/test_dispatch.py::test_a_backend_is_called_without_autocast_and_on_xs_device",
     ),
-    "ops/compiled_chain.py": ("adapters/test_chained.py::TestInAGraph",),
+    "ops/compiled_chain.py": (
+        "ops/test_chains.py::TestAsTwoOperators",
+        "adapters/test_chained.py::TestInAGraph",
+    ),
     "ops/cost_model.py": ("ops/test_cost_model.py", "ops/entry/test_choices.py"),
-    "ops/dispatch.py": ("ops/test_dispatch.py", "ops/entry/test_routes.py"),
+    "ops/dispatch.py": (
+        "ops/test_dispatch.py",
+        "ops/test_forward_over_reverse.py",
+        "ops/entry/test_routes.py",
+    ),
     "ops/dropout.py": ("ops/test_dropout.py",),
     "ops/dropout_mask.py": ("ops/test_dropout.py::TestMask",),
     "ops/eager_entry.py": (
@@ -205,6 +218,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "ops/explain.py": ("ops/test_cost_model.py",),
     "ops/functional.py": ("ops/test_functional.py", "ops/test_gradients.py"),
     "ops/layer.py": (
+        "ops/test_layer.py",
         "test_nn.py",
         "adapters/test_shared_input.py",
         "adapters/test_adapter_set_calls.py",
@@ -216,7 +230,10 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/test_dispatch.py::test_opcheck_forward",
         "ops/test_dispatch.py::test_opcheck_backward",
     ),
-    "ops/shared_projection.py": ("ops/test_shared_projection.py",),
+    "ops/shared_projection.py": (
+        "ops/test_shared_projection.py",
+        "adapters/test_shared_input.py",
+    ),
     "testing/error_budget.py": ("testing/test_error_budget.py",),
     "training/averaging.py": ("training/test_updates.py",),
     "training/curves.py": ("training/test_curves.py",),

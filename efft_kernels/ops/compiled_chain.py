@@ -67,13 +67,13 @@ def run_chain(x: Tensor, layers: Sequence[Layer], attention: int, dtype: torch.d
 class _Record:
     """What a half keeps, in the place of autograd's context."""
 
-    def __init__(self, needs_input_grad: tuple[bool, bool]) -> None:
-        self.needs_input_grad = needs_input_grad
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
-        self.engine: Any = None
-        self.eps = 0.0
-        self.images = self.heads = 0
-        self.others: list[Any] = []
+    needs_input_grad: tuple[bool, bool]  # in the backward
+    saved_tensors: tuple[Tensor | None, ...]
+    engine: Any
+    eps: float
+    images: int
+    heads: int
+    others: list[Any]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -129,7 +129,7 @@ def _forward(
         kept = [*merged, *(torch.stack([own.b for own in stack]) for stack in stacks)]
         z, y = x.flatten(0, 1).contiguous(), None  # type: Tensor, Any
         for of, half in _halves(layers, stacks, engine, x.shape[0]):
-            record = _Record((False, False))
+            record = _Record()
             first = y is None
             z, y = of.forward(record, z, y, *[None] * 4, half)
             more = [t for t in record.saved_tensors[_OWN:] if t is not None]
@@ -178,7 +178,8 @@ def _backward(
                 own.insert(0, x.flatten(0, 1).contiguous())
             if of is AttentionHalf:
                 own[7:] = engine.attention.restore(own[7:], tokens)
-            record = _Record((need_x or place > 0, place > 0))
+            record = _Record()
+            record.needs_input_grad = need_x or place > 0, place > 0
             record.engine, record.eps = engine, half.norm.eps
             record.images, record.heads = half.images, half.heads
             first = half.first.weight, half.second.weight, half.first.b, half.second.b

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels import use_backend
-from efft_kernels.ops import chains
-from efft_kernels.ops.backends.chain_steps import Norm
+from efft_kernels.ops import chains, compiled_chain
+from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
+from efft_kernels.ops.backends.triton.chain import MAX_WIDTH
 from efft_kernels.ops.chains import Adapted, Engine, Layer, engine_for, refusal, run_chain
-from efft_kernels.testing.cpu_chain import cpu_engine
+from efft_kernels.testing.cpu_chain import CPU_ATTENTION, cpu_engine
 
 IMAGES, TOKENS, K, C, HEADS = 2, 3, 8, 11, 2
 RANKS = {"qkv": 2, "proj": 3, "fc1": 1, "fc2": 2}
@@ -32,7 +39,7 @@ def layers(request: pytest.FixtureRequest) -> list[Layer]:
         return Adapted(draw(n, k), bias, draw(k, r, grad=True), draw(n, r, grad=True), gamma)
 
     def layer() -> Layer:
-        norms = [Norm(1 + draw(K), draw(K), 1e-5) for _ in range(2)]
+        norms = [Norm(1 + draw(K), draw(K), eps) for eps in (1e-5, 1e-2)]
         qkv, proj, fc1, fc2 = map(adapted, SIZES)
         return Layer(norms[0], qkv, proj, norms[1], fc1, fc2, HEADS)
 
@@ -42,6 +49,15 @@ def layers(request: pytest.FixtureRequest) -> list[Layer]:
 def factors(layers: list[Layer]) -> list[Tensor]:
     linears = [a for layer in layers for a in (layer.qkv, layer.proj, layer.fc1, layer.fc2)]
     return [factor for a in linears for factor in (a.down, a.b)]
+
+
+def lower(value: Any) -> Any:
+    """The same in float32."""
+    if isinstance(value, tuple):
+        return type(value)(*map(lower, value))
+    if isinstance(value, Tensor):
+        return value.detach().float().requires_grad_(value.requires_grad)
+    return value
 
 
 def plain(x: Tensor, layers: list[Layer]) -> Tensor:
@@ -140,17 +156,8 @@ def test_the_backward_does_not_run_under_autocast(layers: list[Layer]) -> None:
 
 def test_a_stream_in_float32_and_gemms_in_bfloat16(layers: list[Layer]) -> None:
     """The dtypes of autocast: of the stream and factors, and of the products."""
-
-    def low(t: Tensor) -> Tensor:
-        return t.detach().float().requires_grad_(t.requires_grad)
-
-    def lower(value):
-        if isinstance(value, tuple):
-            return type(value)(*map(lower, value))
-        return low(value) if isinstance(value, Tensor) else value
-
     singles = [lower(layer) for layer in layers]
-    x = low(draw(IMAGES, TOKENS, K, grad=True))
+    x = lower(draw(IMAGES, TOKENS, K, grad=True))
     y = run_chain(x, singles, cpu_engine(torch.bfloat16))
     grads = torch.autograd.grad(y.tanh().sum(), [x, *factors(singles)])
     assert {t.dtype for t in (y, *grads)} == {torch.float32}
@@ -163,6 +170,226 @@ def test_says_why_nothing_runs_it() -> None:
     assert "is on cpu" in str(refusal(x))
     for other in (torch.nn.Parameter(x), x[0], x[:0]):
         assert "no plain tensor" in str(refusal(other))
+
+
+class TestAsTwoOperators:
+    """compiled_chain.py, called in eager mode."""
+
+    @pytest.fixture
+    def made(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+        """(columns, rank) of each engine that computed, in plain torch."""
+        found: list[tuple[int, int]] = []
+
+        def steps_for(x: Tensor, rank: int) -> TorchSteps:
+            found.append((x.shape[2], rank))
+            return TorchSteps()
+
+        monkeypatch.setitem(chains.ATTENTION, SDPBackend.MATH, CPU_ATTENTION)
+        monkeypatch.setattr(chains, "steps_for", steps_for)
+        return found
+
+    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize("learns", [False, True])
+    def test_is_the_blocks_of_plain_torch(
+        self, layers: list[Layer], made: list[tuple[int, int]], count: int, learns: bool
+    ) -> None:
+        layers = layers[:count]
+        x = draw(IMAGES, TOKENS, K, grad=learns)
+        dy = draw(K, TOKENS, IMAGES).permute(2, 1, 0)
+        wanted = [*factors(layers), *([x] if learns else [])]
+        results = []
+        for y in (
+            compiled_chain.run_chain(x, layers, SDPBackend.MATH.value, torch.float64),
+            plain(x, layers),
+        ):
+            results.append([y, *torch.autograd.grad(y, wanted, dy)])
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+        assert made == [(K, max(RANKS.values()))] * 2
+
+    @pytest.mark.parametrize("learns", [False, True])
+    def test_what_a_graph_is_told(
+        self, layers: list[Layer], made: list[tuple[int, int]], learns: bool
+    ) -> None:
+        """Shapes, strides and dtypes of both operators' results, of which autocast changes none."""
+        singles = [lower(layer) for layer in layers]
+        x = draw(IMAGES, TOKENS, K).float().requires_grad_(learns)
+        dy = draw(K, TOKENS, IMAGES).permute(2, 1, 0).float()
+        results = []
+        for autocast in (False, True):
+            with Recorded() as calls, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = compiled_chain.run_chain(x, singles, SDPBackend.MATH.value, torch.float32)
+                results.append([y, *torch.autograd.grad(y, factors(singles), dy)])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert len(calls) == 2
+        for operator, arguments in calls:
+            tests = ("test_schema", "test_faketensor")
+            torch.library.opcheck(operator, arguments, test_utils=tests)
+
+    def test_what_another_version_kept_is_refused(
+        self, layers: list[Layer], made: list[tuple[int, int]]
+    ) -> None:
+        with Recorded() as calls:
+            x = draw(IMAGES, TOKENS, K, grad=True)
+            compiled_chain.run_chain(
+                x, layers, SDPBackend.MATH.value, torch.float64
+            ).sum().backward()
+        operator, arguments = calls[1]
+        kept = arguments[4]
+        for other in (kept[:-1], [*kept, x]):
+            with pytest.raises(RuntimeError, match=r"kept must have 27 tensors .* got 2[68]: "):
+                operator(*arguments[:4], other, *arguments[5:])
+
+
+class Recorded(TorchDispatchMode):
+    """(operator, arguments) of all calls of this package's operators."""
+
+    def __enter__(self) -> list[tuple[Any, Any]]:
+        super().__enter__()
+        self.calls: list[tuple[Any, Any]] = []
+        return self.calls
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function.namespace == "efft_kernels":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+
+
+class TestOnAGpuThatIsNotThere:
+    """Fake tensors on it, under autocast, with Triton; torch chooses cuDNN's attention."""
+
+    @pytest.fixture
+    def choice(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+        found: dict[str, Any] = {"backend": CUDNN}
+
+        def choose(q: Tensor, k: Tensor, v: Tensor) -> int:
+            assert q.requires_grad and q.shape == k.shape == v.shape
+            found.update(shape=tuple(q.shape), dtype=q.dtype, device=q.device)
+            return found["backend"].value
+
+        monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+        monkeypatch.setattr(chains, "Tensor", FakeTensor)
+        monkeypatch.setattr(chains, "_triton", lambda: None)
+        monkeypatch.setattr(chains, "too_old", lambda index: "too old" if index == 2 else None)
+        before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        with FakeTensorMode():
+            autocast_to(torch.bfloat16)
+            yield found
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+    def test_what_a_chain_runs_over(
+        self, choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def both(x: Tensor) -> tuple[str | None, bool]:
+            return refusal(x), chains.refusal_of_graph(x)
+
+        x = torch.empty(2, 5, 64, device="cuda")
+        for dtype in (torch.float16, torch.bfloat16):
+            autocast_to(dtype)
+            assert both(x) == (None, False)
+        assert both(torch.empty(2, 5, 64)) == (
+            "the blocks' input is on cpu, and the chain is for CUDA",
+            True,
+        )
+        assert both(x.half()) == (
+            "the blocks' input is torch.float16, and the chain's is float32",
+            True,
+        )
+        for dtype in (None, torch.float32):
+            autocast_to(dtype)
+            assert both(x) == ("autocast to float16 or bfloat16 is off", True)
+        autocast_to(torch.bfloat16)
+        with use_backend("torch"):
+            assert both(x) == ("backend 'torch' was asked for", True)
+        for other in (x[0], x[:0]):
+            assert "no plain tensor" in str(refusal(other))
+        assert refusal(torch.empty(2, 5, 64, device="cuda:2")) == "too old"
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert refusal(x) == "deterministic algorithms were asked for"
+        assert chains.attention_of_graph(5, 64, 2, 16, torch.float16, 0) is None
+
+    def test_what_runs_it(self, choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(chains, "steps_for", lambda x, rank: (x.shape, rank))
+        x = torch.empty(2, 5, 3 * 8, device="cuda:1")
+        for backend in (CUDNN, FLASH):
+            choice["backend"] = backend
+            found = engine_for(x, 3, 128)
+            assert found == ((x.shape, 128), chains.ATTENTION[backend], torch.bfloat16)
+            asked = {"shape": (2, 3, 5, 8), "dtype": torch.bfloat16, "device": x.device}
+            assert choice == asked | {"backend": backend}
+            number = chains.attention_of_graph(7, 24, 3, 128, torch.float16, 1)
+            assert number == backend.value
+            asked = {"shape": (1, 3, 7, 8), "dtype": torch.float16, "device": x.device}
+            assert choice == asked | {"backend": backend}
+        assert chains.attention_of_graph(7, 24, 3, 128, torch.float16, None) == FLASH.value
+        assert choice["device"] == torch.device("cuda", 0)
+
+    @pytest.mark.parametrize(
+        ("k", "heads", "rank", "backend", "why"),
+        [
+            (24, 3, 129, CUDNN, "no stream of 24 columns with a rank of 129"),
+            (MAX_WIDTH + 8, 1, 16, CUDNN, f"no stream of {MAX_WIDTH + 8} columns"),
+            (24, 3, 16, SDPBackend.MATH, "for these heads"),
+            (25, 3, 16, CUDNN, "for these heads"),
+            (36, 3, 16, CUDNN, "for these heads"),  # heads of 12 columns
+            (MAX_WIDTH, 4, 16, CUDNN, None),
+        ],
+    )
+    def test_sizes(
+        self, choice: dict[str, Any], k: int, heads: int, rank: int, backend: Any, why: str | None
+    ) -> None:
+        choice["backend"] = backend
+        found = engine_for(torch.empty(2, 5, k, device="cuda"), heads, rank) if why else None
+        assert why is None or why in str(found)
+        number = chains.attention_of_graph(5, k, heads, rank, torch.float16, 0)
+        assert number == (None if why else backend.value)
+
+    def test_what_cannot_run_is_not_in_a_graph(
+        self, choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def found(index: int) -> int | None:
+            return chains.attention_of_graph(5, 24, 3, 16, torch.float16, index)
+
+        assert found(0) == CUDNN.value and found(2) is None
+        monkeypatch.setattr(chains, "_triton", lambda: "no Triton")
+        assert found(0) is None and refusal(torch.empty(2, 5, 24, device="cuda")) == "no Triton"
+
+    @pytest.mark.parametrize("backend", [CUDNN, FLASH], ids=lambda b: b.name)
+    def test_attention(self, choice: dict[str, Any], backend: Any) -> None:
+        """No dropout and no mask, and all that the backward needs goes through a graph."""
+        q, k, v = (torch.empty(2, 3, 5, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+        attention = chains.ATTENTION[backend]
+        with Scalars() as given:
+            o, kept = attention.forward(q, k, v)
+            tensors = [t for t in kept if isinstance(t, Tensor)]
+            assert len(tensors) == attention.kept
+            assert [*attention.restore(tensors, 5)] == [*kept]
+            assert len(attention.backward(o, q, k, v, o, *kept)) == 3
+        forward, backward = given
+        assert forward == ([True] if backend == CUDNN else [])  # whether it gives log-sum-exp
+        assert backward == [5, 5, 0.0, False]
+
+
+def autocast_to(dtype: torch.dtype | None) -> None:
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or torch.float16)
+
+
+class Scalars(TorchDispatchMode):
+    """The numbers among the arguments of all calls of an attention."""
+
+    def __enter__(self) -> list[list[Any]]:
+        super().__enter__()
+        self.calls: list[list[Any]] = []
+        return self.calls
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if "attention" in function.__name__:
+            self.calls.append([a for a in args if isinstance(a, int | float)])
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.gpu

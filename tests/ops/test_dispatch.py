@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from efft_kernels import available_backends, low_rank_linear, reference, use_backend
-from efft_kernels.ops import dispatch
-from efft_kernels.ops.backends import Backend, cpp_backend, torch_backend
+from efft_kernels.ops import checks, dispatch
+from efft_kernels.ops.backends import Backend, cpp_backend, cuda_backend, torch_backend, triton
+from efft_kernels.ops.cost_model import Problem
 from efft_kernels.testing.operands import NAMES, Shape, cast, forms, operands
 
 SHAPE = Shape(M=5, K=7, n=5, Ra=3, Rb=2)
@@ -206,6 +209,59 @@ def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
         assert "cannot be imported" in reason and "there_is_no_such_module" in reason
     finally:
         dispatch._load.cache_clear()
+
+
+def test_a_backend_is_called_without_autocast_and_on_xs_device(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    cpu, first, second = map(torch.device, ("cpu", "cuda:0", "cuda:1"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for context in (dispatch.launch_context, checks.without_autocast):
+        with torch.autocast("cpu", torch.bfloat16):
+            with context(cpu):
+                assert not torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_enabled("cpu")
+        with context(cpu):
+            assert not torch.is_autocast_enabled("cpu")
+    for where in (cpu, first):
+        with dispatch.launch_context(where):
+            assert not entered
+    with dispatch.launch_context(second):
+        assert entered == [second]
+
+
+def test_forward_mode_is_for_torch():
+    def chosen(backend, *operands):
+        return dispatch._without_tangents(backend, operands)
+
+    x = torch.ones(2)
+    assert chosen("cpp", x) == "cpp"
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert dispatch.has_tangent(dual) is True and dispatch.has_tangent(x) is False
+        assert [chosen(backend, x, None) for backend in ("auto", "cpp")] == ["auto", "cpp"]
+        assert [chosen(backend, None, x, dual) for backend in ("auto", "torch")] == ["torch"] * 2
+        with pytest.raises(RuntimeError, match="'cpp' does not support forward-mode"):
+            chosen("cpp", x, dual)
+    seen = []
+    torch.func.vmap(lambda x: seen.append(dispatch.has_tangent(x)) or x)(x)
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("backend", [cpp_backend, cuda_backend, triton], ids=lambda b: b.NAME)
+def test_nothing_to_multiply_is_out_of_reach(backend):
+    problem = Problem(5, 7, 6, 1, 128, True, 4, 2, "cpu")
+    found = [
+        backend.out_of_reach(problem._replace(**{name: size}))
+        for name, size in (("M", 0), ("N", 1), ("K", 1), ("N", 0), ("K", 0))
+    ]
+    assert found == [False, False, False, True, True]
 
 
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default

@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import FusedEFFTLinear
 from efft_kernels.ops import recompute
 from efft_kernels.ops.backends import native_library
+from efft_kernels.ops.backends.triton.remake import launch_remake
 
 K, N = 12, 10
 HALVES = [torch.bfloat16, torch.float16]
@@ -100,6 +102,77 @@ def test_x_is_made_again(name):
         made = source.recipe(source.kept).reshape(x.shape)
     torch.testing.assert_close(made, x.detach(), rtol=1e-13, atol=1e-13)
     assert (made - made.mean()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        # Not a view of what is kept, which is kept in any shape.
+        (lambda h: torch.bmm(h, h.mT).flatten(1), "a view"),
+        (lambda h: torch.relu(h).flatten(1), None),
+        (lambda h: torch.relu(h).transpose(0, 1), None),
+        (lambda h: torch.relu(h).permute(1, 0, 2), None),
+        (lambda h: torch.relu(h).transpose(0, 1).contiguous(), "a view"),
+        (lambda h: torch.relu(h).roll(1, 0), "a view"),
+        (lambda h: F.pad(torch.relu(h), (0, 0, 1, 1)), "a view"),
+        (lambda h: F.silu(h).flatten(1), "a view"),
+        (lambda h: F.layer_norm(h, (K,)).flatten(1), "a view"),
+        (lambda h: torch.relu(h) * torch.tanh(h), "a product"),
+        # The second of two results; a node with no rule on the way.
+        (lambda h: F.gelu(h).unbind()[1], None),
+        (lambda h: F.gelu(h).sort(0).values, None),
+        (lambda h: F.gelu(h + 1).cumsum(0).flatten(1), None),
+    ],
+)  # fmt: skip
+def test_what_is_worth_making_again(make, kind):
+    x = make(drawn((3, 5, K)) * 1)
+    source = recompute.find(x)
+    assert (source and source.recipe.kind) == kind
+    if source is not None:
+        with torch.no_grad():
+            torch.testing.assert_close(source.recipe(source.kept).reshape(x.shape), x.detach())
+
+
+def test_the_statistics_are_made_again_for_a_second_derivative_alone(monkeypatch):
+    _, x = produced("norm")
+    source = recompute.find(x)
+    monkeypatch.setattr(recompute, "_statistics", lambda *_: pytest.fail("made again"))
+    with torch.no_grad():
+        source.recipe(source.kept)
+    source.recipe([t.detach() for t in source.kept])
+
+
+def test_the_kernel_that_makes_a_norm_on_a_gpu(monkeypatch):
+    """Of one dim, in what Triton takes, and where it can run."""
+    called = []
+
+    def kernel(rows, *given):
+        called.append([tuple(t.shape) for t in (rows, *given)])
+        return rows * 1
+
+    monkeypatch.setattr(recompute, "_triton", lambda: kernel)
+    with FakeTensorMode(), torch.no_grad():
+        for shape, dims, dtype in (
+            ((2, 3, K), 1, torch.float32),
+            ((2, 3, K), 2, torch.float32),
+            ((2, 3, K), 1, torch.float64),
+        ):
+            x = torch.empty(shape, device="cuda", dtype=dtype)
+            mean, rstd = (x.mean(tuple(range(-dims, 0)), keepdim=True) for _ in range(2))
+            weight, bias = (x.new_empty(shape[-dims:]) for _ in range(2))
+            assert recompute._normalise(x, mean, rstd, weight, bias, dims).shape == x.shape
+        assert called == [[(6, K), (6,), (6,), (K,), (K,)]]
+        monkeypatch.setattr(recompute, "_triton", lambda: None)
+        x = torch.empty(2, K, device="cuda")
+        statistic = torch.empty(2, 1, device="cuda")
+        assert recompute._normalise(x, statistic, statistic, None, None, 1).shape == x.shape
+
+
+@pytest.mark.parametrize("reason", [None, "no Triton"])
+def test_where_that_kernel_is(monkeypatch, reason):
+    monkeypatch.setattr(recompute, "available_backends", lambda: {"triton": reason})
+    found = recompute._triton.__wrapped__()
+    assert found is (None if reason else launch_remake)
 
 
 def test_batches_of_all_sizes_have_one_recipe():
