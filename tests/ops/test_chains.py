@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels import use_backend
 from efft_kernels.ops import chains, compiled_chain
+from efft_kernels.ops.backends import cuda_chain
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
-from efft_kernels.ops.backends.triton.chain import MAX_WIDTH
+from efft_kernels.ops.backends.triton import chain as triton_chain
 from efft_kernels.ops.chains import Adapted, Engine, Layer, engine_for, refusal, run_chain
 from efft_kernels.testing.cpu_chain import CPU_ATTENTION, cpu_engine
 
@@ -163,6 +166,61 @@ def test_a_stream_in_float32_and_gemms_in_bfloat16(layers: list[Layer]) -> None:
     assert {t.dtype for t in (y, *grads)} == {torch.float32}
     expected = plain(x.double(), layers)
     assert (y - expected).norm() < 0.02 * expected.norm()
+
+
+def test_without_biases(layers: list[Layer]) -> None:
+    bare = [
+        layer._replace(**{kind: getattr(layer, kind)._replace(bias=None) for kind in SIZES})
+        for layer in layers
+    ]
+    x = draw(IMAGES, TOKENS, K)
+    torch.testing.assert_close(run_chain(x, bare, ENGINE), plain(x, bare))
+
+
+def test_the_rank_of_a_chain(layers: list[Layer]) -> None:
+    assert chains.common_rank(layers) == max(RANKS.values())
+    assert chains.common_rank(layers[:1]) == max(RANKS.values())
+    for kind, rank in RANKS.items():
+        own = getattr(layers[1], kind)
+        other = layers[1]._replace(**{kind: own._replace(down=draw(own.down.shape[0], rank + 1))})
+        assert chains.common_rank([layers[0], other]) is None
+
+
+def test_what_watches_the_model() -> None:
+    assert chains.watched() is None
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(chains.watched())
+        return x
+
+    x = torch.zeros(2, 3)
+    torch.func.vmap(look)(x)
+    with forward_ad.dual_level():
+        look(x)
+    with Recorded():
+        look(x)
+    with torch.device("cpu"):
+        look(x)
+    torch.jit.trace(look, x, check_trace=False)
+    texts = ["a transform of torch.func"] * 2 + ["a dispatch or function mode is on"] * 2
+    for found, text in zip(seen, [*texts, "torch.jit traces the model"], strict=True):
+        assert found is not None and found.startswith(text)
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch, takes: bool) -> None:
+    """CUDA's where they take the sizes, Triton's elsewhere; the same for every call."""
+    monkeypatch.setattr(cuda_chain, "takes", lambda *sizes: takes and sizes == (24, 16, 1))
+    monkeypatch.setattr(triton_chain, "configs_for", lambda *sizes: sizes)
+    x = SimpleNamespace(shape=(2, 5, 24), get_device=lambda: 1)
+    chains._steps.cache_clear()
+    steps = chains.steps_for(x, 16)
+    assert type(steps) is (cuda_chain.CudaSteps if takes else triton_chain.TritonSteps)
+    assert steps.configs == (24, 16, 1) and chains.steps_for(x, 16) is steps
+    chains._steps.cache_clear()
+    monkeypatch.setattr(chains, "available_backends", lambda: {"triton": "no Triton"})
+    assert chains._triton.__wrapped__() == "no Triton"
 
 
 def test_says_why_nothing_runs_it() -> None:
@@ -331,11 +389,17 @@ class TestOnAGpuThatIsNotThere:
         ("k", "heads", "rank", "backend", "why"),
         [
             (24, 3, 129, CUDNN, "no stream of 24 columns with a rank of 129"),
-            (MAX_WIDTH + 8, 1, 16, CUDNN, f"no stream of {MAX_WIDTH + 8} columns"),
+            (
+                triton_chain.MAX_WIDTH + 8,
+                1,
+                16,
+                CUDNN,
+                "with a rank of 16",
+            ),
             (24, 3, 16, SDPBackend.MATH, "for these heads"),
             (25, 3, 16, CUDNN, "for these heads"),
             (36, 3, 16, CUDNN, "for these heads"),  # heads of 12 columns
-            (MAX_WIDTH, 4, 16, CUDNN, None),
+            (triton_chain.MAX_WIDTH, 4, 16, CUDNN, None),
         ],
     )
     def test_sizes(
