@@ -3,9 +3,11 @@ they give."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from efft_kernels import available_backends, low_rank_linear
-from efft_kernels.ops import reference
+from efft_kernels.ops import dispatch, dropout, reference
 from efft_kernels.ops.backends import cpp_backend
+from efft_kernels.ops.backends.triton import keep
 from efft_kernels.ops.dropout import low_rank_linear_with_dropout
 from efft_kernels.ops.dropout_mask import keep_mask, new_seed
 from efft_kernels.testing.operands import NAMES, Shape, cast, forms, leaves, operands
@@ -304,6 +308,36 @@ class TestMask:
             assert 0 <= seed < 2**62
             ones |= seed
         assert ones == 2**62 - 1
+
+
+def test_the_mask_is_one_launch_on_a_gpu(monkeypatch):
+    """Not in a graph, under a mode, for a subclass, or where Triton cannot run."""
+    made = []
+    monkeypatch.setattr(dropout, "keep_mask", lambda *given: made.append("torch"))
+    monkeypatch.setattr(keep, "launch_keep", lambda *given: made.append("launch") or given)
+    monkeypatch.setattr(dropout, "Tensor", SimpleNamespace)
+    available = {"triton": None}
+    monkeypatch.setattr(dispatch, "available_backends", lambda: available)
+    monkeypatch.setattr(dispatch, "launch_context", lambda device: contextlib.nullcontext())
+    seed = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert dropout._keep(seed, 5, 3, 0.3, torch.float16) == (seed, 5, 3, 0.3, torch.float16)
+    assert made.pop() == "launch"
+
+    class Own(SimpleNamespace):
+        pass
+
+    def by_torch(seed):
+        dropout._keep(seed, 5, 3, 0.3, torch.float16)
+        return made.pop() == "torch"
+
+    assert by_torch(Own(**vars(seed))) and by_torch(SimpleNamespace(is_cuda=False))
+    with FlopCounterMode(display=False):
+        assert by_torch(seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert by_torch(seed)
+    available["triton"] = "no Triton"
+    assert by_torch(seed)
 
 
 def seeded(function, t, p=0.5, seed=9, **options):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from efft_kernels.ops.backends import torch_backend
 from efft_kernels.ops.backends.torch_backend import mm_into
+from efft_kernels.testing.operands import Shape, operands
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
@@ -19,3 +22,35 @@ def test_a_product_in_a_graph_has_a_derivative_on_cuda(half):
         assert product.dtype == torch.float32 and product.grad_fn.name() == "ToCopyBackward0"
         with torch.no_grad():
             assert mm_into(a, b, torch.float32).dtype == torch.float32
+
+
+class Names(TorchDispatchMode):
+    """The names of the products and copies that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        self.seen += [name] if name in ("cat", "mm", "addmm", "addmm_") else []
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("device", "bias", "expected"),
+    [
+        ("cpu", True, ["cat", "cat", "mm", "addmm_"]),
+        ("cpu", False, ["mm", "addmm_"]),
+        ("cuda", True, ["addmm", "addmm_"]),
+        ("cuda", False, ["mm", "addmm_"]),
+    ],
+)
+def test_the_bias_goes_with_the_low_rank_product_on_the_cpu_alone(device, bias, expected):
+    with FakeTensorMode():
+        t = operands(Shape(M=5, K=7, n=6, G=2, Ra=3, Rb=2, bias=bias), torch.float32)
+        x, weight, bias, down, core, up = (v if v is None else v.to(device) for v in t.values())
+        b, p = torch_backend.fold(core, up), x @ down
+        with Names() as names:
+            torch_backend._split(x, weight, bias, p, b)
+    assert names.seen == expected
