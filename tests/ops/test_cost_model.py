@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import timeit
 
 import pytest
@@ -13,7 +15,7 @@ from efft_kernels.ops.backends import cpp_backend, cuda_backend, torch_backend, 
 from efft_kernels.ops.backends.triton.configs import PassConfig
 from efft_kernels.ops.backends.triton.cost import default_tiling, launches
 from efft_kernels.ops.backends.triton.tuning import pass_programs
-from efft_kernels.ops.cost_model import DEVICES, Problem, seconds
+from efft_kernels.ops.cost_model import DEVICES, Device, Problem, seconds
 from efft_kernels.ops.explain import explain
 
 BACKENDS = (torch_backend, cpp_backend, triton, cuda_backend)
@@ -549,3 +551,69 @@ def test_devices_stand_to_each_other_as_their_datasheets_do():
         assert found.sm90 == (name in ("H100", "H200"))
     columns = {name: (d.tile_columns, d.thin_columns) for name, d in DEVICES.items()}
     assert columns["A100"] == (128, 16) and columns["B200"] == (256, 128)
+    rates = 60e9, 100e9, 20e9, math.inf, 5e-6  # of a CPU: assumed
+    assert DEVICES["CPU"] == Device("CPU", *rates, 64, 1, 2, 0.25, 6.0, False, "assumed")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "known"),
+    [
+        *((f"NVIDIA {known}-SXM", (3, 0), known) for known in ("A100", "H100", "H200", "B200")),
+        ("NVIDIA L4", (8, 9), "A100"),
+        ("NVIDIA H20", (9, 0), "H100"),
+        ("NVIDIA GB10", (10, 0), "B200"),
+    ],
+)
+def test_an_unknown_gpu_is_the_nearest_known_one(monkeypatch, caplog, name, capability, known):
+    find = cost_model.device_of.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        with caplog.at_level("INFO"):
+            assert find("cuda") is DEVICES[known if available else "CPU"]
+        assert find("cpu") is DEVICES["CPU"]
+    said = f"{name} is not in the cost model's table; {known} stands in"
+    assert caplog.messages == ([] if known in name else [said])
+
+
+def test_rows_of_this_device_that_came_with_the_package_decide(forget, monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(cost_model, "_forget", [])
+    cost_model.when_measured(lambda: told.append("told"))
+    monkeypatch.setattr(cost_model, "MEASURED", tmp_path / "measured.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    sizes = {"M": 12608, "K": 768, "N": 2304, "rank": 16, "compute_bytes": 2, "weight_bytes": 2}
+    common = sizes | {"backend": "triton", "backward": False}
+    rows = [common | {"strategy": name, "ms_p50": 0.5} for name in ("fused", "split")]
+
+    def found(available):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        cost_model._load_shipped.__wrapped__()
+        return cost_model.measured_ms(QKV, triton.STRATEGIES, "triton")
+
+    assert found(True) == {}
+    for device, available in (("NVIDIA H100", True), ("NVIDIA H200", False)):
+        cost_model.MEASURED.write_text(json.dumps({device: rows}))
+        assert found(available) == {}
+    told.clear()
+    assert found(True) == {"fused": 0.5, "split": 0.5} and told == ["told"]
+    assert cost_model.measured_ms(QKV, ["fused"], "triton") == {}
+
+
+def test_a_new_choice_asks_for_the_rows_that_came_with_the_package(monkeypatch):
+    monkeypatch.setattr(cost_model, "_load_shipped", lambda: asked.append("asked"))
+    asked = []
+    cost_model.choose(QKV._replace(M=4242), triton)
+    assert asked == ["asked"]
+
+
+def test_where_every_strategy_is_ruled_out_the_first_runs():
+    class Backend:
+        NAME, STRATEGIES = "any", ("fused", "split")
+
+        @staticmethod
+        def excluded(problem, strategy):
+            return "not here"
+
+    assert cost_model.choose(QKV, Backend) == "fused"

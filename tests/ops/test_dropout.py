@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -411,6 +412,25 @@ class TestKept:
             y, saved = saved_in(lambda: low_rank_linear_with_dropout(**t, p=0.5))
         assert not saved and not y.requires_grad
         assert not low_rank_linear_with_dropout(**operands(SHAPE), p=0.5).requires_grad
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("learns", [False, True])
+    def test_a_frozen_weight_is_cast_once_on_a_gpu(self, device, learns, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with FakeTensorMode():
+            t = {name: v.to(device) for name, v in operands(SHAPE, torch.float32).items()}
+            t = leaves(t, [name for name in NAMES if learns or name != "weight"])
+            try:
+                torch.set_autocast_enabled(device, True)
+                torch.set_autocast_dtype(device, torch.bfloat16)
+                call = functools.partial(low_rank_linear_with_dropout, **t, p=0.5, backend="torch")
+                _, saved = saved_in(call)
+            finally:
+                torch.set_autocast_enabled(device, before[0])
+                torch.set_autocast_dtype(device, before[1])
+        (found,) = (tensor.dtype for tensor in saved if tensor.shape == t["weight"].shape)
+        assert found == (torch.bfloat16 if device == "cuda" and not learns else torch.float32)
 
 
 class TestGradients:
