@@ -20,13 +20,36 @@ from efft_kernels.ops import chains, compiled_chain
 from efft_kernels.ops.backends import cuda_chain
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 from efft_kernels.ops.backends.triton import chain as triton_chain
-from efft_kernels.ops.chains import Adapted, Engine, Layer, engine_for, refusal, run_chain
+from efft_kernels.ops.chains import (
+    Adapted,
+    Attention,
+    Engine,
+    Layer,
+    engine_for,
+    refusal,
+    run_chain,
+)
 from efft_kernels.testing.cpu_chain import CPU_ATTENTION, cpu_engine
 
 IMAGES, TOKENS, K, C, HEADS = 2, 3, 8, 11, 2
 RANKS = {"qkv": 2, "proj": 3, "fc1": 1, "fc2": 2}
 SIZES = {"qkv": (3 * K, K), "proj": (K, K), "fc1": (C, K), "fc2": (K, C)}
-ENGINE = cpu_engine(torch.float64)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """Keeps what is no tensor too, as a GPU's attention does."""
+    o, kept = CPU_ATTENTION.forward(q, k, v)
+    return o, (*kept, None, q.shape[2])
+
+
+def attention_grad(*given: Any) -> Any:
+    *tensors, nothing, tokens = given
+    assert nothing is None and tokens == TOKENS
+    return CPU_ATTENTION.backward(*tensors)
+
+
+ATTENTION = Attention(attention, attention_grad, 1, lambda kept, tokens: (*kept, None, tokens))
+ENGINE = cpu_engine(torch.float64)._replace(attention=ATTENTION)
 
 
 def draw(*size: int, grad: bool = False) -> Tensor:
@@ -168,6 +191,31 @@ def test_a_stream_in_float32_and_gemms_in_bfloat16(layers: list[Layer]) -> None:
     assert (y - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_gradient_that_no_kernel_takes_is_refused(layers: list[Layer], place: int) -> None:
+    """Of the stream or of the branch, the other being zero."""
+    layer = layers[0]
+    _, ((qkv, *_), (proj, *_), *_) = chains.merged_linears(layers, ENGINE)
+    half = chains.Half(ENGINE, layer.norm1, qkv, proj, IMAGES, HEADS)
+    z = draw(IMAGES * TOKENS, K, grad=True)
+    y = chains.AttentionHalf.apply(z, None, *factors(layers)[:4], half)[place]
+
+    def gradient(dy: Tensor, **options: bool) -> Tensor:
+        return torch.autograd.grad(y, z, dy, retain_graph=True, **options)[0]
+
+    many = draw(2, *y.shape)
+    with pytest.raises(RuntimeError, match=r"no batched gradients.*fuse='pairs'"):
+        gradient(many, is_grads_batched=True)
+    with pytest.raises(RuntimeError, match=r"no batched gradients.*fuse='pairs'"):
+        torch.func.vmap(gradient)(many)
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"no forward-mode derivative.*fuse='pairs'"),
+    ):
+        gradient(forward_ad.make_dual(*many))
+    assert gradient(many[0]).isfinite().all()
+
+
 def test_without_biases(layers: list[Layer]) -> None:
     bare = [
         layer._replace(**{kind: getattr(layer, kind)._replace(bias=None) for kind in SIZES})
@@ -242,7 +290,7 @@ class TestAsTwoOperators:
             found.append((x.shape[2], rank))
             return TorchSteps()
 
-        monkeypatch.setitem(chains.ATTENTION, SDPBackend.MATH, CPU_ATTENTION)
+        monkeypatch.setitem(chains.ATTENTION, SDPBackend.MATH, ATTENTION)
         monkeypatch.setattr(chains, "steps_for", steps_for)
         return found
 
