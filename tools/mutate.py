@@ -172,6 +172,13 @@ FILES: dict[str, tuple[str, ...]] = {
     "ops/backends/native_library.py": (
         "ops/test_dispatch.py",
         "ops/backends/test_cuda_backend.py",
+        "ops/backends/test_native_library.py",
+        "csrc/test_build.py::test_a_library_that_was_never_built_names_the_command",
+        "csrc/test_build.py::test_in_a_clone_the_command_names_it",
+        "csrc/test_build.py::test_the_first_import_says_that_the_build_had_no_compiler",
+        "csrc/test_build.py::test_the_reason_of_the_build_is_repeated",
+        "csrc/test_build.py::test_a_library_that_does_not_load_gives_the_loaders_message",
+        "csrc/test_build.py::test_a_gpu_is_compared_with_what_was_built",
         "ops/entry/test_routes.py",
     ),
     "ops/backends/torch_backend.py": (
@@ -283,6 +290,61 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'known = first.setdefault((id(module), IN_PROJ if stacked else ""), own)',
         "'' if stacked else IN_PROJ",
     ): "the same two keys, exchanged",
+    (
+        "ops/chains.py",
+        "more = [o if t is None else t for t, o in zip(saved, ctx.others, strict=True)]",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/chains.py",
+        "for first, *others in zip(*map(_linears, layers), strict=True):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/chains.py",
+        "for layer, qkv, proj, fc1, fc2 in zip(layers, *stacks, strict=True):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/chains.py",
+        "kinds = zip(*map(_linears, layers), strict=True)",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/chains.py",
+        "stacks = zip(merged.unbind(), biases, down.unbind(), b.unbind(), strict=True)",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/compiled_chain.py",
+        "for layer, qkv, proj, fc1, fc2 in zip(layers, *stacks, strict=True):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/compiled_chain.py",
+        "[Linear(w, None, w, b) for w, b in zip(*map(torch.unbind, pair), strict=True)]",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/compiled_chain.py",
+        "for pair in zip(weights, bs, strict=True)",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/compiled_chain.py",
+        "return dx, [g.to(f.dtype) for g, f in zip(grads, factors, strict=True)]",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/dropout.py",
+        "pairs = zip(dy_slices, _by_slice(d, ups, slices), strict=True)",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/functional.py",
+        "grad if needed else None for grad, needed in zip(grads, needs, strict=True)",
+        "False",
+    ): "they are as many, whatever the call",
 }
 
 Tests = dict[str, tuple[float, set[int]]]  # by name: seconds, and the lines that ran

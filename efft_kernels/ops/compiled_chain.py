@@ -21,8 +21,6 @@ from .dispatch import launch_context
 from .schemas import LIBRARY
 
 _NORMS, _LINEARS = 2, 4  # of a layer
-# Of a layer: weight and bias of both norms; weight, bias and γ of the four linears.
-_FROZEN = 2 * _NORMS + 3 * _LINEARS
 _OWN = 6  # of what a half saves: weights, B and the norm's, which the operators have elsewhere
 
 LIBRARY.define(
@@ -83,18 +81,21 @@ def _layers(
     frozen: Sequence[Tensor | None], factors: Sequence[Tensor], heads: int, eps: Sequence[float]
 ) -> list[Layer]:
     """What `run_chain` took apart."""
+    own: Iterator[Any] = iter(frozen)
+    thin, every_eps = iter(factors), iter(eps)
+
+    def norm() -> Norm:
+        return Norm(next(own), next(own), next(every_eps))
+
+    def adapted() -> Adapted:
+        weight, bias, gamma = next(own), next(own), next(own)
+        return Adapted(weight, bias, next(thin), next(thin), gamma)
+
     found = []
-    for place in range(len(eps) // _NORMS):
-        own: Any = frozen[place * _FROZEN : (place + 1) * _FROZEN]
-        thin = factors[place * 2 * _LINEARS : (place + 1) * 2 * _LINEARS]
-        norm1, norm2 = (
-            Norm(own[2 * i], own[2 * i + 1], eps[place * _NORMS + i]) for i in range(_NORMS)
-        )
-        qkv, proj, fc1, fc2 = (
-            Adapted(own[4 + 3 * i], own[5 + 3 * i], thin[2 * i], thin[2 * i + 1], own[6 + 3 * i])
-            for i in range(_LINEARS)
-        )
-        found.append(Layer(norm1, qkv, proj, norm2, fc1, fc2, heads))
+    for _ in range(len(eps) // _NORMS):
+        norms = norm(), norm()
+        qkv, proj, fc1, fc2 = adapted(), adapted(), adapted(), adapted()
+        found.append(Layer(norms[0], qkv, proj, norms[1], fc1, fc2, heads))
     return found
 
 
@@ -131,7 +132,7 @@ def _forward(
         for of, half in _halves(layers, stacks, engine, x.shape[0]):
             record = _Record()
             first = y is None
-            z, y = of.forward(record, z, y, *[None] * 4, half)
+            z, y = of.forward(record, z, y, half)
             more = [t for t in record.saved_tensors[_OWN:] if t is not None]
             kept += more[1:] if first else more  # the first stream is x itself
         return (z + y).view(x.shape), kept
