@@ -180,7 +180,8 @@ def _backward(
             if of is AttentionHalf:
                 own[7:] = engine.attention.restore(own[7:], tokens)
             record = _Record()
-            record.needs_input_grad = need_x or place > 0, place > 0
+            wanted = need_x or place > 0
+            record.needs_input_grad = wanted, wanted
             record.engine, record.eps = engine, half.norm.eps
             record.images, record.heads = half.images, half.heads
             first = half.first.weight, half.second.weight, half.first.b, half.second.b
@@ -194,7 +195,7 @@ def _backward(
 
 
 def _rank(factors: Sequence[Tensor]) -> int:
-    return max(down.shape[1] for down in factors[::2])
+    return max(factor.shape[1] for factor in factors)  # down [K, r] and B [N, r]
 
 
 # The operators

@@ -283,12 +283,18 @@ class TestAsTwoOperators:
 
     @pytest.fixture
     def made(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-        """(columns, rank) of each engine that computed, in plain torch."""
+        """(columns, rank) of each engine that computed, in plain torch, and of each stream whose
+        gradient it took."""
         found: list[tuple[int, int]] = []
+
+        class Steps(TorchSteps):
+            def norm_grad(self, dout: Tensor, z: Tensor, *others: Any) -> Any:
+                found.append((z.shape[0], z.shape[1]))
+                return super().norm_grad(dout, z, *others)
 
         def steps_for(x: Tensor, rank: int) -> TorchSteps:
             found.append((x.shape[2], rank))
-            return TorchSteps()
+            return Steps()
 
         monkeypatch.setitem(chains.ATTENTION, SDPBackend.MATH, ATTENTION)
         monkeypatch.setattr(chains, "steps_for", steps_for)
@@ -310,7 +316,8 @@ class TestAsTwoOperators:
         ):
             results.append([y, *torch.autograd.grad(y, wanted, dy)])
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
-        assert made == [(K, max(RANKS.values()))] * 2
+        streams = 2 * count if learns else 2 * count - 1  # of x none where it needs no gradient
+        assert made == [(K, max(RANKS.values()))] * 2 + [(IMAGES * TOKENS, K)] * streams
 
     @pytest.mark.parametrize("learns", [False, True])
     def test_what_a_graph_is_told(
