@@ -243,9 +243,9 @@ def _gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     frozen, thin = ctx.lengths
     lists = saved[:frozen], saved[frozen : frozen + thin], saved[frozen + thin :]
     dx, grads = torch.ops.efft_kernels.chain_bwd(dy, x, *lists, *ctx.rest, ctx.need_x)
-    # torch.library takes a list that holds a None for one argument, not for a list of them.
-    no_frozen = None if any(t is None for t in lists[0]) else [None] * frozen
-    return dx if ctx.need_x else None, no_frozen, grads, *[None] * len(ctx.rest)
+    # None alone for `frozen`: torch.library takes a list that holds a None, as γ of qkv, for one
+    # argument.
+    return dx if ctx.need_x else None, None, grads, *[None] * len(ctx.rest)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:

@@ -343,6 +343,15 @@ class TestAsTwoOperators:
                 operator(*arguments)
         assert not made  # no kernel is asked for
 
+    def test_a_second_derivative_is_refused(
+        self, layers: list[Layer], made: list[tuple[int, int]]
+    ) -> None:
+        x = draw(IMAGES, TOKENS, K, grad=True)
+        y = compiled_chain.run_chain(x, layers, SDPBackend.MATH.value, torch.float64)
+        (dx,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"second derivative.*fuse='pairs'"):
+            dx.sum().backward()
+
     def test_what_another_version_kept_is_refused(
         self, layers: list[Layer], made: list[tuple[int, int]]
     ) -> None:
