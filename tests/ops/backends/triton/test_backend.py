@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,52 @@ def test_unavailable_says_how_to_get_it():
 def test_rejects_names_what_came():
     assert "float64" in backend.rejects(torch.zeros(2, 3, dtype=torch.float64))
     assert "cpu" in backend.rejects(torch.zeros(2, 3))
+
+
+def test_what_keeps_it_from_running(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "INTERPRETED", True)
+        assert backend.unavailable() is None
+        found = [backend.rejects(torch.zeros(2, dtype=dtype)) for dtype in backend.DTYPES]
+        assert found[0] is found[2] is None and "bfloat16 incorrectly" in found[1]
+        assert "float64" in backend.rejects(torch.zeros(2, dtype=torch.float64))
+        patch.setattr(backend, "find_spec", lambda name: None)
+        assert "triton is not installed" in backend.unavailable()
+    on_gpu = SimpleNamespace(dtype=torch.float16, is_cuda=True)
+    assert backend.rejects(on_gpu) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(backend, "too_old", lambda index: f"{index} is too old")
+    assert backend.unavailable() == "3 is too old"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in backend.unavailable()
+
+
+@pytest.mark.parametrize(
+    ("arch", "kib"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99), (87, 99)]
+)
+def test_what_is_known_of_a_device(monkeypatch, arch, kib):
+    """As torch says, or by the architecture where it does not know the shared memory."""
+    found = SimpleNamespace(
+        name="(NVIDIA) GeForce RTX-9 ", major=arch // 10, minor=arch % 10, multi_processor_count=7
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {1: None, 2: found}.__getitem__)
+    for index in (None, 2):
+        known = device.properties.__wrapped__(index)
+        assert known == ("NVIDIA_GeForce_RTX_9", arch, 7, kib * 1024)
+    found.shared_memory_per_block_optin = 1234
+    assert device.properties.__wrapped__(2).smem_bytes == 1234
+
+
+def test_persistent_programs(monkeypatch):
+    for found, fuses in ((A100, True), (H200, True), (H200._replace(arch=100), False)):
+        monkeypatch.setattr(device, "properties", lambda index, found=found: found)
+        assert device.fuses_loops(0) is fuses
+        assert device.multiprocessors(0) == found.multiprocessors
+    monkeypatch.setattr(device, "properties", lambda index: H200)
+    monkeypatch.setattr(device, "INTERPRETED", True)
+    assert device.fuses_loops(0) is False and device.multiprocessors(0) == 3
 
 
 def test_auto_never_takes_the_interpreter():
@@ -168,7 +215,7 @@ def test_shipped_defaults_say_that_nothing_was_measured():
     assert "NOT a measurement" in configs.defaults()["_about"]
 
 
-def test_tf32_only_where_torch_allows_it():
+def test_tf32_only_where_torch_allows_it(monkeypatch):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -176,6 +223,8 @@ def test_tf32_only_where_torch_allows_it():
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         assert device.dot_precision(torch.float32) == "tf32"
         assert device.dot_precision(torch.bfloat16) == "ieee"
+        monkeypatch.setattr(device, "INTERPRETED", True)
+        assert device.dot_precision(torch.float32) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
