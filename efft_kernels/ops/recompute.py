@@ -175,7 +175,7 @@ def _has_kernel(source: Source, kept: Sequence[Tensor | None], s: Tensor) -> boo
 
 def _in_memory(tensor: Tensor) -> bool:
     """FSDP2 frees a parameter when the forward of its module is over."""
-    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
+    return tensor.untyped_storage().nbytes() > 0
 
 
 def _is_checkpoints(hook: object) -> bool:
