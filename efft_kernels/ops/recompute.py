@@ -148,7 +148,7 @@ def down_grad(
         k = first.shape[-1]
         statistics = [None if t is None else t.reshape(-1, 1) for t in norm[:2]]
         wide = torch.promote_types(s.dtype, torch.float32)
-        eye, unused = torch.eye(r, dtype=wide).unsqueeze(0), s.new_empty(r, k, dtype=wide)
+        eye, unused = torch.eye(r, dtype=wide)[None], s.new_empty(r, k, dtype=wide)
         needs = needs_code([name == "down" for name in OPERANDS])
         _, d_down, *_ = torch.ops.efft_kernels.native_bwd_made(
             *(s, source.recipe.code, first.reshape(-1, k), *statistics, *norm[2:]),
