@@ -465,7 +465,7 @@ def _normalise(
         rows = x.reshape(-1, x.shape[-1])
         return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
     centred = (x - mean).mul_(rstd)
-    if weight is not None and bias is not None and not centred.requires_grad:
+    if weight is not None and bias is not None:
         return torch.addcmul(bias.to(centred.dtype), centred, weight.to(centred.dtype)).to(x.dtype)
     if weight is not None:
         centred = centred * weight

@@ -148,7 +148,7 @@ def test_the_kernel_that_makes_a_norm_on_a_gpu(monkeypatch):
     called = []
 
     def kernel(rows, *given):
-        called.append([tuple(t.shape) for t in (rows, *given)])
+        called.append([(tuple(t.shape), t.dtype) for t in (rows, *given)])
         return rows * 1
 
     monkeypatch.setattr(recompute, "_triton", lambda: kernel)
@@ -162,7 +162,8 @@ def test_the_kernel_that_makes_a_norm_on_a_gpu(monkeypatch):
             mean, rstd = (x.mean(tuple(range(-dims, 0)), keepdim=True) for _ in range(2))
             weight, bias = (x.new_empty(shape[-dims:]) for _ in range(2))
             assert recompute._normalise(x, mean, rstd, weight, bias, dims).shape == x.shape
-        assert called == [[(6, K), (6,), (6,), (K,), (K,)]]
+        shapes = [(6, K), (6,), (6,), (K,), (K,)]
+        assert called == [[(shape, torch.float32) for shape in shapes]]
         monkeypatch.setattr(recompute, "_triton", lambda: None)
         x = torch.empty(2, K, device="cuda")
         statistic = torch.empty(2, 1, device="cuda")
