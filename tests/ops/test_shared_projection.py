@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels import reference, use_backend
 from efft_kernels.ops import recompute
@@ -184,6 +185,33 @@ def test_a_nan_in_x_stays_in_its_row():
     t["x"][2, 3] = float("nan")
     bad = composed(**t).isnan()
     assert bad[2].all() and not bad[[0, 1, 3, 4, 5, 6]].any()
+
+
+class Kept(TorchDispatchMode):
+    """Every operator's first result, and a copy."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.results = []
+        return self.results
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.results.append((result, result.clone()))
+        return result
+
+
+def test_y_is_written_in_place_where_nothing_keeps_it():
+    """As selective activation checkpointing does."""
+    t = leaves(operands(SHAPE))
+    with torch.autograd.profiler.profile() as profile:
+        composed(**t)
+    assert "aten::addmm_" in {event.name for event in profile.function_events}
+    with Kept() as results:
+        composed(**t)
+    for result, copy in results:
+        assert torch.equal(result, copy)
 
 
 def test_second_derivatives():
