@@ -160,6 +160,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/backends/cpp/test_values.py",
     ),
     "ops/backends/cuda_backend.py": (
+        "ops/test_dispatch.py::test_which_backends_are_operators_of_csrc",
         "ops/backends/test_cuda_backend.py",
         "ops/test_cost_model.py",
     ),
@@ -182,12 +183,14 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/entry/test_routes.py",
     ),
     "ops/backends/torch_backend.py": (
+        "ops/test_dispatch.py::test_which_backends_are_operators_of_csrc",
         "ops/backends/test_torch_backend.py",
         "ops/test_cost_model.py",
         "ops/test_functional.py",
         "ops/test_gradients.py",
     ),
     "ops/backends/triton/__init__.py": (
+        "ops/test_dispatch.py::test_which_backends_are_operators_of_csrc",
         "ops/backends/triton/test_backend.py",
         "ops/test_dispatch.py::test_nothing_to_multiply_is_out_of_reach",
     ),

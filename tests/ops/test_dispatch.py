@@ -16,6 +16,7 @@ from efft_kernels.ops.cost_model import Problem
 from efft_kernels.testing.operands import NAMES, Shape, cast, forms, operands
 
 SHAPE = Shape(M=5, K=7, n=5, Ra=3, Rb=2)
+MODULES = (torch_backend, cpp_backend, triton, cuda_backend)
 BACKENDS = {"reference", "torch", "cpp", "triton", "cuda"}
 
 
@@ -254,7 +255,16 @@ def test_forward_mode_is_for_torch():
     assert seen == [True]
 
 
-@pytest.mark.parametrize("backend", [cpp_backend, cuda_backend, triton], ids=lambda b: b.NAME)
+def test_which_backends_are_operators_of_csrc():
+    native = {backend.NAME: backend.NATIVE for backend in MODULES}
+    assert native == {"torch": False, "cpp": True, "triton": False, "cuda": True}
+    problem = Problem(5, 7, 6, 1, 16, True, 4, 4, "cpu")
+    assert not torch_backend.out_of_reach(problem._replace(rank=4096, N=0))
+    assert torch_backend.preferred(problem) and triton.preferred(problem)
+    assert cuda_backend.preferred(problem)
+
+
+@pytest.mark.parametrize("backend", MODULES[1:], ids=lambda backend: backend.NAME)
 def test_nothing_to_multiply_is_out_of_reach(backend):
     problem = Problem(5, 7, 6, 1, 128, True, 4, 2, "cpu")
     found = [

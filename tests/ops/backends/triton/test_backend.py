@@ -206,8 +206,9 @@ def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_p
     on(H200)
     with caplog.at_level("INFO"):
         tuning.pass_config("thin", 197, 768, 16, torch.bfloat16, aligned=True, index=0)
+        tuning._gemm_config(197, 768, 768, 16, "half", False, True, 768, 0)
     assert "was measured on NVIDIA_B200" in caplog.text
-    assert "no measured thin config" in caplog.text
+    assert "no measured thin config" in caplog.text and "no measured gemm config" in caplog.text
 
 
 def test_shipped_defaults_say_that_nothing_was_measured():
@@ -270,7 +271,7 @@ def test_a_measured_row_serves_sizes_one_bit_apart(monkeypatch):
 
 
 def test_time_of_a_grid_is_its_waves():
-    config = configs.GemmConfig(128, 128, 64, 8, 8, 3)  # two of its programs share a multiprocessor
+    config = configs.GemmConfig(128, 128, 64, 8, 8, 3)
     tile = 128 * 128 / 0.88
 
     def cost(tiles, config=config, compute_p=False, on=H200):
@@ -282,8 +283,55 @@ def test_time_of_a_grid_is_its_waves():
     assert cost(1, config._replace(block_i=48)) == cost(1)
     odd = config._replace(block_m=32, block_c=32)
     assert cost(1, odd) == 32 * 32 / 0.5
-    alone = config._replace(num_warps=16)
-    assert cost(133, alone) == pytest.approx(2 * tile)
+    for sizes, rate in (((128, 256), 1.0), ((64, 128), 0.8), ((64, 64), 0.62)):
+        one = config._replace(block_m=sizes[0], block_c=sizes[1])
+        found = tuning._gemm_cost(one, *sizes, 16, False, H200)
+        assert found == pytest.approx(sizes[0] * sizes[1] / rate)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "a_bytes", "w_bytes"),
+    [
+        (torch.bfloat16, False, 2, 2),
+        (torch.bfloat16, True, 2, 4),
+        (torch.float32, False, 4, 4),
+        (torch.float32, True, 4, 4),
+    ],
+)
+def test_a_config_that_fits_to_the_byte_is_taken(on, monkeypatch, dtype, wide, a_bytes, w_bytes):
+    large, small = (configs.GemmConfig(128, n, 64, 8, 8, 3) for n in (128, 64))
+    monkeypatch.setattr(tuning, "gemm_candidates", lambda *_: (large, small))
+    shape = {"wide": wide, "aligned": True, "compute_p": True, "slice_c": 128, "index": 0}
+
+    def taken(smem_bytes):
+        on(H200._replace(smem_bytes=smem_bytes))
+        return tuning.gemm_config(12608, 128, 768, 16, dtype, **shape)
+
+    bytes_of = [configs.gemm_smem_bytes(c, 16, a_bytes, w_bytes, True) for c in (large, small)]
+    assert taken(bytes_of[0]) == large and taken(bytes_of[0] - 1) == small
+    assert taken(bytes_of[1]) == small
+    assert taken(bytes_of[1] - 1) == small._replace(num_stages=2)
+
+
+def test_ranks_at_a_time(monkeypatch):
+    half, single = torch.float16, torch.float32
+    assert tuning.rank_block(half, "ieee", 128, True) == 16
+    assert tuning.rank_block(half, "ieee", 128, False) == 128
+    assert tuning.rank_block(single, "tf32", 64, False) == 64
+    assert [tuning.rank_block(single, "ieee", rank, False) for rank in (16, 32, 64)] == [16, 32, 32]
+    for precision, most in (("ieee", 32), ("tf32", 128)):
+        monkeypatch.setattr(tuning, "dot_precision", lambda dtype, found=precision: found)
+        assert [rank for rank in (32, 33, 128) if tuning.can_compute_p(single, rank)][-1] == most
+        assert tuning.can_compute_p(half, 128)
+
+
+def test_shapes_in_the_interpreter_are_small_and_all_different(monkeypatch):
+    monkeypatch.setattr(tuning, "INTERPRETED", True)
+    shape = {"wide": False, "aligned": True, "compute_p": True, "slice_c": 96, "index": 0}
+    gemm = tuning.gemm_config(37, 96, 41, 16, torch.float32, **shape)
+    assert sorted(gemm[:3]) == [16, 32, 64]
+    one = tuning.pass_config("thin", 37, 41, 16, torch.float32, aligned=True, index=0)
+    assert sorted(one[:2]) == [16, 32]
 
 
 def test_what_counts_as_aligned():
