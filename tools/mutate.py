@@ -354,6 +354,36 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "grad if needed else None for grad, needed in zip(grads, needs, strict=True)",
         "False",
     ): "they are as many, whatever the call",
+    (
+        "ops/backends/cuda_chain.py",
+        "MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/norm/sizes.h",
+        "1025",
+    ): "widths are multiples of 64",
+    (
+        "ops/backends/triton/tuning.py",
+        "_INTERPRETER_GEMM = GemmConfig(32, 64, 16, 2, 4, 1)",
+        "2",
+    ): "the interpreter has no stages",
+    (
+        "ops/backends/triton/tuning.py",
+        "_INTERPRETER_PASS = PassConfig(32, 16, 2, 4, 1)",
+        "2",
+    ): "the interpreter has no stages",
+    (
+        "ops/backends/triton/tuning.py",
+        "MOST_CROSSED = 128",
+        "129",
+    ): "blocks are powers of two",
+    (
+        "ops/backends/triton/tuning.py",
+        "wide = sizes % 16 == 0 and (rank % 16 == 0 or rank <= 16)",
+        "rank < 16",
+    ): "16 is a multiple of itself",
+    (
+        "ops/backends/triton/tuning.py",
+        "return sizes % 16 == 0 and (rank % 16 == 0 or rank <= TRITON_IN_PLACE_RANK)",
+        "rank < TRITON_IN_PLACE_RANK",
+    ): "32 is a multiple of 16",
 }
 
 Tests = dict[str, tuple[float, set[int]]]  # by name: seconds, and the lines that ran

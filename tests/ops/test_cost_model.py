@@ -17,6 +17,7 @@ from efft_kernels.ops.backends.triton.cost import default_tiling, launches
 from efft_kernels.ops.backends.triton.tuning import pass_programs
 from efft_kernels.ops.cost_model import DEVICES, Device, Problem, seconds
 from efft_kernels.ops.explain import explain
+from efft_kernels.testing.operands import Shape, operands
 
 BACKENDS = (torch_backend, cpp_backend, triton, cuda_backend)
 QKV = Problem(12608, 768, 2304, 3, 16, True, 2, 2, "cuda")
@@ -51,6 +52,16 @@ def test_a_rank_beyond_the_kernels_is_planned_in_torch():
     e = explain(1024, 768, 768, rank=256, device="H200")
     assert e.chosen == "split"
     assert "rank 256 is above 128" in e.excluded["fused"]
+
+
+def test_the_problem_of_a_call():
+    shape = Shape(M=5, K=7, n=11, G=3, Ra=4, Rb=2)
+    x, weight, _, *factors = operands(shape, torch.float16, factor_dtype=torch.float32).values()
+    found = Problem.of(x, weight.double(), *factors, training=False)
+    assert found == Problem(5, 7, 33, 3, 4, False, 8, 2, "cpu", False, 4)
+    down, _, up = factors
+    found = Problem.of(x, weight, down, None, torch.zeros(2, 5, 4), training=True, backward=True)
+    assert found == Problem(5, 7, 33, 2, 4, True, 2, 2, "cpu", True, 4)
 
 
 def test_arithmetic_of_one_forward():

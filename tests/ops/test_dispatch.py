@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,17 @@ from torch.autograd import forward_ad
 
 from efft_kernels import available_backends, low_rank_linear, reference, use_backend
 from efft_kernels.ops import checks, dispatch
-from efft_kernels.ops.backends import Backend, cpp_backend, cuda_backend, torch_backend, triton
+from efft_kernels.ops.backends import (
+    Backend,
+    cpp_backend,
+    cuda_backend,
+    native_library,
+    torch_backend,
+    triton,
+)
 from efft_kernels.ops.cost_model import Problem
-from efft_kernels.testing.operands import NAMES, Shape, cast, forms, operands
+from efft_kernels.testing.operands import NAMES, Shape, cast, forms, operands, operands_and_dy
+from efft_kernels.testing.results import backend_results
 
 SHAPE = Shape(M=5, K=7, n=5, Ra=3, Rb=2)
 MODULES = (torch_backend, cpp_backend, triton, cuda_backend)
@@ -272,6 +281,31 @@ def test_nothing_to_multiply_is_out_of_reach(backend):
         for name, size in (("M", 0), ("N", 1), ("K", 1), ("N", 0), ("K", 0))
     ]
     assert found == [False, False, False, True, True]
+
+
+@pytest.mark.skipif(bool(native_library.not_built("_native")), reason="not built")
+@pytest.mark.parametrize(
+    ("sizes", "in_torch"),
+    [({"n": 0}, True), ({"K": 0}, True), ({"n": 1, "K": 1, "G": 1}, False)],
+    ids=str,
+)
+def test_nothing_to_multiply_runs_in_torch(sizes, in_torch, monkeypatch):
+    assert native_library.load_cpu() is None
+    ran = []
+    for name in ("forward", "backward"):
+        real = getattr(torch_backend, name)
+        monkeypatch.setattr(
+            torch_backend,
+            name,
+            lambda *args, real=real, name=name, **kwargs: (
+                ran.append((name, kwargs["strategy"])) or real(*args, **kwargs)
+            ),
+        )
+    *tensors, dy = operands_and_dy(replace(SHAPE, **sizes), torch.float32, density=1)
+    results = backend_results(cpp_backend, (*tensors, dy), "merged")
+    for name, tensor in zip(("y", *NAMES), (dy, *tensors), strict=True):
+        assert results[name].shape == tensor.shape
+    assert ran == ([("forward", "split"), ("backward", "split")] if in_torch else [])
 
 
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default

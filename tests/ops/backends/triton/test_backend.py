@@ -177,7 +177,14 @@ def test_tiles_of_several_slices_are_narrow(on, monkeypatch, tmp_path):
             }
             found = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **shape)
             assert found.block_c == expected
+            assert (list(found) == row) == (file == path and expected == 256)
             assert tuning.crosses(found, 3072, slice_c) == (slice_c == 96)
+    row = [64, 64, 64, 8, 4, 3, 1, 0]
+    path.write_text(json.dumps({"device": H200.name, "rows": {key: {"17": row}}}))
+    on(H200)
+    found = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **(shape | {"slice_c": 96}))
+    assert list(found) == row
+    assert not tuning.crosses(found, 96, 96)
 
 
 def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_path):
@@ -185,9 +192,14 @@ def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_p
     read = [*row, False]  # a row from before there was a persistent grid
     key = configs.gemm_key(2304, 768, 16, "half", True)
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"device": H200.name, "rows": {key: {"14": row}}}))
+    a_pass = [32, 64, 5, 8, 2]
+    rows = {key: {"14": row}, configs.pass_key("thin", 768, 16, "half"): {"14": a_pass}}
+    path.write_text(json.dumps({"device": H200.name, "rows": rows}))
     monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
     on(H200)
+    for m, taken in ((12608, True), (600, False)):
+        found = tuning.pass_config("thin", m, 768, 16, torch.float16, aligned=True, index=0)
+        assert (list(found) == a_pass) is taken and isinstance(found, configs.PassConfig)
 
     def config(m, c, aligned=True):
         shape = {"wide": False, "aligned": aligned, "compute_p": True, "slice_c": c, "index": 0}
@@ -332,6 +344,9 @@ def test_shapes_in_the_interpreter_are_small_and_all_different(monkeypatch):
     assert sorted(gemm[:3]) == [16, 32, 64]
     one = tuning.pass_config("thin", 37, 41, 16, torch.float32, aligned=True, index=0)
     assert sorted(one[:2]) == [16, 32]
+    others = tuning.REDUCE_CONFIG, tuning.FOLD_CONFIG, tuning.merge_config(16, 5)
+    for config in (gemm[:6], one, *others, tuning.merge_config(16, 17)):
+        assert all(number.bit_count() == 1 for number in config)
 
 
 def test_what_counts_as_aligned():
