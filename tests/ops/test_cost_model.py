@@ -59,8 +59,9 @@ def test_the_problem_of_a_call():
     x, weight, _, *factors = operands(shape, torch.float16, factor_dtype=torch.float32).values()
     found = Problem.of(x, weight.double(), *factors, training=False)
     assert found == Problem(5, 7, 33, 3, 4, False, 8, 2, "cpu", False, 4)
-    down, _, up = factors
-    found = Problem.of(x, weight, down, None, torch.zeros(2, 5, 4), training=True, backward=True)
+    found = Problem.of(
+        x, weight, factors[0], None, torch.zeros(2, 5, 4), training=True, backward=True
+    )
     assert found == Problem(5, 7, 33, 2, 4, True, 2, 2, "cpu", True, 4)
 
 
@@ -346,6 +347,13 @@ def test_measured_rows_overrule_the_model(forget):
     assert cost_model.choose(QKV._replace(M=9000), triton) == other
     measured = {other: 0.05, predicted: 0.09}
     for m, known in ((6304, measured), (6303, {}), (25216, measured), (25217, {})):
+        found = cost_model.measured_ms(QKV._replace(M=m), triton.STRATEGIES, "triton")
+        assert found == known, m
+    later = {other: 0.5, predicted: 0.9}
+    cost_model.add_measured(
+        common | {"M": 30_000, "strategy": name, "ms_p50": ms} for name, ms in later.items()
+    )
+    for m, known in ((21_000, measured), (22_000, later), (15_000, measured), (60_000, later)):
         found = cost_model.measured_ms(QKV._replace(M=m), triton.STRATEGIES, "triton")
         assert found == known, m
     assert cost_model.choose(QKV._replace(M=1000), triton) == cost_model.choose(
