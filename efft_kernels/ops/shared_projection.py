@@ -135,7 +135,7 @@ def linear_plus_projected(
     """
     flat = x.reshape(-1, x.shape[-1]).to(p.dtype)
     y = _LinearPlusProjected.apply(flat, weight, bias, p.reshape(-1, p.shape[-1]), core, up)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 class _LinearPlusProjected(torch.autograd.Function):

@@ -163,6 +163,23 @@ def test_reference_backend_equals_torch(tensors):
         torch.testing.assert_close(a, b)
 
 
+def test_what_the_cost_model_is_asked(tensors, monkeypatch, no_entry_point):
+    """The forward trains where P is saved for it, and a backward always does."""
+    asked = []
+    real = dispatch.select
+
+    def select(backend, strategy, problem, x):
+        asked.append((problem.training, problem.backward))
+        return real(backend, strategy, problem, x)
+
+    monkeypatch.setattr(dispatch, "select", select)
+    for name, saves_p in (("x", False), ("up", True)):
+        tensors[name].requires_grad_()
+        low_rank_linear(**tensors).sum().backward()
+        assert asked == [(saves_p, False), (True, True)]
+        asked.clear()
+
+
 def test_explicit_strategy_runs(tensors, calls):
     for strategy in torch_backend.STRATEGIES:
         low_rank_linear(**tensors, backend="torch", strategy=strategy)

@@ -130,6 +130,16 @@ def test_half_precision_beside_float32_factors(dtype):
     assert all(grad.dtype == t[name].dtype for name, grad in grads.items())
 
 
+def test_float32_is_not_rounded_to_less():
+    t = operands(SHAPE, torch.float32)
+    dy = torch.randn(M, SHAPE.N)
+    expected = gradients(reference.low_rank_linear, cast(t, torch.float64), list(t), dy.double())
+    close_to = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(composed(**t), reference.low_rank_linear(**t), **close_to)
+    for name, grad in gradients(composed, t, list(t), dy).items():
+        torch.testing.assert_close(grad.double(), expected[name], **close_to)
+
+
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(x_dtype):
     t = operands(SHAPE, torch.float32)
