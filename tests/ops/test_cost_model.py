@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import timeit
@@ -290,6 +291,42 @@ def test_arithmetic_on_a_cpu(wb, b):
     backward = found(torch_backend, "split", backward=True)
     assert backward == [*factors, library(K), update(K)]
     assert found(torch_backend, "merged", backward=True) == [*factors, merge, library(K)]
+
+
+def shares(backend, strategy, device, **changes):
+    """Of the device's rates of arithmetic and of memory, by launch; those of all are left out."""
+    found = backend.launches(QKV._replace(**changes), strategy, DEVICES[device])
+    reached = {x.name: (x.efficiency, x.memory_efficiency) for x in found}
+    return {name: share for name, share in reached.items() if share != (1, 1)}
+
+
+def test_shares_of_the_rates_that_launches_reach():
+    """As measured on an H100, or assumed, for each backend."""
+    wide, backward = {"weight_bytes": 4}, {"backward": True}
+    thin, cast, sm90, general = (1, 0.8), (1, 0.56), (0.95, 1), (0.85, 1)
+    sums = {"tall_grad": thin, "reduce": thin}
+    s = {"thin_grad": (1, 0.95), **sums}
+    cuda = functools.partial(shares, cuda_backend)
+    assert cuda("split", "A100", **wide) == {"cast": cast, "thin": thin, "gemm": general}
+    assert cuda("fused", "H200") == {"gemm": sm90}
+    assert cuda("fused", "H200", M=64) == {"thin": thin, "gemm": (0.55, 1)}
+    assert cuda("merged", "H200", **wide) == {"thin": thin, "merge": cast}
+    assert cuda("split", "H200", **backward) == {**s, "gemm": sm90}
+    assert cuda("fused", "H200", **backward) == {**sums, "gemm": (0.95 / 1.2, 1)}
+    assert cuda("merged", "A100", **backward) == {**s, "merge": cast}
+    one, merge = (1, 0.7), (1, 0.19)
+    triton_ = functools.partial(shares, triton)
+    assert triton_("split", "A100") == {"thin": one, "gemm": (0.85, 1)}
+    assert triton_("fused", "H200") == {"gemm": (0.56, 1)}
+    assert triton_("fused", "H200", **wide)["gemm"] == (0.56 * 0.8, 1)
+    assert triton_("merged", "H200") == {"thin": one, "merge": merge}
+    sums = {"thin_grad": one, "tall_grad": one, "reduce": one}
+    assert triton_("split", "H200", **backward) == {**sums, "gemm": (0.56, 1)}
+    assert triton_("merged", "H200", **backward) == {**sums, "merge": merge}
+    on_cpu = functools.partial(shares, torch_backend, device="CPU")
+    assert on_cpu("split") == {"thin product": (0.25, 1), "update in place": (0.25, 1)}
+    assert on_cpu("merged") == {"thin product": (0.25, 1), "merge": (0.25 / 6, 1)}
+    assert shares(cpp_backend, "merged", "CPU") == {"merge": (0.5, 1)}
 
 
 @pytest.mark.parametrize("backend", [triton, cuda_backend], ids=lambda backend: backend.NAME)
