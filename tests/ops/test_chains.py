@@ -216,6 +216,15 @@ def test_a_gradient_that_no_kernel_takes_is_refused(layers: list[Layer], place: 
     assert gradient(many[0]).isfinite().all()
 
 
+def test_the_norms_own_gradients_are_not_made() -> None:
+    z, norm = draw(5, K), Norm(draw(K), draw(K), 1e-5)
+    normed = ENGINE.steps.norm(z, None, norm, draw(K, 2), z.dtype)
+    with Recorded("aten") as calls:
+        ENGINE.steps.norm_grad(z, z, normed.mean, normed.rstd, norm, z, draw(5, 2))
+    masks = [given[-1] for call, given in calls if call.__name__.startswith("native_layer_norm_b")]
+    assert masks == [[True, False, False]]
+
+
 def test_without_biases(layers: list[Layer]) -> None:
     bare = [
         layer._replace(**{kind: getattr(layer, kind)._replace(bias=None) for kind in SIZES})
@@ -368,7 +377,11 @@ class TestAsTwoOperators:
 
 
 class Recorded(TorchDispatchMode):
-    """(operator, arguments) of all calls of this package's operators."""
+    """(operator, arguments) of all calls of the operators in a namespace."""
+
+    def __init__(self, namespace: str = "efft_kernels") -> None:
+        super().__init__()
+        self.namespace = namespace
 
     def __enter__(self) -> list[tuple[Any, Any]]:
         super().__enter__()
@@ -376,7 +389,7 @@ class Recorded(TorchDispatchMode):
         return self.calls
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        if function.namespace == "efft_kernels":
+        if function.namespace == self.namespace:
             self.calls.append((function, args))
         return function(*args, **(kwargs or {}))
 
