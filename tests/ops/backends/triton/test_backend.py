@@ -179,7 +179,7 @@ def test_tiles_of_several_slices_are_narrow(on, monkeypatch, tmp_path):
             assert found.block_c == expected
             assert (list(found) == row) == (file == path and expected == 256)
             assert tuning.crosses(found, 3072, slice_c) == (slice_c == 96)
-    row = [64, 64, 64, 8, 4, 3, 1, 0]
+    row = [64, 128, 64, 8, 4, 3, 1, 0]
     path.write_text(json.dumps({"device": H200.name, "rows": {key: {"17": row}}}))
     on(H200)
     found = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **(shape | {"slice_c": 96}))
@@ -311,18 +311,18 @@ def test_time_of_a_grid_is_its_waves():
     ],
 )
 def test_a_config_that_fits_to_the_byte_is_taken(on, monkeypatch, dtype, wide, a_bytes, w_bytes):
-    large, small = (configs.GemmConfig(128, n, 64, 8, 8, 3) for n in (128, 64))
-    monkeypatch.setattr(tuning, "gemm_candidates", lambda *_: (large, small))
+    large, small, least = (configs.GemmConfig(128, n, 64, 8, 8, 3) for n in (128, 64, 32))
+    monkeypatch.setattr(tuning, "gemm_candidates", lambda *_: (large, small, least))
     shape = {"wide": wide, "aligned": True, "compute_p": True, "slice_c": 128, "index": 0}
 
     def taken(smem_bytes):
         on(H200._replace(smem_bytes=smem_bytes))
         return tuning.gemm_config(12608, 128, 768, 16, dtype, **shape)
 
-    bytes_of = [configs.gemm_smem_bytes(c, 16, a_bytes, w_bytes, True) for c in (large, small)]
-    assert taken(bytes_of[0]) == large and taken(bytes_of[0] - 1) == small
-    assert taken(bytes_of[1]) == small
-    assert taken(bytes_of[1] - 1) == small._replace(num_stages=2)
+    for config, next_one in ((large, small), (small, least), (least, None)):
+        smem_bytes = configs.gemm_smem_bytes(config, 16, a_bytes, w_bytes, True)
+        assert taken(smem_bytes) == config
+        assert taken(smem_bytes - 1) == (next_one or least._replace(num_stages=2))
 
 
 def test_ranks_at_a_time(monkeypatch):
