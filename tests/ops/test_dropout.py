@@ -210,6 +210,8 @@ def test_the_specification_takes_the_mask(form):
     keep = (mask[:, 0] if "no core" in form else mask).bool().double()
     found = reference.low_rank_linear(**t, keep=keep, dropout=0.4)
     torch.testing.assert_close(found, with_mask(**t, mask=mask), rtol=1e-12, atol=1e-12)
+    all_kept = reference.low_rank_linear(**t, keep=torch.ones_like(keep))
+    torch.testing.assert_close(all_kept, reference.low_rank_linear(**t), rtol=1e-12, atol=1e-12)
 
 
 class TestMask:

@@ -255,11 +255,19 @@ def test_shared_memory_of_the_pipeline():
         assert found - pipelined == rows * 128 * 2
 
 
+def test_a_persistent_program_has_two_stages_at_least(monkeypatch):
+    two, one = (configs.GemmConfig(rows, 256, 64, 8, 8, 3) for rows in (256, 512))
+    monkeypatch.setattr(configs, "gemm_candidates", lambda *_: (two, one))
+    (found,) = configs.persistent_candidates(90, "half", 16, True)
+    assert found == two._replace(num_stages=2, tma=True, persistent=True)
+
+
+@pytest.mark.parametrize("compute_p", [True, False])
 @pytest.mark.parametrize("rank", [16, 17, 32])
-def test_persistent_programs_keep_the_stages_that_fit(rank):
+def test_persistent_programs_keep_the_stages_that_fit(rank, compute_p):
     for arch in (80, 100):
-        assert configs.persistent_candidates(arch, "half", rank, True) == ()
-    found = configs.persistent_candidates(90, "half", rank, True)
+        assert configs.persistent_candidates(arch, "half", rank, compute_p) == ()
+    found = configs.persistent_candidates(90, "half", rank, compute_p)
     shipped = configs.gemm_candidates(90, "half", rank)
     for config in found:
         assert config.tma and config.persistent and config.num_warps >= 8
@@ -267,7 +275,7 @@ def test_persistent_programs_keep_the_stages_that_fit(rank):
         plain = config._replace(tma=False, persistent=False)
         (given,) = (s for s in shipped if s[:5] == plain[:5])
         more = config._replace(num_stages=config.num_stages + 1)
-        fits = configs.gemm_smem_bytes(more, rank, 2, 2, True) <= device.SMEM_BYTES[90]
+        fits = configs.gemm_smem_bytes(more, rank, 2, 2, compute_p) <= device.SMEM_BYTES[90]
         assert config.num_stages == given.num_stages or not fits
     wide = [s for s in shipped if s.num_warps >= 8 and (rank <= 16 or s.block_c <= 128)]
     assert len(found) == len(wide) > 0
