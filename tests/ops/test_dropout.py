@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from efft_kernels import available_backends, low_rank_linear
-from efft_kernels.ops import dispatch, dropout, reference
+from efft_kernels.ops import dispatch, dropout, recompute, reference
 from efft_kernels.ops.backends import cpp_backend
 from efft_kernels.ops.backends.triton import keep
 from efft_kernels.ops.dropout import low_rank_linear_with_dropout
@@ -414,6 +414,30 @@ class TestKept:
             y, saved = saved_in(lambda: low_rank_linear_with_dropout(**t, p=0.5))
         assert not saved and not y.requires_grad
         assert not low_rank_linear_with_dropout(**operands(SHAPE), p=0.5).requires_grad
+
+    @pytest.mark.parametrize("backend", ["torch", "cpp"])
+    @pytest.mark.parametrize("learns", ["down", "weight", "up"])
+    def test_an_x_that_is_made_again(self, learns, backend):
+        """In its place what it is made from, and neither where no gradient needs x."""
+        needs_backend(backend)
+        values, results = operands(SHAPE), []
+        for remakes in (True, False):
+            t = leaves(values, (learns,))
+            h = torch.ones(M, K, dtype=torch.float64, requires_grad=True) * values["x"]
+            t["x"] = F.silu(h)
+            source = recompute.find(t["x"]) if remakes else None
+            assert (source is not None) == remakes
+            y, saved = saved_in(
+                lambda t=t, source=source: seeded(
+                    low_rank_linear_with_dropout, t, backend=backend, source=source
+                )
+            )
+            kept = {tensor.data_ptr() for tensor in saved}
+            needed = learns != "up"
+            assert (t["x"].data_ptr() in kept) == (needed and not remakes)
+            assert (h.data_ptr() in kept) == (needed and remakes)
+            results.append(torch.autograd.grad(y.sin().sum(), [t[learns], h]))
+        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     @pytest.mark.parametrize("learns", [False, True])
