@@ -423,13 +423,13 @@ class Layer(NamedTuple):
 
 def common_rank(layers: Sequence[Layer]) -> int | None:
     """The largest rank of the linears; None where one kind of them has several."""
-    found = 0
+    ranks = []
     for first, *others in zip(*map(_linears, layers), strict=True):
         rank = first.down.shape[1]
         if any(other.down.shape[1] != rank for other in others):
             return None
-        found = max(found, rank)
-    return found
+        ranks.append(rank)
+    return max(ranks)
 
 
 def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:

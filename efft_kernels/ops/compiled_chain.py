@@ -21,8 +21,6 @@ from .dispatch import launch_context
 from .schemas import LIBRARY
 
 _NORMS, _LINEARS = 2, 4  # of a layer
-# Of a layer: weight and bias of both norms; weight, bias and γ of the four linears.
-_FROZEN = 2 * _NORMS + 3 * _LINEARS
 _OWN = 6  # of what a half saves: weights, B and the norm's, which the operators have elsewhere
 
 LIBRARY.define(
@@ -67,13 +65,13 @@ def run_chain(x: Tensor, layers: Sequence[Layer], attention: int, dtype: torch.d
 class _Record:
     """What a half keeps, in the place of autograd's context."""
 
-    def __init__(self, needs_input_grad: tuple[bool, bool]) -> None:
-        self.needs_input_grad = needs_input_grad
-        self.saved_tensors: tuple[Tensor | None, ...] = ()
-        self.engine: Any = None
-        self.eps = 0.0
-        self.images = self.heads = 0
-        self.others: list[Any] = []
+    needs_input_grad: tuple[bool, bool]  # in the backward
+    saved_tensors: tuple[Tensor | None, ...]
+    engine: Any
+    eps: float
+    images: int
+    heads: int
+    others: list[Any]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -83,18 +81,21 @@ def _layers(
     frozen: Sequence[Tensor | None], factors: Sequence[Tensor], heads: int, eps: Sequence[float]
 ) -> list[Layer]:
     """What `run_chain` took apart."""
+    own: Iterator[Any] = iter(frozen)
+    thin, every_eps = iter(factors), iter(eps)
+
+    def norm() -> Norm:
+        return Norm(next(own), next(own), next(every_eps))
+
+    def adapted() -> Adapted:
+        weight, bias, gamma = next(own), next(own), next(own)
+        return Adapted(weight, bias, next(thin), next(thin), gamma)
+
     found = []
-    for place in range(len(eps) // _NORMS):
-        own: Any = frozen[place * _FROZEN : (place + 1) * _FROZEN]
-        thin = factors[place * 2 * _LINEARS : (place + 1) * 2 * _LINEARS]
-        norm1, norm2 = (
-            Norm(own[2 * i], own[2 * i + 1], eps[place * _NORMS + i]) for i in range(_NORMS)
-        )
-        qkv, proj, fc1, fc2 = (
-            Adapted(own[4 + 3 * i], own[5 + 3 * i], thin[2 * i], thin[2 * i + 1], own[6 + 3 * i])
-            for i in range(_LINEARS)
-        )
-        found.append(Layer(norm1, qkv, proj, norm2, fc1, fc2, heads))
+    for _ in range(len(eps) // _NORMS):
+        norms = norm(), norm()
+        qkv, proj, fc1, fc2 = adapted(), adapted(), adapted(), adapted()
+        found.append(Layer(norms[0], qkv, proj, norms[1], fc1, fc2, heads))
     return found
 
 
@@ -129,9 +130,9 @@ def _forward(
         kept = [*merged, *(torch.stack([own.b for own in stack]) for stack in stacks)]
         z, y = x.flatten(0, 1).contiguous(), None  # type: Tensor, Any
         for of, half in _halves(layers, stacks, engine, x.shape[0]):
-            record = _Record((False, False))
+            record = _Record()
             first = y is None
-            z, y = of.forward(record, z, y, *[None] * 4, half)
+            z, y = of.forward(record, z, y, half)
             more = [t for t in record.saved_tensors[_OWN:] if t is not None]
             kept += more[1:] if first else more  # the first stream is x itself
         return (z + y).view(x.shape), kept
@@ -178,7 +179,9 @@ def _backward(
                 own.insert(0, x.flatten(0, 1).contiguous())
             if of is AttentionHalf:
                 own[7:] = engine.attention.restore(own[7:], tokens)
-            record = _Record((need_x or place > 0, place > 0))
+            record = _Record()
+            wanted = need_x or place > 0
+            record.needs_input_grad = wanted, wanted
             record.engine, record.eps = engine, half.norm.eps
             record.images, record.heads = half.images, half.heads
             first = half.first.weight, half.second.weight, half.first.b, half.second.b
@@ -192,7 +195,7 @@ def _backward(
 
 
 def _rank(factors: Sequence[Tensor]) -> int:
-    return max(down.shape[1] for down in factors[::2])
+    return max(factor.shape[1] for factor in factors)  # down [K, r] and B [N, r]
 
 
 # The operators
@@ -240,9 +243,9 @@ def _gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     frozen, thin = ctx.lengths
     lists = saved[:frozen], saved[frozen : frozen + thin], saved[frozen + thin :]
     dx, grads = torch.ops.efft_kernels.chain_bwd(dy, x, *lists, *ctx.rest, ctx.need_x)
-    # torch.library takes a list that holds a None for one argument, not for a list of them.
-    no_frozen = None if any(t is None for t in lists[0]) else [None] * frozen
-    return dx if ctx.need_x else None, no_frozen, grads, *[None] * len(ctx.rest)
+    # None alone for `frozen`: torch.library takes a list that holds a None, as γ of qkv, for one
+    # argument.
+    return dx if ctx.need_x else None, None, grads, *[None] * len(ctx.rest)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:

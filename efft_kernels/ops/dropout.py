@@ -73,7 +73,7 @@ def low_rank_linear_with_dropout(
             " backend='torch'"
         )
     seed = new_seed(x.device)
-    if core is None and up.shape[0] > 1:
+    if core is None:
         up = up.flatten(0, 1).unsqueeze(0)  # the slices share the mask: they are one
     flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     if transformed or backend == "reference":

@@ -148,7 +148,7 @@ def down_grad(
         k = first.shape[-1]
         statistics = [None if t is None else t.reshape(-1, 1) for t in norm[:2]]
         wide = torch.promote_types(s.dtype, torch.float32)
-        eye, unused = torch.eye(r, dtype=wide).unsqueeze(0), s.new_empty(r, k, dtype=wide)
+        eye, unused = torch.eye(r, dtype=wide)[None], s.new_empty(r, k, dtype=wide)
         needs = needs_code([name == "down" for name in OPERANDS])
         _, d_down, *_ = torch.ops.efft_kernels.native_bwd_made(
             *(s, source.recipe.code, first.reshape(-1, k), *statistics, *norm[2:]),
@@ -175,7 +175,7 @@ def _has_kernel(source: Source, kept: Sequence[Tensor | None], s: Tensor) -> boo
 
 def _in_memory(tensor: Tensor) -> bool:
     """FSDP2 frees a parameter when the forward of its module is over."""
-    return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
+    return tensor.untyped_storage().nbytes() > 0
 
 
 def _is_checkpoints(hook: object) -> bool:
@@ -465,7 +465,7 @@ def _normalise(
         rows = x.reshape(-1, x.shape[-1])
         return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
     centred = (x - mean).mul_(rstd)
-    if weight is not None and bias is not None and not centred.requires_grad:
+    if weight is not None and bias is not None:
         return torch.addcmul(bias.to(centred.dtype), centred, weight.to(centred.dtype)).to(x.dtype)
     if weight is not None:
         centred = centred * weight

@@ -30,7 +30,7 @@ class SharedInput:
 
     def __init__(self) -> None:
         self.active = False
-        self._held: tuple[Tensor, int, Tensor] | None = None  # x, its version, P
+        self._held: tuple[Tensor, int | None, Tensor] | None = None  # x, its version, P
 
     def open(self, module: torch.nn.Module, args: Any) -> None:
         """Forward pre-hook of the attention module."""
@@ -57,17 +57,21 @@ class SharedInput:
 
     def projection(self, x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
         """P of x: the one at hand where x is the very tensor it was made from, else a new one."""
-        held, version = self._held, _version(x)
-        if held is None or held[0] is not x or held[1] != version:
-            self._held = held = (x, version, project(x, down, source))
-        return held[2]
+        version = _version(x)
+        if self._held is not None:
+            made_from, version_then, p = self._held
+            if made_from is x and version_then == version:
+                return p
+        p = project(x, down, source)
+        self._held = x, version, p
+        return p
 
 
-def _version(x: Tensor) -> int:
-    """How often x was written in place; inference tensors and compiled graphs do not count."""
-    if torch.compiler.is_compiling() or x.is_inference():
-        return 0
-    return x._version
+def _version(x: Tensor) -> int | None:
+    """How often x was written in place; None where that is not counted: of inference tensors, and
+    in compiled graphs."""
+    counted = not (torch.compiler.is_compiling() or x.is_inference())
+    return x._version if counted else None
 
 
 def project(x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
@@ -85,7 +89,7 @@ def project(x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
     if source is None:
         return torch.matmul(x, down.to(x.dtype))
     p: Tensor = _Projection.apply(x.reshape(-1, x.shape[-1]), down, source)
-    return p.view(*x.shape[:-1], p.shape[-1])
+    return p.view(*x.shape[:-1], down.shape[1])
 
 
 class _Projection(torch.autograd.Function):
@@ -131,7 +135,7 @@ def linear_plus_projected(
     """
     flat = x.reshape(-1, x.shape[-1]).to(p.dtype)
     y = _LinearPlusProjected.apply(flat, weight, bias, p.reshape(-1, p.shape[-1]), core, up)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 class _LinearPlusProjected(torch.autograd.Function):

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels import use_backend
-from efft_kernels.ops import chains
-from efft_kernels.ops.backends.chain_steps import Norm
-from efft_kernels.ops.chains import Adapted, Engine, Layer, engine_for, refusal, run_chain
-from efft_kernels.testing.cpu_chain import cpu_engine
+from efft_kernels.ops import chains, compiled_chain
+from efft_kernels.ops.backends import cuda_chain
+from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
+from efft_kernels.ops.backends.triton import chain as triton_chain
+from efft_kernels.ops.chains import (
+    Adapted,
+    Attention,
+    Engine,
+    Layer,
+    engine_for,
+    refusal,
+    run_chain,
+)
+from efft_kernels.testing.cpu_chain import CPU_ATTENTION, cpu_engine
 
 IMAGES, TOKENS, K, C, HEADS = 2, 3, 8, 11, 2
 RANKS = {"qkv": 2, "proj": 3, "fc1": 1, "fc2": 2}
 SIZES = {"qkv": (3 * K, K), "proj": (K, K), "fc1": (C, K), "fc2": (K, C)}
-ENGINE = cpu_engine(torch.float64)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """Keeps what is no tensor too, as a GPU's attention does."""
+    o, kept = CPU_ATTENTION.forward(q, k, v)
+    return o, (*kept, None, q.shape[2])
+
+
+def attention_grad(*given: Any) -> Any:
+    *tensors, nothing, tokens = given
+    assert nothing is None and tokens == TOKENS
+    return CPU_ATTENTION.backward(*tensors)
+
+
+ATTENTION = Attention(attention, attention_grad, 1, lambda kept, tokens: (*kept, None, tokens))
+ENGINE = cpu_engine(torch.float64)._replace(attention=ATTENTION)
 
 
 def draw(*size: int, grad: bool = False) -> Tensor:
@@ -32,7 +65,7 @@ def layers(request: pytest.FixtureRequest) -> list[Layer]:
         return Adapted(draw(n, k), bias, draw(k, r, grad=True), draw(n, r, grad=True), gamma)
 
     def layer() -> Layer:
-        norms = [Norm(1 + draw(K), draw(K), 1e-5) for _ in range(2)]
+        norms = [Norm(1 + draw(K), draw(K), eps) for eps in (1e-5, 1e-2)]
         qkv, proj, fc1, fc2 = map(adapted, SIZES)
         return Layer(norms[0], qkv, proj, norms[1], fc1, fc2, HEADS)
 
@@ -42,6 +75,15 @@ def layers(request: pytest.FixtureRequest) -> list[Layer]:
 def factors(layers: list[Layer]) -> list[Tensor]:
     linears = [a for layer in layers for a in (layer.qkv, layer.proj, layer.fc1, layer.fc2)]
     return [factor for a in linears for factor in (a.down, a.b)]
+
+
+def lower(value: Any) -> Any:
+    """The same in float32."""
+    if isinstance(value, tuple):
+        return type(value)(*map(lower, value))
+    if isinstance(value, Tensor):
+        return value.detach().float().requires_grad_(value.requires_grad)
+    return value
 
 
 def plain(x: Tensor, layers: list[Layer]) -> Tensor:
@@ -140,17 +182,8 @@ def test_the_backward_does_not_run_under_autocast(layers: list[Layer]) -> None:
 
 def test_a_stream_in_float32_and_gemms_in_bfloat16(layers: list[Layer]) -> None:
     """The dtypes of autocast: of the stream and factors, and of the products."""
-
-    def low(t: Tensor) -> Tensor:
-        return t.detach().float().requires_grad_(t.requires_grad)
-
-    def lower(value):
-        if isinstance(value, tuple):
-            return type(value)(*map(lower, value))
-        return low(value) if isinstance(value, Tensor) else value
-
     singles = [lower(layer) for layer in layers]
-    x = low(draw(IMAGES, TOKENS, K, grad=True))
+    x = lower(draw(IMAGES, TOKENS, K, grad=True))
     y = run_chain(x, singles, cpu_engine(torch.bfloat16))
     grads = torch.autograd.grad(y.tanh().sum(), [x, *factors(singles)])
     assert {t.dtype for t in (y, *grads)} == {torch.float32}
@@ -158,11 +191,351 @@ def test_a_stream_in_float32_and_gemms_in_bfloat16(layers: list[Layer]) -> None:
     assert (y - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_gradient_that_no_kernel_takes_is_refused(layers: list[Layer], place: int) -> None:
+    """Of the stream or of the branch, the other being zero."""
+    layer = layers[0]
+    _, ((qkv, *_), (proj, *_), *_) = chains.merged_linears(layers, ENGINE)
+    half = chains.Half(ENGINE, layer.norm1, qkv, proj, IMAGES, HEADS)
+    z = draw(IMAGES * TOKENS, K, grad=True)
+    y = chains.AttentionHalf.apply(z, None, *factors(layers)[:4], half)[place]
+
+    def gradient(dy: Tensor, **options: bool) -> Tensor:
+        return torch.autograd.grad(y, z, dy, retain_graph=True, **options)[0]
+
+    many = draw(2, *y.shape)
+    with pytest.raises(RuntimeError, match=r"no batched gradients.*fuse='pairs'"):
+        gradient(many, is_grads_batched=True)
+    with pytest.raises(RuntimeError, match=r"no batched gradients.*fuse='pairs'"):
+        torch.func.vmap(gradient)(many)
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"no forward-mode derivative.*fuse='pairs'"),
+    ):
+        gradient(forward_ad.make_dual(*many))
+    assert gradient(many[0]).isfinite().all()
+
+
+def test_the_norms_own_gradients_are_not_made() -> None:
+    z, norm = draw(5, K), Norm(draw(K), draw(K), 1e-5)
+    normed = ENGINE.steps.norm(z, None, norm, draw(K, 2), z.dtype)
+    with Recorded("aten") as calls:
+        ENGINE.steps.norm_grad(z, z, normed.mean, normed.rstd, norm, z, draw(5, 2))
+    masks = [given[-1] for call, given in calls if call.__name__.startswith("native_layer_norm_b")]
+    assert masks == [[True, False, False]]
+
+
+def test_without_biases(layers: list[Layer]) -> None:
+    bare = [
+        layer._replace(**{kind: getattr(layer, kind)._replace(bias=None) for kind in SIZES})
+        for layer in layers
+    ]
+    x = draw(IMAGES, TOKENS, K)
+    torch.testing.assert_close(run_chain(x, bare, ENGINE), plain(x, bare))
+
+
+def test_the_rank_of_a_chain(layers: list[Layer]) -> None:
+    assert chains.common_rank(layers) == max(RANKS.values())
+    assert chains.common_rank(layers[:1]) == max(RANKS.values())
+    for kind, rank in RANKS.items():
+        own = getattr(layers[1], kind)
+        other = layers[1]._replace(**{kind: own._replace(down=draw(own.down.shape[0], rank + 1))})
+        assert chains.common_rank([layers[0], other]) is None
+
+
+def test_what_watches_the_model() -> None:
+    assert chains.watched() is None
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(chains.watched())
+        return x
+
+    x = torch.zeros(2, 3)
+    torch.func.vmap(look)(x)
+    with forward_ad.dual_level():
+        look(x)
+    with Recorded():
+        look(x)
+    with torch.device("cpu"):
+        look(x)
+    torch.jit.trace(look, x, check_trace=False)
+    texts = ["a transform of torch.func"] * 2 + ["a dispatch or function mode is on"] * 2
+    for found, text in zip(seen, [*texts, "torch.jit traces the model"], strict=True):
+        assert found is not None and found.startswith(text)
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch, takes: bool) -> None:
+    """CUDA's where they take the sizes, Triton's elsewhere; the same for every call."""
+    monkeypatch.setattr(cuda_chain, "takes", lambda *sizes: takes and sizes == (24, 16, 1))
+    monkeypatch.setattr(triton_chain, "configs_for", lambda *sizes: sizes)
+    x = SimpleNamespace(shape=(2, 5, 24), get_device=lambda: 1)
+    chains._steps.cache_clear()
+    steps = chains.steps_for(x, 16)
+    assert type(steps) is (cuda_chain.CudaSteps if takes else triton_chain.TritonSteps)
+    assert steps.configs == (24, 16, 1) and chains.steps_for(x, 16) is steps
+    chains._steps.cache_clear()
+    monkeypatch.setattr(chains, "available_backends", lambda: {"triton": "no Triton"})
+    assert chains._triton.__wrapped__() == "no Triton"
+
+
 def test_says_why_nothing_runs_it() -> None:
     x = torch.randn(IMAGES, TOKENS, K)
     assert "is on cpu" in str(refusal(x))
     for other in (torch.nn.Parameter(x), x[0], x[:0]):
         assert "no plain tensor" in str(refusal(other))
+
+
+class TestAsTwoOperators:
+    """compiled_chain.py, called in eager mode."""
+
+    @pytest.fixture
+    def made(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+        """(columns, rank) of each engine that computed, in plain torch, and of each stream whose
+        gradient it took."""
+        found: list[tuple[int, int]] = []
+
+        class Steps(TorchSteps):
+            def norm_grad(self, dout: Tensor, z: Tensor, *others: Any) -> Any:
+                found.append((z.shape[0], z.shape[1]))
+                return super().norm_grad(dout, z, *others)
+
+        def steps_for(x: Tensor, rank: int) -> TorchSteps:
+            found.append((x.shape[2], rank))
+            return Steps()
+
+        monkeypatch.setitem(chains.ATTENTION, SDPBackend.MATH, ATTENTION)
+        monkeypatch.setattr(chains, "steps_for", steps_for)
+        return found
+
+    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize("learns", [False, True])
+    def test_is_the_blocks_of_plain_torch(
+        self, layers: list[Layer], made: list[tuple[int, int]], count: int, learns: bool
+    ) -> None:
+        layers = layers[:count]
+        x = draw(IMAGES, TOKENS, K, grad=learns)
+        dy = draw(K, TOKENS, IMAGES).permute(2, 1, 0)
+        wanted = [*factors(layers), *([x] if learns else [])]
+        results = []
+        for y in (
+            compiled_chain.run_chain(x, layers, SDPBackend.MATH.value, torch.float64),
+            plain(x, layers),
+        ):
+            results.append([y, *torch.autograd.grad(y, wanted, dy)])
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+        streams = 2 * count if learns else 2 * count - 1  # of x none where it needs no gradient
+        assert made == [(K, max(RANKS.values()))] * 2 + [(IMAGES * TOKENS, K)] * streams
+
+    @pytest.mark.parametrize("learns", [False, True])
+    def test_what_a_graph_is_told(
+        self, layers: list[Layer], made: list[tuple[int, int]], learns: bool
+    ) -> None:
+        """Shapes, strides and dtypes of both operators' results, of which autocast changes none."""
+        singles = [lower(layer) for layer in layers]
+        x = draw(IMAGES, TOKENS, K).float().requires_grad_(learns)
+        dy = draw(K, TOKENS, IMAGES).permute(2, 1, 0).float()
+        results = []
+        for autocast in (False, True):
+            with Recorded() as calls, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = compiled_chain.run_chain(x, singles, SDPBackend.MATH.value, torch.float32)
+                results.append([y, *torch.autograd.grad(y, factors(singles), dy)])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert len(calls) == 2
+        for operator, arguments in calls:
+            tests = ("test_schema", "test_faketensor")
+            torch.library.opcheck(operator, arguments, test_utils=tests)
+        made.clear()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for operator, arguments in calls:
+                operator(*arguments)
+        assert not made  # no kernel is asked for
+
+    def test_a_second_derivative_is_refused(
+        self, layers: list[Layer], made: list[tuple[int, int]]
+    ) -> None:
+        x = draw(IMAGES, TOKENS, K, grad=True)
+        y = compiled_chain.run_chain(x, layers, SDPBackend.MATH.value, torch.float64)
+        (dx,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"second derivative.*fuse='pairs'"):
+            dx.sum().backward()
+
+    def test_what_another_version_kept_is_refused(
+        self, layers: list[Layer], made: list[tuple[int, int]]
+    ) -> None:
+        with Recorded() as calls:
+            x = draw(IMAGES, TOKENS, K, grad=True)
+            compiled_chain.run_chain(
+                x, layers, SDPBackend.MATH.value, torch.float64
+            ).sum().backward()
+        operator, arguments = calls[1]
+        kept = arguments[4]
+        for other in (kept[:-1], [*kept, x]):
+            with pytest.raises(RuntimeError, match=r"kept must have 27 tensors .* got 2[68]: "):
+                operator(*arguments[:4], other, *arguments[5:])
+
+
+class Recorded(TorchDispatchMode):
+    """(operator, arguments) of all calls of the operators in a namespace."""
+
+    def __init__(self, namespace: str = "efft_kernels") -> None:
+        super().__init__()
+        self.namespace = namespace
+
+    def __enter__(self) -> list[tuple[Any, Any]]:
+        super().__enter__()
+        self.calls: list[tuple[Any, Any]] = []
+        return self.calls
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function.namespace == self.namespace:
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+
+
+class TestOnAGpuThatIsNotThere:
+    """Fake tensors on it, under autocast, with Triton; torch chooses cuDNN's attention."""
+
+    @pytest.fixture
+    def choice(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+        found: dict[str, Any] = {"backend": CUDNN}
+
+        def choose(q: Tensor, k: Tensor, v: Tensor) -> int:
+            assert q.requires_grad and q.shape == k.shape == v.shape
+            found.update(shape=tuple(q.shape), dtype=q.dtype, device=q.device)
+            return found["backend"].value
+
+        monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+        monkeypatch.setattr(chains, "Tensor", FakeTensor)
+        monkeypatch.setattr(chains, "_triton", lambda: None)
+        monkeypatch.setattr(chains, "too_old", lambda index: "too old" if index == 2 else None)
+        before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        with FakeTensorMode():
+            autocast_to(torch.bfloat16)
+            yield found
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+    def test_what_a_chain_runs_over(
+        self, choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def both(x: Tensor) -> tuple[str | None, bool]:
+            return refusal(x), chains.refusal_of_graph(x)
+
+        x = torch.empty(2, 5, 64, device="cuda")
+        for dtype in (torch.float16, torch.bfloat16):
+            autocast_to(dtype)
+            assert both(x) == (None, False)
+        assert both(torch.empty(2, 5, 64)) == (
+            "the blocks' input is on cpu, and the chain is for CUDA",
+            True,
+        )
+        assert both(x.half()) == (
+            "the blocks' input is torch.float16, and the chain's is float32",
+            True,
+        )
+        for dtype in (None, torch.float32):
+            autocast_to(dtype)
+            assert both(x) == ("autocast to float16 or bfloat16 is off", True)
+        autocast_to(torch.bfloat16)
+        with use_backend("torch"):
+            assert both(x) == ("backend 'torch' was asked for", True)
+        for other in (x[0], x[:0]):
+            assert "no plain tensor" in str(refusal(other))
+        assert refusal(torch.empty(2, 5, 64, device="cuda:2")) == "too old"
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert refusal(x) == "deterministic algorithms were asked for"
+        assert chains.attention_of_graph(5, 64, 2, 16, torch.float16, 0) is None
+
+    def test_what_runs_it(self, choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(chains, "steps_for", lambda x, rank: (x.shape, rank))
+        x = torch.empty(2, 5, 3 * 8, device="cuda:1")
+        for backend in (CUDNN, FLASH):
+            choice["backend"] = backend
+            found = engine_for(x, 3, 128)
+            assert found == ((x.shape, 128), chains.ATTENTION[backend], torch.bfloat16)
+            asked = {"shape": (2, 3, 5, 8), "dtype": torch.bfloat16, "device": x.device}
+            assert choice == asked | {"backend": backend}
+            number = chains.attention_of_graph(7, 24, 3, 128, torch.float16, 1)
+            assert number == backend.value
+            asked = {"shape": (1, 3, 7, 8), "dtype": torch.float16, "device": x.device}
+            assert choice == asked | {"backend": backend}
+        assert chains.attention_of_graph(7, 24, 3, 128, torch.float16, None) == FLASH.value
+        assert choice["device"] == torch.device("cuda", 0)
+
+    @pytest.mark.parametrize(
+        ("k", "heads", "rank", "backend", "why"),
+        [
+            (24, 3, 129, CUDNN, "no stream of 24 columns with a rank of 129"),
+            (
+                triton_chain.MAX_WIDTH + 8,
+                1,
+                16,
+                CUDNN,
+                "with a rank of 16",
+            ),
+            (24, 3, 16, SDPBackend.MATH, "for these heads"),
+            (25, 3, 16, CUDNN, "for these heads"),
+            (36, 3, 16, CUDNN, "for these heads"),  # heads of 12 columns
+            (triton_chain.MAX_WIDTH, 4, 16, CUDNN, None),
+        ],
+    )
+    def test_sizes(
+        self, choice: dict[str, Any], k: int, heads: int, rank: int, backend: Any, why: str | None
+    ) -> None:
+        choice["backend"] = backend
+        found = engine_for(torch.empty(2, 5, k, device="cuda"), heads, rank) if why else None
+        assert why is None or why in str(found)
+        number = chains.attention_of_graph(5, k, heads, rank, torch.float16, 0)
+        assert number == (None if why else backend.value)
+
+    def test_what_cannot_run_is_not_in_a_graph(
+        self, choice: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def found(index: int) -> int | None:
+            return chains.attention_of_graph(5, 24, 3, 16, torch.float16, index)
+
+        assert found(0) == CUDNN.value and found(2) is None
+        monkeypatch.setattr(chains, "_triton", lambda: "no Triton")
+        assert found(0) is None and refusal(torch.empty(2, 5, 24, device="cuda")) == "no Triton"
+
+    @pytest.mark.parametrize("backend", [CUDNN, FLASH], ids=lambda b: b.name)
+    def test_attention(self, choice: dict[str, Any], backend: Any) -> None:
+        """No dropout and no mask, and all that the backward needs goes through a graph."""
+        q, k, v = (torch.empty(2, 3, 5, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+        attention = chains.ATTENTION[backend]
+        with Scalars() as given:
+            o, kept = attention.forward(q, k, v)
+            tensors = [t for t in kept if isinstance(t, Tensor)]
+            assert len(tensors) == attention.kept
+            assert [*attention.restore(tensors, 5)] == [*kept]
+            assert len(attention.backward(o, q, k, v, o, *kept)) == 3
+        forward, backward = given
+        assert forward == ([True] if backend == CUDNN else [])  # whether it gives log-sum-exp
+        assert backward == [5, 5, 0.0, False]
+
+
+def autocast_to(dtype: torch.dtype | None) -> None:
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or torch.float16)
+
+
+class Scalars(TorchDispatchMode):
+    """The numbers among the arguments of all calls of an attention."""
+
+    def __enter__(self) -> list[list[Any]]:
+        super().__enter__()
+        self.calls: list[list[Any]] = []
+        return self.calls
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if "attention" in function.__name__:
+            self.calls.append([a for a in args if isinstance(a, int | float)])
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 import timeit
 
 import pytest
@@ -13,8 +16,9 @@ from efft_kernels.ops.backends import cpp_backend, cuda_backend, torch_backend, 
 from efft_kernels.ops.backends.triton.configs import PassConfig
 from efft_kernels.ops.backends.triton.cost import default_tiling, launches
 from efft_kernels.ops.backends.triton.tuning import pass_programs
-from efft_kernels.ops.cost_model import DEVICES, Problem, seconds
+from efft_kernels.ops.cost_model import DEVICES, Device, Problem, seconds
 from efft_kernels.ops.explain import explain
+from efft_kernels.testing.operands import Shape, operands
 
 BACKENDS = (torch_backend, cpp_backend, triton, cuda_backend)
 QKV = Problem(12608, 768, 2304, 3, 16, True, 2, 2, "cuda")
@@ -49,6 +53,17 @@ def test_a_rank_beyond_the_kernels_is_planned_in_torch():
     e = explain(1024, 768, 768, rank=256, device="H200")
     assert e.chosen == "split"
     assert "rank 256 is above 128" in e.excluded["fused"]
+
+
+def test_the_problem_of_a_call():
+    shape = Shape(M=5, K=7, n=11, G=3, Ra=4, Rb=2)
+    x, weight, _, *factors = operands(shape, torch.float16, factor_dtype=torch.float32).values()
+    found = Problem.of(x, weight.double(), *factors, training=False)
+    assert found == Problem(5, 7, 33, 3, 4, False, 8, 2, "cpu", False, 4)
+    found = Problem.of(
+        x, weight, factors[0], None, torch.zeros(2, 5, 4), training=True, backward=True
+    )
+    assert found == Problem(5, 7, 33, 2, 4, True, 2, 2, "cpu", True, 4)
 
 
 def test_arithmetic_of_one_forward():
@@ -278,6 +293,42 @@ def test_arithmetic_on_a_cpu(wb, b):
     assert found(torch_backend, "merged", backward=True) == [*factors, merge, library(K)]
 
 
+def shares(backend, strategy, device, **changes):
+    """Of the device's rates of arithmetic and of memory, by launch; those of all are left out."""
+    found = backend.launches(QKV._replace(**changes), strategy, DEVICES[device])
+    reached = {x.name: (x.efficiency, x.memory_efficiency) for x in found}
+    return {name: share for name, share in reached.items() if share != (1, 1)}
+
+
+def test_shares_of_the_rates_that_launches_reach():
+    """As measured on an H100, or assumed, for each backend."""
+    wide, backward = {"weight_bytes": 4}, {"backward": True}
+    thin, cast, sm90, general = (1, 0.8), (1, 0.56), (0.95, 1), (0.85, 1)
+    sums = {"tall_grad": thin, "reduce": thin}
+    s = {"thin_grad": (1, 0.95), **sums}
+    cuda = functools.partial(shares, cuda_backend)
+    assert cuda("split", "A100", **wide) == {"cast": cast, "thin": thin, "gemm": general}
+    assert cuda("fused", "H200") == {"gemm": sm90}
+    assert cuda("fused", "H200", M=64) == {"thin": thin, "gemm": (0.55, 1)}
+    assert cuda("merged", "H200", **wide) == {"thin": thin, "merge": cast}
+    assert cuda("split", "H200", **backward) == {**s, "gemm": sm90}
+    assert cuda("fused", "H200", **backward) == {**sums, "gemm": (0.95 / 1.2, 1)}
+    assert cuda("merged", "A100", **backward) == {**s, "merge": cast}
+    one, merge = (1, 0.7), (1, 0.19)
+    triton_ = functools.partial(shares, triton)
+    assert triton_("split", "A100") == {"thin": one, "gemm": (0.85, 1)}
+    assert triton_("fused", "H200") == {"gemm": (0.56, 1)}
+    assert triton_("fused", "H200", **wide)["gemm"] == (0.56 * 0.8, 1)
+    assert triton_("merged", "H200") == {"thin": one, "merge": merge}
+    sums = {"thin_grad": one, "tall_grad": one, "reduce": one}
+    assert triton_("split", "H200", **backward) == {**sums, "gemm": (0.56, 1)}
+    assert triton_("merged", "H200", **backward) == {**sums, "merge": merge}
+    on_cpu = functools.partial(shares, torch_backend, device="CPU")
+    assert on_cpu("split") == {"thin product": (0.25, 1), "update in place": (0.25, 1)}
+    assert on_cpu("merged") == {"thin product": (0.25, 1), "merge": (0.25 / 6, 1)}
+    assert shares(cpp_backend, "merged", "CPU") == {"merge": (0.5, 1)}
+
+
 @pytest.mark.parametrize("backend", [triton, cuda_backend], ids=lambda backend: backend.NAME)
 def test_a_rank_beyond_the_kernels_costs_what_plain_torch_does(backend):
     for strategy in ("split", "merged"):
@@ -333,6 +384,13 @@ def test_measured_rows_overrule_the_model(forget):
     assert cost_model.choose(QKV._replace(M=9000), triton) == other
     measured = {other: 0.05, predicted: 0.09}
     for m, known in ((6304, measured), (6303, {}), (25216, measured), (25217, {})):
+        found = cost_model.measured_ms(QKV._replace(M=m), triton.STRATEGIES, "triton")
+        assert found == known, m
+    later = {other: 0.5, predicted: 0.9}
+    cost_model.add_measured(
+        common | {"M": 30_000, "strategy": name, "ms_p50": ms} for name, ms in later.items()
+    )
+    for m, known in ((21_000, measured), (22_000, later), (15_000, measured), (60_000, later)):
         found = cost_model.measured_ms(QKV._replace(M=m), triton.STRATEGIES, "triton")
         assert found == known, m
     assert cost_model.choose(QKV._replace(M=1000), triton) == cost_model.choose(
@@ -553,3 +611,69 @@ def test_devices_stand_to_each_other_as_their_datasheets_do():
         assert found.sm90 == (name in ("H100", "H200"))
     columns = {name: (d.tile_columns, d.thin_columns) for name, d in DEVICES.items()}
     assert columns["A100"] == (128, 16) and columns["B200"] == (256, 128)
+    rates = 60e9, 100e9, 20e9, math.inf, 5e-6  # of a CPU: assumed
+    assert DEVICES["CPU"] == Device("CPU", *rates, 64, 1, 2, 0.25, 6.0, False, "assumed")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "known"),
+    [
+        *((f"NVIDIA {known}-SXM", (3, 0), known) for known in ("A100", "H100", "H200", "B200")),
+        ("NVIDIA L4", (8, 9), "A100"),
+        ("NVIDIA H20", (9, 0), "H100"),
+        ("NVIDIA GB10", (10, 0), "B200"),
+    ],
+)
+def test_an_unknown_gpu_is_the_nearest_known_one(monkeypatch, caplog, name, capability, known):
+    find = cost_model.device_of.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        with caplog.at_level("INFO"):
+            assert find("cuda") is DEVICES[known if available else "CPU"]
+        assert find("cpu") is DEVICES["CPU"]
+    said = f"{name} is not in the cost model's table; {known} stands in"
+    assert caplog.messages == ([] if known in name else [said])
+
+
+def test_rows_of_this_device_that_came_with_the_package_decide(forget, monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(cost_model, "_forget", [])
+    cost_model.when_measured(lambda: told.append("told"))
+    monkeypatch.setattr(cost_model, "MEASURED", tmp_path / "measured.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    sizes = {"M": 12608, "K": 768, "N": 2304, "rank": 16, "compute_bytes": 2, "weight_bytes": 2}
+    common = sizes | {"backend": "triton", "backward": False}
+    rows = [common | {"strategy": name, "ms_p50": 0.5} for name in ("fused", "split")]
+
+    def found(available):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        cost_model._load_shipped.__wrapped__()
+        return cost_model.measured_ms(QKV, triton.STRATEGIES, "triton")
+
+    assert found(True) == {}
+    for device, available in (("NVIDIA H100", True), ("NVIDIA H200", False)):
+        cost_model.MEASURED.write_text(json.dumps({device: rows}))
+        assert found(available) == {}
+    told.clear()
+    assert found(True) == {"fused": 0.5, "split": 0.5} and told == ["told"]
+    assert cost_model.measured_ms(QKV, ["fused"], "triton") == {}
+
+
+def test_a_new_choice_asks_for_the_rows_that_came_with_the_package(monkeypatch):
+    monkeypatch.setattr(cost_model, "_load_shipped", lambda: asked.append("asked"))
+    asked = []
+    cost_model.choose(QKV._replace(M=4242), triton)
+    assert asked == ["asked"]
+
+
+def test_where_every_strategy_is_ruled_out_the_first_runs():
+    class Backend:
+        NAME, STRATEGIES = "any", ("fused", "split")
+
+        @staticmethod
+        def excluded(problem, strategy):
+            return "not here"
+
+    assert cost_model.choose(QKV, Backend) == "fused"

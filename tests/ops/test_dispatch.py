@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from efft_kernels import available_backends, low_rank_linear, reference, use_backend
-from efft_kernels.ops import dispatch
-from efft_kernels.ops.backends import Backend, cpp_backend, torch_backend
-from efft_kernels.testing.operands import NAMES, Shape, cast, forms, operands
+from efft_kernels.ops import checks, dispatch
+from efft_kernels.ops.backends import (
+    Backend,
+    cpp_backend,
+    cuda_backend,
+    native_library,
+    torch_backend,
+    triton,
+)
+from efft_kernels.ops.cost_model import Problem
+from efft_kernels.testing.operands import NAMES, Shape, cast, forms, operands, operands_and_dy
+from efft_kernels.testing.results import backend_results
 
 SHAPE = Shape(M=5, K=7, n=5, Ra=3, Rb=2)
+MODULES = (torch_backend, cpp_backend, triton, cuda_backend)
 BACKENDS = {"reference", "torch", "cpp", "triton", "cuda"}
 
 
@@ -150,6 +163,23 @@ def test_reference_backend_equals_torch(tensors):
         torch.testing.assert_close(a, b)
 
 
+def test_what_the_cost_model_is_asked(tensors, monkeypatch, no_entry_point):
+    """The forward trains where P is saved for it, and a backward always does."""
+    asked = []
+    real = dispatch.select
+
+    def select(backend, strategy, problem, x):
+        asked.append((problem.training, problem.backward))
+        return real(backend, strategy, problem, x)
+
+    monkeypatch.setattr(dispatch, "select", select)
+    for name, saves_p in (("x", False), ("up", True)):
+        tensors[name].requires_grad_()
+        low_rank_linear(**tensors).sum().backward()
+        assert asked == [(saves_p, False), (True, True)]
+        asked.clear()
+
+
 def test_explicit_strategy_runs(tensors, calls):
     for strategy in torch_backend.STRATEGIES:
         low_rank_linear(**tensors, backend="torch", strategy=strategy)
@@ -206,6 +236,93 @@ def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
         assert "cannot be imported" in reason and "there_is_no_such_module" in reason
     finally:
         dispatch._load.cache_clear()
+
+
+def test_a_backend_is_called_without_autocast_and_on_xs_device(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    cpu, first, second = map(torch.device, ("cpu", "cuda:0", "cuda:1"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for context in (dispatch.launch_context, checks.without_autocast):
+        with torch.autocast("cpu", torch.bfloat16):
+            with context(cpu):
+                assert not torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_enabled("cpu")
+        with context(cpu):
+            assert not torch.is_autocast_enabled("cpu")
+    for where in (cpu, first):
+        with dispatch.launch_context(where):
+            assert not entered
+    with dispatch.launch_context(second):
+        assert entered == [second]
+
+
+def test_forward_mode_is_for_torch():
+    def chosen(backend, *operands):
+        return dispatch._without_tangents(backend, operands)
+
+    x = torch.ones(2)
+    assert chosen("cpp", x) == "cpp"
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert dispatch.has_tangent(dual) is True and dispatch.has_tangent(x) is False
+        assert [chosen(backend, x, None) for backend in ("auto", "cpp")] == ["auto", "cpp"]
+        assert [chosen(backend, None, x, dual) for backend in ("auto", "torch")] == ["torch"] * 2
+        with pytest.raises(RuntimeError, match="'cpp' does not support forward-mode"):
+            chosen("cpp", x, dual)
+    seen = []
+    torch.func.vmap(lambda x: seen.append(dispatch.has_tangent(x)) or x)(x)
+    assert seen == [True]
+
+
+def test_which_backends_are_operators_of_csrc():
+    native = {backend.NAME: backend.NATIVE for backend in MODULES}
+    assert native == {"torch": False, "cpp": True, "triton": False, "cuda": True}
+    problem = Problem(5, 7, 6, 1, 16, True, 4, 4, "cpu")
+    assert not torch_backend.out_of_reach(problem._replace(rank=4096, N=0))
+    assert torch_backend.preferred(problem) and triton.preferred(problem)
+    assert cuda_backend.preferred(problem)
+
+
+@pytest.mark.parametrize("backend", MODULES[1:], ids=lambda backend: backend.NAME)
+def test_nothing_to_multiply_is_out_of_reach(backend):
+    problem = Problem(5, 7, 6, 1, 128, True, 4, 2, "cpu")
+    found = [
+        backend.out_of_reach(problem._replace(**{name: size}))
+        for name, size in (("M", 0), ("N", 1), ("K", 1), ("N", 0), ("K", 0))
+    ]
+    assert found == [False, False, False, True, True]
+
+
+@pytest.mark.skipif(bool(native_library.not_built("_native")), reason="not built")
+@pytest.mark.parametrize(
+    ("sizes", "in_torch"),
+    [({"n": 0}, True), ({"K": 0}, True), ({"n": 1, "K": 1, "G": 1}, False)],
+    ids=str,
+)
+def test_nothing_to_multiply_runs_in_torch(sizes, in_torch, monkeypatch):
+    assert native_library.load_cpu() is None
+    ran = []
+    for name in ("forward", "backward"):
+        real = getattr(torch_backend, name)
+        monkeypatch.setattr(
+            torch_backend,
+            name,
+            lambda *args, real=real, name=name, **kwargs: (
+                ran.append((name, kwargs["strategy"])) or real(*args, **kwargs)
+            ),
+        )
+    *tensors, dy = operands_and_dy(replace(SHAPE, **sizes), torch.float32, density=1)
+    results = backend_results(cpp_backend, (*tensors, dy), "merged")
+    for name, tensor in zip(("y", *NAMES), (dy, *tensors), strict=True):
+        assert results[name].shape == tensor.shape
+    assert ran == ([("forward", "split"), ("backward", "split")] if in_torch else [])
 
 
 FWD = torch.ops.efft_kernels.low_rank_linear_fwd.default

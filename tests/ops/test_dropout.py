@@ -3,20 +3,25 @@ they give."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from efft_kernels import available_backends, low_rank_linear
-from efft_kernels.ops import reference
+from efft_kernels.ops import dispatch, dropout, recompute, reference
 from efft_kernels.ops.backends import cpp_backend
+from efft_kernels.ops.backends.triton import keep
 from efft_kernels.ops.dropout import low_rank_linear_with_dropout
 from efft_kernels.ops.dropout_mask import keep_mask, new_seed
 from efft_kernels.testing.operands import NAMES, Shape, cast, forms, leaves, operands
@@ -205,6 +210,8 @@ def test_the_specification_takes_the_mask(form):
     keep = (mask[:, 0] if "no core" in form else mask).bool().double()
     found = reference.low_rank_linear(**t, keep=keep, dropout=0.4)
     torch.testing.assert_close(found, with_mask(**t, mask=mask), rtol=1e-12, atol=1e-12)
+    all_kept = reference.low_rank_linear(**t, keep=torch.ones_like(keep))
+    torch.testing.assert_close(all_kept, reference.low_rank_linear(**t), rtol=1e-12, atol=1e-12)
 
 
 class TestMask:
@@ -306,6 +313,36 @@ class TestMask:
         assert ones == 2**62 - 1
 
 
+def test_the_mask_is_one_launch_on_a_gpu(monkeypatch):
+    """Not in a graph, under a mode, for a subclass, or where Triton cannot run."""
+    made = []
+    monkeypatch.setattr(dropout, "keep_mask", lambda *given: made.append("torch"))
+    monkeypatch.setattr(keep, "launch_keep", lambda *given: made.append("launch") or given)
+    monkeypatch.setattr(dropout, "Tensor", SimpleNamespace)
+    available = {"triton": None}
+    monkeypatch.setattr(dispatch, "available_backends", lambda: available)
+    monkeypatch.setattr(dispatch, "launch_context", lambda device: contextlib.nullcontext())
+    seed = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert dropout._keep(seed, 5, 3, 0.3, torch.float16) == (seed, 5, 3, 0.3, torch.float16)
+    assert made.pop() == "launch"
+
+    class Own(SimpleNamespace):
+        pass
+
+    def by_torch(seed):
+        dropout._keep(seed, 5, 3, 0.3, torch.float16)
+        return made.pop() == "torch"
+
+    assert by_torch(Own(**vars(seed))) and by_torch(SimpleNamespace(is_cuda=False))
+    with FlopCounterMode(display=False):
+        assert by_torch(seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert by_torch(seed)
+    available["triton"] = "no Triton"
+    assert by_torch(seed)
+
+
 def seeded(function, t, p=0.5, seed=9, **options):
     """function(**t), always with the same mask."""
     torch.manual_seed(seed)
@@ -377,6 +414,49 @@ class TestKept:
             y, saved = saved_in(lambda: low_rank_linear_with_dropout(**t, p=0.5))
         assert not saved and not y.requires_grad
         assert not low_rank_linear_with_dropout(**operands(SHAPE), p=0.5).requires_grad
+
+    @pytest.mark.parametrize("backend", ["torch", "cpp"])
+    @pytest.mark.parametrize("learns", ["down", "weight", "up"])
+    def test_an_x_that_is_made_again(self, learns, backend):
+        """In its place what it is made from, and neither where no gradient needs x."""
+        needs_backend(backend)
+        values, results = operands(SHAPE), []
+        for remakes in (True, False):
+            t = leaves(values, (learns,))
+            h = torch.ones(M, K, dtype=torch.float64, requires_grad=True) * values["x"]
+            t["x"] = F.silu(h)
+            source = recompute.find(t["x"]) if remakes else None
+            assert (source is not None) == remakes
+            y, saved = saved_in(
+                lambda t=t, source=source: seeded(
+                    low_rank_linear_with_dropout, t, backend=backend, source=source
+                )
+            )
+            kept = {tensor.data_ptr() for tensor in saved}
+            needed = learns != "up"
+            assert (t["x"].data_ptr() in kept) == (needed and not remakes)
+            assert (h.data_ptr() in kept) == (needed and remakes)
+            results.append(torch.autograd.grad(y.sin().sum(), [t[learns], h]))
+        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("learns", [False, True])
+    def test_a_frozen_weight_is_cast_once_on_a_gpu(self, device, learns, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with FakeTensorMode():
+            t = {name: v.to(device) for name, v in operands(SHAPE, torch.float32).items()}
+            t = leaves(t, [name for name in NAMES if learns or name != "weight"])
+            try:
+                torch.set_autocast_enabled(device, True)
+                torch.set_autocast_dtype(device, torch.bfloat16)
+                call = functools.partial(low_rank_linear_with_dropout, **t, p=0.5, backend="torch")
+                _, saved = saved_in(call)
+            finally:
+                torch.set_autocast_enabled(device, before[0])
+                torch.set_autocast_dtype(device, before[1])
+        (found,) = (tensor.dtype for tensor in saved if tensor.shape == t["weight"].shape)
+        assert found == (torch.bfloat16 if device == "cuda" and not learns else torch.float32)
 
 
 class TestGradients:

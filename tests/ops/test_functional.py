@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from efft_kernels import low_rank_linear, reference
+from efft_kernels.ops import functional
 from efft_kernels.ops.backends import cpp_backend, torch_backend
 from efft_kernels.testing.error_budget import assert_exact, assert_within_budget
 from efft_kernels.testing.operands import (
@@ -461,3 +462,11 @@ def test_a_trace_holds_torchs_own_operators(form):
     assert "efft_kernels::" not in str(traced.graph)
     exact = reference.low_rank_linear(x, **tensors)
     torch.testing.assert_close(traced(x), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("save_p", [False, True])
+def test_an_export_gets_what_the_operator_gives(save_p):
+    tensors = operands(SHAPE).values()
+    found = functional._decomposed(*tensors, save_p, "auto", "auto")
+    operator = torch.ops.efft_kernels.low_rank_linear_fwd
+    torch.testing.assert_close(found, operator(*tensors, save_p, "auto", "auto"))

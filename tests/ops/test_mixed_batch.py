@@ -125,6 +125,7 @@ def test_the_kernel_runs_where_it_can():
     ran = []
     assert takes_kernel() and takes_kernel(backend="cpp") and takes_kernel(torch.bfloat16)
     assert not takes_kernel(backend="torch")
+    assert "aten.baddbmm_.default" in ran  # of y's size there is one
     assert not takes_kernel(torch.float16)  # the kernel has none
     assert not takes_kernel(sizes=(2, 3, 7, 0))
     for operand in range(5):

@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from efft_kernels import FusedEFFTLinear
+from efft_kernels import FusedEFFTLinear, use_backend
 from efft_kernels.ops import recompute
 from efft_kernels.ops.backends import native_library
+from efft_kernels.ops.backends.triton.remake import launch_remake
 
 K, N = 12, 10
 HALVES = [torch.bfloat16, torch.float16]
@@ -100,6 +103,78 @@ def test_x_is_made_again(name):
         made = source.recipe(source.kept).reshape(x.shape)
     torch.testing.assert_close(made, x.detach(), rtol=1e-13, atol=1e-13)
     assert (made - made.mean()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        # Not a view of what is kept, which is kept in any shape.
+        (lambda h: torch.bmm(h, h.mT).flatten(1), "a view"),
+        (lambda h: torch.relu(h).flatten(1), None),
+        (lambda h: torch.relu(h).transpose(0, 1), None),
+        (lambda h: torch.relu(h).permute(1, 0, 2), None),
+        (lambda h: torch.relu(h).transpose(0, 1).contiguous(), "a view"),
+        (lambda h: torch.relu(h).roll(1, 0), "a view"),
+        (lambda h: F.pad(torch.relu(h), (0, 0, 1, 1)), "a view"),
+        (lambda h: F.silu(h).flatten(1), "a view"),
+        (lambda h: F.layer_norm(h, (K,)).flatten(1), "a view"),
+        (lambda h: torch.relu(h) * torch.tanh(h), "a product"),
+        # The second of two results; a node with no rule on the way.
+        (lambda h: F.gelu(h).unbind()[1], None),
+        (lambda h: F.gelu(h).sort(0).values, None),
+        (lambda h: F.gelu(h + 1).cumsum(0).flatten(1), None),
+    ],
+)  # fmt: skip
+def test_what_is_worth_making_again(make, kind):
+    x = make(drawn((3, 5, K)) * 1)
+    source = recompute.find(x)
+    assert (source and source.recipe.kind) == kind
+    if source is not None:
+        with torch.no_grad():
+            torch.testing.assert_close(source.recipe(source.kept).reshape(x.shape), x.detach())
+
+
+def test_the_statistics_are_made_again_for_a_second_derivative_alone(monkeypatch):
+    _, x = produced("norm")
+    source = recompute.find(x)
+    monkeypatch.setattr(recompute, "_statistics", lambda *_: pytest.fail("made again"))
+    with torch.no_grad():
+        source.recipe(source.kept)
+    source.recipe([t.detach() for t in source.kept])
+
+
+def test_the_kernel_that_makes_a_norm_on_a_gpu(monkeypatch):
+    """Of one dim, in what Triton takes, and where it can run."""
+    called = []
+
+    def kernel(rows, *given):
+        called.append([(tuple(t.shape), t.dtype) for t in (rows, *given)])
+        return rows * 1
+
+    monkeypatch.setattr(recompute, "_triton", lambda: kernel)
+    with FakeTensorMode(), torch.no_grad():
+        for shape, dims, dtype in (
+            ((2, 3, K), 1, torch.float32),
+            ((2, 3, K), 2, torch.float32),
+            ((2, 3, K), 1, torch.float64),
+        ):
+            x = torch.empty(shape, device="cuda", dtype=dtype)
+            mean, rstd = (x.mean(tuple(range(-dims, 0)), keepdim=True) for _ in range(2))
+            weight, bias = (x.new_empty(shape[-dims:]) for _ in range(2))
+            assert recompute._normalise(x, mean, rstd, weight, bias, dims).shape == x.shape
+        shapes = [(6, K), (6,), (6,), (K,), (K,)]
+        assert called == [[(shape, torch.float32) for shape in shapes]]
+        monkeypatch.setattr(recompute, "_triton", lambda: None)
+        x = torch.empty(2, K, device="cuda")
+        statistic = torch.empty(2, 1, device="cuda")
+        assert recompute._normalise(x, statistic, statistic, None, None, 1).shape == x.shape
+
+
+@pytest.mark.parametrize("reason", [None, "no Triton"])
+def test_where_that_kernel_is(monkeypatch, reason):
+    monkeypatch.setattr(recompute, "available_backends", lambda: {"triton": reason})
+    found = recompute._triton.__wrapped__()
+    assert found is (None if reason else launch_remake)
 
 
 def test_batches_of_all_sizes_have_one_recipe():
@@ -332,13 +407,66 @@ def test_what_cannot_be_made_is_kept():
     assert recompute.find(x) is None
     with save_on_cpu():
         assert recompute.find(F.gelu(h * 1)) is None
+    for other in (torch.Tensor.float, lambda t: t.to("meta"), torch.flatten):
+        with saved_tensors_hooks(other, lambda t: t):
+            assert recompute.find(F.gelu(h * 1)) is None
     found = []
     checkpoint(lambda h: found.append(recompute.find(F.gelu(h))), h * 1, use_reentrant=False)
     assert found == [None]
-    deep = h * 1
-    for _ in range(40):
+    deep = F.gelu(h * 1)
+    for _ in range(16):
         deep = deep.transpose(0, 1)
-    assert recompute.find(deep.contiguous()) is None
+    assert recompute.find(deep) is not None
+    assert recompute.find(deep.transpose(0, 1)) is None  # too far
+
+
+NAN, INF, NEAR = float("nan"), float("inf"), torch.finfo(torch.float32).eps ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("x", "made", "same"),
+    [
+        # As near as the root of a rounding of the largest.
+        ([1, -4], [1 + 3.9 * NEAR, -4], True),
+        ([1, -4], [1 + 4.1 * NEAR, -4], False),
+        ([1, -4], [1, -4 * (1 + 1.1 * NEAR)], False),
+        # Of one, where the largest is no number.
+        ([NAN, 1], [NAN, 1 + 0.9 * NEAR], True),
+        ([NAN, 1], [NAN, 1 + 1.9 * NEAR], False),
+        ([INF, 1, -INF], [INF, 1 + 0.9 * NEAR, -INF], True),
+        ([INF, 1], [INF, 1 + 1.9 * NEAR], False),
+        ([INF, 1], [-INF, 1], False),
+        ([INF, 1], [NAN, 1], False),
+        ([NAN, 1], [0, 1], False),
+    ],
+)
+def test_what_counts_as_x_again(x, made, same):
+    recipe = recompute.Recipe("any", recompute.PLAIN, ("kept", 0))
+    source = recompute.Source(recipe, (torch.tensor(made),), True)
+    assert source.makes(torch.tensor(x).float()) is same
+
+
+@pytest.mark.skipif(bool(native_library.not_built("_native")), reason="not built")
+def test_where_the_kernel_makes_x(monkeypatch):
+    def has(make=F.gelu, dtype=torch.float32, s=None, grad=False):
+        source = recompute.find(make(drawn((5, K), dtype) * 1))
+        s = torch.ones(5, 3, dtype=dtype) if s is None else s
+        with torch.set_grad_enabled(grad):
+            return recompute._has_kernel(source, source.kept, s)
+
+    ones = torch.ones(5, 3)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert has(dtype=dtype)
+    assert has(norm(dtype=torch.float32)) and has(norm(affine=False))
+    assert not has(F.silu) and not has(dtype=torch.float16) and not has(grad=True)
+    assert not has(s=ones.half()) and not has(s=ones.to("meta"))
+    with forward_ad.dual_level():
+        assert not has(s=forward_ad.make_dual(ones, ones))
+    for backend, expected in (("cpp", True), ("torch", False), ("reference", False)):
+        with use_backend(backend):
+            assert has() is expected
+    monkeypatch.setattr(recompute, "available_backends", lambda: {"cpp": "not built"})
+    assert not has()
 
 
 @pytest.mark.usefixtures("route")
@@ -556,6 +684,10 @@ def test_recipes_do_not_grow_without_bound(monkeypatch):
     widths.append(recompute.find(F.gelu(h * 1).transpose(0, 1)))
     assert [source is None for source in widths] == [False, False, True]
     assert recompute.find(F.gelu(h * 1).transpose(1, 2)) is not None
+    for count, found in ((1023, True), (1024, False)):
+        monkeypatch.undo()
+        monkeypatch.setattr(recompute, "_recipes", dict.fromkeys(range(count)))
+        assert (recompute.find(F.gelu(h * 1)) is not None) == found
 
 
 @pytest.mark.usefixtures("route")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from efft_kernels import reference
-from efft_kernels.ops.shared_projection import linear_plus_projected, project
+from efft_kernels import reference, use_backend
+from efft_kernels.ops import recompute
+from efft_kernels.ops.shared_projection import SharedInput, linear_plus_projected, project
 from efft_kernels.testing.operands import Shape, cast, forms, leaves, operands
 
 SHAPE = Shape(M=7, K=11, n=13, Ra=5, Rb=2)
@@ -126,6 +130,16 @@ def test_half_precision_beside_float32_factors(dtype):
     assert all(grad.dtype == t[name].dtype for name, grad in grads.items())
 
 
+def test_float32_is_not_rounded_to_less():
+    t = operands(SHAPE, torch.float32)
+    dy = torch.randn(M, SHAPE.N)
+    expected = gradients(reference.low_rank_linear, cast(t, torch.float64), list(t), dy.double())
+    close_to = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(composed(**t), reference.low_rank_linear(**t), **close_to)
+    for name, grad in gradients(composed, t, list(t), dy).items():
+        torch.testing.assert_close(grad.double(), expected[name], **close_to)
+
+
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(x_dtype):
     t = operands(SHAPE, torch.float32)
@@ -183,6 +197,33 @@ def test_a_nan_in_x_stays_in_its_row():
     assert bad[2].all() and not bad[[0, 1, 3, 4, 5, 6]].any()
 
 
+class Kept(TorchDispatchMode):
+    """Every operator's first result, and a copy."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.results = []
+        return self.results
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.results.append((result, result.clone()))
+        return result
+
+
+def test_y_is_written_in_place_where_nothing_keeps_it():
+    """As selective activation checkpointing does."""
+    t = leaves(operands(SHAPE))
+    with torch.autograd.profiler.profile() as profile:
+        composed(**t)
+    assert "aten::addmm_" in {event.name for event in profile.function_events}
+    with Kept() as results:
+        composed(**t)
+    for result, copy in results:
+        assert torch.equal(result, copy)
+
+
 def test_second_derivatives():
     t = operands(SHAPE, lead=(2,))
     names = list(t)
@@ -194,3 +235,89 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(function, inputs)
     (grad,) = torch.autograd.grad(function(*inputs).square().sum(), t["up"], create_graph=True)
     assert torch.autograd.grad(grad.sum(), t["x"])[0].norm() > 1e-3
+
+
+X = torch.zeros(2, 3)
+
+
+def serves(shared, x=X, backend="auto", strategy="auto"):
+    return shared.serves(x, backend, strategy)
+
+
+class TestSharedInput:
+    @pytest.fixture
+    def shared(self):
+        shared = SharedInput()
+        assert not serves(shared)
+        shared.open(None, ())
+        return shared
+
+    def test_serves_plain_torch_and_the_cpu_while_it_is_open(self, shared):
+        assert serves(shared) is True and serves(shared, backend="torch") is True
+        elsewhere = torch.empty(2, 3, device="meta")
+        assert serves(shared, elsewhere, "torch") is True
+        for refused in (
+            serves(shared, elsewhere),
+            serves(shared, backend="cpp"),
+            serves(shared, strategy="split"),
+            torch.func.vmap(lambda x: x + serves(shared, x))(torch.zeros(2, 3)).any().item(),
+        ):
+            assert refused is False
+        with use_backend("reference"):
+            assert not serves(shared)
+        seen = []
+        torch.jit.trace(lambda x: seen.append(serves(shared, x)) or x, X, check_trace=False)
+        assert seen == [False]
+        shared.close(None, (), None)
+        assert serves(shared) is False
+
+    def test_p_is_made_once_for_one_x(self, shared):
+        x, down = operands(SHAPE)["x"], operands(SHAPE)["down"]
+        p = shared.projection(x, down)
+        assert shared.projection(x, down) is p
+        close(shared.projection(x + 1, down), (x + 1) @ down)
+        again = shared.projection(x, down)
+        assert again is not p
+        x.mul_(2)
+        close(shared.projection(x, down), 2 * p)
+        with torch.inference_mode():
+            x = x.clone()
+            p = shared.projection(x, down)
+            assert shared.projection(x, down) is p
+
+    @pytest.mark.parametrize("end", ["open", "close"])
+    def test_p_is_let_go(self, shared, end):
+        x, down = operands(SHAPE)["x"], operands(SHAPE)["down"]
+        p = weakref.ref(shared.projection(x, down))
+        assert p() is not None
+        shared.open(None, ()) if end == "open" else shared.close(None, (), None)
+        assert p() is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("wanted", [("h",), ("down",), ("h", "down")], ids=str)
+def test_p_of_an_x_that_is_made_again(wanted, autocast):
+    """In float32, as autocast would show: P and its gradients are those of an x that is kept."""
+    values = {"h": torch.randn(2, 3, 4, K), "down": torch.randn(K, 5)}
+    results, kept = [], []
+
+    def pack(tensor):
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    for remakes in (True, False):
+        kept.clear()
+        t = {name: v.clone().requires_grad_(name in wanted) for name, v in values.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            x = torch.nn.functional.silu(t["h"] * 1)
+            source = recompute.find(x) if remakes else None
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                p = project(x, t["down"], source)
+        assert (source is not None) == (remakes and "h" in wanted)
+        assert p.shape == (2, 3, 4, 5) and p.dtype == (torch.bfloat16 if autocast else x.dtype)
+        assert source is None or x.data_ptr() not in kept
+        p.sin().sum().backward()
+        results.append([p.detach(), *(t[name].grad for name in wanted)])
+    tolerance = 1e-2 if autocast else 1e-6
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()

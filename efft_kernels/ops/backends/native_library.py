@@ -236,7 +236,7 @@ def backward(
         down,
         core,
         up,
-        needs_code((need_x, False, False, need_down, need_core, need_up)),
+        needs_code(needs),  # of which it makes those of x and the factors
         STRATEGY_CODES[strategy],
     )
     return (

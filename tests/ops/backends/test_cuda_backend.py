@@ -15,10 +15,11 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels import low_rank_linear, reference
+from efft_kernels.ops.backends import cpp_backend, fallback, native_library
 from efft_kernels.ops.backends import cuda_backend as backend
-from efft_kernels.ops.backends import fallback, native_library
 from efft_kernels.ops.cost_model import Problem
 from efft_kernels.testing.cuda_kernels import kernel_of, recorded_launches
 from efft_kernels.testing.error_budget import (
@@ -122,14 +123,54 @@ def test_what_is_out_of_reach_runs_in_torch(case, strategy):
     x = torch.randn(rows, 7).bfloat16()
     weight, down = torch.randn(6, 7, dtype=wide), torch.randn(7, rank)
     core, up = torch.randn(2, rank, 3), torch.randn(1, 3, 3)
-    y, p = backend.forward(x, weight, None, down, core, up, save_p=True, strategy=strategy)
+    with Operators() as called:
+        y, p = backend.forward(x, weight, None, down, core, up, save_p=True, strategy=strategy)
+        dy = torch.randn(rows, 6).bfloat16()
+        grads = backend.backward(dy, x, weight, p, down, core, up, needs=ALL, strategy=strategy)
+    assert not called
     assert y.shape == (rows, 6) and p is not None and p.shape == (rows, rank)
-    dy = torch.randn(rows, 6).bfloat16()
-    grads = backend.backward(dy, x, weight, p, down, core, up, needs=ALL, strategy=strategy)
     tensors = (x, weight, None, down, core, up)
     for name, grad, tensor in zip(NAMES, grads, tensors, strict=True):
         assert grad is not None, name
         assert tensor is None or (grad.shape == tensor.shape and grad.dtype == tensor.dtype), name
+
+
+@pytest.mark.skipif(native_library.not_built("_native") is not None, reason="it was not built")
+@pytest.mark.parametrize("strategy", ["split", "merged"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_the_operators_are_given(strategy, bias):
+    """The CPU's kernels, which take the same calls, in the place of a GPU's; rows one by one."""
+    assert native_library.load_cpu() is None
+    shape = Shape(M=5, K=7, n=6, G=2, Ra=4, Rb=3, bias=bias)
+    tensors = operands_and_dy(shape, torch.bfloat16)
+    for apart in (False, True):
+        if apart:
+            tensors = [t if t is None or t.dim() != 2 else t.T.contiguous().T for t in tensors]
+        *given, dy = tensors
+        with Operators() as called:
+            results = [backend_results(each, tensors, strategy) for each in (backend, cpp_backend)]
+            y, p = backend.forward(*given, save_p=False, strategy=strategy)
+        assert called == ["native_fwd", "native_bwd"] * 2 + ["native_fwd"]
+        assert_exact(*results)
+        assert p is None and torch.equal(y, results[0]["y"])
+    _, weight, _, *factors = given
+    needs = (True, *[False] * 5)
+    grads = backend.backward(dy, None, weight, None, *factors, needs=needs, strategy=strategy)
+    assert torch.equal(grads[0], results[0]["x"]) and grads[1:] == (None,) * 5
+
+
+class Operators(TorchDispatchMode):
+    """The names of this package's operators that ran."""
+
+    def __enter__(self) -> list[str]:
+        super().__enter__()
+        self.names: list[str] = []
+        return self.names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "efft_kernels":
+            self.names.append(function.__name__.partition(".")[0])
+        return function(*args, **(kwargs or {}))
 
 
 # Multiples of 8, ragged tiles. With 132 multiprocessors the sm_90a GEMM takes tiles of 128 columns

@@ -13,7 +13,7 @@ from efft_kernels.testing.gpu_cases import NORM_CASES, NormCase, plans_are_known
 
 pytest.importorskip("triton")
 
-from efft_kernels.ops.backends.triton.chain import configs_for
+from efft_kernels.ops.backends.triton.chain import TritonSteps, configs_for
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 UNAVAILABLE = "no CUDA device" if not torch.cuda.is_available() else cuda_backend.unavailable()
@@ -157,6 +157,67 @@ def test_without_the_library_triton_does_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(native_library, "cuda_unavailable", lambda: "not built")
     assert not cuda_chain.takes(768, 16, 0)
+
+
+class TestWithoutAGpu:
+    """Plain torch in the place of both operators, in float64."""
+
+    @pytest.fixture
+    def called(self):
+        assert native_library.load_cpu() is None
+        names, plain = [], TorchSteps()
+
+        def norm(z, y, weight, bias, down, eps):
+            names.append("norm")
+            found = plain.norm(z, y, Norm(weight, bias, eps), down, z.dtype)
+            return (found.z.clone() if y is not None else z.new_empty(0), *found[1:])
+
+        def norm_grad(dout, z, mean, rstd, weight, bias, residual, s):
+            names.append("norm_grad")
+            norm = Norm(weight, bias, 1e-6)
+            dz, dy, total = plain.norm_grad(dout, z, mean, rstd, norm, residual, s)
+            return dz, dy + 0, torch.stack([total, total])
+
+        with torch.library._scoped_library("efft_kernels", "IMPL") as library:
+            library.impl("native_norm", norm, "CPU")
+            library.impl("native_norm_grad", norm_grad, "CPU")
+            yield names
+
+    @pytest.mark.parametrize("branch", [False, True])
+    def test_steps(self, called, branch):
+        case = NormCase(6, 8, 3, torch.float64, branch=branch)
+        o = doubled(operands(case, "cpu"))
+        steps = cuda_chain.CudaSteps(None)
+        found, plain = (forward(each, o, case, torch.float64) for each in (steps, TorchSteps()))
+        torch.testing.assert_close(found, plain)
+        assert branch or found.z is o["z"]
+        given = o["dout"], *found[:1], found.mean, found.rstd
+        rest = Norm(o["weight"], o["bias"], 1e-6), o["residual"], o["s"]
+        dz, dy, total = steps.norm_grad(*given, *rest)
+        expected = TorchSteps().norm_grad(*given, *rest)
+        torch.testing.assert_close((dz, dy), expected[:2])
+        assert (total.rows, total.columns) == (8, 3)
+        torch.testing.assert_close(total.sums, torch.stack([expected[2]] * 2))
+        assert called == ["norm", "norm_grad"]
+
+    @pytest.mark.parametrize("name", ["z", "y", "weight", "bias", "down"])
+    def test_operands_off_16_bytes(self, called, monkeypatch, name):
+        """Triton's steps take them."""
+        case = NormCase(6, 8, 3, torch.float64)
+        o = doubled(operands(case, "cpu"))
+        o[name] = o[name].new_empty(o[name].numel() + 1)[1:].view(o[name].shape).copy_(o[name])
+        steps, plain = cuda_chain.CudaSteps(None), TorchSteps()
+        for step in ("norm", "norm_grad"):
+            monkeypatch.setattr(TritonSteps, step, getattr(plain, step))
+        found = forward(steps, o, case, torch.float64)
+        torch.testing.assert_close(found, forward(plain, o, case, torch.float64))
+        if name in ("weight", "bias"):
+            given = o["dout"], o["z"], found.mean, found.rstd
+            rest = Norm(o["weight"], o["bias"], 1e-6), o["residual"], o["s"]
+            torch.testing.assert_close(
+                steps.norm_grad(*given, *rest), plain.norm_grad(*given, *rest)
+            )
+        assert not called
 
 
 def test_addresses_between_16_bytes_are_found():

@@ -182,16 +182,13 @@ _TILE_EFFICIENCY = {128 * 256: 1.0, 128 * 128: 0.88, 64 * 128: 0.80, 64 * 64: 0.
 def _gemm_cost(
     config: GemmConfig, m: int, c: int, rank: int, compute_p: bool, dev: device.Device
 ) -> float:
-    """Time of the whole grid, waves rounded up, in one multiprocessor's multiply-adds per i."""
+    """Time of the whole grid, waves rounded up, in one multiprocessor's multiply-adds per i: of two
+    programs that share a multiprocessor each takes twice as long."""
     tiles = cdiv(m, config.block_m) * cdiv(c, config.block_c)
-    smem_bytes = gemm_smem_bytes(config, rank, 2, 2, compute_p)
-    resident = max(1, min(dev.smem_bytes // smem_bytes, 16 // config.num_warps, 2))
     outputs = config.block_m * config.block_c
     work = config.block_m * (config.block_c + (rank if compute_p else 0))
     tile = work / _TILE_EFFICIENCY.get(outputs, 0.5)
-    full, rest = divmod(tiles, dev.multiprocessors * resident)
-    waves = full * resident + min(resident, cdiv(rest, dev.multiprocessors))
-    return waves * tile
+    return cdiv(tiles, dev.multiprocessors) * tile
 
 
 def pass_config(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,52 @@ def test_unavailable_says_how_to_get_it():
 def test_rejects_names_what_came():
     assert "float64" in backend.rejects(torch.zeros(2, 3, dtype=torch.float64))
     assert "cpu" in backend.rejects(torch.zeros(2, 3))
+
+
+def test_what_keeps_it_from_running(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "INTERPRETED", True)
+        assert backend.unavailable() is None
+        found = [backend.rejects(torch.zeros(2, dtype=dtype)) for dtype in backend.DTYPES]
+        assert found[0] is found[2] is None and "bfloat16 incorrectly" in found[1]
+        assert "float64" in backend.rejects(torch.zeros(2, dtype=torch.float64))
+        patch.setattr(backend, "find_spec", lambda name: None)
+        assert "triton is not installed" in backend.unavailable()
+    on_gpu = SimpleNamespace(dtype=torch.float16, is_cuda=True)
+    assert backend.rejects(on_gpu) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(backend, "too_old", lambda index: f"{index} is too old")
+    assert backend.unavailable() == "3 is too old"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in backend.unavailable()
+
+
+@pytest.mark.parametrize(
+    ("arch", "kib"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99), (87, 99)]
+)
+def test_what_is_known_of_a_device(monkeypatch, arch, kib):
+    """As torch says, or by the architecture where it does not know the shared memory."""
+    found = SimpleNamespace(
+        name="(NVIDIA) GeForce RTX-9 ", major=arch // 10, minor=arch % 10, multi_processor_count=7
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {1: None, 2: found}.__getitem__)
+    for index in (None, 2):
+        known = device.properties.__wrapped__(index)
+        assert known == ("NVIDIA_GeForce_RTX_9", arch, 7, kib * 1024)
+    found.shared_memory_per_block_optin = 1234
+    assert device.properties.__wrapped__(2).smem_bytes == 1234
+
+
+def test_persistent_programs(monkeypatch):
+    for found, fuses in ((A100, True), (H200, True), (H200._replace(arch=100), False)):
+        monkeypatch.setattr(device, "properties", lambda index, found=found: found)
+        assert device.fuses_loops(0) is fuses
+        assert device.multiprocessors(0) == found.multiprocessors
+    monkeypatch.setattr(device, "properties", lambda index: H200)
+    monkeypatch.setattr(device, "INTERPRETED", True)
+    assert device.fuses_loops(0) is False and device.multiprocessors(0) == 3
 
 
 def test_auto_never_takes_the_interpreter():
@@ -130,7 +177,14 @@ def test_tiles_of_several_slices_are_narrow(on, monkeypatch, tmp_path):
             }
             found = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **shape)
             assert found.block_c == expected
+            assert (list(found) == row) == (file == path and expected == 256)
             assert tuning.crosses(found, 3072, slice_c) == (slice_c == 96)
+    row = [64, 128, 64, 8, 4, 3, 1, 0]
+    path.write_text(json.dumps({"device": H200.name, "rows": {key: {"17": row}}}))
+    on(H200)
+    found = tuning.gemm_config(100_000, 3072, 768, 16, torch.bfloat16, **(shape | {"slice_c": 96}))
+    assert list(found) == row
+    assert not tuning.crosses(found, 96, 96)
 
 
 def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_path):
@@ -138,9 +192,14 @@ def test_a_measured_row_is_taken_at_the_nearest_size_only(on, monkeypatch, tmp_p
     read = [*row, False]  # a row from before there was a persistent grid
     key = configs.gemm_key(2304, 768, 16, "half", True)
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"device": H200.name, "rows": {key: {"14": row}}}))
+    a_pass = [32, 64, 5, 8, 2]
+    rows = {key: {"14": row}, configs.pass_key("thin", 768, 16, "half"): {"14": a_pass}}
+    path.write_text(json.dumps({"device": H200.name, "rows": rows}))
     monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
     on(H200)
+    for m, taken in ((12608, True), (600, False)):
+        found = tuning.pass_config("thin", m, 768, 16, torch.float16, aligned=True, index=0)
+        assert (list(found) == a_pass) is taken and isinstance(found, configs.PassConfig)
 
     def config(m, c, aligned=True):
         shape = {"wide": False, "aligned": aligned, "compute_p": True, "slice_c": c, "index": 0}
@@ -159,8 +218,9 @@ def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_p
     on(H200)
     with caplog.at_level("INFO"):
         tuning.pass_config("thin", 197, 768, 16, torch.bfloat16, aligned=True, index=0)
+        tuning._gemm_config(197, 768, 768, 16, "half", False, True, 768, 0)
     assert "was measured on NVIDIA_B200" in caplog.text
-    assert "no measured thin config" in caplog.text
+    assert "no measured thin config" in caplog.text and "no measured gemm config" in caplog.text
 
 
 def test_shipped_defaults_say_that_nothing_was_measured():
@@ -168,7 +228,7 @@ def test_shipped_defaults_say_that_nothing_was_measured():
     assert "NOT a measurement" in configs.defaults()["_about"]
 
 
-def test_tf32_only_where_torch_allows_it():
+def test_tf32_only_where_torch_allows_it(monkeypatch):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -176,6 +236,8 @@ def test_tf32_only_where_torch_allows_it():
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         assert device.dot_precision(torch.float32) == "tf32"
         assert device.dot_precision(torch.bfloat16) == "ieee"
+        monkeypatch.setattr(device, "INTERPRETED", True)
+        assert device.dot_precision(torch.float32) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -193,11 +255,19 @@ def test_shared_memory_of_the_pipeline():
         assert found - pipelined == rows * 128 * 2
 
 
+def test_a_persistent_program_has_two_stages_at_least(monkeypatch):
+    two, one = (configs.GemmConfig(rows, 256, 64, 8, 8, 3) for rows in (256, 512))
+    monkeypatch.setattr(configs, "gemm_candidates", lambda *_: (two, one))
+    (found,) = configs.persistent_candidates(90, "half", 16, True)
+    assert found == two._replace(num_stages=2, tma=True, persistent=True)
+
+
+@pytest.mark.parametrize("compute_p", [True, False])
 @pytest.mark.parametrize("rank", [16, 17, 32])
-def test_persistent_programs_keep_the_stages_that_fit(rank):
+def test_persistent_programs_keep_the_stages_that_fit(rank, compute_p):
     for arch in (80, 100):
-        assert configs.persistent_candidates(arch, "half", rank, True) == ()
-    found = configs.persistent_candidates(90, "half", rank, True)
+        assert configs.persistent_candidates(arch, "half", rank, compute_p) == ()
+    found = configs.persistent_candidates(90, "half", rank, compute_p)
     shipped = configs.gemm_candidates(90, "half", rank)
     for config in found:
         assert config.tma and config.persistent and config.num_warps >= 8
@@ -205,7 +275,7 @@ def test_persistent_programs_keep_the_stages_that_fit(rank):
         plain = config._replace(tma=False, persistent=False)
         (given,) = (s for s in shipped if s[:5] == plain[:5])
         more = config._replace(num_stages=config.num_stages + 1)
-        fits = configs.gemm_smem_bytes(more, rank, 2, 2, True) <= device.SMEM_BYTES[90]
+        fits = configs.gemm_smem_bytes(more, rank, 2, 2, compute_p) <= device.SMEM_BYTES[90]
         assert config.num_stages == given.num_stages or not fits
     wide = [s for s in shipped if s.num_warps >= 8 and (rank <= 16 or s.block_c <= 128)]
     assert len(found) == len(wide) > 0
@@ -221,7 +291,7 @@ def test_a_measured_row_serves_sizes_one_bit_apart(monkeypatch):
 
 
 def test_time_of_a_grid_is_its_waves():
-    config = configs.GemmConfig(128, 128, 64, 8, 8, 3)  # two of its programs share a multiprocessor
+    config = configs.GemmConfig(128, 128, 64, 8, 8, 3)
     tile = 128 * 128 / 0.88
 
     def cost(tiles, config=config, compute_p=False, on=H200):
@@ -233,8 +303,58 @@ def test_time_of_a_grid_is_its_waves():
     assert cost(1, config._replace(block_i=48)) == cost(1)
     odd = config._replace(block_m=32, block_c=32)
     assert cost(1, odd) == 32 * 32 / 0.5
-    alone = config._replace(num_warps=16)
-    assert cost(133, alone) == pytest.approx(2 * tile)
+    for sizes, rate in (((128, 256), 1.0), ((64, 128), 0.8), ((64, 64), 0.62)):
+        one = config._replace(block_m=sizes[0], block_c=sizes[1])
+        found = tuning._gemm_cost(one, *sizes, 16, False, H200)
+        assert found == pytest.approx(sizes[0] * sizes[1] / rate)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "a_bytes", "w_bytes"),
+    [
+        (torch.bfloat16, False, 2, 2),
+        (torch.bfloat16, True, 2, 4),
+        (torch.float32, False, 4, 4),
+        (torch.float32, True, 4, 4),
+    ],
+)
+def test_a_config_that_fits_to_the_byte_is_taken(on, monkeypatch, dtype, wide, a_bytes, w_bytes):
+    large, small, least = (configs.GemmConfig(128, n, 64, 8, 8, 3) for n in (128, 64, 32))
+    monkeypatch.setattr(tuning, "gemm_candidates", lambda *_: (large, small, least))
+    shape = {"wide": wide, "aligned": True, "compute_p": True, "slice_c": 128, "index": 0}
+
+    def taken(smem_bytes):
+        on(H200._replace(smem_bytes=smem_bytes))
+        return tuning.gemm_config(12608, 128, 768, 16, dtype, **shape)
+
+    for config, next_one in ((large, small), (small, least), (least, None)):
+        smem_bytes = configs.gemm_smem_bytes(config, 16, a_bytes, w_bytes, True)
+        assert taken(smem_bytes) == config
+        assert taken(smem_bytes - 1) == (next_one or least._replace(num_stages=2))
+
+
+def test_ranks_at_a_time(monkeypatch):
+    half, single = torch.float16, torch.float32
+    assert tuning.rank_block(half, "ieee", 128, True) == 16
+    assert tuning.rank_block(half, "ieee", 128, False) == 128
+    assert tuning.rank_block(single, "tf32", 64, False) == 64
+    assert [tuning.rank_block(single, "ieee", rank, False) for rank in (16, 32, 64)] == [16, 32, 32]
+    for precision, most in (("ieee", 32), ("tf32", 128)):
+        monkeypatch.setattr(tuning, "dot_precision", lambda dtype, found=precision: found)
+        assert [rank for rank in (32, 33, 128) if tuning.can_compute_p(single, rank)][-1] == most
+        assert tuning.can_compute_p(half, 128)
+
+
+def test_shapes_in_the_interpreter_are_small_and_all_different(monkeypatch):
+    monkeypatch.setattr(tuning, "INTERPRETED", True)
+    shape = {"wide": False, "aligned": True, "compute_p": True, "slice_c": 96, "index": 0}
+    gemm = tuning.gemm_config(37, 96, 41, 16, torch.float32, **shape)
+    assert sorted(gemm[:3]) == [16, 32, 64]
+    one = tuning.pass_config("thin", 37, 41, 16, torch.float32, aligned=True, index=0)
+    assert sorted(one[:2]) == [16, 32]
+    others = tuning.REDUCE_CONFIG, tuning.FOLD_CONFIG, tuning.merge_config(16, 5)
+    for config in (gemm[:6], one, *others, tuning.merge_config(16, 17)):
+        assert all(number.bit_count() == 1 for number in config)
 
 
 def test_what_counts_as_aligned():

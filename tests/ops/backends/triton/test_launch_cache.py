@@ -5,6 +5,7 @@ No GPU: kernels are compiled for sm_90 and given to a driver that notes their ar
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -193,6 +194,49 @@ def test_only_so_many_calls_are_remembered(monkeypatch):
         launch_cache.cache_of((torch.empty(rows, 2),), "fwd")
         assert len(launch_cache._calls) <= 3
     launch_cache.forget()
+
+
+def test_as_many_calls_as_a_model_makes_are_remembered(monkeypatch):
+    for known, left in ((2047, 2048), (2048, 1)):
+        monkeypatch.setattr(launch_cache, "_calls", dict.fromkeys(range(known)))
+        launch_cache.cache_of((torch.empty(1, 2),))
+        assert len(launch_cache._calls) == left
+
+
+def test_hooks_and_scratch_memory_take_the_long_way(gpu, monkeypatch):
+    went = []
+
+    class Compiled:
+        function, packed_metadata = 0, ()
+
+        def __init__(self, **sizes):
+            settings = {"launch_cooperative_grid": False, "launch_pdl": False}
+            scratch = {"global_scratch_size": 0, "profile_scratch_size": 0} | sizes
+            self.run = SimpleNamespace(
+                **settings, **scratch, launch=lambda *_: went.append("short")
+            )
+
+        def __getitem__(self, grid):
+            return lambda *_: went.append("long")
+
+    def way(**sizes):
+        launch_cache._starter(Compiled(**sizes), (1, 1, 1))("argument")
+        return went.pop()
+
+    assert way() == "short"
+    assert way(global_scratch_size=8) == way(profile_scratch_size=8) == "long"
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        for hook, expected in ((lambda *_: None, "long"), (SimpleNamespace(calls=[]), "short")):
+            with monkeypatch.context() as patch:
+                patch.setattr(triton.knobs.runtime, name, hook)
+                assert way() == expected
+
+
+def test_without_a_cache_everything_is_prepared_anew():
+    made = itertools.count(1)
+    cache: launch_cache.CallCache = {}
+    found = [launch_cache.once(given, "gemm", next, made) for given in (cache, None, cache, None)]
+    assert found == [1, 2, 1, 3] and cache == {"gemm": 1}
 
 
 def test_the_key_tells_calls_apart():
