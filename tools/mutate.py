@@ -413,6 +413,45 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "'' if stacked else IN_PROJ",
     ): "the same two keys, exchanged",
     (
+        "training/loop.py",
+        "images = images.to(device, non_blocking=True)",
+        "False",
+    ): "spares a wait for the copy",
+    (
+        "training/loop.py",
+        "targets = targets.to(device, non_blocking=True)",
+        "False",
+    ): "spares a wait for the copy",
+    (
+        "training/loop.py",
+        "logits = model(images.to(device, non_blocking=True))",
+        "False",
+    ): "spares a wait for the copy",
+    (
+        "training/loop.py",
+        "accuracy.update(logits, targets.to(device, non_blocking=True))",
+        "False",
+    ): "spares a wait for the copy",
+    (
+        "training/loop.py",
+        "optimizer.zero_grad(set_to_none=True)",
+        "False",
+    ): "spares the zeros",
+    (
+        "training/updates.py",
+        "if even < len(images):",
+        "even <= len(images)",
+    ): "an empty rest adds nothing",
+    (
+        "training/updates.py",
+        "alone = mixup_target(targets[even:] * ~ignored, num_classes, 1.0, label_smoothing)",
+        "2.5",
+    ): "the rest is one image, mixed with itself",
+    (
+        "training/run_folder.py",
+        "path.unlink(missing_ok=True)",
+        "False",
+    ): "but for another process that removes the same file at that moment",
     (
         "ops/chains.py",
         "more = [o if t is None else t for t, o in zip(saved, ctx.others, strict=True)]",
@@ -513,3 +552,336 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if rank > 16 and config.block_c > 128:  # spills at ranks of 17 to 31",
         "129",
     ): "blocks are powers of two",
+}
+
+Tests = dict[str, tuple[float, set[int]]]  # by name: seconds, and the lines that ran
+Steps = tuple[tuple[str, int], ...]  # field, and index in a list or -1, from the module to a node
+
+_COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+_COMPUTED: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitXor: ast.BitAnd,
+    ast.RShift: ast.LShift,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change to one file.
+
+    Attributes:
+        file: within the package.
+        line: its number.
+        before: the line of code, without its indent.
+        after: the changed piece of it.
+        module: the whole, unchanged, which all faults of a file share.
+        path: to the piece, from the module.
+        piece: what stands there instead.
+    """
+
+    file: str
+    line: int
+    before: str
+    after: str
+    module: ast.Module
+    path: Steps
+    piece: ast.AST
+
+    @property
+    def tree(self) -> ast.Module:
+        """The whole changed module."""
+        return _put(self.module, self.path, self.piece)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}\n  - {self.before}\n  + {self.after}"
+
+
+def _changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in the place of a node."""
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARED:
+        yield ast.Compare(node.left, [_COMPARED[type(node.ops[0])]()], node.comparators)
+    elif isinstance(node, ast.BinOp) and type(node.op) in _COMPUTED:
+        yield ast.BinOp(node.left, _COMPUTED[type(node.op)](), node.right)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield ast.Constant(node.value + 1)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+        yield ast.Constant(node.value * 2 + 0.5)
+    elif isinstance(node, ast.IfExp):
+        yield ast.IfExp(node.test, node.orelse, node.body)
+    elif isinstance(node, ast.Return) and node.value is not None:
+        if not (isinstance(node.value, ast.Constant) and node.value.value is None):
+            yield ast.Return(ast.Constant(None))
+    elif (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or isinstance(
+        node, ast.AugAssign
+    ):
+        yield ast.Pass()
+
+
+def _left_alone(node: ast.AST) -> bool:
+    """Texts of errors, annotations, and what the type checker alone reads."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return True
+    if isinstance(node, ast.FunctionDef) and node.name in ("__repr__", "extra_repr", "__str__"):
+        return True
+    return isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom)
+
+
+def _places(node: ast.AST, where: Steps = ()) -> Iterator[tuple[Steps, ast.AST]]:
+    """(path to a node, the node) of all that may be changed."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list", "type_comment"):
+            continue
+        for index, child in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(child, ast.AST) and not _left_alone(child):
+                path = (*where, (field, index if isinstance(value, list) else -1))
+                yield path, child
+                yield from _places(child, path)
+
+
+def _put(tree: ast.Module, path: Steps, new: ast.AST) -> ast.Module:
+    tree = copy.deepcopy(tree)
+    node: object = tree
+    for field, index in path[:-1]:
+        value = getattr(node, field)
+        node = value if index < 0 else value[index]
+    field, index = path[-1]
+    if index < 0:
+        setattr(node, field, new)
+    else:
+        getattr(node, field)[index] = new
+    return ast.fix_missing_locations(tree)
+
+
+def faults_of(file: str) -> list[Fault]:
+    """Every fault of a file that may change a result."""
+    return [f for f in all_of(file) if (f.file, f.before, f.after) not in EQUIVALENT]
+
+
+def all_of(file: str) -> list[Fault]:
+    """Every fault of a file."""
+    source = (PACKAGE / file).read_text(encoding="utf-8")
+    tree, lines = ast.parse(source), source.splitlines()
+    found: list[Fault] = []
+    for path, node in _places(tree):
+        for new in _changes(node):
+            ast.copy_location(new, node)
+            line: int = node.lineno  # type: ignore[attr-defined]
+            before, after = lines[line - 1].strip(), ast.unparse(new)
+            found.append(Fault(file, line, before, after, tree, path, new))
+    return found
+
+
+class _FromMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives one module of the package with a fault in it."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.path = PACKAGE / fault.file
+        parts = ("efft_kernels", *Path(fault.file).with_suffix("").parts)
+        self.name = ".".join(parts).removesuffix(".__init__")
+        self.code = compile(fault.tree, str(self.path), "exec")
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self.code, module.__dict__)
+
+
+class _Watch:
+    """Of each test: its seconds, and which lines of a file ran in it. In a fork without a fault."""
+
+    def __init__(self, file: str) -> None:
+        self.path = str(PACKAGE / file)
+        self.tests: dict[str, tuple[float, set[int]]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        lines: set[int] = set()
+
+        def line(frame: FrameType, event: str, argument: object) -> Any:
+            lines.add(frame.f_lineno)
+            return line
+
+        def call(frame: FrameType, event: str, argument: object) -> Any:
+            return line if frame.f_code.co_filename == self.path else None
+
+        start = time.monotonic()
+        sys.settrace(call)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            self.tests[item.nodeid] = (time.monotonic() - start, lines)
+
+
+class _Order:
+    """First the tests in which the faulty line ran, the short ones before the long ones, each for
+    ten times what it took without the fault."""
+
+    def __init__(self, tests: Tests, line: int) -> None:
+        self.tests, self.line = tests, line
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        def place(item: pytest.Item) -> tuple[bool, float]:
+            seconds, lines = self.tests.get(item.nodeid, (0.0, {self.line}))
+            return self.line not in lines, seconds
+
+        items[:] = [item for item in items if place(item)[1] < LONG]
+        items.sort(key=place)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 10 + 10 * self.tests.get(item.nodeid, (0.0,))[0])
+
+
+def _pytest(tests: Sequence[str], plugin: object) -> int:
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silent, stream)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half a second a fault
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    return int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)], [plugin]))
+
+
+def _watch(file: str, tests: Sequence[str], found: Connection) -> None:
+    watch = _Watch(file)
+    code = _pytest(tests, watch)
+    found.send(watch.tests if code == 0 else None)
+    found.close()
+    os._exit(0)
+
+
+def _try(fault: Fault, files: Sequence[str], tests: Tests) -> None:
+    sys.meta_path.insert(0, _FromMemory(fault))
+    os._exit(_pytest(files, _Order(tests, fault.line)))
+
+
+def watched(file: str) -> Tests | None:
+    """The tests of a file without a fault, or None where one fails."""
+    context = multiprocessing.get_context("fork")
+    found, end = context.Pipe(duplex=False)
+    process = context.Process(target=_watch, args=(file, FILES[file], end))
+    process.start()
+    end.close()
+    try:
+        return found.recv() if found.poll(SECONDS) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
+
+
+def passes(fault: Fault, tests: Tests) -> bool:
+    """Whether the tests of its file pass with a fault, in a fork, within the time."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_try, args=(fault, FILES[fault.file], tests))
+    process.start()
+    process.join(60 + 10 * sum(seconds for seconds, _ in tests.values()))
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return False
+    return process.exitcode == 0
+
+
+def draw(faults: Sequence[Fault], count: int, seed: int) -> list[Fault]:
+    """`count` of the faults, or all for 0, as many of each file as its share."""
+    if not count or count >= len(faults):
+        return list(faults)
+    step, start = len(faults) / count, random.Random(seed).random()
+    return [faults[int((start + i) * step)] for i in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Small faults: which do the tests notice?")
+    parser.add_argument("--sample", type=int, default=40, help="how many faults; 0 for all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--only", nargs="+", choices=FILES, default=list(FILES), metavar="FILE")
+    parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time")
+    parser.add_argument("--csv", type=Path, help="append the score of each file to this one")
+    options = parser.parse_args()
+    commit = present_commit()
+    import hypothesis  # noqa: F401  what the tests import is loaded once, before the forks
+    import timm  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    assert not any(name.partition(".")[0] == "efft_kernels" for name in sys.modules)
+    everything = [fault for file in options.only for fault in faults_of(file)]
+    chosen = draw(everything, options.sample, options.seed)
+    start, passed = time.monotonic(), 0
+    for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file):
+        tests = watched(file)
+        if tests is None:
+            named = " ".join(FILES[file])
+            sys.exit(f"error: without a fault the tests of {file} fail or take too long: {named}")
+        tried = list(faults)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            passing = pool.map(functools.partial(passes, tests=tests), tried)
+            survivors = [fault for fault, passed in zip(tried, passing, strict=True) if passed]
+        for fault in survivors:
+            print(f"passes: {fault}")
+        noticed = len(tried) - len(survivors)
+        print(f"{file}: {noticed} of {len(tried)}", flush=True)
+        if options.csv is not None:
+            append_score(options.csv, commit, [options.seed, file, len(tried), noticed])
+        passed += len(survivors)
+    caught = len(chosen) - passed
+    score = 100 * caught / len(chosen)
+    print(f"{caught} of {len(chosen)} caught, {score:.1f} %, {time.monotonic() - start:.0f} s")
+    sys.exit(0)
+
+
+def present_commit() -> str:
+    """HEAD's short name, "+" behind it where files are changed: to be asked for before a run."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def append_score(path: Path, commit: str, numbers: Sequence[object]) -> None:
+    """Append (seed, file, faults tried, caught) to a CSV file, with date and the commit tried."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["date", "commit", "seed", "file", "faults", "caught"])
+        writer.writerow([time.strftime("%Y-%m-%d"), commit, *numbers])
+
+
+if __name__ == "__main__":
+    main()
