@@ -71,7 +71,8 @@ def step(model, images=IMAGES):
 def same(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert b.norm() > 0
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        # At the tensor's size: three steps of a small model make more of a rounding.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5 * b.abs().max().item())
 
 
 def test_every_method_is_here():
