@@ -207,9 +207,9 @@ def train_one_epoch(
 
     Args:
         model: trained in place, on `device`; with several processes as `replicate` returns it.
-        loader: yields (images [B, C, H, W], targets [B] int64); needs a length with `scheduler`
-            and with several batches to an update. With several processes it is one of
-            `part_of_batches`.
+        loader: yields (images [B, C, H, W], targets [B] int64); needs a length with `scheduler`,
+            with several batches to an update and with `updates.after`, which count updates over the
+            epochs. With several processes it is one of `part_of_batches`.
         optimizer: of the parameters to train.
         device: where the batches go.
         scheduler: counted in updates; stepped with those of the epochs before + those done.
@@ -223,14 +223,15 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: before the optimizer step, when a batch's loss is NaN or infinite; after
             the last, when a parameter is that it trains.
-        TypeError: a scheduler, and a loader without a length.
+        TypeError: a loader without a length where updates are counted.
         ValueError: a loader without a batch.
     """
     device = torch.device(device)
     batches = len(loader) if isinstance(loader, Sized) else None
-    if batches is None and (scheduler is not None or updates.accumulate > 1):
-        raise TypeError("loader must have a length when a scheduler or accumulate is given")
-    updates_done = epoch * updates.of_epoch(batches or 0)
+    counts = scheduler is not None or updates.after is not None or updates.accumulate > 1
+    if batches is None and counts:
+        raise TypeError("loader must have a length when a scheduler, accumulate or after is given")
+    updates_done = 0 if batches is None else epoch * updates.of_epoch(batches)
 
     model.train()
     loss_sum, images_seen = 0.0, 0

@@ -58,8 +58,9 @@ def test_batches_of_an_update_are_one_larger_batch() -> None:
     expected, _ = trained(large, Updates())  # type: ignore[arg-type]
     torch.testing.assert_close(model.weight, expected.weight)
     assert steps.steps == done == [7, 8, 9]
-    with pytest.raises(TypeError, match="loader must have a length"):
-        trained(iter(small), Updates(accumulate=2))  # type: ignore[arg-type]
+    for counting in (Updates(accumulate=2), Updates(after=done.append)):
+        with pytest.raises(TypeError, match="loader must have a length"):
+            trained(iter(small), counting)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scale", [None, 1024.0])
