@@ -472,20 +472,20 @@ def test_the_learning_rate_rises_in_the_warm_up(settings: TrainSettings, tmp_pat
 
 def test_sgd_at_a_constant_rate_in_two_groups(settings: TrainSettings, tmp_path: Path) -> None:
     sgd = dataclasses.replace(
-        settings, optimizer="sgd", schedule="constant", lr=0.1, backbone_lr_factor=0.5, epochs=2
+        settings, optimizer="sgd", schedule="constant", lr=0.01, backbone_lr_factor=0.5, epochs=2
     )
     run = prepare(sgd, tmp_path / "whole")
     rest, head = run.optimizer.param_groups
     assert isinstance(run.optimizer, torch.optim.SGD)
-    assert (rest["lr"], head["lr"]) == (0.05, 0.1)
+    assert (rest["lr"], head["lr"]) == (0.005, 0.01)
     assert (head["momentum"], head["nesterov"], head["weight_decay"]) == (0.9, False, 1e-4)
     assert {id(p) for p in head["params"]} == {id(p) for p in run.model.head.parameters()}  # type: ignore[union-attr]
     assert {id(p) for p in rest["params"]} == {id(p) for p in run.adapter.parameters()} - {
         id(p) for p in head["params"]
     }
     fit(run)
-    assert [float(row["lr"]) for row in rows(tmp_path / "whole")] == [0.05, 0.05]
-    assert (rest["lr"], head["lr"]) == (0.05, 0.1)
+    assert [float(row["lr"]) for row in rows(tmp_path / "whole")] == [0.005, 0.005]
+    assert (rest["lr"], head["lr"]) == (0.005, 0.01)
 
     class Stop(Exception):
         pass
