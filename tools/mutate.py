@@ -399,6 +399,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "both have the adapted matrices' number",
     (
         "methods/lora.py",
+        "if dropout and self.dropout > 0:",
+        "self.dropout >= 0",
+    ): "spares every linear two calls",
+    (
+        "methods/lora.py",
         "return dict(zip(stages, ranks, strict=True))",
         "False",
     ): "the lengths were compared above",

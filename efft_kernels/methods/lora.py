@@ -226,7 +226,7 @@ class LoRAGroup(FactorGroup):
     def factors(self, site: str, dropout: bool) -> Factors:
         down: Tensor = self.A.transpose(-2, -1)
         up: Tensor = self.B
-        if dropout:
+        if dropout and self.dropout > 0:
             down, up = F.dropout(down, self.dropout), F.dropout(up, self.dropout)
         up = up if self.scale == 1.0 else up * self.scale
         return stack_matrices(down, up, self.chosen, self.slices)
