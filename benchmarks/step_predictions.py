@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from efft_kernels.ops import chains, cost_model
 from efft_kernels.ops.backends import cuda_chain
 from efft_kernels.ops.backends.chain_steps import Norm, Normed
-from efft_kernels.ops.backends.triton.chain import Partial, TritonSteps, configs_for
+from efft_kernels.ops.backends.triton.chain import TritonSteps, configs_for
 from efft_kernels.ops.backends.triton.launch_cache import CachedLaunch
 from efft_kernels.ops.cost_model import Launch, Problem
 from efft_kernels.testing.cpu_chain import CPU_ATTENTION
@@ -170,7 +170,7 @@ class OnPaper(cuda_chain.CudaSteps):
         norm: Norm,
         residual: Tensor,
         s: Tensor,
-    ) -> tuple[Tensor, Tensor, Partial]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if not _by_cuda(z.shape[1], s.shape[1]):
             return TritonSteps.norm_grad(self, dout, z, mean, rstd, norm, residual, s)
         dz, dy = torch.empty_like(z), torch.empty_like(dout)
@@ -179,7 +179,7 @@ class OnPaper(cuda_chain.CudaSteps):
             *("norm_grad", dout, z, mean, rstd, norm.weight, norm.bias, residual, s),
             *(dz, dy, partial),
         )
-        return dz, dy, Partial(partial, z.shape[1], s.shape[1])
+        return dz, dy, partial
 
 
 def _by_cuda(k: int, rank: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -187,6 +187,15 @@ class FactorBank(nn.Module):
                 return joint
         with _without_autocast(group):
             return group.factors(site, dropout)
+
+    def factors_of(self, sites: Sequence[str], dropout: bool) -> list[Factors]:
+        """As `factors`, of one site after the other."""
+        groups = [self.group(site) for site in sites]
+        if not (dropout and any(group.activation_dropout for group in groups)):
+            joint = self.joint_factors.get_all(list(zip(groups, sites, strict=True)), dropout)
+            if joint is not None:
+                return joint
+        return [FactorBank.factors(self, site, dropout) for site in sites]
 
     def factors_in_graph(self, place: Place, dropout: bool) -> Factors:
         """The operands for one site in a graph of torch.compile. Equal linears of different blocks

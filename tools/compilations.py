@@ -178,15 +178,18 @@ class Recorder:
         normed = steps.norm(z, y, norm, down, half)
         statistics = normed.z, normed.mean, normed.rstd
         steps.norm_grad(dx, *statistics, norm, dz, p)
-        sums = [steps.norm_down_grad(*statistics, norm, p), steps.tall_grad(y, steps.thin(y, down))]
         s, sum_b = steps.thin_grad(y, down, p)
-        steps.gather_grad([y, y, y], empty(3 * k, rank), s, True)
-        steps.gather_grad([y, y, y], empty(3 * k, rank), s, False)
-        steps.finish(sum_b, *sums)
-        steps.finish(*sums)
+        sums = steps.norm_down_grad(*statistics, norm, p), *steps.pair_grad(y, y, down, down)
+        waiting = [(found, wide(k, rank)) for found in sums]  # as in chain_passes.backward
+        for copy in (True, False):
+            parts, d_b = [y, y, y], wide(3 * k, rank)
+            steps.gather_grad(parts, empty(3 * k, rank), s, copy, d_b, list(waiting))
+        steps.finish(waiting[:1])
         h, wide_down = empty(ROWS, 4 * k), empty(4 * k, rank)
         steps.gelu(h, wide_down)
-        steps.gelu_grad(h, h, p, wide_down, s)
+        grads = wide(4 * k, rank), wide(4 * k, rank)
+        for first in ([], waiting[:1]):  # in the last layer there is no norm's sum yet
+            steps.gelu_grad(h, h, p, wide_down, s, *grads, [*first, (sum_b, wide(k, rank))])
         for gamma in (None, wide(1, k)):
             steps.merge([wide(k, k)], empty(1, k, rank), empty(1, k, rank), gamma)
         for x in (z, y):

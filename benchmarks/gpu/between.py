@@ -95,12 +95,11 @@ class Case:
 
 
 def summed(*pairs: tuple[Tensor | None, tuple[int, int]]) -> list[Tensor | None]:
-    """Up to three partial sums, each added up to [rows, columns], in one launch."""
+    """Up to five partial sums, each added up to [rows, columns], in one launch."""
     from efft_kernels.ops.backends.triton.reduce import launch_reduce
 
     outs = [None if p is None else p.new_empty(size, dtype=torch.float32) for p, size in pairs]
-    sums = [(partial, out) for (partial, _), out in zip(pairs, outs, strict=True)]
-    launch_reduce((*sums, *[(None, None)] * (3 - len(sums))))  # type: ignore[arg-type]
+    launch_reduce([(partial, out) for (partial, _), out in zip(pairs, outs, strict=True)])
     return outs
 
 

@@ -66,6 +66,7 @@ def candidates(device: str) -> dict[str, list[Any]]:
             "norm_grad": [NormConfig(4, 16, True, 4)],
             "norm_down_grad": [PassConfig(32, 16, 2, 4, 1)],
             "gather": [PassConfig(32, 16, 2, 4, 1)],
+            "pair_grad": [PassConfig(32, 16, 2, 4, 1)],
             "gelu": [ActConfig(32, 32, 2, 4, 1), None],
             "gelu_grad": [ActConfig(32, 32, 2, 4, 1), None],
         }
@@ -79,6 +80,16 @@ def candidates(device: str) -> dict[str, list[Any]]:
         "gather": [
             PassConfig(64, 128, 15, 4, 3),
             PassConfig(32, 256, 29, 4, 3),
+            PassConfig(64, 256, 29, 8, 3),
+            PassConfig(64, 128, 29, 4, 3),
+        ],
+        "pair_grad": [
+            PassConfig(64, 64, 528, 8, 3),
+            PassConfig(64, 128, 528, 8, 3),
+            PassConfig(32, 64, 528, 8, 4),
+            PassConfig(32, 128, 528, 4, 3),
+            PassConfig(64, 128, 132, 8, 3),
+            PassConfig(128, 64, 528, 8, 3),
         ],
         "gelu": [
             ActConfig(32, 128, 2, 4, 2),
@@ -87,6 +98,10 @@ def candidates(device: str) -> dict[str, list[Any]]:
             ActConfig(64, 128, 4, 8, 3),
             ActConfig(32, 128, 3, 4, 2),
             ActConfig(32, 256, 2, 8, 2),
+            ActConfig(32, 128, 1, 4, 2),
+            ActConfig(32, 128, 1, 8, 3),
+            ActConfig(16, 128, 1, 4, 3),
+            ActConfig(16, 256, 1, 4, 2),
         ],
         "gelu_grad": [
             ActConfig(32, 128, 11, 8, 3, max_registers=128),
@@ -96,6 +111,8 @@ def candidates(device: str) -> dict[str, list[Any]]:
             ActConfig(32, 128, 22, 4, 3, max_registers=128),
             ActConfig(32, 128, 22, 8, 2, max_registers=128),
             ActConfig(64, 128, 11, 8, 2, max_registers=128),
+            ActConfig(16, 256, 22, 8, 3, max_registers=128),
+            ActConfig(32, 256, 22, 8, 2),
         ],
     }
 
@@ -132,11 +149,27 @@ def calls(
             "tall_grad": lambda: steps.tall_grad(x, p),
             "norm_down_grad": lambda: steps.norm_down_grad(z, mean, rstd, norm, p),
         }
-        return steps.finish(*[found[name]() for name in names])
+        return finished([found[name]() for name in names])
 
     def norm_grad() -> tuple[Tensor, ...]:
         dz, dy, sum_down = steps.norm_grad(x, z, mean, rstd, norm, z, p)
-        return dz, dy, *steps.finish(steps.thin_grad(y, down, p)[1], sum_down)
+        return dz, dy, *finished([steps.thin_grad(y, down, p)[1], sum_down])
+
+    def finished(sums: list[Any]) -> tuple[Tensor, ...]:
+        outs = tuple(grad(K) for _ in sums)
+        steps.finish(list(zip(sums, outs, strict=True)))
+        return outs
+
+    def grad(columns: int) -> Tensor:
+        return make(columns, r, like=torch.float32)
+
+    def gather(copy: bool) -> tuple[Tensor | None, ...]:
+        d_b = grad(3 * K)
+        return *steps.gather_grad((x, y, x), b_qkv, p, copy, d_b, []), d_b
+
+    def gelu_grad() -> tuple[Tensor, ...]:
+        d_b, d_down = grad(C), grad(C)
+        return *steps.gelu_grad(da, h, p, wide_down, p, d_b, d_down, []), d_b, d_down
 
     z, x, y, p = make(M, K, like=torch.float32), make(M, K), make(M, K), make(M, r)
     h, da = make(M, C), make(M, C)
@@ -148,12 +181,11 @@ def calls(
         "norm": lambda: steps.norm(z, y, norm, down, dtype),
         "norm_grad": norm_grad,
         "norm_down_grad": lambda: sums("thin_grad", "norm_down_grad"),
-        "thin proj": lambda: steps.thin(x, down),
-        "sums of the attention half": lambda: sums("thin_grad", "tall_grad", "norm_down_grad"),
-        "gather": lambda: steps.gather_grad((x, y, x), b_qkv, p, True),
-        "gather (no copy)": lambda: steps.gather_grad((x, y, x), b_qkv, p, False),
+        "pair_grad": lambda: finished([*steps.pair_grad(x, y, down, down)]),
+        "gather": lambda: gather(True),
+        "gather (no copy)": lambda: gather(False),
         "gelu": lambda: steps.gelu(h, wide_down),
-        "gelu_grad": lambda: steps.gelu_grad(da, h, p, wide_down, p),
+        "gelu_grad": gelu_grad,
     }
     for name, (n, k) in {"qkv": (3 * K, K), "proj": (K, K), "fc1": (C, K), "fc2": (K, C)}.items():
         weights = [make(n, k, like=torch.float32) for _ in range(L)]

@@ -22,7 +22,8 @@ import torch
 def captured(call: Callable[[], object], warm_ups: int = 3) -> Callable[[], object]:
     """A replay of `call` captured in a CUDA graph, after warm-ups on a side stream.
 
-    The graph's memory is its own, and is given back with the replay.
+    The graph's memory is its own, and is given back with the replay. What `call` reads and writes
+    beside it (parameters, an optimizer's state) lives as long as the replay, since it holds `call`.
     """
     stream = torch.cuda.current_stream()
     side = torch.cuda.Stream()
@@ -39,7 +40,11 @@ def captured(call: Callable[[], object], warm_ups: int = 3) -> Callable[[], obje
     except BaseException:
         torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own where a capture fails
         raise
-    return graph.replay
+
+    def replay(captured_call: Callable[[], object] = call) -> None:
+        graph.replay()
+
+    return replay
 
 
 class Timer:

@@ -79,6 +79,12 @@ class AttachedBank(FactorBank):
         self.calls.count(site)
         return super().factors(site, dropout)
 
+    def factors_of(self, sites: Sequence[str], dropout: bool) -> list[Factors]:
+        """As FactorBank's; the calls are counted."""
+        for site in sites:
+            self.calls.count(site)
+        return super().factors_of(sites, dropout)
+
     def factors_in_graph(self, place: Place, dropout: bool) -> Factors:
         """As FactorBank's; the call is noted."""
         self.calls.note(place.pattern)

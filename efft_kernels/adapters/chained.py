@@ -19,7 +19,6 @@ from ..nn import FactorBank, FusedEFFTLinear
 from ..ops import chains, compiled_chain
 from ..ops.backends.chain_steps import Norm
 from ..ops.backends.torch_backend import fold
-from ..ops.checks import without_autocast
 
 FUSE = ("auto", "pairs", "off")
 _GLOBAL_HOOKS = (
@@ -67,6 +66,7 @@ class _Parts:
             raise _Unlike("a linear reads its factors from elsewhere")
         self.groups = list({id(g): g for g in (bank.group(s._site) for s in self.linears)}.values())
         self.heads = self.blocks[0].attn.num_heads
+        self._sites = [linear._site for linear in self.linears]
         # What `changed` compares: tables that are looked up once and are the modules' own.
         modules = [module for module in blocks.modules() if module is not blocks]
         self._modules = modules
@@ -175,30 +175,33 @@ class _Parts:
     def layers(self, rows: torch.dtype) -> list[chains.Layer]:
         """The blocks with the factors of this call, asked for in the order in which the linears
         would ask, so that dropout draws the same masks; `rows` is the GEMMs' dtype."""
+        first = self.linears[0]
+        factors = iter(first._bank[0].factors_of(self._sites, first.training))
+
+        def adapted(linear: FusedEFFTLinear, scale: Any = None) -> chains.Adapted:
+            down, core, up = next(factors)
+            gamma = None if scale is None else scale._parameters.get("gamma")
+            own = linear._parameters
+            weight: Any = own["weight"]
+            return chains.Adapted(weight, own.get("bias"), down, fold(core, up, rows), gamma)
+
         return [
             chains.Layer(
                 _norm(block.norm1),
-                _adapted(block.qkv, rows),
-                _adapted(block.proj, rows, block.scale1),
+                adapted(block.qkv),
+                adapted(block.proj, block.scale1),
                 _norm(block.norm2),
-                _adapted(block.fc1, rows),
-                _adapted(block.fc2, rows, block.scale2),
+                adapted(block.fc1),
+                adapted(block.fc2, block.scale2),
                 self.heads,
             )
             for block in self.blocks
         ]
 
 
-def _adapted(linear: FusedEFFTLinear, rows: torch.dtype, scale: Any = None) -> chains.Adapted:
-    down, core, up = linear._bank[0].factors(linear._site, linear.training)
-    gamma = getattr(scale, "gamma", None)
-    with without_autocast(up.device):
-        folded = fold(core, up, rows)
-    return chains.Adapted(linear.weight, linear.bias, down, folded, gamma)
-
-
 def _norm(module: nn.LayerNorm) -> Norm:
-    return Norm(module.weight, module.bias, module.eps)
+    own: Any = module._parameters
+    return Norm(own["weight"], own["bias"], module.eps)
 
 
 def graph_dtype(x: Tensor) -> torch.dtype:

@@ -109,6 +109,40 @@ class JointFactors:
         held.given.add(site)
         return held.factors[site]
 
+    def get_all(
+        self, places: Sequence[tuple[FactorGroup, str]], dropout: bool
+    ) -> list[Factors] | None:
+        """As `get` for one site after the other; None where it is so for any of them.
+
+        Args:
+            places: (group, site) of each.
+            dropout: as there.
+        """
+        now = self._now
+        if now is None or torch.compiler.is_compiling():
+            return None
+        circumstances, groups = now
+        if circumstances != _circumstances() or _is_traced():
+            return None
+        of_groups = dict.fromkeys(group for group, _ in places)
+        for group in of_groups:
+            held = groups.get((group, dropout))
+            if not group.joint or not (held is None or held.stream == _stream(group)):
+                return None
+        found = []
+        for group, site in places:
+            held = of_groups[group]
+            if held is None:
+                held = groups.get((group, dropout))
+                if held is None or not held.are_fresh(group):
+                    held = _Held.of(group, dropout)
+            if dropout and site in held.given:
+                held = _Held.of(group, dropout)
+            of_groups[group] = groups[group, dropout] = held
+            held.given.add(site)
+            found.append(held.factors[site])
+        return found
+
 
 def _circumstances() -> object:
     """What has to be the same where factors are made and where they are used.

@@ -817,8 +817,8 @@ class TestAttach:
         model, _ = models()
         asked = []
         bank = model.factor_bank
-        factors = bank.factors
-        bank.factors = lambda site, dropout: asked.append(site) or factors(site, dropout)
+        factors = bank.factors_of
+        bank.factors_of = lambda sites, dropout: asked.extend(sites) or factors(sites, dropout)
         model(images)
         assert asked == [site.name for site in bank.attachment.sites]
         assert len(runs) == 1

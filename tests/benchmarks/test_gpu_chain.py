@@ -39,8 +39,9 @@ def test_says_which_launch_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     class Wrong(TorchSteps):
-        def thin(self, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-            return super().thin(x, down) + 1
+        def pair_grad(self, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            sum_down, sum_b = super().pair_grad(*given)
+            return sum_down, sum_b + 1
 
         def gather_grad(self, *_):
             raise RuntimeError("out of shared memory")
@@ -49,9 +50,9 @@ def test_says_which_launch_is_wrong(
     out = tmp_path / "chain.csv"
     assert not chain.measure(chain.TINY, "cpu", 1, out)
     rows = list(csv.DictReader(out.open()))
-    assert {row["form"] for row in rows if row["launch"] == "thin proj"} == {"torch"}
+    assert {row["form"] for row in rows if row["launch"] == "pair_grad"} == {"torch"}
     assert all(float(row["us_p50"]) > 0 and row["M"] == str(chain.TINY.M) for row in rows)
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("thin proj") and "WRONG" in line for line in lines)
+    assert any(line.startswith("pair_grad") and "WRONG" in line for line in lines)
     assert any(line.startswith("gather ") and "out of shared memory" in line for line in lines)
     assert any(line.startswith("norm_grad ") and "WRONG" not in line for line in lines)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +199,21 @@ def test_a_run_on_a_gpu_captures_every_peer(
         assert row["peak_mem_mb"] == ("" if row["mode"].endswith("graph") else "2.0")
     assert code == 1
     assert capsys.readouterr().err.count("RuntimeError: the profiler saw no kernel") == len(names)
+
+
+def test_what_was_captured_lives_as_long_as_its_replay(fake_cuda: dict[str, Any]) -> None:
+    """An optimizer's state, say: the graph holds its address alone."""
+    state = torch.ones(3)
+    alive = weakref.ref(state)
+    replay = timing.captured(lambda state=state: state.add_(1))
+    del state
+    gc.collect()
+    assert alive() is not None
+    replay()
+    assert FakeGraph.last.replays == 1
+    del replay
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_failed_capture_is_reported_and_leaves_the_stream(

@@ -208,7 +208,7 @@ def test_the_kernels_of_a_chain_are_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     found = rows((90,))
     assert {row.kernel for row in found} == {
         *("norm_fwd", "norm_bwd", "norm_down_grad", "merge_stack", "remake"),
-        *("gather", "reduce", "thin", "thin_grad", "tall_grad", "act_fwd", "act_bwd"),
+        *("gather", "pair_grad", "reduce", "thin", "thin_grad", "tall_grad", "act_fwd", "act_bwd"),
     }
     norm = [row for row in found if row.kernel == "norm_fwd"]
     assert {row.rank for row in norm} == set(compilations.RANKS)

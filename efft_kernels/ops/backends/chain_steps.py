@@ -3,13 +3,14 @@
 `triton/chain.py` does the same in launches. x, y and the thin matrices are in the dtype of the
 GEMMs, the stream z and its gradient in the stream's, d_down and d_B in float32 or the stream's.
 
-A gradient marked as a `Sum` still has to be added up: `finish` does several in one launch.
+A gradient marked as a `Sum` still has to be added up, into the tensor beside it in a list of
+`Sums`. `finish` does, and so does every step that is given such a list: it empties it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-Sum = Any
+Sum = Tensor  # or whatever partial sums the steps make
+Sums = list[tuple[Sum, Tensor]]
 
 
 class Norm(NamedTuple):
@@ -41,9 +43,11 @@ class Normed(NamedTuple):
 class TorchSteps:
     """The steps in torch's operators, in any dtype and on any device."""
 
-    def finish(self, *sums: Sum) -> tuple[Tensor, ...]:
-        """The gradients of two sums, or of three, the first two of them of equal rank."""
-        return sums
+    def finish(self, sums: Sums) -> None:
+        """Add each sum up into its tensor."""
+        for found, out in sums:
+            out.copy_(found)
+        sums.clear()
 
     def merge(
         self, weights: Sequence[Tensor], b: Tensor, down: Tensor, gamma: Tensor | None = None
@@ -105,12 +109,25 @@ class TorchSteps:
         """x^T·S."""
         return (x.T @ s).to(torch.promote_types(s.dtype, torch.float32))
 
+    def pair_grad(self, x: Tensor, dy: Tensor, down: Tensor, b: Tensor) -> tuple[Sum, Sum]:
+        """d_down = x^T·S and d_B = dY^T·P, with S = dY·B and P = x·down."""
+        return self.tall_grad(x, dy @ b), self.tall_grad(dy, x @ down)
+
     def gather_grad(
-        self, parts: Sequence[Tensor], b: Tensor, p: Tensor, copy: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The parts [M, n] side by side if `copy`, and S and d_B of that matrix."""
+        self,
+        parts: Sequence[Tensor],
+        b: Tensor,
+        p: Tensor,
+        copy: bool,
+        d_b: Tensor,
+        later: Sums,
+    ) -> tuple[Tensor | None, Tensor]:
+        """The parts [M, n] side by side if `copy`, and S of that matrix; fills d_B and `later`."""
         whole = torch.cat(list(parts), 1)
-        return (whole if copy else None, *self.thin_grad(whole, b, p))
+        s, sum_b = self.thin_grad(whole, b, p)
+        later.append((sum_b, d_b))
+        self.finish(later)
+        return whole if copy else None, s
 
     def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """a = gelu(h) and P = a·down."""
@@ -118,13 +135,22 @@ class TorchSteps:
         return a, self.thin(a, down)
 
     def gelu_grad(
-        self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dh, then S = dh·B and d_B = dh^T·P of the linear before, d_down = gelu(h)^T·s of the one
-        after. dh may take da's place.
+        self,
+        da: Tensor,
+        h: Tensor,
+        s: Tensor,
+        b: Tensor,
+        p: Tensor,
+        d_b: Tensor,
+        d_down: Tensor,
+        later: Sums,
+    ) -> tuple[Tensor, Tensor]:
+        """dh, then S = dh·B of the linear before; fills its d_B = dh^T·P, d_down = gelu(h)^T·s of
+        the linear after, and `later`'s. dh may take da's place.
         """
-        sum_down = self.tall_grad(F.gelu(h), s)
+        later.append((self.tall_grad(F.gelu(h), s), d_down))
         dh = aten.gelu_backward(da, h)
         s_in, sum_b = self.thin_grad(dh, b, p)
-        d_b, d_down = self.finish(sum_b, sum_down)
-        return dh, s_in, d_b, d_down
+        later.append((sum_b, d_b))
+        self.finish(later)
+        return dh, s_in

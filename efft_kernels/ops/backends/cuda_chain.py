@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import native_library
 from .chain_steps import Norm, Normed
-from .triton.chain import Partial, TritonSteps
+from .triton.chain import TritonSteps
 
 MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/norm/sizes.h
 
@@ -54,12 +54,12 @@ class CudaSteps(TritonSteps):
         norm: Norm,
         residual: Tensor,
         s: Tensor,
-    ) -> tuple[Tensor, Tensor, Partial]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         operands = dout, z, mean, rstd, norm.weight, norm.bias, residual, s
         if not _on_16_bytes(*operands):
             return super().norm_grad(dout, z, mean, rstd, norm, residual, s)
-        dz, dy, partial = torch.ops.efft_kernels.native_norm_grad(*operands)
-        return dz, dy, Partial(partial, z.shape[1], s.shape[1])
+        dz, dy, sum_down = torch.ops.efft_kernels.native_norm_grad(*operands)
+        return dz, dy, sum_down
 
 
 def _on_16_bytes(*tensors: Tensor | None) -> bool:

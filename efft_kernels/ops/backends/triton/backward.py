@@ -155,7 +155,7 @@ def backward(
         d_down = down.new_empty(*steps.d_down)
     if steps.d_b is not None:
         d_b = up.new_empty(*steps.d_b)
-        launch_reduce(((d_up_partial, d_b), (None, None), (d_down_partial, d_down)), cache)
+        launch_reduce([(d_up_partial, d_b), (d_down_partial, d_down)], cache)
         d_core, d_up = torch_backend.unfold_grads(
             d_b, core, up, steps.d_core is not None, steps.d_up is not None
         )
@@ -165,6 +165,6 @@ def backward(
         if steps.d_core is not None:
             d_core = up.new_empty(*steps.d_core)
         launch_reduce(
-            ((d_up_partial, d_up), (d_core_partial, d_core), (d_down_partial, d_down)), cache
+            [(d_up_partial, d_up), (d_core_partial, d_core), (d_down_partial, d_down)], cache
         )
     return dx, d_weight, d_bias, d_down, d_core, d_up

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chain_steps import Norm, Normed, TorchSteps
+from ..chain_steps import Norm, Normed, Sums, TorchSteps
 from ..fallback import padded_rank
 from . import tuning
 from .act import ActConfig, launch_act_bwd, launch_act_fwd
@@ -24,7 +24,8 @@ from .gather import launch_gather
 from .launch_cache import MAX_CALLS, CallCache
 from .merge_stack import launch_merge_stack
 from .norm import Branch, NormConfig, launch_norm_bwd, launch_norm_down_grad, launch_norm_fwd
-from .reduce import Sum, launch_reduce
+from .pair_grad import launch_pair_grad
+from .reduce import MOST_SUMS, launch_reduce
 from .thin import launch_tall_grad, launch_thin
 
 MAX_WIDTH = 2048  # of the stream: the norm's kernels go over a row in one unrolled loop
@@ -37,6 +38,7 @@ class Configs(NamedTuple):
     norm_grad: NormConfig
     norm_down_grad: PassConfig
     gather: PassConfig
+    pair_grad: PassConfig
     gelu: ActConfig | None  # None: torch's activation and passes of their own
     gelu_grad: ActConfig | None
 
@@ -71,20 +73,10 @@ def configs_for(k: int, rank: int, index: int | None) -> Configs:
             3,
         ),
         PassConfig(64, block_c, parts(3 * tiles), 4, 3),
+        PassConfig(32 if padded_rank(rank) > 64 else 64, 64, 4 * multiprocessors(index), 8, 3),
         None if wide else ActConfig(32, 128, 2, 4, 2),
         None if wide else ActConfig(32, 128, 11, 8, 3, registers),
     )
-
-
-_NO_SUM: Sum = (None, None)
-
-
-class Partial(NamedTuple):
-    """A gradient's partial sums, and its size."""
-
-    sums: Tensor  # [parts, rows, padded columns] float32, any number of axes
-    rows: int
-    columns: int
 
 
 class TritonSteps(TorchSteps):
@@ -108,14 +100,17 @@ class TritonSteps(TorchSteps):
             cache = self._caches[key] = {}
         return cache
 
-    def finish(self, *sums: Partial) -> tuple[Tensor, ...]:
-        """The gradients; a launch's first two of three have equal columns."""
-        found = [s.sums.new_empty(s.rows, s.columns) for s in sums]
-        pairs: list[Sum] = [(s.sums, out) for s, out in zip(sums, found, strict=True)]
-        key = [(s.sums.shape, s.rows, s.columns) for s in sums]
-        first, second, third = pairs if len(pairs) == 3 else (pairs[0], _NO_SUM, pairs[1])
-        launch_reduce((first, second, third), self._cache("finish", sums[0].sums, *key))
-        return tuple(found)
+    def finish(self, sums: Sums) -> None:
+        self._finish(sums, 0)
+
+    def _finish(self, sums: Sums, few: int) -> None:
+        """`few`: the first of them are of few parts."""
+        while sums:
+            now = sums[:MOST_SUMS]
+            del sums[:MOST_SUMS]
+            sizes = [(found.shape, out.shape) for found, out in now]
+            launch_reduce(now, self._cache("finish", now[0][0], few, *sizes), few)
+            few = 0
 
     def merge(
         self, weights: Sequence[Tensor], b: Tensor, down: Tensor, gamma: Tensor | None = None
@@ -155,7 +150,7 @@ class TritonSteps(TorchSteps):
         norm: Norm,
         residual: Tensor,
         s: Tensor,
-    ) -> tuple[Tensor, Tensor, Partial]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         sum_down = self.norm_down_grad(z, mean, rstd, norm, s)
         got = launch_norm_bwd(
             dout,
@@ -176,7 +171,7 @@ class TritonSteps(TorchSteps):
 
     def norm_down_grad(
         self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor
-    ) -> Partial:
+    ) -> Tensor:
         partial = launch_norm_down_grad(
             z,
             mean,
@@ -187,35 +182,46 @@ class TritonSteps(TorchSteps):
             config=self.configs.norm_down_grad,
             cache=self._cache("norm_down_grad", z, s.shape[1], s.dtype),
         )
-        return Partial(partial, z.shape[1], s.shape[1])
+        return partial
 
     def thin(self, x: Tensor, down: Tensor) -> Tensor:
         p = x.new_empty(x.shape[0], down.shape[1])
         launch_thin(x, down, None, p, None, cache=self._cache("thin", x, down.shape[1]))
         return p
 
-    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Partial]:
+    def thin_grad(self, dy: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         s = torch.empty_like(p)
         cache = self._cache("thin_grad", dy, b.shape[1])
         partial, _ = launch_thin(dy, b, None, s, p, cache=cache)
         assert partial is not None
-        return s, Partial(partial, *b.shape)
+        return s, partial
 
-    def tall_grad(self, x: Tensor, s: Tensor) -> Partial:
+    def tall_grad(self, x: Tensor, s: Tensor) -> Tensor:
         partial = launch_tall_grad(x, s, cache=self._cache("tall_grad", x, s.shape[1]))
-        return Partial(partial, x.shape[1], s.shape[1])
+        return partial
+
+    def pair_grad(self, x: Tensor, dy: Tensor, down: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        cache = self._cache("pair_grad", x, dy.shape[1], b.shape[1])
+        return launch_pair_grad(x, dy, down, b, config=self.configs.pair_grad, cache=cache)
 
     def gather_grad(
-        self, parts: Sequence[Tensor], b: Tensor, p: Tensor, copy: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        self,
+        parts: Sequence[Tensor],
+        b: Tensor,
+        p: Tensor,
+        copy: bool,
+        d_b: Tensor,
+        later: Sums,
+    ) -> tuple[Tensor | None, Tensor]:
         first, second, third = parts
         cache = self._cache("gather", first, copy, b.shape[1])
         whole, s_partial, d_b_partial = launch_gather(
             (first, second, third), b, p, copy=copy, config=self.configs.gather, cache=cache
         )
-        s, d_b = torch.empty_like(p), b.new_empty(b.shape, dtype=torch.float32)
-        launch_reduce(((d_b_partial, d_b), (s_partial, s), (None, None)), cache)
-        return whole, s, d_b
+        s = torch.empty_like(p)
+        later[:0] = (s_partial, s), (d_b_partial, d_b)
+        self._finish(later, few=2)
+        return whole, s
 
     def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         config = self.configs.gelu
@@ -227,18 +233,27 @@ class TritonSteps(TorchSteps):
         if got.p.dim() == 2:
             return got.a, got.p
         p = h.new_empty(h.shape[0], down.shape[1])
-        launch_reduce((_NO_SUM, _NO_SUM, (got.p, p)), cache)
+        launch_reduce([(got.p, p)], cache, few=1)
         return got.a, p
 
     def gelu_grad(
-        self, da: Tensor, h: Tensor, s: Tensor, b: Tensor, p: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        da: Tensor,
+        h: Tensor,
+        s: Tensor,
+        b: Tensor,
+        p: Tensor,
+        d_b: Tensor,
+        d_down: Tensor,
+        later: Sums,
+    ) -> tuple[Tensor, Tensor]:
         config = self.configs.gelu_grad
         if config is None or h.shape[1] % config.block_c:
-            return super().gelu_grad(da, h, s, b, p)
+            return super().gelu_grad(da, h, s, b, p, d_b, d_down, later)
         cache = self._cache("gelu_grad", h, s.shape[1], b.shape[1])
         got = launch_act_bwd(da, h, s, None, p, b, in_place=True, config=config, cache=cache)
+        assert got.q is not None and got.d_up is not None and got.d_down is not None
         s_in = torch.empty_like(p)
-        d_b, d_down = (h.new_empty(h.shape[1], t.shape[1], dtype=torch.float32) for t in (b, s))
-        launch_reduce(((got.d_up, d_b), (got.q, s_in), (got.d_down, d_down)), cache)
-        return got.dh, s_in, d_b, d_down
+        later[:0] = (got.q, s_in), (got.d_up, d_b), (got.d_down, d_down)
+        self._finish(later, few=3)
+        return got.dh, s_in

@@ -6,6 +6,8 @@ parts·rows·(padded columns)·4 read, rows·columns written.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -14,6 +16,12 @@ from torch import Tensor
 
 from . import tuning
 from .launch_cache import CachedLaunch, CallCache, once
+
+MOST_SUMS = 5  # of a launch
+_WARPS = 4
+# Elements of a program where there are few parts and where there are many, and its loads at a time.
+WIDE, NARROW, TILE = (tl.constexpr(size) for size in (128, 64, 4096))
+_COUNTS = [f"{name}_{i}" for name in ("parts", "end") for i in range(MOST_SUMS)]
 
 
 @triton.jit
@@ -52,124 +60,161 @@ def _sum_parts(
     )
 
 
-@triton.jit(do_not_specialize=["parts_up", "parts_core", "parts_down", "blocks_up", "blocks_core"])
+@triton.jit(do_not_specialize=_COUNTS)
 def _reduce_kernel(
-    partial_up_ptr,  # [parts_up, rows_up, RB] float32, contiguous; each of the three may be None
-    d_up_ptr,  # [rows_up, rb], contiguous; where core and up were folded, d_B with rb = ra
-    partial_core_ptr,  # [parts_core, rows_core, RB]
-    d_core_ptr,  # [rows_core, rb]
-    partial_down_ptr,  # [parts_down, rows_down, RA]
-    d_down_ptr,  # [rows_down, ra]
-    parts_up,
-    parts_core,
-    parts_down,
-    rows_up,
-    rows_core,
-    rows_down,
-    rb,
-    ra,
-    blocks_up,  # programs of the first sum; the next do the second, the rest the third
-    blocks_core,
-    RB: tl.constexpr,
-    RA: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    partial_0_ptr,  # [parts_0, rows_0, COLS_0] float32, contiguous; None: no more sums
+    out_0_ptr,  # [rows_0, cols_0], contiguous
+    partial_1_ptr,  # [parts_1, rows_1, COLS_1] float32, contiguous
+    out_1_ptr,  # [rows_1, cols_1], contiguous
+    partial_2_ptr,  # [parts_2, rows_2, COLS_2] float32, contiguous
+    out_2_ptr,  # [rows_2, cols_2], contiguous
+    partial_3_ptr,  # [parts_3, rows_3, COLS_3] float32, contiguous
+    out_3_ptr,  # [rows_3, cols_3], contiguous
+    partial_4_ptr,  # [parts_4, rows_4, COLS_4] float32, contiguous
+    out_4_ptr,  # [rows_4, cols_4], contiguous
+    parts_0,
+    parts_1,
+    parts_2,
+    parts_3,
+    parts_4,
+    rows_0,
+    rows_1,
+    rows_2,
+    rows_3,
+    rows_4,
+    cols_0,
+    cols_1,
+    cols_2,
+    cols_3,
+    cols_4,
+    end_0,  # the program after the last of sum 0
+    end_1,
+    end_2,
+    end_3,
+    end_4,
+    COLS_0: tl.constexpr,
+    COLS_1: tl.constexpr,
+    COLS_2: tl.constexpr,
+    COLS_3: tl.constexpr,
+    COLS_4: tl.constexpr,
+    FEW: tl.constexpr,  # sums of few parts, the first ones
 ):
-    """d_up, d_core and d_down in one launch, each a sum over partial sums."""
+    """Up to five sums in one launch, one after the other in the grid. A program adds up as many
+    loads for each sum: WIDE elements of few parts, or NARROW ones of more parts at a time.
+    """
     pid = tl.program_id(0)
-    if pid < blocks_up:
-        if partial_up_ptr is not None:
-            _sum_parts(pid, partial_up_ptr, d_up_ptr, parts_up, rows_up, rb, RB, BLOCK, BLOCK_PARTS)
-    elif pid < blocks_up + blocks_core:
-        if partial_core_ptr is not None:
-            block = pid - blocks_up
+    if pid < end_0:
+        if partial_0_ptr is not None:
             _sum_parts(
-                block,
-                partial_core_ptr,
-                d_core_ptr,
-                parts_core,
-                rows_core,
-                rb,
-                RB,
-                BLOCK,
-                BLOCK_PARTS,
+                pid,
+                partial_0_ptr,
+                out_0_ptr,
+                parts_0,
+                rows_0,
+                cols_0,
+                COLS_0,
+                WIDE if 0 < FEW else NARROW,
+                TILE // (WIDE if 0 < FEW else NARROW),
             )
-    elif partial_down_ptr is not None:
-        block = pid - blocks_up - blocks_core
-        _sum_parts(
-            block, partial_down_ptr, d_down_ptr, parts_down, rows_down, ra, RA, BLOCK, BLOCK_PARTS
-        )
+    elif pid < end_1:
+        if partial_1_ptr is not None:
+            _sum_parts(
+                pid - end_0,
+                partial_1_ptr,
+                out_1_ptr,
+                parts_1,
+                rows_1,
+                cols_1,
+                COLS_1,
+                WIDE if 1 < FEW else NARROW,
+                TILE // (WIDE if 1 < FEW else NARROW),
+            )
+    elif pid < end_2:
+        if partial_2_ptr is not None:
+            _sum_parts(
+                pid - end_1,
+                partial_2_ptr,
+                out_2_ptr,
+                parts_2,
+                rows_2,
+                cols_2,
+                COLS_2,
+                WIDE if 2 < FEW else NARROW,
+                TILE // (WIDE if 2 < FEW else NARROW),
+            )
+    elif pid < end_3:
+        if partial_3_ptr is not None:
+            _sum_parts(
+                pid - end_2,
+                partial_3_ptr,
+                out_3_ptr,
+                parts_3,
+                rows_3,
+                cols_3,
+                COLS_3,
+                WIDE if 3 < FEW else NARROW,
+                TILE // (WIDE if 3 < FEW else NARROW),
+            )
+    elif pid < end_4:
+        if partial_4_ptr is not None:
+            _sum_parts(
+                pid - end_3,
+                partial_4_ptr,
+                out_4_ptr,
+                parts_4,
+                rows_4,
+                cols_4,
+                COLS_4,
+                WIDE if 4 < FEW else NARROW,
+                TILE // (WIDE if 4 < FEW else NARROW),
+            )
 
 
 Sum = tuple[Tensor | None, Tensor | None]  # partial sums, and the tensor they add up to
 
 
-def launch_reduce(
-    sums: tuple[Sum, Sum, Sum],  # of d_up, d_core, d_down
-    cache: CallCache | None = None,
-) -> None:
-    """out = Σ partial for up to three pairs in one launch, cropped to out's columns and rounded
-    once.
+def launch_reduce(sums: Sequence[Sum], cache: CallCache | None = None, few: int = 0) -> None:
+    """out = Σ partial for some pairs in one launch, cropped to out's columns and rounded once.
 
     Args:
-        sums: Pairs (partial, out); partial is seen as [parts, rows of out, padded columns]. out is
-            newly allocated, or None where the sum is not wanted. The first two pairs have the same
-            columns.
-        cache: Of the call.
+        sums: at most MOST_SUMS pairs (partial, out); partial is newly allocated and seen as
+            [parts, rows of out, padded columns], out is contiguous. A pair with None is left out.
+        cache: of the call.
+        few: how many of the first sums are of few parts.
     """
-    launch = once(cache, "reduce", _prepare_reduce, sums)
-    (partial_up, d_up), (partial_core, d_core), (partial_down, d_down) = sums
-    launch(
-        (),
-        (
-            None if d_up is None else partial_up,
-            d_up,
-            None if d_core is None else partial_core,
-            d_core,
-            None if d_down is None else partial_down,
-            d_down,
-        ),
-    )
+    given = [pair for pair in sums if pair[0] is not None and pair[1] is not None]
+    launch = once(cache, f"reduce {len(given)} {few}", _prepare_reduce, given, few)
+    launch((*itertools.chain(*given), *[None] * (2 * (MOST_SUMS - len(given)))))
 
 
 class _SumSize(NamedTuple):
     parts: int = 0
     rows: int = 0
-    blocks: int = 0  # programs
-    cols: int = 0
+    cols: int = 1
     padded_cols: int = 16
+    programs: int = 0
 
     @classmethod
-    def of(cls, pair: Sum, block: int) -> _SumSize:
-        partial, out = pair
-        if partial is None or out is None:
-            return cls()
+    def of(cls, partial: Tensor, out: Tensor, block: int) -> _SumSize:
         cols, padded_cols = out.shape[-1], partial.shape[-1]
         rows = out.numel() // cols
         parts = partial.numel() // (rows * padded_cols)
-        return cls(parts, rows, tuning.cdiv(rows * padded_cols, block), cols, padded_cols)
+        return cls(parts, rows, cols, padded_cols, tuning.cdiv(rows * padded_cols, block))
 
 
-def _prepare_reduce(sums: tuple[Sum, Sum, Sum]) -> CachedLaunch:
-    block, block_parts, num_warps = tuning.REDUCE_CONFIG
-    up, core, down = (_SumSize.of(pair, block) for pair in sums)
-    first = up if up.blocks else core
-    return CachedLaunch(
-        _reduce_kernel,
-        (up.blocks + core.blocks + down.blocks,),
-        {"num_warps": num_warps},
-        parts_up=up.parts,
-        parts_core=core.parts,
-        parts_down=down.parts,
-        rows_up=up.rows,
-        rows_core=core.rows,
-        rows_down=down.rows,
-        rb=first.cols,
-        ra=down.cols,
-        blocks_up=up.blocks,
-        blocks_core=core.blocks,
-        RB=first.padded_cols,
-        RA=down.padded_cols,
-        BLOCK=block,
-        BLOCK_PARTS=block_parts,
-    )
+def _prepare_reduce(sums: Sequence[tuple[Tensor, Tensor]], few: int) -> CachedLaunch:
+    blocks = [(WIDE if i < few else NARROW).value for i in range(len(sums))]
+    sizes = [_SumSize.of(*pair, block) for pair, block in zip(sums, blocks, strict=True)]
+    sizes += [_SumSize()] * (MOST_SUMS - len(sizes))
+    ends = itertools.accumulate(size.programs for size in sizes)
+    arguments = {"FEW": few}
+    for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        arguments |= {
+            f"parts_{i}": size.parts,
+            f"rows_{i}": size.rows,
+            f"cols_{i}": size.cols,
+            f"end_{i}": end,
+            f"COLS_{i}": size.padded_cols,
+        }
+    grid = (sum(size.programs for size in sizes),)
+    return CachedLaunch(_reduce_kernel, grid, {"num_warps": _WARPS}, **arguments)

@@ -25,7 +25,6 @@ from .limits import TRITON_IN_PLACE_RANK
 
 logger = logging.getLogger(__name__)
 
-REDUCE_CONFIG = (64, 64, 4)  # elements, parts at a time, warps
 FOLD_CONFIG = (32, 16, 4)  # rows, columns of rb at a time, warps
 MERGE_CONFIG = (32, 32, 16, 4)  # rows, columns, ranks at a time, warps
 _NARROW_MERGE_CONFIG = (32, 16, 16, 4)

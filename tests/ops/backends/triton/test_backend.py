@@ -352,7 +352,7 @@ def test_shapes_in_the_interpreter_are_small_and_all_different(monkeypatch):
     assert sorted(gemm[:3]) == [16, 32, 64]
     one = tuning.pass_config("thin", 37, 41, 16, torch.float32, aligned=True, index=0)
     assert sorted(one[:2]) == [16, 32]
-    others = tuning.REDUCE_CONFIG, tuning.FOLD_CONFIG, tuning.merge_config(16, 5)
+    others = tuning.FOLD_CONFIG, tuning.merge_config(16, 5)
     for config in (gemm[:6], one, *others, tuning.merge_config(16, 17)):
         assert all(number.bit_count() == 1 for number in config)
 

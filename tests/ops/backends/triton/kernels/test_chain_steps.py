@@ -24,6 +24,7 @@ SMALL = Configs(
     norm_grad=NormConfig(4, 16, True, 4),
     norm_down_grad=PassConfig(32, 16, 2, 4, 1),
     gather=PassConfig(32, 16, 2, 4, 1),
+    pair_grad=PassConfig(32, 16, 2, 4, 1),
     gelu=ActConfig(32, 16, 2, 4, 1),
     gelu_grad=ActConfig(32, 16, 2, 4, 1),
 )
@@ -42,34 +43,78 @@ def steps_of(index):
         "first norm": lambda s, o, d: s.norm(o["z"], None, norm(o), o["down"], d),
         "norm": lambda s, o, d: s.norm(o["z"], o["y"], norm(o), o["down"], d),
         "norm_grad": lambda s, o, _: norm_grad(s, o),
+        "pair_grad": lambda s, o, _: pair_grad(s, o, o["y"]),
+        "pair_grad, even": lambda s, o, _: pair_grad(s, o, o["hidden"]),
         "thin": lambda s, o, _: s.thin(o["y"], o["down"]),
         "sums": lambda s, o, _: sums(s, o),
-        "gather_grad": lambda s, o, _: s.gather_grad(parts(o), o["B_qkv"], o["s"], True),
-        "gather_grad, no copy": lambda s, o, _: s.gather_grad(parts(o), o["B_qkv"], o["s"], False),
+        "gather_grad": lambda s, o, _: gather_grad(s, o, True),
+        "gather_grad, no copy": lambda s, o, _: gather_grad(s, o, False),
         "gelu": lambda s, o, _: s.gelu(o["hidden"], o["B_hidden"]),
         "gelu, ragged": lambda s, o, _: s.gelu(o["h"], o["B"]),
-        "gelu_grad": lambda s, o, _: s.gelu_grad(
-            o["da"], o["hidden"], o["s"], o["B_hidden"], o["s_wide"][:, :R].contiguous()
+        "gelu_grad": lambda s, o, _: gelu_grad(
+            *(s, o, o["da"], o["hidden"], o["B_hidden"], o["s_wide"][:, :R].contiguous())
         ),
-        "gelu_grad, ragged": lambda s, o, _: s.gelu_grad(
-            o["h"] * 2, o["h"], o["s"], o["B"], o["s"]
-        ),
+        "gelu_grad, ragged": lambda s, o, _: gelu_grad(s, o, o["h"] * 2, o["h"], o["B"], o["s"]),
     }[index]
 
 
 def norm_grad(steps, o):
     dz, dy, sum_down = steps.norm_grad(o["y"], *normed(o), norm(o), o["dz"], o["s"])
-    return dz, dy, *steps.finish(steps.thin_grad(o["h"], o["B"], o["s"])[1], sum_down)
+    d_down = wide(o, K, R)
+    steps.finish([(sum_down, d_down)])
+    return dz, dy, d_down
 
 
 def sums(steps, o):
-    """All that is added up by `finish`: three at once, and two of different ranks."""
-    s_out, b = steps.thin_grad(o["h"], o["B"], o["s"])
-    found = steps.finish(
-        b, steps.tall_grad(o["y"], o["s"]), steps.norm_down_grad(*normed(o), norm(o), o["s_wide"])
-    )
-    b = steps.thin_grad(o["h"], o["B"], o["s"])[1]
-    return s_out, *found, *steps.finish(b, steps.tall_grad(o["y"], o["s_wide"]))
+    """All that is added up by `finish`, of two ranks and more than a launch takes."""
+    s_out, sum_b = steps.thin_grad(o["h"], o["B"], o["s"])
+    found = [
+        (sum_b, wide(o, C, R)),
+        (steps.tall_grad(o["y"], o["s"]), wide(o, K, R)),
+        (steps.norm_down_grad(*normed(o), norm(o), o["s_wide"]), wide(o, K, 19)),
+    ] * 2
+    outs = [out for _, out in found]
+    steps.finish(found)
+    assert not found
+    return s_out, *outs
+
+
+def later(steps, o):
+    """Sums that wait for the next launch, and what they will be."""
+    outs = wide(o, C, R), wide(o, K, 19)
+    sums = steps.thin_grad(o["h"], o["B"], o["s"])[1], steps.tall_grad(o["y"], o["s_wide"])
+    return list(zip(sums, outs, strict=True)), outs
+
+
+def pair_grad(steps, o, x):
+    n = x.shape[1]
+    b = o["B_hidden"] if x is o["hidden"] else o["B"]
+    dy, down = (o["da"], o["B_hidden"] * 2) if x is o["hidden"] else (o["h"], o["down"])
+    outs = wide(o, n, R), wide(o, dy.shape[1], R)
+    steps.finish(list(zip(steps.pair_grad(x, dy, down, b), outs, strict=True)))
+    return outs
+
+
+def gather_grad(steps, o, copy):
+    waiting, outs = later(steps, o)
+    d_b = wide(o, 3 * K, R)
+    whole, s = steps.gather_grad(parts(o), o["B_qkv"], o["s"], copy, d_b, waiting)
+    assert not waiting
+    return whole, s, d_b, *outs
+
+
+def gelu_grad(steps, o, da, h, b, p):
+    waiting, outs = later(steps, o)
+    d_b, d_down = wide(o, h.shape[1], R), wide(o, h.shape[1], R)
+    dh, s = steps.gelu_grad(da, h, o["s"], b, p, d_b, d_down, waiting)
+    assert not waiting
+    return dh, s, d_b, d_down, *outs
+
+
+def wide(o, *size):
+    """To be filled; aligned to 4 bytes."""
+    dtype = torch.promote_types(o["y"].dtype, torch.float32)
+    return torch.full((size[0] + 1, *size[1:]), torch.nan, dtype=dtype, device=o["y"].device)[1:]
 
 
 def operands(dtype, device):
@@ -110,7 +155,8 @@ def tensors(found):
 @pytest.mark.parametrize(
     "step",
     [
-        "merge", "scaled merge", "first norm", "norm", "norm_grad", "thin", "sums", "gather_grad",
+        "merge", "scaled merge", "first norm", "norm", "norm_grad", "pair_grad", "pair_grad, even",
+        "thin", "sums", "gather_grad",
         "gather_grad, no copy", "gelu", "gelu, ragged", "gelu_grad", "gelu_grad, ragged",
     ],
 )  # fmt: skip

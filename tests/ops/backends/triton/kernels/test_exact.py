@@ -54,7 +54,7 @@ def test_a_program_adds_to_its_own_partial_sums(with_core, dtype, device):
     s_found = dy.new_empty((s.M, s.Ra))
     partial_up, partial_core = launch_thin(dy, up, core, s_found, p, config)
     d_up, d_core = (None if t is None else torch.empty_like(t) for t in (up, core))
-    launch_reduce(((partial_up, d_up), (partial_core, d_core), (None, None)))
+    launch_reduce([(partial_up, d_up), (partial_core, d_core), (None, None)])
 
     slices = dy.double().unflatten(1, (s.G, s.n))  # [M, G, n]
     cores = torch.eye(s.Ra, device=device)[None].double() if core is None else core.double()
