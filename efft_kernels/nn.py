@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from .methods.base import FactorGroup, Factors, Rank, check_choice, check_number, rank_pair
 from .methods.followed_table import FollowedTable
-from .methods.joint import JointFactors
+from .methods.joint import JointFactors, Kind
 from .methods.sharded import copy_into, factors_of, is_sharded, whole
 from .methods.tensor_train import Placement, TensorTrainGroup
 from .ops import recompute
@@ -188,14 +188,17 @@ class FactorBank(nn.Module):
         with _without_autocast(group):
             return group.factors(site, dropout)
 
-    def factors_of(self, sites: Sequence[str], dropout: bool) -> list[Factors]:
-        """As `factors`, of one site after the other."""
-        groups = [self.group(site) for site in sites]
-        if not (dropout and any(group.activation_dropout for group in groups)):
-            joint = self.joint_factors.get_all(list(zip(groups, sites, strict=True)), dropout)
-            if joint is not None:
-                return joint
-        return [FactorBank.factors(self, site, dropout) for site in sites]
+    def stacks(self, kinds: Sequence[Kind], dropout: bool) -> list[tuple[Tensor, Tensor]] | None:
+        """Of each kind of linear the factors of all its sites, down [L, K, Ra] and B [L, N, Ra];
+        None where `factors` has to be asked for each.
+
+        Args:
+            kinds: all groups' are joint.
+            dropout: as in `factors`.
+        """
+        if dropout and any(kind.group.activation_dropout for kind in kinds):
+            return None
+        return self.joint_factors.stacks(kinds, dropout)
 
     def factors_in_graph(self, place: Place, dropout: bool) -> Factors:
         """The operands for one site in a graph of torch.compile. Equal linears of different blocks

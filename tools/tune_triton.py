@@ -1,23 +1,26 @@
 """Measure block shapes on the GPU at hand and write them where `configs.py` finds them.
 
-    python -m tools.tune_triton [--images 64] [--rank 16] [--models ViT-B/16] [--out FILE]
+    python -m tools.tune_triton [--images 64] [--rank 16] [--models ViT-B/16] [--jobs 8] [--out FILE]
 
-For every layer and pass the configs below are compiled, compared with the default's result, timed,
-and the fastest kept. Rows of an existing file are kept unless measured again; the file is replaced
+For every layer and pass the configs below are compiled, by several processes at once, then compared
+with the default's result and timed in one, and the fastest is kept. Rows of an existing file are kept unless measured again; the file is replaced
 in one step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -77,6 +80,19 @@ def pass_space(
     for config in (shipped, *grid):
         programs = tuning.pass_programs(kernel, m, c, config, dev.multiprocessors)
         yield config._replace(programs=programs)
+
+
+class Share(NamedTuple):
+    """One of several processes that compile for the one that measures: Triton's cache is on disk."""
+
+    number: int
+    of: int
+
+    def compile(self, candidates: Iterator[Config], run: Callable[[Any], Tensor]) -> None:
+        """Run each of this process's candidates once."""
+        for config in list(dict.fromkeys(candidates))[self.number :: self.of]:
+            with contextlib.suppress(TritonError, RuntimeError):
+                run(config)
 
 
 def fastest(
@@ -162,9 +178,17 @@ def _run_tall_grad(tall: Tensor, p: Tensor, remembered: _Remembered, config: Pas
 
 
 def tune_layer(
-    m: int, k: int, n: int, g: int, rank: int, dtype: torch.dtype, deadline: float
+    m: int,
+    k: int,
+    n: int,
+    g: int,
+    rank: int,
+    dtype: torch.dtype,
+    deadline: float,
+    share: Share | None = None,
 ) -> Rows:
-    """Measured rows {key: {M bucket: config}} of one layer's kernels, forward and backward."""
+    """Measured rows {key: {M bucket: config}} of one layer's kernels, forward and backward; with a
+    share nothing is measured."""
     dev = device.properties(None)
     form = tuning.operand_form(dtype, False, True)
     x, dy = (torch.randn(m, c, device="cuda", dtype=dtype) for c in (k, n))
@@ -176,6 +200,9 @@ def tune_layer(
     rows: Rows = {}
 
     def keep(key: str, candidates: Iterator[Config], run: Callable[[Any], Tensor]) -> None:
+        if share is not None:
+            share.compile(candidates, run)
+            return
         found = fastest(candidates, run, deadline)
         if found is not None:
             config, ms = found
@@ -225,6 +252,21 @@ def write(rows: Rows, path: Path) -> None:
         temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
+def compile_all(jobs: int, arguments: list[str], seconds: float) -> None:
+    """Fill Triton's cache by `jobs` processes, each with its share, for so long at most."""
+    command = [sys.executable, "-m", "tools.tune_triton", *arguments]
+    shares = [
+        subprocess.Popen([*command, "--share", str(number), str(jobs)], stdout=subprocess.DEVNULL)
+        for number in range(jobs)
+    ]
+    end = time.monotonic() + 0.7 * seconds
+    for process in shares:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def main() -> None:
     """Tune and write."""
     parser = argparse.ArgumentParser(
@@ -244,17 +286,28 @@ def main() -> None:
         "--seconds", type=float, default=240.0, help="stop measuring after this long"
     )
     parser.add_argument("--out", type=Path, help="default: the shipped file of this device")
+    parser.add_argument(
+        "--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile"
+    )
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning needs a CUDA device")
     layers = [layer for model in arguments.models for layer in models(arguments.images)[model]]
+    share = None if arguments.share is None else Share(*arguments.share)
     deadline = time.monotonic() + arguments.seconds
+    if share is None and arguments.jobs > 1:
+        compile_all(arguments.jobs, sys.argv[1:], arguments.seconds)
+        print(f"compiled, {deadline - time.monotonic():.0f} s left to measure", flush=True)
     rows: Rows = {}
     for name, m, k, n, g in layers:
         print(name, flush=True)
         dtype = getattr(torch, arguments.dtype)
-        for key, by_bucket in tune_layer(m, k, n, g, arguments.rank, dtype, deadline).items():
+        sizes = m, k, n, g, arguments.rank
+        for key, by_bucket in tune_layer(*sizes, dtype, deadline, share).items():
             rows.setdefault(key, {}).update(by_bucket)
+    if share is not None:
+        return
     out = arguments.out or configs.FOLDER / f"{device.properties(None).name}.json"
     write(rows, out)
     print(f"{len(rows)} rows in {out}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import FactorGroup, Factors, Method, Site
+from ..methods.joint import Kind
 from ..nn import FactorBank, Place
 from .call_watch import CallWatch
 
@@ -79,11 +80,14 @@ class AttachedBank(FactorBank):
         self.calls.count(site)
         return super().factors(site, dropout)
 
-    def factors_of(self, sites: Sequence[str], dropout: bool) -> list[Factors]:
+    def stacks(self, kinds: Sequence[Kind], dropout: bool) -> list[tuple[Tensor, Tensor]] | None:
         """As FactorBank's; the calls are counted."""
-        for site in sites:
-            self.calls.count(site)
-        return super().factors_of(sites, dropout)
+        found = super().stacks(kinds, dropout)
+        if found is not None:
+            for kind in kinds:
+                for site in kind.sites:
+                    self.calls.count(site)
+        return found
 
     def factors_in_graph(self, place: Place, dropout: bool) -> Factors:
         """As FactorBank's; the call is noted."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ..methods.joint import Kind
 from ..nn import FactorBank, FusedEFFTLinear
 from ..ops import chains, compiled_chain
 from ..ops.backends.chain_steps import Norm
 from ..ops.backends.torch_backend import fold
+from ..ops.chain_passes import Frozen, FrozenLinears
+from ..ops.checks import without_autocast
 
 FUSE = ("auto", "pairs", "off")
 _GLOBAL_HOOKS = (
@@ -66,7 +70,10 @@ class _Parts:
             raise _Unlike("a linear reads its factors from elsewhere")
         self.groups = list({id(g): g for g in (bank.group(s._site) for s in self.linears)}.values())
         self.heads = self.blocks[0].attn.num_heads
-        self._sites = [linear._site for linear in self.linears]
+        columns = list(zip(*(block.linears for block in self.blocks), strict=True))
+        places = [(None, b.scale1, None, b.scale2) for b in self.blocks]
+        self._columns = list(zip(columns, zip(*places, strict=True), strict=True))
+        self._kinds = _kinds(columns, bank)
         # What `changed` compares: tables that are looked up once and are the modules' own.
         modules = [module for module in blocks.modules() if module is not blocks]
         self._modules = modules
@@ -175,28 +182,64 @@ class _Parts:
     def layers(self, rows: torch.dtype) -> list[chains.Layer]:
         """The blocks with the factors of this call, asked for in the order in which the linears
         would ask, so that dropout draws the same masks; `rows` is the GEMMs' dtype."""
-        first = self.linears[0]
-        factors = iter(first._bank[0].factors_of(self._sites, first.training))
-
-        def adapted(linear: FusedEFFTLinear, scale: Any = None) -> chains.Adapted:
-            down, core, up = next(factors)
-            gamma = None if scale is None else scale._parameters.get("gamma")
-            own = linear._parameters
-            weight: Any = own["weight"]
-            return chains.Adapted(weight, own.get("bias"), down, fold(core, up, rows), gamma)
-
         return [
             chains.Layer(
                 _norm(block.norm1),
-                adapted(block.qkv),
-                adapted(block.proj, block.scale1),
+                _adapted(block.qkv, rows),
+                _adapted(block.proj, rows, block.scale1),
                 _norm(block.norm2),
-                adapted(block.fc1),
-                adapted(block.fc2, block.scale2),
+                _adapted(block.fc1, rows),
+                _adapted(block.fc2, rows, block.scale2),
                 self.heads,
             )
             for block in self.blocks
         ]
+
+    def operands(self, rows: torch.dtype) -> tuple[Frozen, list[Tensor]] | None:
+        """What the chain runs over, as `layers` would have it; None where one kind of linear has
+        several ranks."""
+        first = self.linears[0]
+        bank: FactorBank = first._bank[0]
+        stacks = None if self._kinds is None else bank.stacks(self._kinds, first.training)
+        if stacks is None:
+            layers = self.layers(rows)
+            return None if chains.common_rank(layers) is None else chains.operands(layers)
+        frozen = Frozen(
+            [_norm(norm) for norm in self._norms],
+            [
+                FrozenLinears(
+                    [linear._parameters["weight"] for linear in linears],  # type: ignore[misc]
+                    [linear._parameters["bias"] for linear in linears],
+                    [None if s is None else s._parameters.get("gamma") for s in scales],
+                )
+                for linears, scales in self._columns
+            ],
+            self.heads,
+        )
+        return chains.scaled(frozen, [factor for pair in stacks for factor in pair])
+
+
+def _adapted(linear: FusedEFFTLinear, rows: torch.dtype, scale: Any = None) -> chains.Adapted:
+    down, core, up = linear._bank[0].factors(linear._site, linear.training)
+    gamma = getattr(scale, "gamma", None)
+    with without_autocast(up.device):
+        folded = fold(core, up, rows)
+    return chains.Adapted(linear.weight, linear.bias, down, folded, gamma)
+
+
+def _kinds(columns: Sequence[Sequence[FusedEFFTLinear]], bank: FactorBank) -> list[Kind] | None:
+    """The kinds of linears for `FactorBank.stacks`; None where it has none of them."""
+    found = []
+    for linears in columns:
+        sites = tuple(linear._site for linear in linears)
+        group = bank.group(sites[0])
+        if not group.joint or any(bank.group(site) is not group for site in sites):
+            return None
+        plan = group.stack_plan(sites)
+        if plan is None:
+            return None
+        found.append(Kind(group, sites, plan))
+    return found
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -250,19 +293,22 @@ class ChainedBlocks:
         if torch.compiler.is_compiling():
             traced = self._in_graph(input)
             if traced is not None:
-                return compiled_chain.run_chain(input, *traced, graph_dtype(input))
+                (frozen, factors), attention = traced
+                dtype = graph_dtype(input)
+                return compiled_chain.run_stacks(input, frozen, factors, attention, dtype)
         elif torch.is_grad_enabled() and not torch.jit.is_tracing():
             found = self._engine(input)
             if not isinstance(found, str):
                 engine, parts = found
                 with torch.autocast(input.device.type, enabled=False):
-                    layers = parts.layers(engine.dtype)
-                return chains.run_chain(input, layers, engine)
+                    operands = parts.operands(engine.dtype)
+                assert operands is not None  # `parts.rank` is the ranks'
+                return chains.run_stacks(input, *operands, engine)
         out: Tensor = nn.Sequential.forward(self._blocks(), input)  # type: ignore[arg-type]
         return out
 
-    def _in_graph(self, x: Tensor) -> tuple[list[chains.Layer], int] | None:
-        """The layers of a chain over x in the graph that is being traced, and its attention; None
+    def _in_graph(self, x: Tensor) -> tuple[tuple[Frozen, list[Tensor]], int] | None:
+        """The operands of a chain over x in the graph that is being traced, and its attention; None
         where there is no chain. The graph is guarded by all that is asked here but for `_facts`.
         """
         if not torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling():
@@ -277,13 +323,13 @@ class ChainedBlocks:
         if chains.refusal_of_graph(x) or parts.unfit(x) or parts.changed():
             return None
         with torch.autocast(x.device.type, enabled=False):
-            layers = parts.layers(graph_dtype(x))
-        rank = chains.common_rank(layers)
-        if rank is None:
+            operands = parts.operands(graph_dtype(x))
+        if operands is None:
             return None
+        rank = max(factor.shape[2] for factor in operands[1])
         facts = x.shape[1], x.shape[2], parts.heads, rank, graph_dtype(x), x.device.index
         attention = _facts(*facts)
-        return None if attention is None else (layers, attention)
+        return None if attention is None else (operands, attention)
 
     def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
         """What runs the chain over x, or why it does not run; what is quickly seen comes first."""

@@ -104,6 +104,9 @@ class FactorGroup(nn.Module, ABC):
         super().__init_subclass__(**options)
         if is_older(cls, "factors_at", "factors"):
             cls.factors_at = FactorGroup.factors_at  # type: ignore[method-assign]
+        if is_older(cls, "joint_products", "joint_factors"):
+            for name in ("joint_products", "from_products", "stack_plan"):
+                setattr(cls, name, getattr(FactorGroup, name))
 
     def forward(self, site: str, dropout: bool) -> Factors:
         """`factors`, as a module's forward: torch.func calls it with other parameters."""
@@ -156,6 +159,32 @@ class FactorGroup(nn.Module, ABC):
         Returns:
             down [K, Ra], None, up [G, N/G, Ra].
         """
+        raise NotImplementedError
+
+    def joint_products(self, dropout: bool) -> Any:
+        """What `joint_factors` gives each site a part of; `from_products` takes it apart.
+
+        Args:
+            dropout: as in `factors`.
+        """
+        return self.joint_factors(dropout)
+
+    def from_products(self, products: Any) -> dict[str, Factors]:
+        """`joint_factors` of what `joint_products` made."""
+        found: dict[str, Factors] = products
+        return found
+
+    def stack_plan(self, sites: Sequence[str]) -> Any:
+        """What `stacked` takes to find these sites' factors in the products; None where they do
+        not lie there side by side.
+
+        Args:
+            sites: equal linears of different blocks.
+        """
+        return None
+
+    def stacked(self, products: Any, plan: Any) -> tuple[Tensor, Tensor]:
+        """The factors of all of a plan's L sites: down [L, K, Ra] and B [L, N, Ra]."""
         raise NotImplementedError
 
     def down_key(self, site: str) -> Hashable | None:

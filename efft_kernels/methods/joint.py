@@ -10,6 +10,7 @@ under other circumstances than the model, takes its factors alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,19 +23,33 @@ from .base import FactorGroup, Factors
 Compute = Callable[..., tuple[Tensor, ...]]
 
 
-class _Held(NamedTuple):
-    """The factors of one group, and what they were made from."""
+class Kind(NamedTuple):
+    """Equal linears of all blocks."""
 
-    factors: dict[str, Factors]
-    sources: list[tuple[nn.Parameter | None, int | None]]  # with their versions
-    stream: object
-    given: set[str]  # the sites that have them
+    group: FactorGroup
+    sites: tuple[str, ...]
+    plan: Any  # the group's, of these sites
 
-    @classmethod
-    def of(cls, group: FactorGroup, dropout: bool) -> _Held:
+
+class _Held:
+    """The factors of one group, and what they were made from.
+
+    Attributes:
+        given: the sites that have them.
+    """
+
+    def __init__(self, group: FactorGroup, dropout: bool) -> None:
         parameters = group._parameters.values()
-        sources = [(p, None if p is None else _version(p)) for p in parameters]
-        return cls(group.joint_factors(dropout), sources, _stream(group), set())
+        self.sources: list[tuple[nn.Parameter | None, int | None]]  # with their versions
+        self.sources = [(p, None if p is None else _version(p)) for p in parameters]
+        self.group = group
+        self.products = group.joint_products(dropout)
+        self.stream = _stream(group)
+        self.given: set[str] = set()
+
+    @functools.cached_property
+    def factors(self) -> dict[str, Factors]:
+        return self.group.from_products(self.products)
 
     def are_fresh(self, group: FactorGroup) -> bool:
         """Whether the group still has the very parameters and nobody wrote to them."""
@@ -103,45 +118,43 @@ class JointFactors:
         # A linear that is called again in the same forward draws masks of its own.
         again = dropout and held is not None and site in held.given
         if held is None or again or not held.are_fresh(group):
-            groups[group, dropout] = held = _Held.of(group, dropout)
+            groups[group, dropout] = held = _Held(group, dropout)
         elif held.stream is not None and held.stream != _stream(group):
             return None
         held.given.add(site)
         return held.factors[site]
 
-    def get_all(
-        self, places: Sequence[tuple[FactorGroup, str]], dropout: bool
-    ) -> list[Factors] | None:
-        """As `get` for one site after the other; None where it is so for any of them.
+    def stacks(self, kinds: Sequence[Kind], dropout: bool) -> list[tuple[Tensor, Tensor]] | None:
+        """Of each kind of linear down [L, K, Ra] and B [L, N, Ra]; None where `get` gives none.
 
         Args:
-            places: (group, site) of each.
+            kinds: all groups' are joint.
             dropout: as there.
         """
-        now = self._now
-        if now is None or torch.compiler.is_compiling():
-            return None
-        circumstances, groups = now
-        if circumstances != _circumstances() or _is_traced():
-            return None
-        of_groups = dict.fromkeys(group for group, _ in places)
-        for group in of_groups:
-            held = groups.get((group, dropout))
-            if not group.joint or not (held is None or held.stream == _stream(group)):
+        groups = list({id(kind.group): kind.group for kind in kinds}.values())
+        if torch.compiler.is_compiling():
+            made = [(group, group.joint_products(dropout)) for group in groups]
+        else:
+            now = self._now
+            if now is None or now[0] != _circumstances() or _is_traced():
                 return None
-        found = []
-        for group, site in places:
-            held = of_groups[group]
-            if held is None:
-                held = groups.get((group, dropout))
-                if held is None or not held.are_fresh(group):
-                    held = _Held.of(group, dropout)
-            if dropout and site in held.given:
-                held = _Held.of(group, dropout)
-            of_groups[group] = groups[group, dropout] = held
-            held.given.add(site)
-            found.append(held.factors[site])
-        return found
+            found = [now[1].get((group, dropout)) for group in groups]
+            if any(h and h.stream != _stream(g) for g, h in zip(groups, found, strict=True)):
+                return None
+            made = []
+            for group, held in zip(groups, found, strict=True):
+                own = {site for kind in kinds if kind.group is group for site in kind.sites}
+                again = dropout and held is not None and held.given & own
+                if held is None or again or not held.are_fresh(group):
+                    now[1][group, dropout] = held = _Held(group, dropout)
+                held.given.update(own)
+                made.append((group, held.products))
+        return [
+            kind.group.stacked(products, kind.plan)
+            for kind in kinds
+            for group, products in made
+            if group is kind.group
+        ]
 
 
 def _circumstances() -> object:
@@ -188,6 +201,8 @@ def keep_graph(compute: Compute, *inputs: Tensor) -> tuple[Tensor, ...]:
         RuntimeError: in backward, when an input has been changed in place since.
     """
     with torch.autocast(inputs[0].device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            return compute(*inputs)
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
             return _KeptGraph.apply(compute, *inputs)  # type: ignore[no-any-return]
         return compute(*inputs)

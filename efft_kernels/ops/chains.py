@@ -182,14 +182,6 @@ class Adapted(NamedTuple):
     b: Tensor  # [N, r], differentiable
     gamma: Tensor | None = None  # [N], of all layers' linears of one kind or of none
 
-    def scaled(self) -> Adapted:
-        """The same with γ in bias and B, and to be put in the weight as it is merged:
-        γ·(x·W^T + bias + P·B^T) = x·(γ·W)^T + γ·bias + P·(γ·B)^T."""
-        if self.gamma is None:
-            return self
-        bias = None if self.bias is None else self.bias * self.gamma
-        return self._replace(bias=bias, b=self.b * self.gamma.to(self.b.dtype).unsqueeze(1))
-
 
 class Layer(NamedTuple):
     """One block."""
@@ -219,10 +211,8 @@ def common_rank(layers: Sequence[Layer]) -> int | None:
 
 
 def operands(layers: Sequence[Layer]) -> tuple[Frozen, list[Tensor]]:
-    """What a chain runs over: what is frozen, and for each kind of linear the stacks of down
-    [L, K, r] and of B [L, N, r], differentiable."""
-    scaled = [tuple(linear.scaled() for linear in layer.linears) for layer in layers]
-    kinds = list(zip(*scaled, strict=True))
+    """What `run_stacks` runs over."""
+    kinds = list(zip(*(layer.linears for layer in layers), strict=True))
     frozen = Frozen(
         [norm for layer in layers for norm in (layer.norm1, layer.norm2)],
         [
@@ -231,11 +221,32 @@ def operands(layers: Sequence[Layer]) -> tuple[Frozen, list[Tensor]]:
         ],
         layers[0].heads,
     )
-    return frozen, [
+    factors = [
         torch.stack(parts)
         for kind in kinds
         for parts in ([a.down for a in kind], [a.b for a in kind])
     ]
+    return scaled(frozen, factors)
+
+
+def scaled(frozen: Frozen, factors: Sequence[Tensor]) -> tuple[Frozen, list[Tensor]]:
+    """LayerScale in the biases and B, still to be put in the weights as they are merged:
+    γ·(x·W^T + bias + P·B^T) = x·(γ·W)^T + γ·bias + P·(γ·B)^T.
+
+    Args:
+        frozen: the blocks.
+        factors: for each kind of linear the stacks of down [L, K, r] and of B [L, N, r].
+    """
+    kinds, found = [], list(factors)
+    for place, kind in enumerate(frozen.kinds):
+        gammas = [gamma for gamma in kind.gammas if gamma is not None]
+        if gammas:
+            pairs = zip(kind.biases, gammas, strict=True)
+            kind = kind._replace(biases=[None if b is None else b * gamma for b, gamma in pairs])
+            b = found[2 * place + 1]
+            found[2 * place + 1] = b * torch.stack(gammas).to(b.dtype).unsqueeze(2)
+        kinds.append(kind)
+    return frozen._replace(kinds=kinds), found
 
 
 def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:
@@ -246,7 +257,11 @@ def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:
         layers: at least one; a kind of linear has one rank in all of them.
         engine: what it runs with.
     """
-    frozen, factors = operands(layers)
+    return run_stacks(x, *operands(layers), engine)
+
+
+def run_stacks(x: Tensor, frozen: Frozen, factors: Sequence[Tensor], engine: Engine) -> Tensor:
+    """As `run_chain`, over what `scaled` returns, the factors being differentiable."""
     return _Chain.apply(x, *factors, frozen, engine)  # type: ignore[no-any-return]
 
 

@@ -40,7 +40,13 @@ def run_chain(
         attention: SDPBackend's number of the kernel.
         dtype: of the GEMMs.
     """
-    frozen, factors = chains.operands(layers)
+    return run_stacks(x, *chains.operands(layers), attention, dtype)
+
+
+def run_stacks(
+    x: Tensor, frozen: Frozen, factors: Sequence[Tensor], attention: int, dtype: torch.dtype
+) -> Tensor:
+    """As `chains.run_stacks`, in a graph; the rest as in `run_chain`."""
     tensors: list[Tensor | None] = []
     for norm in frozen.norms:
         tensors += norm.weight, norm.bias
@@ -48,7 +54,7 @@ def run_chain(
         tensors += *kind.weights, *kind.biases, *kind.gammas
     eps = [norm.eps for norm in frozen.norms]
     y, _ = torch.ops.efft_kernels.chain_fwd(
-        x, tensors, factors, frozen.heads, eps, dtype, attention
+        x, tensors, list(factors), frozen.heads, eps, dtype, attention
     )
     return y  # type: ignore[no-any-return]
 
@@ -86,7 +92,9 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     with launch_context(x.device), torch.no_grad():
         engine = _engine(x, factors, dtype, attention, fake)
-        return chain_passes.forward(x, _frozen(frozen, heads, eps), factors, engine)
+        y, kept = chain_passes.forward(x, _frozen(frozen, heads, eps), factors, engine)
+        # An operator may not return what it was given: factors that had the GEMMs' dtype already.
+        return y, [t.clone() if any(t is factor for factor in factors) else t for t in kept]
 
 
 def _backward(

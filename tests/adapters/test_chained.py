@@ -57,14 +57,14 @@ METHODS = [
 def runs(monkeypatch):
     """The chains that ran. What runs one takes tensors of the CPU, in any dtype."""
 
-    def run_chain(*arguments):
+    def run_stacks(*arguments):
         found.append(arguments)
         return run(*arguments)
 
-    found, run = [], chains.run_chain
+    found, run = [], chains.run_stacks
     monkeypatch.setattr(chains, "refusal", lambda x: None)
     monkeypatch.setattr(chains, "engine_for", lambda x, heads, rank: cpu_engine(x.dtype))
-    monkeypatch.setattr(chains, "run_chain", run_chain)
+    monkeypatch.setattr(chains, "run_stacks", run_stacks)
     return found
 
 
@@ -814,11 +814,11 @@ class TestAttach:
         assert "replaced" in adapter.describe().alone
 
     def test_factors_are_asked_for_in_the_models_order(self, models, images, runs):
-        model, _ = models()
+        model, _ = models(LoRA(rank=2, matrices=None))
         asked = []
         bank = model.factor_bank
-        factors = bank.factors_of
-        bank.factors_of = lambda sites, dropout: asked.extend(sites) or factors(sites, dropout)
+        factors = bank.factors
+        bank.factors = lambda site, dropout: asked.append(site) or factors(site, dropout)
         model(images)
         assert asked == [site.name for site in bank.attachment.sites]
         assert len(runs) == 1
@@ -833,13 +833,13 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 5, "num_hea
 class TestOnAGpu:
     @pytest.fixture
     def ran(self, monkeypatch):
-        found, run = [], chains.run_chain
+        found, run = [], chains.run_stacks
 
-        def run_chain(*arguments):
+        def run_stacks(*arguments):
             found.append(arguments)
             return run(*arguments)
 
-        monkeypatch.setattr(chains, "run_chain", run_chain)
+        monkeypatch.setattr(chains, "run_stacks", run_stacks)
         return found
 
     @pytest.fixture

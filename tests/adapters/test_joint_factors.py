@@ -68,7 +68,7 @@ def made(monkeypatch):
 
         monkeypatch.setattr(TensorTrainGroup, name, counting)
 
-    count("joint_factors", "joint")
+    count("joint_products", "joint")
     count("factors", "alone")
     return counts
 

@@ -41,7 +41,7 @@ def test_says_which_launch_is_wrong(
     class Wrong(TorchSteps):
         def pair_grad(self, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             sum_down, sum_b = super().pair_grad(*given)
-            return sum_down, sum_b + 1
+            return sum_down, 2 * sum_b
 
         def gather_grad(self, *_):
             raise RuntimeError("out of shared memory")
