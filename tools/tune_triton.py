@@ -1,10 +1,11 @@
 """Measure block shapes on the GPU at hand and write them where `configs.py` finds them.
 
-    python -m tools.tune_triton [--images 64] [--rank 16] [--models ViT-B/16] [--jobs 8] [--out FILE]
+    python -m tools.tune_triton [--images 64] [--rank 16] [--models ViT-B/16] [--jobs 8]
+        [--out FILE]
 
-For every layer and pass the configs below are compiled, by several processes at once, then compared
-with the default's result and timed in one, and the fastest is kept. Rows of an existing file are kept unless measured again; the file is replaced
-in one step.
+For every layer and pass the configs below are compiled, by several processes at once. Then one
+compares them with the default's result, times them, and keeps the fastest. Rows of an existing file
+are kept unless measured again; the file is replaced in one step.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def pass_space(
 
 
 class Share(NamedTuple):
-    """One of several processes that compile for the one that measures: Triton's cache is on disk."""
+    """One of several processes that fill Triton's cache for the one that measures."""
 
     number: int
     of: int
