@@ -34,7 +34,8 @@ from torch import Tensor
 from .backends.chain_steps import Norm, Sums, TorchSteps
 
 KINDS = 4  # of linears: qkv, proj, fc1, fc2
-_STACKS = 2 * KINDS + 1  # kept: the weights, each kind's B, and down of proj
+_STACKS = 3 * KINDS  # kept: of each kind the weights, and down and B
+_OF_ATTENTION, _OF_MLP = 6, 6  # kept of a layer's halves, beside what the attention needs
 
 
 class Attention(NamedTuple):
@@ -70,6 +71,24 @@ class Frozen(NamedTuple):
     heads: int
 
 
+class _Layer(NamedTuple):
+    """The linears of one layer: merged weights [N, K], factors in the GEMMs' dtype, biases."""
+
+    w_qkv: Tensor
+    w_proj: Tensor
+    w_1: Tensor
+    w_2: Tensor
+    down_qkv: Tensor
+    b_qkv: Tensor
+    down_proj: Tensor
+    b_proj: Tensor
+    down_1: Tensor
+    b_1: Tensor
+    down_2: Tensor
+    b_2: Tensor
+    biases: tuple[Tensor | None, ...] = ()
+
+
 def forward(
     x: Tensor, frozen: Frozen, factors: Sequence[Tensor], engine: Engine
 ) -> tuple[Tensor, list[Tensor]]:
@@ -81,42 +100,81 @@ def forward(
         factors: for each kind of linear the stacks of down [L, K, r] and of B [L, N, r].
         engine: what computes.
     """
-    steps, attention, dtype = engine
-    images, _, k = x.shape
     weights, thin = merged(frozen, factors, engine)
-    kept = [*weights, *thin[1::2], thin[2]]
-    layers = zip(*(t.unbind() for t in (*weights, *thin)), *_biases(frozen, dtype), strict=True)
+    biases = zip(*_biases(frozen, engine.dtype), strict=True)
+    layers = zip(*(stack.unbind() for stack in (*weights, *thin)), biases, strict=True)
+    kept = [*weights, *thin]
     z, y = x.flatten(0, 1).contiguous(), None  # type: Tensor, Any
-    for layer, of in enumerate(layers):
-        w_qkv, w_proj, w_1, w_2, down_qkv, _, _, _, down_1, _, down_2, _, *biases = of
-        # Attention half.
-        first = steps.norm(z, y, frozen.norms[2 * layer], down_qkv, dtype)
-        qkv = F.linear(first.out, w_qkv, biases[0])
-        o, of_attention = attention.forward(*_split_heads(qkv, images, frozen.heads))
-        rows = o.transpose(1, 2).reshape(-1, k)
-        y = F.linear(rows, w_proj, biases[1])
-        kept += [first.z, first.mean, first.rstd, first.p, qkv, o]
-        kept += [t for t in of_attention if isinstance(t, Tensor)]
-        # MLP half.
-        second = steps.norm(first.z, y, frozen.norms[2 * layer + 1], down_1, dtype)
-        h = F.linear(second.out, w_1, biases[2])
-        a, p_2 = steps.gelu(h, down_2)
-        z, y = second.z, F.linear(a, w_2, biases[3])
-        kept += [second.z, second.mean, second.rstd, second.p, p_2, h]
+    for place, own in enumerate(layers):
+        layer, norms = _Layer(*own), frozen.norms[2 * place : 2 * place + 2]
+        z, y = _attention(z, y, layer, norms[0], x.shape[0], frozen.heads, engine, kept)
+        z, y = _mlp(z, y, layer, norms[1], engine, kept)
     del kept[_STACKS]  # the first stream is x itself
     return (z + y).view(x.shape), kept
 
 
+def _attention(
+    z: Tensor,
+    y: Tensor | None,
+    layer: _Layer,
+    norm: Norm,
+    images: int,
+    heads: int,
+    engine: Engine,
+    kept: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(z', y') of the attention half; what it keeps is added to `kept`."""
+    steps, attention, dtype = engine
+    normed = steps.norm(z, y, norm, layer.down_qkv, dtype)
+    qkv = F.linear(normed.out, layer.w_qkv, layer.biases[0])
+    o, of_attention = attention.forward(*_split_heads(qkv, images, heads))
+    kept += [normed.z, normed.mean, normed.rstd, normed.p, qkv, o]
+    kept += [t for t in of_attention if isinstance(t, Tensor)]
+    return normed.z, F.linear(_rows(o), layer.w_proj, layer.biases[1])
+
+
+def _mlp(
+    z: Tensor, y: Tensor, layer: _Layer, norm: Norm, engine: Engine, kept: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(z', y') of the MLP half; what it keeps is added to `kept`."""
+    steps = engine.steps
+    normed = steps.norm(z, y, norm, layer.down_1, engine.dtype)
+    h = F.linear(normed.out, layer.w_1, layer.biases[2])
+    a, p_2 = steps.gelu(h, layer.down_2)
+    kept += [normed.z, normed.mean, normed.rstd, normed.p, p_2, h]
+    return normed.z, F.linear(a, layer.w_2, layer.biases[3])
+
+
 def kept_tensors(layers: int, attention: Attention) -> int:
     """How many tensors `forward` keeps."""
-    return _STACKS + layers * (12 + attention.kept) - 1
+    return _STACKS + layers * (_OF_ATTENTION + attention.kept + _OF_MLP) - 1
+
+
+class _Outs(NamedTuple):
+    """A layer's gradients of the factors, to be filled."""
+
+    qkv: Tensor
+    b_qkv: Tensor
+    proj: Tensor
+    b_proj: Tensor
+    fc1: Tensor
+    b_1: Tensor
+    fc2: Tensor
+    b_2: Tensor
+
+
+class _Stream(NamedTuple):
+    """Gradients of the stream, in its dtype and in the GEMMs'."""
+
+    dz: Tensor
+    dy: Tensor
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     frozen: Frozen,
-    kept: Sequence[Tensor],
+    kept: list[Tensor],
     engine: Engine,
     need_x: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
@@ -125,54 +183,89 @@ def backward(
     Args:
         dy: of the stream after all layers.
         x, frozen, engine: the forward's.
-        kept: what `forward` kept.
+        kept: what `forward` kept. It is emptied on the way, so that memory is given back.
         need_x: whether x needs a gradient.
     """
-    steps, attention, dtype = engine
-    images, tokens, k = x.shape
-    stacks, own = kept[:_STACKS], list(kept[_STACKS:])
-    own.insert(0, x.flatten(0, 1).contiguous())
-    layers = list(zip(*(t.unbind() for t in stacks), strict=True))
-    count = len(own) // len(layers)
+    stacks = kept[:_STACKS]
+    kept[:_STACKS] = [x.flatten(0, 1).contiguous()]
+    layers = list(zip(*(stack.unbind() for stack in stacks), strict=True))
     grads = _empty_grads(stacks)
-    outs = [list(t.unbind()) for t in grads]
+    outs = list(zip(*(grad.unbind() for grad in grads), strict=True))
     dz = dy.flatten(0, 1).contiguous()
-    dbranch: Any = dz.to(dtype)
+    stream = _Stream(dz, dz.to(engine.dtype))
     later: Sums = []
-    for layer in reversed(range(len(layers))):
-        w_qkv, w_proj, w_1, w_2, b_qkv, b_proj, b_1, b_2, down_proj = layers[layer]
-        d_qkv, d_b_qkv, d_proj, d_b_proj, d_1, d_b_1, d_2, d_b_2 = (t[layer] for t in outs)
-        z1, mean1, rstd1, p_qkv, qkv, o, *of_attention = own[
-            layer * count : (layer + 1) * count - 6
-        ]
-        z2, mean2, rstd2, p_1, p_2, h = own[(layer + 1) * count - 6 : (layer + 1) * count]
-        # MLP half.
-        s_2, sum_b_2 = steps.thin_grad(dbranch, b_2, p_2)
-        later.append((sum_b_2, d_b_2))
-        dh, s_1 = steps.gelu_grad(dbranch @ w_2, h, s_2, b_1, p_1, d_b_1, d_2, later)
-        norm2 = z2, mean2, rstd2, frozen.norms[2 * layer + 1]
-        dz, dbranch, sum_down = steps.norm_grad(dh @ w_1, *norm2, dz, s_1)
-        later.append((sum_down, d_1))
-        # Attention half.
-        rows = o.transpose(1, 2).reshape(-1, k)
-        sum_down, sum_b = steps.pair_grad(rows, dbranch, down_proj, b_proj)
-        later += (sum_down, d_proj), (sum_b, d_b_proj)
-        do = _heads(dbranch @ w_proj, images, frozen.heads)
-        found = attention.backward(
-            *(do, *_split_heads(qkv, images, frozen.heads), o),
-            *attention.restore(of_attention, tokens),
+    for place in reversed(range(len(layers))):
+        layer, out = _Layer(*layers[place]), _Outs(*outs[place])
+        norms = frozen.norms[2 * place : 2 * place + 2]
+        stream = _mlp_grad(stream, layer, norms[1], engine, kept, out, later)
+        stream = _attention_grad(
+            *(stream, layer, norms[0], x.shape[0], frozen.heads, engine, kept, out, later),
+            wanted=need_x or place > 0,
         )
-        parts = [part.transpose(1, 2).reshape(-1, k) for part in found]
-        wanted = need_x or layer > 0
-        dx, s_qkv = steps.gather_grad(parts, b_qkv, p_qkv, wanted, d_b_qkv, later)
-        norm1 = z1, mean1, rstd1, frozen.norms[2 * layer]
-        if wanted:
-            dz, dbranch, sum_down = steps.norm_grad(dx @ w_qkv, *norm1, dz, s_qkv)
-        else:
-            sum_down = steps.norm_down_grad(*norm1, s_qkv)
-        later.append((sum_down, d_qkv))
-    steps.finish(later)
-    return dz.view(x.shape) if need_x else None, grads
+    engine.steps.finish(later)
+    return stream.dz.view(x.shape) if need_x else None, grads
+
+
+def _taken(kept: list[Tensor], count: int) -> list[Tensor]:
+    """The last `count` of them, taken away."""
+    own = kept[-count:]
+    del kept[-count:]
+    return own
+
+
+def _mlp_grad(
+    stream: _Stream,
+    layer: _Layer,
+    norm: Norm,
+    engine: Engine,
+    kept: list[Tensor],
+    out: _Outs,
+    later: Sums,
+) -> _Stream:
+    """The gradients of (z, y) from those of (z', y')."""
+    steps = engine.steps
+    z, mean, rstd, p_1, p_2, h = _taken(kept, _OF_MLP)
+    s_2, sum_b = steps.thin_grad(stream.dy, layer.b_2, p_2)
+    later.append((sum_b, out.b_2))
+    da = stream.dy @ layer.w_2
+    dh, s_1 = steps.gelu_grad(da, h, s_2, layer.b_1, p_1, out.b_1, out.fc2, later)
+    dz, dy, sum_down = steps.norm_grad(dh @ layer.w_1, z, mean, rstd, norm, stream.dz, s_1)
+    later.append((sum_down, out.fc1))
+    return _Stream(dz, dy)
+
+
+def _attention_grad(
+    stream: _Stream,
+    layer: _Layer,
+    norm: Norm,
+    images: int,
+    heads: int,
+    engine: Engine,
+    kept: list[Tensor],
+    out: _Outs,
+    later: Sums,
+    *,
+    wanted: bool,
+) -> _Stream:
+    """The same of this half; if it is not `wanted`, of the factors alone."""
+    steps, attention, _ = engine
+    own = _taken(kept, _OF_ATTENTION + attention.kept)
+    z, mean, rstd, p, qkv, o, *of_attention = own
+    sum_down, sum_b = steps.pair_grad(_rows(o), stream.dy, layer.down_proj, layer.b_proj)
+    later += (sum_down, out.proj), (sum_b, out.b_proj)
+    do = _heads(stream.dy @ layer.w_proj, images, heads)
+    parts = attention.backward(
+        *(do, *_split_heads(qkv, images, heads), o),
+        *attention.restore(of_attention, len(o.flatten(0, 1)[0])),
+    )
+    rows = [_rows(part) for part in parts]
+    dx, s = steps.gather_grad(rows, layer.b_qkv, p, wanted, out.b_qkv, later)
+    if dx is None:
+        later.append((steps.norm_down_grad(z, mean, rstd, norm, s), out.qkv))
+        return stream
+    dz, dy, sum_down = steps.norm_grad(dx @ layer.w_qkv, z, mean, rstd, norm, stream.dz, s)
+    later.append((sum_down, out.qkv))
+    return _Stream(dz, dy)
 
 
 @torch.no_grad()
@@ -200,13 +293,11 @@ def _biases(frozen: Frozen, dtype: torch.dtype) -> list[list[Tensor | None]]:
 
 
 def _empty_grads(stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Of the factors, to be filled: for each kind of linear that of down and that of B."""
-    found = []
-    for weight, b in zip(stacks[:KINDS], stacks[KINDS : 2 * KINDS], strict=True):
-        dtype = torch.promote_types(b.dtype, torch.float32)
-        found.append(b.new_empty(weight.shape[0], weight.shape[2], b.shape[2], dtype=dtype))
-        found.append(b.new_empty(b.shape, dtype=dtype))
-    return found
+    """Of the factors, to be filled."""
+    return [
+        factor.new_empty(factor.shape, dtype=torch.promote_types(factor.dtype, torch.float32))
+        for factor in stacks[KINDS:]
+    ]
 
 
 def _heads(x: Tensor, images: int, heads: int) -> Tensor:
@@ -218,3 +309,8 @@ def _split_heads(x: Tensor, images: int, heads: int) -> tuple[Tensor, ...]:
     """q, k and v of a qkv [M, 3·K], by heads."""
     by_heads = x.view(images, -1, 3, heads, x.shape[1] // (3 * heads))
     return by_heads.permute(2, 0, 3, 1, 4).unbind()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The inverse of `_heads`, without a copy where the rows lie together."""
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -292,6 +292,7 @@ class _Chain(torch.autograd.Function):
                 " adapter with fuse='pairs'"
             )
         x, *kept = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # each half's are given back when it is done
         del kept[: 2 * len(ctx.frozen.norms)]
         need_x = ctx.needs_input_grad[0]
         with launch_context(dy.device), torch.no_grad():

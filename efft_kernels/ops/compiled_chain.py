@@ -19,13 +19,18 @@ from .chain_passes import KINDS, Engine, Frozen, FrozenLinears
 from .dispatch import launch_context
 from .schemas import LIBRARY
 
+# Of what chain_fwd keeps. Torch may have a graph of another version on disk: one with another number
+# here is not taken.
+FORM = 2
+
 LIBRARY.define(
     "chain_fwd(Tensor x, Tensor?[] frozen, Tensor[] factors, int heads, float[] eps,"
-    " ScalarType dtype, int attention) -> (Tensor y, Tensor[] kept)"
+    " ScalarType dtype, int attention, int form) -> (Tensor y, Tensor[] kept)"
 )
 LIBRARY.define(
     "chain_bwd(Tensor dy, Tensor x, Tensor?[] frozen, Tensor[] factors, Tensor[] kept, int heads,"
-    " float[] eps, ScalarType dtype, int attention, bool need_x) -> (Tensor dx, Tensor[] grads)"
+    " float[] eps, ScalarType dtype, int attention, int form, bool need_x)"
+    " -> (Tensor dx, Tensor[] grads)"
 )
 
 
@@ -54,7 +59,7 @@ def run_stacks(
         tensors += *kind.weights, *kind.biases, *kind.gammas
     eps = [norm.eps for norm in frozen.norms]
     y, _ = torch.ops.efft_kernels.chain_fwd(
-        x, tensors, list(factors), frozen.heads, eps, dtype, attention
+        x, tensors, list(factors), frozen.heads, eps, dtype, attention, FORM
     )
     return y  # type: ignore[no-any-return]
 
@@ -88,6 +93,7 @@ def _forward(
     eps: list[float],
     dtype: torch.dtype,
     attention: int,
+    form: int,
     fake: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     with launch_context(x.device), torch.no_grad():
@@ -107,6 +113,7 @@ def _backward(
     eps: list[float],
     dtype: torch.dtype,
     attention: int,
+    form: int,
     need_x: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     with launch_context(x.device), torch.no_grad():
@@ -118,7 +125,7 @@ def _backward(
                 " compiled by another version; clear torch's compile caches"
             )
         own = _frozen(frozen, heads, eps)
-        dx, grads = chain_passes.backward(dy, x, own, kept, engine, need_x)
+        dx, grads = chain_passes.backward(dy, x, own, list(kept), engine, need_x)
         grads = [g.to(f.dtype) for g, f in zip(grads, factors, strict=True)]
         return dy.new_empty(0) if dx is None else dx, grads
 
@@ -134,8 +141,9 @@ def _forward_fake(
     eps: list[float],
     dtype: torch.dtype,
     attention: int,
+    form: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    return _forward(x, frozen, factors, heads, eps, dtype, attention, fake=True)
+    return _forward(x, frozen, factors, heads, eps, dtype, attention, form, fake=True)
 
 
 def _backward_fake(
@@ -148,6 +156,7 @@ def _backward_fake(
     eps: list[float],
     dtype: torch.dtype,
     attention: int,
+    form: int,
     need_x: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     dx = x.new_empty(x.shape) if need_x else dy.new_empty(0)

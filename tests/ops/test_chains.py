@@ -367,7 +367,7 @@ class TestAsTwoOperators:
         operator, arguments = calls[1]
         kept = arguments[4]
         for other in (kept[:-1], [*kept, x]):
-            with pytest.raises(RuntimeError, match=r"kept must have 34 tensors, got 3[35]: "):
+            with pytest.raises(RuntimeError, match=r"kept must have 37 tensors, got 3[68]: "):
                 operator(*arguments[:4], other, *arguments[5:])
 
 

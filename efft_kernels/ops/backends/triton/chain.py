@@ -1,7 +1,7 @@
 """The steps of `backends/chain_steps.py` as launches.
 
-GELU's kernels carry the thin products of both its linears along: on an H100, ViT-B, 64 images, 70
-and 111 µs for 94 and 224 in torch's activation and passes of their own. Where they would spill
+GELU's kernels carry the thin products of both its linears along: on an H200, ViT-B, 64 images, 52
+and 108 µs for 81 and 204 in torch's activation and passes of their own. Where they would spill
 (ranks above 32, hidden widths that 64 does not divide) it is those passes.
 """
 
@@ -52,30 +52,40 @@ def configs_for(k: int, rank: int, index: int | None) -> Configs:
         rank: the largest of the chain's linears.
         index: the CUDA device.
     """
-    wide = padded_rank(rank) > 32
-    block_c = 64 if wide else 128
+    padded = padded_rank(rank)
+    wide = padded > 32
+    ragged = k % 64 != 0  # held, or in wide blocks, such rows would spill
 
     def parts(columns: int, programs: int = 2) -> int:
         """Of the rows, so that there are so many programs for each multiprocessor."""
         return tuning.cdiv(programs * multiprocessors(index), columns)
 
-    tiles = tuning.cdiv(k, block_c)
-    ragged = k % 64 != 0  # held, or in wide blocks, such rows would spill
-    registers = 128 if rank == 16 else None  # for two programs on a multiprocessor
+    if wide or ragged:
+        gather = PassConfig(32, 64, parts(3 * tuning.cdiv(k, 64)), 8, 3)
+    elif k % 256 == 0:
+        gather = PassConfig(32, 256, parts(3 * k // 256), 4, 3)
+    else:
+        gather = PassConfig(64, 128, parts(3 * tuning.cdiv(k, 128)), 4, 3)
+    pair_m = 32 if padded > 64 else 64
+    pair_c = 128 if not wide and k % 128 == 0 else 64
+    gelu = ActConfig(32, 128, 1, 8, 3)
+    gelu_grad = ActConfig(32, 128, 16, 4, 3) if padded == 16 else ActConfig(32, 128, 11, 8, 3)
     return Configs(
-        NormConfig(16, 128 if wide or ragged else 256, not ragged, 8 if wide or k > 768 else 4),
-        NormConfig(4, 256, True, 4),
-        PassConfig(
+        norm=NormConfig(
+            16, 128 if wide or ragged else 256, not ragged, 8 if wide or k > 768 else 4
+        ),
+        norm_grad=NormConfig(4, 256, True, 4),
+        norm_down_grad=PassConfig(
             64 if wide else 32,
             64,
             parts(tuning.cdiv(k, 64), 2 if wide else 4),
-            8 if padded_rank(rank) > 64 else 4,
+            8 if padded > 64 else 4,
             3,
         ),
-        PassConfig(64, block_c, parts(3 * tiles), 4, 3),
-        PassConfig(32 if padded_rank(rank) > 64 else 64, 64, 4 * multiprocessors(index), 8, 3),
-        None if wide else ActConfig(32, 128, 2, 4, 2),
-        None if wide else ActConfig(32, 128, 11, 8, 3, registers),
+        gather=gather,
+        pair_grad=PassConfig(pair_m, pair_c, 4 * multiprocessors(index), 8, 3),
+        gelu=None if wide else gelu,
+        gelu_grad=None if wide else gelu_grad,
     )
 
 
@@ -108,7 +118,7 @@ class TritonSteps(TorchSteps):
         while sums:
             now = sums[:MOST_SUMS]
             del sums[:MOST_SUMS]
-            sizes = [(found.shape, out.shape) for found, out in now]
+            sizes = [(found.shape, out.shape, out.dtype) for found, out in now]
             launch_reduce(now, self._cache("finish", now[0][0], few, *sizes), few)
             few = 0
 
