@@ -19,7 +19,7 @@ from .chain_passes import KINDS, Engine, Frozen, FrozenLinears
 from .dispatch import launch_context
 from .schemas import LIBRARY
 
-# Of what chain_fwd keeps. Torch may have a graph of another version on disk: one with another number
+# Of what chain_fwd keeps. Torch may have another version's graph on disk: one with another number
 # here is not taken.
 FORM = 2
 
