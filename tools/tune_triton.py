@@ -89,7 +89,7 @@ class Share(NamedTuple):
     number: int
     of: int
 
-    def compile(self, candidates: Iterator[Config], run: Callable[[Any], Tensor]) -> None:
+    def compile(self, candidates: Iterator[Config], run: Callable[[Any], Any]) -> None:
         """Run each of this process's candidates once."""
         for config in list(dict.fromkeys(candidates))[self.number :: self.of]:
             with contextlib.suppress(TritonError, RuntimeError):
@@ -97,19 +97,29 @@ class Share(NamedTuple):
 
 
 def fastest(
-    candidates: Iterator[Config], run: Callable[[Any], Tensor], deadline: float
+    candidates: Iterator[Config],
+    run: Callable[[Any], Any],
+    result: Callable[[Any], Tensor],
+    deadline: float,
 ) -> tuple[Config, float] | None:
-    """(config, milliseconds) of the fastest whose result agrees with the first one's."""
+    """(config, milliseconds) of the fastest whose result agrees with the first one's.
+
+    Args:
+        candidates: the configs.
+        run: what is timed, with a config.
+        result: what `run` returned, as one tensor.
+        deadline: no config is begun after it.
+    """
     best: tuple[Config, float] | None = None
     expected: Tensor | None = None
     for config in dict.fromkeys(candidates):
         if time.monotonic() > deadline:
             break
         try:
-            result = run(config).double()
+            found = result(run(config)).double()
             if expected is None:
-                expected = result
-            elif not (result - expected).norm() <= 1e-2 * expected.norm():
+                expected = found
+            elif not (found - expected).norm() <= 1e-2 * expected.norm():
                 print(f"  {config}: wrong result", file=sys.stderr)
                 continue
             ms = float(do_bench(partial(run, config), warmup=10, rep=40, return_mode="median"))
@@ -165,17 +175,31 @@ def _run_thin_grad(
     p: Tensor,
     remembered: _Remembered,
     config: PassConfig,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     s = torch.empty_like(p)
     d_up, d_core = launch_thin(tall, up, core, s, p, config, remembered.setdefault(config, {}))
     assert d_up is not None and d_core is not None
-    # Each as large as the others, so that an error in any of them shows.
-    found = (s.float(), d_up.sum((0, 1)), d_core.sum(0))
-    return torch.cat([(t / t.norm()).flatten() for t in found])
+    return s, d_up, d_core
+
+
+def _of_thin_grad(found: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Each as large as the others, so that an error in any of them shows."""
+    s, d_up, d_core = found
+    return torch.cat(
+        [(t / t.norm()).flatten() for t in (s.float(), d_up.sum((0, 1)), d_core.sum(0))]
+    )
 
 
 def _run_tall_grad(tall: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig) -> Tensor:
-    return launch_tall_grad(tall, p, config, remembered.setdefault(config, {})).sum(0)
+    return launch_tall_grad(tall, p, config, remembered.setdefault(config, {}))
+
+
+def _of_tall_grad(partial: Tensor) -> Tensor:
+    return partial.sum(0)
+
+
+def _itself(found: Tensor) -> Tensor:
+    return found
 
 
 def tune_layer(
@@ -200,26 +224,30 @@ def tune_layer(
     p = torch.randn(m, rank, device="cuda", dtype=dtype)
     rows: Rows = {}
 
-    def keep(key: str, candidates: Iterator[Config], run: Callable[[Any], Tensor]) -> None:
+    def keep(
+        key: str,
+        candidates: Iterator[Config],
+        run: Callable[[Any], Any],
+        result: Callable[[Any], Tensor] = _itself,
+    ) -> None:
         if share is not None:
             share.compile(candidates, run)
             return
-        found = fastest(candidates, run, deadline)
+        found = fastest(candidates, run, result, deadline)
         if found is not None:
             config, ms = found
             rows[key] = {str(m.bit_length()): [int(value) for value in config]}
             print(f"{key} m={m}: {1e3 * ms:.1f} us {tuple(config)}", flush=True)
 
     passes = (
-        ("thin", k, partial(_run_thin, x, down, p, {})),
-        ("thin", n, partial(_run_thin, dy, b, p, {})),
-        ("thin_grad", n, partial(_run_thin_grad, dy, up, core, p, {})),
-        ("tall_grad", k, partial(_run_tall_grad, x, p, {})),
+        ("thin", k, partial(_run_thin, x, down, p, {}), _itself),
+        ("thin", n, partial(_run_thin, dy, b, p, {}), _itself),
+        ("thin_grad", n, partial(_run_thin_grad, dy, up, core, p, {}), _of_thin_grad),
+        ("tall_grad", k, partial(_run_tall_grad, x, p, {}), _of_tall_grad),
     )
-    for kernel, c, run in passes:
-        keep(
-            configs.pass_key(kernel, c, rank, form), pass_space(kernel, m, c, rank, dev, form), run
-        )
+    for kernel, c, run, result in passes:
+        space = pass_space(kernel, m, c, rank, dev, form)
+        keep(configs.pass_key(kernel, c, rank, form), space, run, result)
     gemms: tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor], ...] = (
         (x, weight.t(), down, core, up),
         (dy, weight, b, None, down),

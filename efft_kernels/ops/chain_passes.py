@@ -249,14 +249,13 @@ def _attention_grad(
 ) -> _Stream:
     """The same of this half; if it is not `wanted`, of the factors alone."""
     steps, attention, _ = engine
-    own = _taken(kept, _OF_ATTENTION + attention.kept)
-    z, mean, rstd, p, qkv, o, *of_attention = own
+    z, mean, rstd, p, qkv, o, *rest = _taken(kept, _OF_ATTENTION + attention.kept)
     sum_down, sum_b = steps.pair_grad(_rows(o), stream.dy, layer.down_proj, layer.b_proj)
     later += (sum_down, out.proj), (sum_b, out.b_proj)
     do = _heads(stream.dy @ layer.w_proj, images, heads)
     parts = attention.backward(
         *(do, *_split_heads(qkv, images, heads), o),
-        *attention.restore(of_attention, len(o.flatten(0, 1)[0])),
+        *attention.restore(rest, o.shape[2]),
     )
     rows = [_rows(part) for part in parts]
     dx, s = steps.gather_grad(rows, layer.b_qkv, p, wanted, out.b_qkv, later)

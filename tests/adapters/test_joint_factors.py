@@ -78,6 +78,32 @@ def images():
     return torch.randn(3, 3, 8, 8, dtype=torch.float64)
 
 
+IN = EFFT1(rank=3, attention_side="in", dropout=0.0)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, IN], ids=str)
+def test_stacks_are_those_of_the_sites(make_vit, randomize, method, dropout):
+    """Of each kind of linear over all blocks, from the group's products as they lie there."""
+    model = make_vit(dtype=torch.float64, depth=3)
+    adapter = attach(model, method)
+    randomize(adapter)
+    for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        sites = [f"blocks.{block}.{kind}" for block in range(3)]
+        group = adapter.bank.group(sites[0])
+        plan = group.stack_plan(sites)
+        if method is IN and kind == "attn.qkv":
+            assert plan is None  # q, k and v have a projection each
+            continue
+        products = group.joint_products(dropout)
+        down, b = group.stacked(products, plan)
+        factors = [group.from_products(products)[site] for site in sites]
+        assert torch.equal(down, torch.stack([f.down for f in factors]))
+        assert torch.equal(b, torch.stack([f.up.flatten(0, 1) for f in factors]))
+        assert group.stack_plan([sites[0], sites[2], sites[1]]) is None
+        assert group.stack_plan([sites[0], "blocks.0.other"]) is None
+
+
 def factors(model):
     return list(model.factor_bank.parameters())
 

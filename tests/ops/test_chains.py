@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -161,6 +162,32 @@ def test_backward_again(layers: list[Layer]) -> None:
     loss = run_chain(x, layers, ENGINE).tanh().sum()
     first = torch.autograd.grad(loss, [x, *factors(layers)], retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, [x, *factors(layers)]), first)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_is_given_back_on_the_way(layers: list[Layer], again: bool) -> None:
+    """What a half kept is gone when the next half's gradient is made, unless there is another
+    backward to come."""
+    kept: list[StorageWeakRef] = []
+    gone: list[bool] = []
+
+    class Steps(TorchSteps):
+        def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+            kept.append(StorageWeakRef(h.untyped_storage()))
+            return super().gelu(h, down)
+
+        def pair_grad(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+            gone.append(kept[-1 - len(gone) % len(layers)].expired())
+            return super().pair_grad(*given)
+
+    loss = run_chain(
+        draw(IMAGES, TOKENS, K, grad=True), layers, ENGINE._replace(steps=Steps())
+    ).sum()
+    loss.backward(retain_graph=again)
+    assert gone == [not again] * len(layers)
+    if again:
+        loss.backward()
+        assert gone[len(layers) :] == [True] * len(layers)
 
 
 def test_a_second_derivative_is_refused(layers: list[Layer]) -> None:

@@ -51,11 +51,46 @@ def test_the_fastest_right_one_is_kept(monkeypatch, capsys):
         return ms[call.args[0].programs]
 
     monkeypatch.setattr(tune_triton, "do_bench", timed)
-    later = time.monotonic() + 60
-    assert tune_triton.fastest(iter(tried), run, later) == (tried[1], 0.1)
+    later, ran = time.monotonic() + 60, []
+
+    def result(found):
+        ran.append(found)
+        return found
+
+    assert tune_triton.fastest(iter(tried), run, result, later) == (tried[1], 0.1)
     said = capsys.readouterr().err
     assert "wrong result" in said and "PassManager::run failed" in said
-    assert tune_triton.fastest(iter(tried), run, time.monotonic() - 1) is None
+    assert len(ran) == 4  # the comparison is not in the time
+    assert tune_triton.fastest(iter(tried), run, result, time.monotonic() - 1) is None
+
+
+def test_shares_hold_every_candidate_once():
+    tried = [configs.PassConfig(64, 64, programs, 4, 3) for programs in (1, 2, 3, 3, 4, 5)]
+    seen = []
+
+    def run(config):
+        seen.append(config.programs)
+        if config.programs == 2:
+            raise RuntimeError("does not compile")
+
+    for number in range(3):
+        tune_triton.Share(number, 3).compile(iter(tried), run)
+    assert sorted(seen) == [1, 2, 3, 4, 5]
+
+
+def test_processes_compile_and_are_stopped_in_time(monkeypatch, tmp_path):
+    begun, marks = time.monotonic(), tmp_path / "shares"
+    script = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[-2] + ' '); time.sleep(60)"
+    real = tune_triton.subprocess.Popen
+
+    def started(command, **options):
+        assert command[:3] == [tune_triton.sys.executable, "-m", "tools.tune_triton"]
+        return real([command[0], "-c", script, str(marks), *command[3:]], **options)
+
+    monkeypatch.setattr(tune_triton.subprocess, "Popen", started)
+    tune_triton.compile_all(2, ["--images", "8"], seconds=5.0)
+    assert time.monotonic() - begun < 30
+    assert sorted(marks.read_text().split()) == ["0", "1"]
 
 
 def test_written_rows_join_those_of_the_same_device(monkeypatch, tmp_path):
