@@ -89,6 +89,7 @@ KERNELS = {
     "thin": 0.7,
     "thin_grad": 0.68,
     "tall_grad": 0.65,
+    "pair_grad": 0.5,  # reads its rows twice, which is counted once
     "merge_stack": 0.87,
     ATTENTION: 0.2,
     ATTENTION + GRADIENT: 0.131,
