@@ -221,6 +221,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/backends/triton/test_backend.py",
         "ops/backends/triton/test_launch_cache.py",
     ),
+    "ops/chain_passes.py": ("ops/test_chains.py", "adapters/test_chained.py"),
     "ops/chains.py": ("ops/test_chains.py", *CHAINED),
     "ops/checks.py": (
         "ops/test_functional.py",
@@ -459,47 +460,92 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "but for another process that removes the same file at that moment",
     (
         "ops/chains.py",
-        "more = [o if t is None else t for t, o in zip(saved, ctx.others, strict=True)]",
+        "for first, *others in zip(*(layer.linears for layer in layers), strict=True):",
         "False",
     ): "they are as many, whatever the call",
     (
         "ops/chains.py",
-        "for first, *others in zip(*map(_linears, layers), strict=True):",
+        "kinds = list(zip(*(layer.linears for layer in layers), strict=True))",
         "False",
     ): "they are as many, whatever the call",
     (
         "ops/chains.py",
-        "for layer, qkv, proj, fc1, fc2 in zip(layers, *stacks, strict=True):",
-        "False",
-    ): "they are as many, whatever the call",
-    (
-        "ops/chains.py",
-        "kinds = zip(*map(_linears, layers), strict=True)",
-        "False",
-    ): "they are as many, whatever the call",
-    (
-        "ops/chains.py",
-        "stacks = zip(merged.unbind(), biases, down.unbind(), b.unbind(), strict=True)",
+        "pairs = zip(kind.biases, gammas, strict=True)",
         "False",
     ): "they are as many, whatever the call",
     (
         "ops/compiled_chain.py",
-        "for layer, qkv, proj, fc1, fc2 in zip(layers, *stacks, strict=True):",
+        "grads = [g.to(f.dtype) for g, f in zip(grads, factors, strict=True)]",
         "False",
     ): "they are as many, whatever the call",
     (
-        "ops/compiled_chain.py",
-        "[Linear(w, None, w, b) for w, b in zip(*map(torch.unbind, pair), strict=True)]",
+        "ops/chain_passes.py",
+        "biases = zip(*_biases(frozen, engine.dtype), strict=True)",
         "False",
     ): "they are as many, whatever the call",
     (
-        "ops/compiled_chain.py",
-        "for pair in zip(weights, bs, strict=True)",
+        "ops/chain_passes.py",
+        "layers = zip(*(stack.unbind() for stack in (*weights, *thin)), biases, strict=True)",
         "False",
     ): "they are as many, whatever the call",
     (
-        "ops/compiled_chain.py",
-        "return dx, [g.to(f.dtype) for g, f in zip(grads, factors, strict=True)]",
+        "ops/chain_passes.py",
+        "layers = list(zip(*(stack.unbind() for stack in stacks), strict=True))",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/chain_passes.py",
+        "outs = list(zip(*(grad.unbind() for grad in grads), strict=True))",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/chain_passes.py",
+        "for kind, down, b in zip(frozen.kinds, thin[::2], thin[1::2], strict=True):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "methods/joint.py",
+        "if any(h and h.stream != _stream(g) for g, h in zip(groups, found, strict=True)):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "methods/joint.py",
+        "for group, held in zip(groups, found, strict=True):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "methods/tensor_train.py",
+        "pieces = zip(per_site.unbind(), self.sites.values(), strict=True)",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "methods/tensor_train.py",
+        "t * m for t, m in zip((kept, other, matrices), masks[i], strict=True)",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "methods/tensor_train.py",
+        "pairs = zip(products[::2], products[1::2], strict=True)",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "methods/tensor_train.py",
+        "for family, (kept_stack, folded_stack) in zip(self._families, pairs, strict=True):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "methods/tensor_train.py",
+        "for site, plain, fold in zip(family.sites, kept, folded, strict=True):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "adapters/chained.py",
+        "columns = list(zip(*(block.linears for block in self.blocks), strict=True))",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "adapters/chained.py",
+        "self._columns = list(zip(columns, zip(*places, strict=True), strict=True))",
         "False",
     ): "they are as many, whatever the call",
     (
