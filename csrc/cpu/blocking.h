@@ -2,13 +2,15 @@
 #pragma once
 
 #include "isa.h"
+#include "microkernel.h"
 #include "storage.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
 // Rows of w in a packed step: a panel of 384 × 48 floats is read from the second-level cache while
-// its row block is in the first.
-constexpr int64_t kDepth = 384;
+// its row block is in the first. A step is one chain of sums; without fused multiply-adds, which the
+// baseline does not have, so long a chain would err more than the budget allows.
+constexpr int64_t kDepth = kChain;
 // Rows of a block: its rows of one packed step, 200 × 384 floats, stay in a second-level cache
 // beside a panel, and every panel is read from further away once per block.
 constexpr int64_t kBlockRows = 200;

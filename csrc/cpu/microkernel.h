@@ -58,7 +58,7 @@ struct Term {
 
 // Terms that are summed one after another before the sum joins the others': rounding errors grow
 // with the length of a chain.
-constexpr int64_t kChain = 384;
+constexpr int64_t kChain = EFFT_VECTOR_BYTES == 16 ? 128 : 384;
 
 // The steps between two prefetches, with a panel b, whose lines come into the first-level cache
 // kAhead steps before they are read: the processor's own prefetcher is late for them. One step a

@@ -38,7 +38,6 @@ struct OutputBlock {
 template <class T>
 void product(Rows<T> a, int64_t rows, int64_t next_rows, const Packed<T>& packed, const T* bias,
              const FusedThinProducts<T>& fused, const OutputBlock<T>& out) {
-  static_assert(kDepth <= kChain);
   T edge[kRows * kPanel<T>];
   const int64_t width = fused.width;
   const int64_t step_depth = std::min(kDepth, packed.inner);
