@@ -442,7 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "batch": options.images,
             "r": options.rank,
         },
-        gate=None if options.no_gate else Gate(base, options.rank, batch, AMP),
+        # One draw: a GPU's time is short.
+        gate=None if options.no_gate else Gate(base, options.rank, batch, AMP, draws=1),
         write=write,
     )
     todo = entries(options.methods, options.backends, options.strategy)

@@ -8,8 +8,8 @@
 namespace efft_kernels::cpu::EFFT_ISA {
 
 // Rows of w in a packed step: a panel of 384 × 48 floats is read from the second-level cache while
-// its row block is in the first. A step is one chain of sums; without fused multiply-adds, which the
-// baseline does not have, so long a chain would err more than the budget allows.
+// its row block is in the first. A step is one chain of sums; without fused multiply-adds, which
+// the baseline does not have, so long a chain would err more than the budget allows.
 constexpr int64_t kDepth = kChain;
 // Rows of a block: its rows of one packed step, 200 × 384 floats, stay in a second-level cache
 // beside a panel, and every panel is read from further away once per block.
