@@ -33,6 +33,8 @@ from torch import Tensor
 
 from .backends.chain_steps import Norm, Sums, TorchSteps
 
+Unpack = Callable[[Any], Tensor]
+
 KINDS = 4  # of linears: qkv, proj, fc1, fc2
 _STACKS = 3 * KINDS  # kept: of each kind the weights, and down and B
 _OF_ATTENTION, _OF_MLP = 6, 6  # kept of a layer's halves, beside what the attention needs
@@ -174,9 +176,10 @@ def backward(
     dy: Tensor,
     x: Tensor,
     frozen: Frozen,
-    kept: list[Tensor],
+    kept: list[Any],
     engine: Engine,
     need_x: bool,
+    unpack: Unpack | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradients of x, if it needs one, and of the factors, in float32 or wider.
 
@@ -185,9 +188,11 @@ def backward(
         x, frozen, engine: the forward's.
         kept: what `forward` kept. It is emptied on the way, so that memory is given back.
         need_x: whether x needs a gradient.
+        unpack: what makes a tensor of each in `kept`; None where they are tensors.
     """
-    stacks = kept[:_STACKS]
-    kept[:_STACKS] = [x.flatten(0, 1).contiguous()]
+    stacks = [t if unpack is None else unpack(t) for t in kept[:_STACKS]]
+    kept[:_STACKS] = []
+    first = x.flatten(0, 1).contiguous()
     layers = list(zip(*(stack.unbind() for stack in stacks), strict=True))
     grads = _empty_grads(stacks)
     outs = list(zip(*(grad.unbind() for grad in grads), strict=True))
@@ -197,20 +202,23 @@ def backward(
     for place in reversed(range(len(layers))):
         layer, out = _Layer(*layers[place]), _Outs(*outs[place])
         norms = frozen.norms[2 * place : 2 * place + 2]
-        stream = _mlp_grad(stream, layer, norms[1], engine, kept, out, later)
+        own = _taken(kept, _OF_MLP, unpack)
+        stream = _mlp_grad(stream, layer, norms[1], engine, own, out, later)
+        count = _OF_ATTENTION + engine.attention.kept
+        own = _taken(kept, count, unpack) if place else [first, *_taken(kept, count - 1, unpack)]
         stream = _attention_grad(
-            *(stream, layer, norms[0], x.shape[0], frozen.heads, engine, kept, out, later),
+            *(stream, layer, norms[0], x.shape[0], frozen.heads, engine, own, out, later),
             wanted=need_x or place > 0,
         )
     engine.steps.finish(later)
     return stream.dz.view(x.shape) if need_x else None, grads
 
 
-def _taken(kept: list[Tensor], count: int) -> list[Tensor]:
+def _taken(kept: list[Any], count: int, unpack: Unpack | None) -> list[Tensor]:
     """The last `count` of them, taken away."""
     own = kept[-count:]
     del kept[-count:]
-    return own
+    return own if unpack is None else [unpack(t) for t in own]
 
 
 def _mlp_grad(
@@ -218,13 +226,15 @@ def _mlp_grad(
     layer: _Layer,
     norm: Norm,
     engine: Engine,
-    kept: list[Tensor],
+    own: list[Tensor],
     out: _Outs,
     later: Sums,
 ) -> _Stream:
-    """The gradients of (z, y) from those of (z', y')."""
+    """The gradients of (z, y) from those of (z', y'). `own` is what the half kept, and is emptied:
+    nothing is to hold it while the other half runs."""
     steps = engine.steps
-    z, mean, rstd, p_1, p_2, h = _taken(kept, _OF_MLP)
+    z, mean, rstd, p_1, p_2, h = own
+    own.clear()
     s_2, sum_b = steps.thin_grad(stream.dy, layer.b_2, p_2)
     later.append((sum_b, out.b_2))
     da = stream.dy @ layer.w_2
@@ -241,7 +251,7 @@ def _attention_grad(
     images: int,
     heads: int,
     engine: Engine,
-    kept: list[Tensor],
+    own: list[Tensor],
     out: _Outs,
     later: Sums,
     *,
@@ -249,7 +259,8 @@ def _attention_grad(
 ) -> _Stream:
     """The same of this half; if it is not `wanted`, of the factors alone."""
     steps, attention, _ = engine
-    z, mean, rstd, p, qkv, o, *rest = _taken(kept, _OF_ATTENTION + attention.kept)
+    z, mean, rstd, p, qkv, o, *rest = own
+    own.clear()
     sum_down, sum_b = steps.pair_grad(_rows(o), stream.dy, layer.down_proj, layer.b_proj)
     later += (sum_down, out.proj), (sum_b, out.b_proj)
     do = _heads(stream.dy @ layer.w_proj, images, heads)

@@ -274,9 +274,17 @@ class _Chain(torch.autograd.Function):
         with launch_context(x.device):
             y, kept = chain_passes.forward(x, frozen, factors, engine)
         ctx.engine, ctx.frozen = engine, frozen
-        norms = [t for norm in frozen.norms for t in (norm.weight, norm.bias)]
-        # Of a norm nothing but its version is looked at: whether it is what the forward read.
-        ctx.save_for_backward(x, *norms, *kept)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is None:
+            norms = [t for norm in frozen.norms for t in (norm.weight, norm.bias)]
+            # Of a norm nothing but its version is looked at: whether it is what the forward read.
+            ctx.save_for_backward(x, *norms, *kept)
+            ctx.packed, ctx.unpack = None, None
+        else:
+            # What hooks take (save_on_cpu, a checkpoint) comes back half by half, not all at once.
+            pack, ctx.unpack = hooks
+            ctx.packed = [pack(t) for t in kept]
+            ctx.save_for_backward(x)
         return y
 
     @staticmethod
@@ -291,12 +299,12 @@ class _Chain(torch.autograd.Function):
                 "chained blocks carry no forward-mode derivative of their gradient: attach the"
                 " adapter with fuse='pairs'"
             )
-        x, *kept = ctx.saved_tensors
-        ctx.maybe_clear_saved_tensors()  # each half's are given back when it is done
-        del kept[: 2 * len(ctx.frozen.norms)]
+        x, kept = _take_kept(ctx)
         need_x = ctx.needs_input_grad[0]
         with launch_context(dy.device), torch.no_grad():
-            dx, grads = chain_passes.backward(dy, x, ctx.frozen, kept, ctx.engine, need_x)
+            dx, grads = chain_passes.backward(
+                dy, x, ctx.frozen, kept, ctx.engine, need_x, ctx.unpack
+            )
         found = dx, *grads
         if torch.is_grad_enabled():
             error: Any = torch._C._functions.DelayedError(
@@ -305,6 +313,21 @@ class _Chain(torch.autograd.Function):
             )
             found = error(*(None if t is None else t.detach().requires_grad_() for t in found))
         return *found, None, None
+
+
+def _take_kept(ctx: Any) -> tuple[Tensor, list[Any]]:
+    """x and what the forward kept, as hooks packed it if there were any. Where the graph is not
+    retained, nothing else holds it any more: each half's memory is given back when it is done."""
+    x, *kept = ctx.saved_tensors
+    ctx.maybe_clear_saved_tensors()
+    if ctx.packed is None:
+        return x, kept[2 * len(ctx.frozen.norms) :]
+    packed = list(ctx.packed)
+    try:
+        ctx._raw_saved_tensors  # noqa: B018
+    except RuntimeError:  # cleared
+        ctx.packed.clear()
+    return x, packed
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -188,6 +189,44 @@ def test_memory_is_given_back_on_the_way(layers: list[Layer], again: bool) -> No
     if again:
         loss.backward()
         assert gone[len(layers) :] == [True] * len(layers)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_hooks_took_comes_back_half_by_half(layers: list[Layer], again: bool) -> None:
+    """As torch.autograd.graph.save_on_cpu does it, for which a GPU is too small otherwise."""
+    out: list[Tensor] = []
+    counts: list[int] = []
+    packed: list[weakref.ref[Any]] = []
+
+    class Box:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.clone()
+            packed.append(weakref.ref(self))
+
+    class Steps(TorchSteps):
+        def thin_grad(self, *given: Tensor) -> Any:
+            counts.append(len(out))
+            return super().thin_grad(*given)
+
+    def unpack(box: Box) -> Tensor:
+        out.append(box.tensor)
+        return box.tensor
+
+    x = draw(IMAGES, TOKENS, K, grad=True)
+    wanted = [x, *factors(layers)]
+    expected = torch.autograd.grad(run_chain(x, layers, ENGINE).tanh().sum(), wanted)
+    with torch.autograd.graph.saved_tensors_hooks(Box, unpack):
+        y = run_chain(x, layers, ENGINE._replace(steps=Steps()))
+    found = torch.autograd.grad(y.tanh().sum(), wanted, retain_graph=again)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(out) == len(packed) and counts[0] + 12 < len(out)  # 12 of the layers behind it
+    assert any(box() for box in packed) == again
+    if again:
+        found = torch.autograd.grad(y.tanh().sum(), wanted)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert not any(box() for box in packed)
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.tanh().sum().backward()
 
 
 def test_a_second_derivative_is_refused(layers: list[Layer]) -> None:
