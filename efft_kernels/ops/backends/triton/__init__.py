@@ -7,8 +7,9 @@
     reduce.py       the second stage of their partial sums
     fold.py         B = stack_g up[g]·core[g]^T, where the kernels do not read core and up in place
     merge.py        W + ΔW for `merged`
-    chain.py        the steps between the GEMMs of a chain of blocks: norm.py, gather.py (gradients
-                    of q, k and v in one matrix), merge_stack.py (W + B·down^T of all layers)
+    chain.py        the steps between the GEMMs of a chain of blocks: norm.py, act.py (GELU),
+                    gather.py (gradients of q, k and v in one matrix), pair_grad.py (both of proj's
+                    thin gradients), merge_stack.py (W + B·down^T of all layers)
     factors.py      how the kernels address down, core and up
     cost.py, limits.py    what a call launches, for the cost model; the ranks that it takes
     launch_cache.py    what a call leaves to the next one of its sizes, which passes pointers only
