@@ -504,16 +504,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "False",
     ): "they are as many, whatever the call",
     (
-        "methods/joint.py",
-        "if any(h and h.stream != _stream(g) for g, h in zip(groups, found, strict=True)):",
-        "False",
-    ): "they are as many, whatever the call",
-    (
-        "methods/joint.py",
-        "for group, held in zip(groups, found, strict=True):",
-        "False",
-    ): "they are as many, whatever the call",
-    (
         "methods/tensor_train.py",
         "pieces = zip(per_site.unbind(), self.sites.values(), strict=True)",
         "False",

@@ -195,12 +195,24 @@ class _Parts:
             for block in self.blocks
         ]
 
+    def _present_kinds(self, bank: FactorBank) -> list[Kind] | None:
+        """`_kinds`, where a group was exchanged, or its class, those of now; a graph has none."""
+        if self._kinds is not None and any(
+            bank.group(kind.sites[0]) is not kind.group or type(kind.group) is not kind.made_of
+            for kind in self._kinds
+        ):
+            if torch.compiler.is_compiling():
+                return None
+            self._kinds = _kinds([linears for linears, _ in self._columns], bank)
+        return self._kinds
+
     def operands(self, rows: torch.dtype) -> tuple[Frozen, list[Tensor]] | None:
         """What the chain runs over, as `layers` would have it; None where one kind of linear has
         several ranks."""
         first = self.linears[0]
         bank: FactorBank = first._bank[0]
-        stacks = None if self._kinds is None else bank.stacks(self._kinds, first.training)
+        kinds = self._present_kinds(bank)
+        stacks = None if kinds is None else bank.stacks(kinds, first.training)
         if stacks is None:
             layers = self.layers(rows)
             return None if chains.common_rank(layers) is None else chains.operands(layers)
@@ -238,7 +250,7 @@ def _kinds(columns: Sequence[Sequence[FusedEFFTLinear]], bank: FactorBank) -> li
         plan = group.stack_plan(sites)
         if plan is None:
             return None
-        found.append(Kind(group, sites, plan))
+        found.append(Kind(group, type(group), sites, plan))
     return found
 
 

@@ -107,6 +107,8 @@ class FactorGroup(nn.Module, ABC):
         if is_older(cls, "joint_products", "joint_factors"):
             for name in ("joint_products", "from_products", "stack_plan"):
                 setattr(cls, name, getattr(FactorGroup, name))
+        if is_older(cls, "stacked", "joint_products") or is_older(cls, "stacked", "from_products"):
+            cls.stack_plan = FactorGroup.stack_plan  # type: ignore[method-assign]
 
     def forward(self, site: str, dropout: bool) -> Factors:
         """`factors`, as a module's forward: torch.func calls it with other parameters."""

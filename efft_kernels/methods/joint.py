@@ -27,6 +27,7 @@ class Kind(NamedTuple):
     """Equal linears of all blocks."""
 
     group: FactorGroup
+    made_of: type[FactorGroup]  # the group's class
     sites: tuple[str, ...]
     plan: Any  # the group's, of these sites
 
@@ -108,21 +109,23 @@ class JointFactors:
         """
         if not group.joint or torch.compiler.is_compiling():
             return None
+        held = self._held(group, dropout, {site})
+        return None if held is None else held.factors[site]
+
+    def _held(self, group: FactorGroup, dropout: bool, sites: set[str]) -> _Held | None:
+        """What a group's sites take, made now if it is not there or not fresh."""
         now = self._now
-        if now is None:
+        if now is None or now[0] != _circumstances() or _is_traced():
             return None
-        circumstances, groups = now
-        if circumstances != _circumstances() or _is_traced():
-            return None
-        held = groups.get((group, dropout))
+        held = now[1].get((group, dropout))
         # A linear that is called again in the same forward draws masks of its own.
-        again = dropout and held is not None and site in held.given
+        again = dropout and held is not None and not held.given.isdisjoint(sites)
         if held is None or again or not held.are_fresh(group):
-            groups[group, dropout] = held = _Held(group, dropout)
+            now[1][group, dropout] = held = _Held(group, dropout)
         elif held.stream is not None and held.stream != _stream(group):
             return None
-        held.given.add(site)
-        return held.factors[site]
+        held.given |= sites
+        return held
 
     def stacks(self, kinds: Sequence[Kind], dropout: bool) -> list[tuple[Tensor, Tensor]] | None:
         """Of each kind of linear down [L, K, Ra] and B [L, N, Ra]; None where `get` gives none.
@@ -131,30 +134,21 @@ class JointFactors:
             kinds: all groups' are joint.
             dropout: as there.
         """
-        groups = list({id(kind.group): kind.group for kind in kinds}.values())
-        if torch.compiler.is_compiling():
-            made = [(group, group.joint_products(dropout)) for group in groups]
-        else:
-            now = self._now
-            if now is None or now[0] != _circumstances() or _is_traced():
-                return None
-            found = [now[1].get((group, dropout)) for group in groups]
-            if any(h and h.stream != _stream(g) for g, h in zip(groups, found, strict=True)):
-                return None
-            made = []
-            for group, held in zip(groups, found, strict=True):
-                own = {site for kind in kinds if kind.group is group for site in kind.sites}
-                again = dropout and held is not None and held.given & own
-                if held is None or again or not held.are_fresh(group):
-                    now[1][group, dropout] = held = _Held(group, dropout)
-                held.given.update(own)
-                made.append((group, held.products))
-        return [
-            kind.group.stacked(products, kind.plan)
-            for kind in kinds
-            for group, products in made
-            if group is kind.group
-        ]
+        found = []
+        products: dict[int, Any] = {}  # by group
+        for kind in kinds:
+            group = kind.group
+            if id(group) not in products:
+                if torch.compiler.is_compiling():
+                    products[id(group)] = group.joint_products(dropout)
+                else:
+                    own = {site for k in kinds if k.group is group for site in k.sites}
+                    held = self._held(group, dropout, own)
+                    if held is None:
+                        return None
+                    products[id(group)] = held.products
+            found.append(group.stacked(products[id(group)], kind.plan))
+        return found
 
 
 def _circumstances() -> object:

@@ -352,7 +352,9 @@ class TensorTrainGroup(FactorGroup):
         return Factors(v, core.transpose(-2, -1), u.unsqueeze(0))
 
     def joint_factors(self, dropout: bool) -> dict[str, Factors]:
-        return self.from_products(self.joint_products(dropout))
+        # By name: a subclass with a `joint_factors` of its own has products made of that.
+        products = TensorTrainGroup.joint_products(self, dropout)
+        return TensorTrainGroup.from_products(self, products)
 
     def joint_products(self, dropout: bool) -> tuple[Tensor, ...]:
         """For each family the factors that stay as they are [sites, D, r], and the other ones times

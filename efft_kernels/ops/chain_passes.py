@@ -92,7 +92,7 @@ class _Layer(NamedTuple):
 
 
 def forward(
-    x: Tensor, frozen: Frozen, factors: Sequence[Tensor], engine: Engine
+    x: Tensor, frozen: Frozen, factors: Sequence[Tensor], engine: Engine, keep: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
     """The stream after all layers, and what `backward` needs beside its other arguments.
 
@@ -101,6 +101,7 @@ def forward(
         frozen: the blocks; the norms in x's dtype.
         factors: for each kind of linear the stacks of down [L, K, r] and of B [L, N, r].
         engine: what computes.
+        keep: whether there will be a backward.
     """
     weights, thin = merged(frozen, factors, engine)
     biases = zip(*_biases(frozen, engine.dtype), strict=True)
@@ -111,8 +112,11 @@ def forward(
         layer, norms = _Layer(*own), frozen.norms[2 * place : 2 * place + 2]
         z, y = _attention(z, y, layer, norms[0], x.shape[0], frozen.heads, engine, kept)
         z, y = _mlp(z, y, layer, norms[1], engine, kept)
-    del kept[_STACKS]  # the first stream is x itself
-    return (z + y).view(x.shape), kept
+        if not keep:
+            kept.clear()
+    del kept[_STACKS : _STACKS + 1]  # the first stream is x itself
+    # Added up in x's shape: a view of a sum could not be changed in place.
+    return z.view(x.shape) + y.view(x.shape), kept
 
 
 def _attention(

@@ -271,20 +271,21 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *factors, frozen, engine = rest
+        keep = any(ctx.needs_input_grad)
         with launch_context(x.device):
-            y, kept = chain_passes.forward(x, frozen, factors, engine)
+            y, kept = chain_passes.forward(x, frozen, factors, engine, keep)
+        if not keep:
+            return y
         ctx.engine, ctx.frozen = engine, frozen
+        norms = [t for norm in frozen.norms for t in (norm.weight, norm.bias)]
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         if hooks is None:
-            norms = [t for norm in frozen.norms for t in (norm.weight, norm.bias)]
-            # Of a norm nothing but its version is looked at: whether it is what the forward read.
-            ctx.save_for_backward(x, *norms, *kept)
             ctx.packed, ctx.unpack = None, None
         else:
             # What hooks take (save_on_cpu, a checkpoint) comes back half by half, not all at once.
             pack, ctx.unpack = hooks
-            ctx.packed = [pack(t) for t in kept]
-            ctx.save_for_backward(x)
+            ctx.packed, kept = [pack(t) for t in kept], []
+        ctx.save_for_backward(x, *norms, *kept)
         return y
 
     @staticmethod
@@ -299,12 +300,10 @@ class _Chain(torch.autograd.Function):
                 "chained blocks carry no forward-mode derivative of their gradient: attach the"
                 " adapter with fuse='pairs'"
             )
-        x, kept = _take_kept(ctx)
+        x, frozen, kept = _take_kept(ctx)
         need_x = ctx.needs_input_grad[0]
         with launch_context(dy.device), torch.no_grad():
-            dx, grads = chain_passes.backward(
-                dy, x, ctx.frozen, kept, ctx.engine, need_x, ctx.unpack
-            )
+            dx, grads = chain_passes.backward(dy, x, frozen, kept, ctx.engine, need_x, ctx.unpack)
         found = dx, *grads
         if torch.is_grad_enabled():
             error: Any = torch._C._functions.DelayedError(
@@ -315,19 +314,23 @@ class _Chain(torch.autograd.Function):
         return *found, None, None
 
 
-def _take_kept(ctx: Any) -> tuple[Tensor, list[Any]]:
-    """x and what the forward kept, as hooks packed it if there were any. Where the graph is not
-    retained, nothing else holds it any more: each half's memory is given back when it is done."""
+def _take_kept(ctx: Any) -> tuple[Tensor, Frozen, list[Any]]:
+    """x, the blocks with the norms as the forward read them, and what it kept, as hooks packed it
+    if there were any. Where the graph is not retained, nothing else holds it any more: each half's
+    memory is given back when it is done."""
     x, *kept = ctx.saved_tensors
     ctx.maybe_clear_saved_tensors()
+    frozen: Frozen = ctx.frozen
+    own = iter(kept)
+    frozen = frozen._replace(norms=[Norm(next(own), next(own), n.eps) for n in frozen.norms])
     if ctx.packed is None:
-        return x, kept[2 * len(ctx.frozen.norms) :]
+        return x, frozen, kept[2 * len(frozen.norms) :]
     packed = list(ctx.packed)
     try:
         ctx._raw_saved_tensors  # noqa: B018
     except RuntimeError:  # cleared
         ctx.packed.clear()
-    return x, packed
+    return x, frozen, packed
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -34,24 +34,17 @@ LIBRARY.define(
 )
 
 
-def run_chain(
-    x: Tensor, layers: Sequence[chains.Layer], attention: int, dtype: torch.dtype
-) -> Tensor:
-    """As `chains.run_chain`, in a graph.
-
-    Args:
-        x: [images, tokens, K].
-        layers: as there.
-        attention: SDPBackend's number of the kernel.
-        dtype: of the GEMMs.
-    """
-    return run_stacks(x, *chains.operands(layers), attention, dtype)
-
-
 def run_stacks(
     x: Tensor, frozen: Frozen, factors: Sequence[Tensor], attention: int, dtype: torch.dtype
 ) -> Tensor:
-    """As `chains.run_stacks`, in a graph; the rest as in `run_chain`."""
+    """As `chains.run_stacks`, in a graph.
+
+    Args:
+        x: [images, tokens, K].
+        frozen, factors: as there.
+        attention: SDPBackend's number of the kernel.
+        dtype: of the GEMMs.
+    """
     tensors: list[Tensor | None] = []
     for norm in frozen.norms:
         tensors += norm.weight, norm.bias
@@ -65,7 +58,7 @@ def run_stacks(
 
 
 def _frozen(tensors: Sequence[Tensor | None], heads: int, eps: Sequence[float]) -> Frozen:
-    """What `run_chain` took apart."""
+    """What `run_stacks` took apart."""
     own: Iterator[Any] = iter(tensors)
     norms = [Norm(next(own), next(own), one) for one in eps]
 

@@ -32,6 +32,8 @@ from efft_kernels import (
     load,
 )
 from efft_kernels.adapters import chained
+from efft_kernels.methods import Factors
+from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.ops import chains, compiled_chain
 from efft_kernels.ops.backends.chain_steps import TorchSteps
 from efft_kernels.ops.dispatch import requested_backend, use_backend
@@ -645,8 +647,44 @@ class TestInAGraph:
         x = torch.randn(3, 5, model.embed_dim)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.ops.efft_kernels, "chain_fwd", recorded)
-            compiled_chain.run_chain(x, parts.layers(x.dtype), SDPBackend.MATH.value, x.dtype)
+            compiled_chain.run_stacks(x, *parts.operands(x.dtype), SDPBackend.MATH.value, x.dtype)
         torch.library.opcheck(real.default, seen[0], test_utils=("test_schema", "test_faketensor"))
+
+
+class TestGroupsThatAreExchanged:
+    """After the first look, in the bank: what is there now is what runs and learns."""
+
+    def exchanged(self, model):
+        bank = model.factor_bank
+        for name, group in list(bank.named_children()):
+            other = copy.deepcopy(group)
+            with torch.no_grad():
+                other.core.mul_(-3.0)
+            setattr(bank, name, other)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_another_group(self, models, images, runs, graphs, compiled):
+        pair = models()
+        call = torch.compile(pair[0], backend="aot_eager") if compiled else pair[0]
+        step_of(call, pair[0], images)
+        for model in pair:
+            self.exchanged(model)
+        close(step_of(call, pair[0], images), step(pair[1], images))
+        assert compiled or len(runs) == 2
+
+    def test_another_class(self, models, images, runs):
+        class Own(TensorTrainGroup):
+            def factors(self, site, dropout):
+                down, core, up = super().factors(site, dropout)
+                return Factors(down, core, 2 * up)
+
+        pair = models()
+        step(pair[0], images)
+        for model in pair:
+            for group in model.factor_bank.children():
+                group.__class__ = Own
+        close(*(step(model, images) for model in pair))
+        assert len(runs) == 2
 
 
 class TestTheModelIsTheSame:

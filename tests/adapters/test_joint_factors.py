@@ -837,6 +837,36 @@ def test_a_subclass_with_factors_of_its_own_is_asked_for_them():
     assert TensorTrainGroup.joint and not Own.joint
 
 
+class Doubled(TensorTrainGroup):
+    """Has its factors twice as large at each place where a subclass may change them."""
+
+    def joint_factors(self, dropout):
+        made = super().joint_factors(dropout)
+        return {site: f._replace(down=2 * f.down) for site, f in made.items()}
+
+    def factors(self, site, dropout):
+        made = super().factors(site, dropout)
+        return made._replace(down=2 * made.down)
+
+
+class TakenApart(TensorTrainGroup):
+    def from_products(self, products):
+        made = super().from_products(products)
+        return {site: f._replace(down=2 * f.down) for site, f in made.items()}
+
+
+@pytest.mark.parametrize("kind", [Doubled, TakenApart])
+def test_a_subclass_with_joint_factors_of_its_own(models, images, kind):
+    model, twin = models()
+    for group in model.factor_bank.children():
+        group.__class__ = kind
+        assert group.joint and group.stack_plan(["blocks.0.attn.qkv"]) is None
+    with torch.no_grad():
+        for group in twin.factor_bank.children():
+            group.core.mul_(2.0)
+        close([model(images)], [twin(images)])
+
+
 def test_a_group_that_is_not_joint_makes_its_own_beside_one_that_is(models, images, made):
     class Own(TensorTrainGroup):
         def factors(self, site, dropout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -163,6 +164,54 @@ def test_backward_again(layers: list[Layer]) -> None:
     loss = run_chain(x, layers, ENGINE).tanh().sum()
     first = torch.autograd.grad(loss, [x, *factors(layers)], retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, [x, *factors(layers)]), first)
+
+
+def test_the_result_may_be_changed_in_place(layers: list[Layer]) -> None:
+    """Which autograd refuses of a view that a Function made."""
+    x = draw(IMAGES, TOKENS, K, grad=True)
+    results = []
+    for y in (run_chain(x, layers, ENGINE), plain(x, layers)):
+        y += 1
+        y[:, 0] = 0
+        results.append(torch.autograd.grad(y.tanh().sum(), [x, *factors(layers)]))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_is_kept_where_nothing_learns(layers: list[Layer]) -> None:
+    living: list[StorageWeakRef] = []
+    most: list[int] = []
+
+    class Steps(TorchSteps):
+        def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+            living.append(StorageWeakRef(h.untyped_storage()))
+            most.append(sum(not one.expired() for one in living))
+            return super().gelu(h, down)
+
+    for factor in factors(layers):
+        factor.requires_grad_(False)
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda t: t):
+        x, three = draw(IMAGES, TOKENS, K), [*layers, layers[0]]
+        y = run_chain(x, three, ENGINE._replace(steps=Steps()))
+    torch.testing.assert_close(y, plain(x, three))
+    assert most == [1, 1, 1] and not packed and not y.requires_grad
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_norm_that_changes_before_the_backward(layers: list[Layer], copies: bool) -> None:
+    """Is told, or, where hooks have copied it, is the forward's."""
+    x = draw(IMAGES, TOKENS, K, grad=True)
+    wanted = [x, *factors(layers)]
+    expected = torch.autograd.grad(run_chain(x, layers, ENGINE).tanh().sum(), wanted)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
+    with hooks if copies else contextlib.nullcontext():
+        y = run_chain(x, layers, ENGINE).tanh().sum()
+    layers[1].norm1.weight.mul_(3)
+    if not copies:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y, wanted)
+        return
+    torch.testing.assert_close(torch.autograd.grad(y, wanted), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -348,6 +397,10 @@ def test_says_why_nothing_runs_it() -> None:
         assert "no plain tensor" in str(refusal(other))
 
 
+def in_graph(x: Tensor, layers: list[Layer], dtype: torch.dtype = torch.float64) -> Tensor:
+    return compiled_chain.run_stacks(x, *chains.operands(layers), SDPBackend.MATH.value, dtype)
+
+
 class TestAsTwoOperators:
     """compiled_chain.py, called in eager mode."""
 
@@ -381,7 +434,7 @@ class TestAsTwoOperators:
         wanted = [*factors(layers), *([x] if learns else [])]
         results = []
         for y in (
-            compiled_chain.run_chain(x, layers, SDPBackend.MATH.value, torch.float64),
+            in_graph(x, layers),
             plain(x, layers),
         ):
             results.append([y, *torch.autograd.grad(y, wanted, dy)])
@@ -400,7 +453,7 @@ class TestAsTwoOperators:
         results = []
         for autocast in (False, True):
             with Recorded() as calls, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                y = compiled_chain.run_chain(x, singles, SDPBackend.MATH.value, torch.float32)
+                y = in_graph(x, singles, torch.float32)
                 results.append([y, *torch.autograd.grad(y, factors(singles), dy)])
         torch.testing.assert_close(*results, rtol=0, atol=0)
         assert len(calls) == 2
@@ -417,7 +470,7 @@ class TestAsTwoOperators:
         self, layers: list[Layer], made: list[tuple[int, int]]
     ) -> None:
         x = draw(IMAGES, TOKENS, K, grad=True)
-        y = compiled_chain.run_chain(x, layers, SDPBackend.MATH.value, torch.float64)
+        y = in_graph(x, layers)
         (dx,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match=r"second derivative.*fuse='pairs'"):
             dx.sum().backward()
@@ -427,9 +480,7 @@ class TestAsTwoOperators:
     ) -> None:
         with Recorded() as calls:
             x = draw(IMAGES, TOKENS, K, grad=True)
-            compiled_chain.run_chain(
-                x, layers, SDPBackend.MATH.value, torch.float64
-            ).sum().backward()
+            in_graph(x, layers).sum().backward()
         operator, arguments = calls[1]
         kept = arguments[4]
         for other in (kept[:-1], [*kept, x]):

@@ -211,6 +211,7 @@ class TritonSteps(TorchSteps):
         return partial
 
     def pair_grad(self, x: Tensor, dy: Tensor, down: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        x, dy = x.contiguous(), dy.contiguous()  # as they are; an attention may have other rows
         cache = self._cache("pair_grad", x, dy.shape[1], b.shape[1])
         return launch_pair_grad(x, dy, down, b, config=self.configs.pair_grad, cache=cache)
 
