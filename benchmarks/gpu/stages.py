@@ -169,7 +169,10 @@ STAGES = (
         "tuning",
         "second",
         20,
-        _module("tools.tune_triton", "--seconds", "14", "--out", "{results}/tuned.json"),
+        _module(
+            *("tools.tune_triton", "--seconds", "14", "--jobs", "{cores}"),
+            *("--out", "{results}/tuned.json"),
+        ),
     ),
     # What follows gets the time that the stages above leave.
     Stage(
