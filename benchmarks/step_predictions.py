@@ -43,7 +43,7 @@ from efft_kernels.ops.backends.chain_steps import Norm, Normed
 from efft_kernels.ops.backends.triton.chain import TritonSteps, configs_for
 from efft_kernels.ops.backends.triton.launch_cache import CachedLaunch
 from efft_kernels.ops.cost_model import Launch, Problem
-from efft_kernels.testing.cpu_chain import CPU_ATTENTION
+from efft_kernels.testing.cpu_chain import CPU_ATTENTION, Adapted, Layer, run_chain
 from efft_kernels.testing.fake_gpu import fake_gpu
 
 from .step_launches import computes
@@ -238,16 +238,16 @@ def chain_step(vit: Vit, images: int, rank: int) -> list[Launch]:
         steps = OnPaper(configs_for(k, rank, None), found)
         engine = chains.Engine(steps, CPU_ATTENTION, HALF)
 
-        def adapted(n: int, columns: int) -> chains.Adapted:
+        def adapted(n: int, columns: int) -> Adapted:
             down, b = torch.empty(columns, rank), torch.empty(n, rank)
             weight, bias = torch.empty(n, columns), torch.empty(n)
-            return chains.Adapted(weight, bias, down.requires_grad_(), b.requires_grad_())
+            return Adapted(weight, bias, down.requires_grad_(), b.requires_grad_())
 
         def norm() -> Norm:
             return Norm(torch.empty(k), torch.empty(k), 1e-6)
 
         layers = [
-            chains.Layer(
+            Layer(
                 *(norm(), adapted(3 * k, k), adapted(k, k)),
                 *(norm(), adapted(hidden, k), adapted(k, hidden), vit.heads),
             )
@@ -255,7 +255,7 @@ def chain_step(vit: Vit, images: int, rank: int) -> list[Launch]:
         ]
         x = torch.empty(images, vit.tokens, k)
         found.launches.clear()
-        y = chains.run_chain(x, layers, engine)
+        y = run_chain(x, layers, engine)
         y.backward(torch.empty_like(y))
     return found.launches
 

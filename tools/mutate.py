@@ -460,16 +460,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "but for another process that removes the same file at that moment",
     (
         "ops/chains.py",
-        "for first, *others in zip(*(layer.linears for layer in layers), strict=True):",
-        "False",
-    ): "they are as many, whatever the call",
-    (
-        "ops/chains.py",
-        "kinds = list(zip(*(layer.linears for layer in layers), strict=True))",
-        "False",
-    ): "they are as many, whatever the call",
-    (
-        "ops/chains.py",
         "pairs = zip(kind.biases, gammas, strict=True)",
         "False",
     ): "they are as many, whatever the call",

@@ -179,20 +179,21 @@ class _Parts:
             p.requires_grad for group in self.groups for p in group.parameters()
         )
 
-    def layers(self, rows: torch.dtype) -> list[chains.Layer]:
-        """The blocks with the factors of this call, asked for in the order in which the linears
-        would ask, so that dropout draws the same masks; `rows` is the GEMMs' dtype."""
+    def _stacks_by_site(self, rows: torch.dtype) -> list[tuple[Tensor, Tensor]] | None:
+        """As `FactorBank.stacks`, each linear asked for its factors in the order in which the
+        linears would ask, so that dropout draws the same masks; `rows` is the GEMMs' dtype. None
+        where one kind of linear has several ranks."""
+        found = []
+        for linear in self.linears:
+            down, core, up = linear._bank[0].factors(linear._site, linear.training)
+            with without_autocast(up.device):
+                found.append((down, fold(core, up, rows)))
+        kinds = [found[place::4] for place in range(4)]
+        if any(len({down.shape[1] for down, _ in kind}) > 1 for kind in kinds):
+            return None
         return [
-            chains.Layer(
-                _norm(block.norm1),
-                _adapted(block.qkv, rows),
-                _adapted(block.proj, rows, block.scale1),
-                _norm(block.norm2),
-                _adapted(block.fc1, rows),
-                _adapted(block.fc2, rows, block.scale2),
-                self.heads,
-            )
-            for block in self.blocks
+            (torch.stack([down for down, _ in kind]), torch.stack([b for _, b in kind]))
+            for kind in kinds
         ]
 
     def _present_kinds(self, bank: FactorBank) -> list[Kind] | None:
@@ -207,15 +208,15 @@ class _Parts:
         return self._kinds
 
     def operands(self, rows: torch.dtype) -> tuple[Frozen, list[Tensor]] | None:
-        """What the chain runs over, as `layers` would have it; None where one kind of linear has
-        several ranks."""
+        """What the chain runs over, its GEMMs in the dtype `rows`; None where one kind of linear
+        has several ranks."""
         first = self.linears[0]
         bank: FactorBank = first._bank[0]
         kinds = self._present_kinds(bank)
         stacks = None if kinds is None else bank.stacks(kinds, first.training)
+        stacks = self._stacks_by_site(rows) if stacks is None else stacks
         if stacks is None:
-            layers = self.layers(rows)
-            return None if chains.common_rank(layers) is None else chains.operands(layers)
+            return None
         frozen = Frozen(
             [_norm(norm) for norm in self._norms],
             [
@@ -229,14 +230,6 @@ class _Parts:
             self.heads,
         )
         return chains.scaled(frozen, [factor for pair in stacks for factor in pair])
-
-
-def _adapted(linear: FusedEFFTLinear, rows: torch.dtype, scale: Any = None) -> chains.Adapted:
-    down, core, up = linear._bank[0].factors(linear._site, linear.training)
-    gamma = getattr(scale, "gamma", None)
-    with without_autocast(up.device):
-        folded = fold(core, up, rows)
-    return chains.Adapted(linear.weight, linear.bias, down, folded, gamma)
 
 
 def _kinds(columns: Sequence[Sequence[FusedEFFTLinear]], bank: FactorBank) -> list[Kind] | None:

@@ -379,7 +379,8 @@ class TensorTrainGroup(FactorGroup):
                     kept, other, matrices = (
                         t * m for t, m in zip((kept, other, matrices), masks[i], strict=True)
                     )
-                stacks += kept, _products(other, matrices.mT if family.keeps_u else matrices)
+                matrices = matrices.mT if family.keeps_u else matrices
+                stacks += kept, _products(other, matrices, _CUDA_PARTS if u.is_cuda else 1)
             return tuple(stacks)
 
         return keep_graph(compute, self.U, self.V, *scale, *self._core_parameters())
@@ -444,9 +445,8 @@ class TensorTrainGroup(FactorGroup):
 _CUDA_PARTS = 8
 
 
-def _products(factors: Tensor, matrices: Tensor) -> Tensor:
-    """factors·matrices, [T, D, r1] and [T, r1, r2]."""
-    parts = _CUDA_PARTS if factors.is_cuda else 1
+def _products(factors: Tensor, matrices: Tensor, parts: int) -> Tensor:
+    """factors·matrices, [T, D, r1] and [T, r1, r2], in `parts` of the D rows if they allow."""
     if parts == 1 or factors.shape[1] % parts:
         return torch.bmm(factors, matrices)
     return torch.matmul(factors.unflatten(1, (parts, -1)), matrices.unsqueeze(1)).flatten(1, 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 from . import chain_passes
 from .backends.chain_steps import Norm, TorchSteps, aten
 from .backends.fallback import too_old
-from .chain_passes import Attention, Engine, Frozen, FrozenLinears
+from .chain_passes import Attention, Engine, Frozen
 from .checks import HALF_DTYPES, autocast_enabled
 from .dispatch import available_backends, has_tangent, launch_context, requested_backend
 
@@ -173,62 +173,6 @@ def watched() -> str | None:
 # The chain
 
 
-class Adapted(NamedTuple):
-    """An adapted linear of one layer as the model has it, and the LayerScale after it."""
-
-    weight: Tensor  # [N, K]
-    bias: Tensor | None  # [N]
-    down: Tensor  # [K, r], differentiable
-    b: Tensor  # [N, r], differentiable
-    gamma: Tensor | None = None  # [N], of all layers' linears of one kind or of none
-
-
-class Layer(NamedTuple):
-    """One block."""
-
-    norm1: Norm
-    qkv: Adapted
-    proj: Adapted
-    norm2: Norm
-    fc1: Adapted
-    fc2: Adapted
-    heads: int
-
-    @property
-    def linears(self) -> tuple[Adapted, Adapted, Adapted, Adapted]:
-        return self.qkv, self.proj, self.fc1, self.fc2
-
-
-def common_rank(layers: Sequence[Layer]) -> int | None:
-    """The largest rank of the linears; None where one kind of them has several."""
-    ranks = []
-    for first, *others in zip(*(layer.linears for layer in layers), strict=True):
-        rank = first.down.shape[1]
-        if any(other.down.shape[1] != rank for other in others):
-            return None
-        ranks.append(rank)
-    return max(ranks)
-
-
-def operands(layers: Sequence[Layer]) -> tuple[Frozen, list[Tensor]]:
-    """What `run_stacks` runs over."""
-    kinds = list(zip(*(layer.linears for layer in layers), strict=True))
-    frozen = Frozen(
-        [norm for layer in layers for norm in (layer.norm1, layer.norm2)],
-        [
-            FrozenLinears([a.weight for a in kind], [a.bias for a in kind], [a.gamma for a in kind])
-            for kind in kinds
-        ],
-        layers[0].heads,
-    )
-    factors = [
-        torch.stack(parts)
-        for kind in kinds
-        for parts in ([a.down for a in kind], [a.b for a in kind])
-    ]
-    return scaled(frozen, factors)
-
-
 def scaled(frozen: Frozen, factors: Sequence[Tensor]) -> tuple[Frozen, list[Tensor]]:
     """LayerScale in the biases and B, still to be put in the weights as they are merged:
     γ·(x·W^T + bias + P·B^T) = x·(γ·W)^T + γ·bias + P·(γ·B)^T.
@@ -249,19 +193,14 @@ def scaled(frozen: Frozen, factors: Sequence[Tensor]) -> tuple[Frozen, list[Tens
     return frozen._replace(kinds=kinds), found
 
 
-def run_chain(x: Tensor, layers: Sequence[Layer], engine: Engine) -> Tensor:
+def run_stacks(x: Tensor, frozen: Frozen, factors: Sequence[Tensor], engine: Engine) -> Tensor:
     """The stream after all layers, as x is: their frozen modules and those only in x's dtype.
 
     Args:
         x: [images, tokens, K].
-        layers: at least one; a kind of linear has one rank in all of them.
+        frozen, factors: what `scaled` returns, the factors being differentiable.
         engine: what it runs with.
     """
-    return run_stacks(x, *operands(layers), engine)
-
-
-def run_stacks(x: Tensor, frozen: Frozen, factors: Sequence[Tensor], engine: Engine) -> Tensor:
-    """As `run_chain`, over what `scaled` returns, the factors being differentiable."""
     return _Chain.apply(x, *factors, frozen, engine)  # type: ignore[no-any-return]
 
 

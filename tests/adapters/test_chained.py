@@ -651,6 +651,23 @@ class TestInAGraph:
         torch.library.opcheck(real.default, seen[0], test_utils=("test_schema", "test_faketensor"))
 
 
+def test_linears_of_one_kind_with_several_ranks(models):
+    """No chain takes them, found in an eager call and while a graph is traced."""
+    model, _ = models(LoRA(rank=2, matrices=None))
+    parts, bank = model.blocks.forward.__self__._parts, model.factor_bank
+    assert parts.operands(torch.float64) is not None
+    factors = bank.factors
+
+    def narrower(site, dropout):
+        made = factors(site, dropout)
+        if site != "blocks.1.mlp.fc1":
+            return made
+        return Factors(made.down[:, :1], made.core, made.up[..., :1])
+
+    bank.factors = narrower
+    assert parts.operands(torch.float64) is None
+
+
 class TestGroupsThatAreExchanged:
     """After the first look, in the bank: what is there now is what runs and learns."""
 

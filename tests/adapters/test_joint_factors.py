@@ -20,7 +20,7 @@ from efft_kernels import EFFT1, EFFT2, Adapter, FacTTK, FacTTT, KAdaptation, LoR
 from efft_kernels import nn as efft_nn
 from efft_kernels.methods import Factors, joint
 from efft_kernels.methods.joint import keep_graph
-from efft_kernels.methods.tensor_train import TensorTrainGroup
+from efft_kernels.methods.tensor_train import TensorTrainGroup, _products
 
 METHODS = [
     EFFT1(rank=3, dropout=0.0, scale=0.7),
@@ -835,6 +835,17 @@ def test_a_subclass_with_factors_of_its_own_is_asked_for_them():
             raise NotImplementedError
 
     assert TensorTrainGroup.joint and not Own.joint
+
+
+@pytest.mark.parametrize("rows", [12, 13])
+def test_products_in_parts_of_the_rows(rows):
+    factors = torch.randn(1, rows, 3, dtype=torch.float64, requires_grad=True)
+    matrices = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
+    found, whole = (_products(factors.expand(5, -1, -1), matrices, parts) for parts in (4, 1))
+    torch.testing.assert_close(found, whole)
+    dy = torch.randn_like(whole)
+    grads = (torch.autograd.grad(y, (factors, matrices), dy) for y in (found, whole))
+    torch.testing.assert_close(*grads)
 
 
 class Doubled(TensorTrainGroup):

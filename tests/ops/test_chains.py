@@ -24,15 +24,19 @@ from efft_kernels.ops.backends import cuda_chain
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 from efft_kernels.ops.backends.triton import chain as triton_chain
 from efft_kernels.ops.chains import (
-    Adapted,
     Attention,
     Engine,
-    Layer,
     engine_for,
     refusal,
+)
+from efft_kernels.testing.cpu_chain import (
+    CPU_ATTENTION,
+    Adapted,
+    Layer,
+    cpu_engine,
+    operands,
     run_chain,
 )
-from efft_kernels.testing.cpu_chain import CPU_ATTENTION, cpu_engine
 
 IMAGES, TOKENS, K, C, HEADS = 2, 3, 8, 11, 2
 RANKS = {"qkv": 2, "proj": 3, "fc1": 1, "fc2": 2}
@@ -344,15 +348,6 @@ def test_without_biases(layers: list[Layer]) -> None:
     torch.testing.assert_close(run_chain(x, bare, ENGINE), plain(x, bare))
 
 
-def test_the_rank_of_a_chain(layers: list[Layer]) -> None:
-    assert chains.common_rank(layers) == max(RANKS.values())
-    assert chains.common_rank(layers[:1]) == max(RANKS.values())
-    for kind, rank in RANKS.items():
-        own = getattr(layers[1], kind)
-        other = layers[1]._replace(**{kind: own._replace(down=draw(own.down.shape[0], rank + 1))})
-        assert chains.common_rank([layers[0], other]) is None
-
-
 def test_what_watches_the_model() -> None:
     assert chains.watched() is None
     seen = []
@@ -398,7 +393,7 @@ def test_says_why_nothing_runs_it() -> None:
 
 
 def in_graph(x: Tensor, layers: list[Layer], dtype: torch.dtype = torch.float64) -> Tensor:
-    return compiled_chain.run_stacks(x, *chains.operands(layers), SDPBackend.MATH.value, dtype)
+    return compiled_chain.run_stacks(x, *operands(layers), SDPBackend.MATH.value, dtype)
 
 
 class TestAsTwoOperators:

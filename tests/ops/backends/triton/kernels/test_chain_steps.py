@@ -12,8 +12,8 @@ from efft_kernels.ops.backends.triton.chain import Configs, TritonSteps, configs
 from efft_kernels.ops.backends.triton.configs import PassConfig
 from efft_kernels.ops.backends.triton.merge_stack import launch_merge_stack
 from efft_kernels.ops.backends.triton.norm import NormConfig
-from efft_kernels.ops.chains import ATTENTION, Adapted, Engine, Layer, run_chain
-from efft_kernels.testing.cpu_chain import CPU_ATTENTION
+from efft_kernels.ops.chains import ATTENTION, Engine
+from efft_kernels.testing.cpu_chain import CPU_ATTENTION, Adapted, Layer, run_chain
 from efft_kernels.testing.error_budget import assert_within_budget
 
 M, K, C, R = 37, 41, 53, 5
