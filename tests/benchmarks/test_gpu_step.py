@@ -96,6 +96,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "synchronize": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    # `with torch.device(...)` remembers torch's constructors when it is first used: not this one.
+    torch.utils._device._device_constructors()
     empty, adamw = torch.empty, torch.optim.AdamW
 
     def empty_here(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
