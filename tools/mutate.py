@@ -1,13 +1,13 @@
 """Small faults put into the core, one at a time: which of them do the tests notice?
 
-    python -m tools.mutate [--sample 40] [--seed 7] [--only adapters/sites.py ...] [--jobs 2]
-                           [--csv FILE]
+    python -m tools.mutate [--sample 40] [--seed 7] [--only adapters/sites.py ...]
+                           [--lines 40-60 ...] [--jobs 2] [--csv FILE]
 
 A fault is one changed comparison, number, operator or condition, or one statement left out. Each is
 tried in a fork of this process, which has torch and the test's libraries loaded already and gets
 the changed module from memory: nothing is written to the sources. A file's tests run once without a
-fault, which says in which of them a line runs; those come first. Tests longer than LONG are left
-out. Faults are drawn over all of FILES, or --sample 0 tries every one. A fault that passes is
+fault, which says in which of them a line runs; those come first, and of the others OTHERS seconds
+(they may start processes, or trace the line for a compiler). Tests longer than LONG are left out. Faults are drawn over all of FILES, or --sample 0 tries every one. A fault that passes is
 printed as a diff; one that cannot change any result belongs in EQUIVALENT, with the reason.
 
 Not here: mutmut and cosmic-ray start a process and import torch for every fault, ten seconds each.
@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "efft_kernels"
 SECONDS = 900.0  # for a file's tests without a fault, traced
 LONG = 10.0  # seconds of a test that is not run for every fault
+OTHERS = 20.0  # seconds of tests in which a line did not run, where there are some in which it did
 
 CHAINED = tuple(
     f"adapters/test_chained.py::{name}"
@@ -784,8 +785,12 @@ class _Order:
             seconds, lines = self.tests.get(item.nodeid, (0.0, {self.line}))
             return self.line not in lines, seconds
 
-        items[:] = [item for item in items if place(item)[1] < LONG]
-        items.sort(key=place)
+        short = sorted((item for item in items if place(item)[1] < LONG), key=place)
+        ran = [item for item in short if not place(item)[0]]
+        others = short[len(ran) :]
+        ends = itertools.accumulate(place(item)[1] for item in others)
+        within = [item for item, end in zip(others, ends, strict=True) if end <= OTHERS]
+        items[:] = ran + (within if ran else others)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
@@ -852,11 +857,20 @@ def draw(faults: Sequence[Fault], count: int, seed: int) -> list[Fault]:
     return [faults[int((start + i) * step)] for i in range(count)]
 
 
+def line_range(text: str) -> range:
+    """The lines of "N" or "N-M"."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Small faults: which do the tests notice?")
     parser.add_argument("--sample", type=int, default=40, help="how many faults; 0 for all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--only", nargs="+", choices=FILES, default=list(FILES), metavar="FILE")
+    parser.add_argument(
+        "--lines", nargs="+", type=line_range, metavar="N[-M]", help="of these lines alone"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time")
     parser.add_argument("--csv", type=Path, help="append the score of each file to this one")
     options = parser.parse_args()
@@ -869,6 +883,11 @@ def main() -> None:
     gc.freeze()
     assert not any(name.partition(".")[0] == "efft_kernels" for name in sys.modules)
     everything = [fault for file in options.only for fault in faults_of(file)]
+    if options.lines is not None:
+        lines = set().union(*options.lines)
+        everything = [fault for fault in everything if fault.line in lines]
+        if not everything:
+            parser.error("--lines: no fault is known in these lines of the files chosen")
     chosen = draw(everything, options.sample, options.seed)
     start, passed = time.monotonic(), 0
     for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file):

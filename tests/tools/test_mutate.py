@@ -78,6 +78,11 @@ def test_a_sample_reaches_every_file(package: Path) -> None:
     assert mutate.draw(faults, 4, 1) != mutate.draw(faults, 4, 2)
 
 
+@pytest.mark.parametrize(("text", "lines"), [("7", range(7, 8)), ("7-9", range(7, 10))])
+def test_lines(text: str, lines: range) -> None:
+    assert mutate.line_range(text) == lines
+
+
 def test_short_tests_of_the_line_come_first() -> None:
     tests: mutate.Tests = {
         "elsewhere": (0.1, {1}),
@@ -88,6 +93,18 @@ def test_short_tests_of_the_line_come_first() -> None:
     items = [SimpleNamespace(nodeid=name) for name in tests]
     mutate._Order(tests, 7).pytest_collection_modifyitems(items)  # type: ignore[arg-type]
     assert [item.nodeid for item in items] == ["short", "longer", "elsewhere"]
+
+
+def test_few_tests_elsewhere_where_some_run_the_line() -> None:
+    tests: mutate.Tests = {str(n): (mutate.OTHERS / 4 + 0.1, {n}) for n in range(9)}
+
+    def chosen(line: int) -> list[str]:
+        items = [SimpleNamespace(nodeid=name) for name in tests]
+        mutate._Order(tests, line).pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+        return [item.nodeid for item in items]
+
+    assert chosen(8) == ["8", "0", "1", "2"]
+    assert chosen(99) == list(tests)
 
 
 def test_a_fault_is_noticed_or_passes(
