@@ -7,8 +7,9 @@ A fault is one changed comparison, number, operator or condition, or one stateme
 tried in a fork of this process, which has torch and the test's libraries loaded already and gets
 the changed module from memory: nothing is written to the sources. A file's tests run once without a
 fault, which says in which of them a line runs; those come first, and of the others OTHERS seconds
-(they may start processes, or trace the line for a compiler). Tests longer than LONG are left out. Faults are drawn over all of FILES, or --sample 0 tries every one. A fault that passes is
-printed as a diff; one that cannot change any result belongs in EQUIVALENT, with the reason.
+(they may start processes, or trace the line for a compiler). Tests longer than LONG are left out.
+Faults are drawn over all of FILES, or --sample 0 tries every one. A fault that passes is printed as
+a diff; one that cannot change any result belongs in EQUIVALENT, with the reason.
 
 Not here: mutmut and cosmic-ray start a process and import torch for every fault, ten seconds each.
 """
