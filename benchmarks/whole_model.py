@@ -1,7 +1,7 @@
 """One training step of a whole timm model: this package, its peers, and the frozen floor.
 
     python -m benchmarks.whole_model [--models vit_small_patch16_224:8 ...] [--rank 16]
-        [--seconds 60] [--compile] [--memory-batches 1 2 4 8] [--memory-only]
+        [--seconds 60] [--compile [IMPL ...]] [--memory-batches 1 2 4 8] [--memory-only]
 
 A step is zero_grad, forward, cross entropy, backward and AdamW on what trains; the head trains
 everywhere. The floor is the frozen backbone with the gradient flowing to its first block's input.
@@ -301,7 +301,13 @@ def main() -> None:
     )
     parser.add_argument("--amp", choices=("none", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--seconds", type=float, default=60.0, help="of rounds for each model")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the eager ones too")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=COMPILABLE,
+        metavar="I",
+        help="compile these with torch.compile as well; without a name all that can be",
+    )
     parser.add_argument(
         "--memory-batches",
         type=int,
@@ -324,7 +330,7 @@ def main() -> None:
             device=arguments.device,
             amp=amp,
             impls=arguments.impls,
-            compiled=COMPILABLE if arguments.compile else (),
+            compiled=() if arguments.compile is None else arguments.compile or COMPILABLE,
             seconds=arguments.seconds,
             timed=not arguments.memory_only,
         )
