@@ -2,6 +2,7 @@
 
     python -m benchmarks.whole_model [--models vit_small_patch16_224:8 ...] [--rank 16]
         [--seconds 60] [--compile [IMPL ...]] [--memory-batches 1 2 4 8] [--memory-only]
+        [--profile results/step_kernels.csv]
 
 A step is zero_grad, forward, cross entropy, backward and AdamW on what trains; the head trains
 everywhere. The floor is the frozen backbone with the gradient flowing to its first block's input.
@@ -9,6 +10,7 @@ Before anything is timed, every implementation of a method has to match float64 
 factor gradients within twice the error of plain torch; one that does not gets no row. All are then
 timed in interleaved rounds, and the ratios to the floor are medians over the rounds. saved_mib is
 what autograd keeps for the backward, peak_mem_mb by how much a whole step raises what is resident.
+--profile then says, in turn for all of them, which of torch's operators a step's time goes to.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ from efft_kernels.testing.error_budget import BUDGET, worst_ratio
 from efft_kernels.training.loop import saved_for_backward_mib
 
 from . import peers, tables
-from .lib.rows import WHOLE_MODEL_COLUMNS, WHOLE_MODEL_CSV, Row, append_rows, provenance
+from .lib.profiles import kernel_rows, profile_in_turn
+from .lib.rows import (
+    KERNEL_COLUMNS,
+    WHOLE_MODEL_COLUMNS,
+    WHOLE_MODEL_CSV,
+    Row,
+    append_rows,
+    provenance,
+)
 from .lib.timing import Timings, interleave, peak_mem_mb
 from .peers import COMPILED, FLOOR, Peer
 
@@ -55,6 +65,7 @@ COMPILABLE = (
 )
 MEMORY_IMPLS = (FLOOR, "EFFT2", peers.PEFT_LORA, peers.RELEASED_EFFT2, peers.FULL)
 GATE_IMAGES = 2
+PROFILED = 5  # steps of each
 
 
 def make_base(name: str, device: str) -> nn.Module:
@@ -199,8 +210,10 @@ def bench_model(
     seconds: float = 60.0,
     fewest_rounds: int = 3,
     timed: bool = True,
+    profile: Path | None = None,
 ) -> list[Row]:
-    """Rows of one model: the floor first; without `timed` only what each needs of memory."""
+    """Rows of one model: the floor first; without `timed` only what each needs of memory. With
+    `profile` each one's operators are appended to that CSV."""
     base = make_base(name, device)
     batch = draw_batch(base, images, device)
     candidates = [peers.build(impl, base, rank) for impl in dict.fromkeys((FLOOR, *impls))]
@@ -233,13 +246,20 @@ def bench_model(
             steps, seconds=seconds, device=device, fewest_rounds=fewest_rounds, warm_ups=0
         )
     where = provenance(device, ("timm", "peft"))
+    case = {
+        "model": name,
+        "dtype": "float32" if amp is None else f"{str(amp).removeprefix('torch.')} autocast",
+        "batch": images,
+        "r": rank,
+    }
+    if profile is not None:
+        for impl, totals in profile_in_turn(steps, device, PROFILED).items():
+            own = {**case, "impl": impl, "frozen_dtype": "float32", **provenance(device)}
+            append_rows(profile, KERNEL_COLUMNS, [{**own, **row} for row in kernel_rows(totals)])
     return [
         {
-            "model": name,
+            **case,
             "impl": peer.name,
-            "dtype": "float32" if amp is None else f"{str(amp).removeprefix('torch.')} autocast",
-            "batch": images,
-            "r": rank,
             **times(peer.name, timings),
             "saved_mib": saved_mib(peer, batch, amp),
             "peak_mem_mb": f"{memory[peer.name]:.1f}" if peer.name in memory else "",
@@ -316,6 +336,9 @@ def main() -> None:
         help="also rows without times: what the last model saves for backward at these batches",
     )
     parser.add_argument("--memory-only", action="store_true", help="no times: of every model")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="append the operators of a step to a CSV"
+    )
     parser.add_argument("--out", type=Path, default=WHOLE_MODEL_CSV)
     arguments = parser.parse_args()
     amp_name = arguments.amp or ("bfloat16" if arguments.device == "cuda" else "none")
@@ -333,6 +356,7 @@ def main() -> None:
             compiled=() if arguments.compile is None else arguments.compile or COMPILABLE,
             seconds=arguments.seconds,
             timed=not arguments.memory_only,
+            profile=arguments.profile,
         )
         append_rows(arguments.out, WHOLE_MODEL_COLUMNS, rows)
         console.print(tables.whole_model_table(rows))

@@ -32,12 +32,10 @@ import copy
 import functools
 import gc
 import os
-import re
 import sys
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,13 +45,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 
 from efft_kernels import Adapter, FusedEFFTLinear
 from efft_kernels.ops.explain import explain
 from efft_kernels.testing.error_budget import BUDGET
 
 from .. import peers
+from ..lib.profiles import ALL_KERNELS, kernel_rows, profile_step
 from ..lib.rows import KERNEL_COLUMNS, STEP_COLUMNS, STEP_CSV, Row, append_rows, provenance
 from ..lib.timing import captured, interleave, peak_mem_mb
 from ..peers import FLOOR, PEFT_LORA, Peer
@@ -66,8 +64,6 @@ FUSE = {AUTO: "auto", PAIRS: "pairs"}  # `attach`'s; "off" for a backend by name
 BACKENDS = {"cuda": (AUTO, PAIRS, "cuda", "triton", "torch"), "cpu": (AUTO, "cpp", "torch")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AMP = torch.bfloat16
-LEAST_SHARE = 0.003  # of a step, for a kernel to be listed
-ALL_KERNELS = "all"
 
 Step = Callable[[], Tensor]
 
@@ -273,51 +269,6 @@ def release(device: str) -> None:
 
 
 # Where a step's time goes
-
-
-def profile_step(step: Step, device: str) -> dict[str, tuple[int, float]]:
-    """Kernel name → (calls, µs) of one eager step; on a CPU torch's operators in their place."""
-    kinds = torch.profiler.ProfilerActivity
-    step()
-    with torch.profiler.profile(
-        activities=[kinds.CUDA if device == "cuda" else kinds.CPU], acc_events=True
-    ) as run:
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    return kernel_totals(run.events() or (), device)
-
-
-def kernel_totals(events: Iterable[Any], device: str) -> dict[str, tuple[int, float]]:
-    """Name → (calls, µs), the longest first, of what ran on the device."""
-    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
-    found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
-    for event in events:
-        if event.device_type != wanted or event.is_user_annotation:
-            continue
-        us = event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total
-        name = short_kernel(event.name)
-        calls, total = found[name]
-        found[name] = (calls + 1, total + us)
-    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
-
-
-def short_kernel(name: str) -> str:
-    """A kernel's name without its return type, arguments and namespaces, at most 120 characters."""
-    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
-    name = re.sub(r"\b(?:\w+::)+(?=\w)", "", name)
-    name = re.sub(r"\([\w ]+\)(?=-?\d)", "", name)  # template arguments such as (int)192
-    return re.sub(r"\(.*", "", name)[:120] or name[:120]
-
-
-def kernel_rows(totals: dict[str, tuple[int, float]]) -> Iterator[Row]:
-    """All kernels in one row, then each with at least `LEAST_SHARE` of their time."""
-    calls = sum(count for count, _ in totals.values())
-    total = sum(us for _, us in totals.values())
-    for name, (count, us) in ((ALL_KERNELS, (calls, total)), *totals.items()):
-        share = us / total if total else 0.0
-        if name == ALL_KERNELS or share >= LEAST_SHARE:
-            yield {"kernel": name, "calls": count, "us": f"{us:.1f}", "share": f"{share:.4f}"}
 
 
 def profile_all(bench: Bench, measured: Sequence[Peer], out: Path) -> list[Row]:

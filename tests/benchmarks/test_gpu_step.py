@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 
 from benchmarks import peers
 from benchmarks.gpu import step
@@ -283,32 +282,6 @@ def test_graphs_need_a_gpu() -> None:
     with pytest.raises(SystemExit):
         step.parse(["--device", "cpu", "--modes", "graph"])
     assert step.parse(["--device", "cuda"]).modes == ("eager", "graph")
-
-
-def test_kernels_are_summed_by_their_short_names() -> None:
-    def event(name: str, us: float, kind: DeviceType = DeviceType.CUDA, note: bool = False) -> Any:
-        span = SimpleNamespace(elapsed_us=lambda: us)
-        return SimpleNamespace(
-            name=name, device_type=kind, is_user_annotation=note, time_range=span
-        )
-
-    gemm = "void efft::gemm_kernel<__nv_bfloat16, (bool)1, cfg::Sm90<(int)192, (int)0>>(P)"
-    events = [
-        event(gemm, 600.0),
-        event("_thin_kernel", 1.0),
-        event(gemm, 399.0),
-        event("Optimizer.step#AdamW.step", 500.0, note=True),
-        event("cudaLaunchKernel", 5.0, DeviceType.CPU),
-    ]
-    totals = step.kernel_totals(events, "cuda")
-    name = "gemm_kernel<__nv_bfloat16, 1, Sm90<192, 0>>"
-    assert totals == {name: (2, 999.0), "_thin_kernel": (1, 1.0)}
-    rows = list(step.kernel_rows(totals))
-    assert [(r["kernel"], r["calls"], r["share"]) for r in rows] == [
-        ("all", 3, "1.0000"),
-        (name, 2, "0.9990"),
-    ]
-    assert step.short_kernel("(lambda)") == "(lambda)"
 
 
 def test_committed_rows_passed_the_gate() -> None:

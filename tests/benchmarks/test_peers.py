@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import peers, whole_model
-from benchmarks.lib.rows import WHOLE_MODEL_COLUMNS
+from benchmarks.lib.rows import WHOLE_MODEL_COLUMNS, read_rows
 from benchmarks.peers import Peer
 
 RANK = 3
@@ -91,6 +92,7 @@ def test_the_floor_s_gradient_reaches_the_first_block(
 
 def test_a_wrong_peer_gets_no_row(
     base: nn.Module,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -106,9 +108,18 @@ def test_a_wrong_peer_gets_no_row(
     monkeypatch.setattr(whole_model, "make_base", lambda *_: copy.deepcopy(base))
     monkeypatch.setattr(whole_model, "draw_batch", lambda *_: (images, targets))
     rows = whole_model.bench_model(
-        "a_vit", 64, RANK, device="cpu", amp=None, impls=["EFFT2", peers.EAGER_EFFT2], seconds=0.0
+        *("a_vit", 64, RANK),
+        device="cpu",
+        amp=None,
+        impls=["EFFT2", peers.EAGER_EFFT2],
+        seconds=0.0,
+        profile=tmp_path / "operators.csv",
     )
     assert [row["impl"] for row in rows] == [peers.FLOOR, "EFFT2"]
+    profiled = read_rows(tmp_path / "operators.csv")
+    assert {row["impl"] for row in profiled} == {peers.FLOOR, "EFFT2"}
+    assert {row["model"] for row in profiled} == {"a_vit"}
+    assert {"native_forward", "all"} & {row["kernel"] for row in profiled}
     assert "no row" in capsys.readouterr().err
     for row in rows:
         assert set(row) <= set(WHOLE_MODEL_COLUMNS)
