@@ -1,5 +1,6 @@
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -30,7 +31,12 @@ inline void check(bool condition, const char* what) {
 }
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t
+      context;   // its start: later switches are jumps, which spare the signal mask's syscalls
+  jmp_buf here;  // where it waits
+  bool started = false;
+  bool (*ready)(void*) = nullptr;  // of what it waits for; the scheduler asks before it switches
+  void* condition = nullptr;
   std::unique_ptr<char[]> stack;
   uint3 thread_idx;
   int index = 0;
@@ -80,6 +86,7 @@ struct Block {
   bool eager = false;
   int64_t progress = 0;
   ucontext_t scheduler;
+  jmp_buf scheduling;
   Thread* current = nullptr;
 
   bool running() const {
@@ -113,11 +120,28 @@ inline Thread& current_thread() { return *block().current; }
 inline Warp& current_warp() { return block().warps[current_thread().index / 32]; }
 inline int lane() { return current_thread().index % 32; }
 
-inline void yield() { swapcontext(&current_thread().context, &block().scheduler); }
+// From a thread to the scheduler.
+inline void yield() {
+  if (_setjmp(current_thread().here) == 0) _longjmp(block().scheduling, 1);
+}
+
+// From the scheduler to a thread, until that yields.
+inline void resume(Block& b, Thread& t) {
+  if (_setjmp(b.scheduling) != 0) return;
+  if (t.started) _longjmp(t.here, 1);
+  t.started = true;
+  swapcontext(&b.scheduler, &t.context);
+}
 
 template <class Condition>
 void wait_until(Condition condition) {
-  while (!condition()) yield();
+  if (!condition()) {
+    Thread& t = current_thread();
+    t.ready = [](void* c) { return (*static_cast<Condition*>(c))(); };
+    t.condition = &condition;
+    yield();
+    t.ready = nullptr;
+  }
   ++block().progress;
 }
 
@@ -228,7 +252,7 @@ inline void run_cluster(int threads, std::mt19937& random) {
       if (skip_slow && at / 32 == slow_warp) continue;
       block_pointer() = &b;
       b.current = &t;
-      swapcontext(&b.scheduler, &t.context);
+      if (t.ready == nullptr || t.ready(t.condition)) resume(b, t);
     }
     // TMA delivers in any order, some time.
     for (Block& b : blocks) {
