@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,38 @@ def _left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned_memory: None) -> None:
     """Every uninitialised floating buffer is NaN."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _language_patched_once() -> Iterator[None]:
+    """The interpreter looks through all of tl for what to replace whenever a kernel calls another
+    function, a fifth of its time; once a launch is enough."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+    in_force: set[frozenset[str]] = set()  # the names under which a function sees tl
+
+    def replace_once(fn: Any) -> Any:
+        names = frozenset(name for name in ("tl", "core") if name in fn.__globals__)
+        scope = interpreter._LangPatchScope() if names in in_force else replace(fn)
+        put_back = scope.restore
+        outermost = not in_force
+        in_force.add(names)
+
+        def restore() -> None:
+            if outermost:
+                in_force.clear()
+            put_back()
+
+        scope.restore = restore
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
 
 
 @pytest.fixture(params=dispatch.STRATEGIES)
