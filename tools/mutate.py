@@ -289,7 +289,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "testing/error_budget.py": ("testing/test_error_budget.py",),
     "training/averaging.py": ("training/test_updates.py",),
     "training/curves.py": ("training/test_curves.py",),
-    "training/evaluation.py": ("training/test_loop.py", "training/test_run.py"),
+    "training/evaluation.py": ("training/test_evaluation.py", "training/test_run.py"),
     "training/loop.py": ("training/test_loop.py", "training/test_updates.py"),
     "training/rank_batches.py": (
         "training/test_rank_batches.py",
@@ -428,6 +428,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'known = first.setdefault((id(module), IN_PROJ if stacked else ""), own)',
         "'' if stacked else IN_PROJ",
     ): "the same two keys, exchanged",
+    (
+        "training/averaging.py",
+        "for parameter, value in zip(parameters, values, strict=True):",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "training/settings.py",
+        "torch.empty(0, device=device)",
+        "1",
+    ): "any tensor shows whether the device is there",
     (
         "training/loop.py",
         "updates_done = 0 if batches is None else epoch * updates.of_epoch(batches)",

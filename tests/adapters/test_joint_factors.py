@@ -118,7 +118,9 @@ def test_stacks_of_several_kinds(models):
     for (down, b), kind in zip(shared.stacks(kinds, False), kinds, strict=True):
         for i, site in enumerate(kind.sites):
             factors = shared.get(kind.group, site, False)
-            assert torch.equal(down[i], factors.down) and torch.equal(b[i], factors.up.flatten(0, 1))
+            assert torch.equal(down[i], factors.down) and torch.equal(
+                b[i], factors.up.flatten(0, 1)
+            )
     ((down, _),) = shared.stacks(kinds[:1], True)
     again = shared.get(kinds[0].group, kinds[0].sites[0], True).down
     assert not torch.equal(down[0], again)

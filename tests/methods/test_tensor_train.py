@@ -87,9 +87,7 @@ def test_what_is_used_whole_is_the_parameter_itself(groups, method, role):
 
 def test_a_fused_kv_is_its_two_matrices_on_the_input_side(randomize):
     method = EFFT1(rank=(3, 2), attention_side="in")
-    fused, apart = (
-        method.build([site(r) for r in roles])["all"] for roles in (["kv"], ["k", "v"])
-    )
+    fused, apart = (method.build([site(r) for r in roles])["all"] for roles in (["kv"], ["k", "v"]))
     randomize(fused)
     apart.load_state_dict(fused.state_dict())
     k_and_v = [delta_weight(*apart(f"blocks.0.{name}", False), 1) for name in "kv"]
