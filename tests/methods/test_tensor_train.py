@@ -52,6 +52,7 @@ class TestPosition:
                 found, expected = group.factors_at(group.position(name), True), group(name, True)
                 for ours, theirs in zip(found, expected, strict=True):
                     assert ours is theirs is None or torch.equal(ours, theirs)
+                assert len(found.up) == 1  # for all slices
                 sum(t.sum() for t in found if t is not None).backward()
                 place = group.position(name.replace(".0.", ".1.")).place
                 assert group.position(name).place == place
@@ -102,6 +103,7 @@ def test_stacks_of_few_blocks(groups, method, blocks):
     for group in groups(method, blocks):
         products = group.joint_products(False)
         made = group.from_products(products)
+        assert max(len(factors.up) for factors in made.values()) <= 4  # FacT's slices of fc1
         for role in {name.rpartition(".")[2] for name in group.placements}:
             sites = [f"blocks.{block}.{role}" for block in range(blocks)]
             plan = group.stack_plan(sites)

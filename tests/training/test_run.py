@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from torch.utils.data import RandomSampler, SequentialSampler
 
 import efft_kernels
-import efft_kernels.training.run as module
 from efft_kernels import LoRA, attach
 from efft_kernels.adapters.adapter import Adapter
 from efft_kernels.methods import METHODS
+from efft_kernels.training import run as training_run
 from efft_kernels.training.backbone import build_backbone
 from efft_kernels.training.evaluation import evaluate_adapter
 from efft_kernels.training.images import UnreadableImageError, open_splits
@@ -711,9 +711,9 @@ class Second(Ranks):
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         made = make()
-        return (
-            made | {"backbone": "other"} if isinstance(made, dict) and "backbone" in made else made
-        )
+        if isinstance(made, dict) and "backbone" in made:
+            made = made | {"backbone": "other"}
+        return made
 
     def gather(self, value: Any) -> list[Any]:
         return [value, value]
@@ -735,7 +735,7 @@ class TestOfATinyBackbone:
             model.to = lambda device: events.append(device) or move(device)
             return model
 
-        monkeypatch.setattr(module, "build_backbone", build)
+        monkeypatch.setattr(training_run, "build_backbone", build)
         return events
 
     @pytest.fixture
@@ -817,7 +817,7 @@ class TestOfATinyBackbone:
         assert run.scaler is not None
         run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 8.0})
         run.history.append(EpochRow(1, 1.0, 50.0, 1e-3, 2.0))
-        module._save(run)
+        training_run._save(run)
         again = prepare(half, tmp_path / "run", resume=True).scaler
         assert again is not None and again.get_scale() == 8.0
 
@@ -830,7 +830,7 @@ def test_an_image_that_was_left_out_is_not_looked_at_again(
         Image.new("RGB", (2, 2)).save(path)
     paths[2].touch()
     checked, notes = [], []  # type: ignore[var-annotated]
-    found = module._unreadable(
+    found = training_run._unreadable(
         dataclasses.replace(settings, data=tmp_path),
         ["bad.png", "removed.png"],
         notes.append,
@@ -852,9 +852,9 @@ def test_kernels_on_cuda_repeat_their_bits_where_they_can(
         asked.append((device.type, options))
         yield
 
-    monkeypatch.setattr(module, "deterministic", deterministic)
-    monkeypatch.setattr(module, "_rows", lambda *_: iter(()))
-    monkeypatch.setattr(module, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(training_run, "deterministic", deterministic)
+    monkeypatch.setattr(training_run, "_rows", lambda *_: iter(()))
+    monkeypatch.setattr(training_run, "draw_curves", lambda *_: None)
     row, device = EpochRow(1, 1.0, 50.0, 1e-3, 2.0), torch.device(kind)
     run: Any = SimpleNamespace(ranks=ALONE, device=device, history=[row], best=row, kept_epoch=1)
     run.output = Path("run")
@@ -870,10 +870,10 @@ def test_a_state_is_held_on_to_where_it_will_not_stay(
     adapter = attach(make_vit(), LoRA(rank=1))
     run: Any = SimpleNamespace(average=average, adapter=adapter, kept="before", kept_epoch=1)
     run.settings, run.history = SimpleNamespace(keep=keep), [1, 2]
-    module._keep(run)
+    training_run._keep(run)
     assert run.kept == "before"
     run.kept_epoch = 2
-    module._keep(run)
+    training_run._keep(run)
     assert (run.kept is None) is (average is None and keep == "last")
 
 
@@ -891,8 +891,8 @@ def test_all_processes_gather_what_the_first_writes(
 ) -> None:
     events: list[str] = []
     monkeypatch.setattr(Ranks, "from_first", lambda self, make: events.append("waits"))
-    monkeypatch.setattr(module, "whole_state", lambda state: events.append("gathers"))
-    monkeypatch.setattr(module, "_write_first", lambda run: events.append("writes"))
+    monkeypatch.setattr(training_run, "whole_state", lambda state: events.append("gathers"))
+    monkeypatch.setattr(training_run, "_write_first", lambda run: events.append("writes"))
     adapter = SimpleNamespace(state_dict=dict)
-    module._write_products(SimpleNamespace(ranks=ranks, adapter=adapter, kept=None))  # type: ignore[arg-type]
+    training_run._write_products(SimpleNamespace(ranks=ranks, adapter=adapter, kept=None))  # type: ignore[arg-type]
     assert events == does
