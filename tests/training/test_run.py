@@ -809,17 +809,21 @@ class TestOfATinyBackbone:
         processes = "the run began with 3 processes: its bits may differ"
         assert said() == [versions, processes, resuming]
 
-    def test_the_scale_of_gradients_is_part_of_a_run(
+    def test_the_scale_of_gradients_and_the_average_are_part_of_a_run(
         self, tiny: TrainSettings, tmp_path: Path
     ) -> None:
-        half = dataclasses.replace(tiny, amp="float16")
+        half = dataclasses.replace(tiny, amp="float16", ema=0.9)
         run = prepare(half, tmp_path / "run")
-        assert run.scaler is not None
+        assert run.scaler is not None and run.average is not None
+        for tensor in run.average.state_dict().values():
+            tensor.fill_(0.25)
         run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 8.0})
         run.history.append(EpochRow(1, 1.0, 50.0, 1e-3, 2.0))
         training_run._save(run)
-        again = prepare(half, tmp_path / "run", resume=True).scaler
-        assert again is not None and again.get_scale() == 8.0
+        again = prepare(half, tmp_path / "run", resume=True)
+        assert again.scaler is not None and again.scaler.get_scale() == 8.0
+        assert again.average is not None
+        assert all((tensor == 0.25).all() for tensor in again.average.state_dict().values())
 
 
 def test_an_image_that_was_left_out_is_not_looked_at_again(
