@@ -74,11 +74,11 @@ class CoreIndex:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.total = 0
-        self._first: dict[tuple[int, str], int] = {}
+        self._first: dict[tuple[int | None, str], int] = {}
 
     def take(self, block: int, kind: str, count: int = 1) -> int:
         """The index of the first of `count` consecutive cores."""
-        key = (0 if self.shared else block, kind)
+        key = (None if self.shared else block, kind)
         if key not in self._first:
             self._first[key] = self.total
             self.total += count
@@ -120,7 +120,7 @@ class _Family(NamedTuple):
         first = next(iter(places.values()))
         indices = [p.first_core + i for p in places.values() for i in range(p.slices)]
         n = len(indices)
-        period = next(p for p in range(1, n + 1) if indices == indices[:p] * (n // p))
+        period = next(p for p in itertools.count(1) if indices == indices[:p] * (n // p))
         return cls(
             keeps_u=first.stacked == "out" and first.u_side == "in",
             folds_down=first.stacked == "in",
@@ -158,21 +158,21 @@ class _StackPlan(NamedTuple):
         starts = list(itertools.accumulate(family.sites.values(), initial=0))
         firsts, counts = [starts[p] for p in places], {family.sites[site] for site in sites}
         period, rest = divmod(starts[-1], len(sites))
-        step = places[1] - places[0] if len(places) > 1 else 1
         if rest or len(counts) > 1 or firsts != [firsts[0] + i * period for i in range(len(sites))]:
             return None
-        if step < 1 or places != [places[0] + i * step for i in range(len(places))]:
+        kept, *others = _progressions(places)
+        if others:
             return None
-        cores = slice(firsts[0], firsts[0] + counts.pop())
-        return cls(index, slice(places[0], places[-1] + 1, step), period, cores)
+        return cls(index, kept, period, slice(firsts[0], firsts[0] + counts.pop()))
 
 
 def _progressions(indices: Sequence[int]) -> Iterator[slice]:
     """The indices as slices, as few as one pass finds."""
     start = 0
     while start < len(indices):
-        stop, first = start + 1, indices[start]
-        step = max(indices[stop] - first, 1) if stop < len(indices) else 1
+        stop, first, step = start + 1, indices[start], 1
+        if stop < len(indices):
+            step = max(indices[stop] - first, step)
         while stop < len(indices) and indices[stop] == first + (stop - start) * step:
             stop += 1
         yield slice(first, indices[stop - 1] + 1, step)
@@ -232,7 +232,7 @@ class TensorTrainGroup(FactorGroup):
         rank: tuple[int, int],
         cores: int,
         scale: float,
-        learn_scale: bool = False,
+        learn_scale: bool,
         init: str = "v",
         draw: Draw = draw_xavier,
         dropout: float = 0.0,
@@ -270,8 +270,8 @@ class TensorTrainGroup(FactorGroup):
                 first, count = self.placements[name].first_core, self.placements[name].slices
                 position.cores = torch.arange(first, first + count, device=self.core.device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> TensorTrainGroup:
-        super()._apply(fn, recurse)
+    def _apply(self, *args: Any, **kwargs: Any) -> TensorTrainGroup:
+        super()._apply(*args, **kwargs)
         self._put_positions()
         return self
 

@@ -104,6 +104,30 @@ def test_stacks_are_those_of_the_sites(make_vit, randomize, method, dropout):
         assert group.stack_plan([sites[0], "blocks.0.other"]) is None
 
 
+def test_stacks_of_several_kinds(models):
+    """None outside a forward; within one, a linear that is called besides draws its own masks."""
+    model, _ = models(NOISY)
+    bank = model.factor_bank
+    shared, kinds = bank.joint_factors, []
+    for kind in ("attn.qkv", "mlp.fc1", "attn.proj"):
+        sites = tuple(f"blocks.{block}.{kind}" for block in range(2))
+        group = bank.group(sites[0])
+        kinds.append(joint.Kind(group, type(group), sites, group.stack_plan(sites)))
+    assert shared.stacks(kinds, False) is None
+    shared.open(model, ())
+    for (down, b), kind in zip(shared.stacks(kinds, False), kinds, strict=True):
+        for i, site in enumerate(kind.sites):
+            factors = shared.get(kind.group, site, False)
+            assert torch.equal(down[i], factors.down)
+            assert torch.equal(b[i], factors.up.flatten(0, 1))
+    ((down, _),) = shared.stacks(kinds[:1], True)
+    again = shared.get(kinds[0].group, kinds[0].sites[0], True).down
+    assert not torch.equal(down[0], again)
+    ((other, _),) = shared.stacks(kinds[:1], True)
+    assert not torch.equal(down, other)
+    shared.close(model, (), None)
+
+
 def factors(model):
     return list(model.factor_bank.parameters())
 
@@ -762,6 +786,12 @@ class TestKeepGraph:
         for grads in (found, again):
             assert all(map(torch.equal, grads, expected))
 
+    def test_is_plain_torch_in_a_graph(self, monkeypatch):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        a = torch.randn(3, requires_grad=True)
+        (x,) = keep_graph(lambda a: (a * 3,), a)
+        assert torch.equal(x, a * 3) and x.grad_fn.name() == "MulBackward0"
+
     def test_without_any_gradient(self):
         class Stop(torch.autograd.Function):
             @staticmethod
@@ -843,6 +873,8 @@ def test_products_in_parts_of_the_rows(rows):
     matrices = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
     found, whole = (_products(factors.expand(5, -1, -1), matrices, parts) for parts in (4, 1))
     torch.testing.assert_close(found, whole)
+    at_once = [y.grad_fn.name() == "BmmBackward0" for y in (found, whole)]
+    assert at_once == [rows % 4 > 0, True]
     dy = torch.randn_like(whole)
     grads = (torch.autograd.grad(y, (factors, matrices), dy) for y in (found, whole))
     torch.testing.assert_close(*grads)
@@ -894,12 +926,13 @@ def test_a_group_that_is_not_joint_makes_its_own_beside_one_that_is(models, imag
     assert made == {"joint": 1, "alone": 4}
 
 
-def test_nothing_is_traced_before_a_forward_and_after_it(models, images):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_is_traced_before_a_forward_and_after_it(models, images, compiled):
     model, _ = models()
     assert model.factor_bank.joint_factors.traced is False
-    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
-        run(images)
-        assert model.factor_bank.joint_factors.traced is False
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    run(images)
+    assert model.factor_bank.joint_factors.traced is False
 
 
 def test_streams_are_those_of_a_groups_first_parameter(monkeypatch):

@@ -95,7 +95,7 @@ def test_one_linear_is_a_group(kind, role):
     method = KAdaptation(matrices=(role,)) if kind is KAdaptation else method
     it = site(role, *{"q": (16, 16), "fc1": (16, 64), "fc2": (64, 16)}[role])
     ((_, group),) = method.build([it]).items()
-    down, core, up = group.factors(it.name, False)
+    down, core, up = group(it.name, False)
     slices = up.shape[0] if core is None else core.shape[0]
     delta = delta_weight(down, core, up, slices)
     assert delta.shape == (it.out_features, it.in_features) and not delta.any()

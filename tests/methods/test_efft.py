@@ -166,7 +166,7 @@ ATTACH_OPTIONS = {
     "mhsa of layer 1": ({"layers": [1], "targets": "mhsa"}, [1], ("mhsa",)),
 }
 METHOD_OPTIONS = [
-    {"rank": 3, "scale": 0.7},
+    {"rank": 3, "scale": 2.5},
     {"rank": (3, 2), "scale": 10.0},
     {"rank": (2, 5), "scale": 0.1, "cores": "shared"},
     {"rank": 4, "scale": 2.0, "learn_scale": True},

@@ -190,6 +190,7 @@ REFUSED = [
     ({"products": 16, "matrices": ("fc1",)}, "products must divide K=12 and N=48"),
     ({"products": 16, "matrices": ("fc2",)}, "products must divide K=48 and N=12"),
     ({"products": 4, "rank": 1}, r"products²·rank must be at most min\(K, N\)=12 .* got 16"),
+    ({"products": 2, "rank": 4}, r"products²·rank must be at most min\(K, N\)=12 .* got 16"),
 ]
 
 

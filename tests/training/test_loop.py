@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import types
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from efft_kernels.training import loop
+from efft_kernels.training import loop, replica
 from efft_kernels.training.loop import (
     NonFiniteLossError,
     Schedule,
@@ -21,6 +22,8 @@ from efft_kernels.training.loop import (
     train_one_epoch,
     trained_parameters,
 )
+from efft_kernels.training.rank_batches import IGNORED
+from efft_kernels.training.ranks import ALONE, Ranks
 from efft_kernels.training.reproducible import epoch_seed
 from efft_kernels.training.updates import Updates
 
@@ -38,7 +41,11 @@ def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
     )
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item())
-    assert (result.images, len(result.step_ms), len(steps)) == (9, 2, 2)
+    assert (result.images, len(result.step_ms)) == (9, 2)
+    losses = [torch.nn.functional.cross_entropy(model(x), y).item() for x, y in batches]
+    assert steps == [(step, pytest.approx(loss)) for step, loss in enumerate(losses)]
+    one = [(torch.randn(1, 5), torch.tensor([1]))]
+    assert train_one_epoch(model, one, optimizer, device="cpu").images == 1
     right = (model(x).argmax(1) == y).float().mean().item()
     assert evaluate(model, batches, device="cpu", num_classes=3) == pytest.approx(100 * right)
     with pytest.raises(ValueError, match="at least one batch"):
@@ -54,6 +61,56 @@ def test_an_epoch_reports_its_mean_loss_and_steps() -> None:
                 scheduler=scheduler,
                 updates=Updates(accumulate=accumulate),
             )
+
+
+class Beside(Ranks):
+    """One of two processes; the other one's loss is always 3, of 2 images."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values + torch.tensor([3.0, 2.0]) if values.ndim else values
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, None]
+
+
+def test_one_process_of_two_trains_on_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes' gradients are averaged, so that each is of twice its part of the mean."""
+    shared: list[Any] = []
+    counting: list[bool] = []
+
+    def synced(model: Any, ranks: Ranks, *, counts: bool) -> Any:
+        counting.append(counts)
+        return nullcontext()
+
+    monkeypatch.setattr(replica.dist, "broadcast", lambda *buffer: shared.append(buffer))
+    monkeypatch.setattr(loop, "synced_batch_norm", synced)
+    model, x, y = torch.nn.Linear(5, 3), torch.randn(4, 5), torch.randint(3, (4,))
+    model.register_buffer("seen", torch.zeros(1))
+    own = torch.nn.functional.cross_entropy(model(x), y, reduction="sum")
+    (grad,) = torch.autograd.grad(own, model.weight)
+    expected = model.weight.detach() - grad * 2 / (4 + 2)
+    batches = [(x, y), (x[:1], torch.tensor([IGNORED]))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    result = train_one_epoch(model, batches, optimizer, device="cpu", ranks=Beside(0, 2))
+    torch.testing.assert_close(model.weight.detach(), expected)
+    assert (result.loss, result.images) == (pytest.approx((own.item() + 3 + 3) / 8), 8)
+    assert counting == [True, False]
+    assert shared == [(model.seen, 0)]
+
+
+@pytest.mark.parametrize("ranks", [ALONE, Beside(0, 2)], ids=["alone", "two"])
+def test_processes_count_together(monkeypatch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+    asked: list[bool] = []
+    real = loop.MulticlassAccuracy
+
+    def recording(*args: Any, sync_on_compute: bool, **options: Any) -> Any:
+        asked.append(sync_on_compute)
+        return real(*args, sync_on_compute=sync_on_compute, **options)
+
+    monkeypatch.setattr(loop, "MulticlassAccuracy", recording)
+    batches = [(torch.eye(3), torch.tensor([0, 1, IGNORED]))]
+    accuracy = evaluate(torch.nn.Identity(), batches, device="cpu", num_classes=3, ranks=ranks)
+    assert (accuracy, asked) == (100.0, [ranks is not ALONE])
 
 
 def test_a_nan_loss_stops_before_the_update() -> None:
@@ -94,16 +151,17 @@ def test_a_last_update_that_diverges_is_noticed(value: float) -> None:
         train_one_epoch(model, batches, Poison([model.weight], 3, value), device="cpu", epoch=1)
 
 
+@pytest.mark.parametrize(("ranks", "left"), [(ALONE, 2), (Beside(0, 2), 0)], ids=["alone", "two"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_logits_that_mean_nothing_have_no_accuracy(value: float) -> None:
+def test_logits_that_mean_nothing_have_no_accuracy(value: float, ranks: Ranks, left: int) -> None:
     model = torch.nn.Linear(5, 3)
     with torch.no_grad():
         model.weight.fill_(value)
     batches = iter([(torch.ones(4, 5), torch.zeros(4, dtype=torch.long))] * 3)
     with pytest.raises(NonFiniteLossError, match="logits are not finite"):
-        evaluate(model.train(), batches, device="cpu", num_classes=3)
+        evaluate(model.train(), batches, device="cpu", num_classes=3, ranks=ranks)
     assert model.training
-    assert len(list(batches)) == 2  # not looked at
+    assert len(list(batches)) == left  # not looked at; two processes stay in step
 
 
 def test_a_class_that_is_masked_out_does_not_count_against_the_others() -> None:
@@ -202,6 +260,22 @@ def test_saved_bytes_count_each_storage_once_without_parameters() -> None:
     assert modes == [True] and not model.training
     assert model[0].weight.grad is None
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_what_is_saved_and_freed_again_counts_too() -> None:
+    """Also where a forward goes backward itself, as one that returns an energy's gradient."""
+
+    class Force(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(20):
+                energy = (x * self.weight[0]).exp().sum()  # saves x and the exponential
+                x = x + torch.autograd.grad(energy, self.weight)[0][0]
+            return super().forward(x)
+
+    model, x, y = Force(64, 4, bias=False), torch.randn(16, 64), torch.zeros(16, dtype=torch.long)
+    mib = saved_for_backward_mib(model, x, y)
+    last = 4 * (16 * 64 + 16 * 4 + 1) + 8 * 16  # x, and what the loss saves
+    assert mib * 2**20 == last + 20 * 2 * 4 * 16 * 64
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

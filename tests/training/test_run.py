@@ -8,8 +8,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,15 +21,20 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import RandomSampler, SequentialSampler
 
 import efft_kernels
+from efft_kernels import LoRA, attach
 from efft_kernels.adapters.adapter import Adapter
 from efft_kernels.methods import METHODS
+from efft_kernels.training import run as training_run
 from efft_kernels.training.backbone import build_backbone
 from efft_kernels.training.evaluation import evaluate_adapter
 from efft_kernels.training.images import UnreadableImageError, open_splits
 from efft_kernels.training.loop import NonFiniteLossError
-from efft_kernels.training.run import WARMUP_LR, fit, prepare
+from efft_kernels.training.ranks import ALONE, Ranks
+from efft_kernels.training.reproducible import epoch_seed
+from efft_kernels.training.run import WARMUP_LR, EpochRow, fit, prepare
 from efft_kernels.training.settings import TrainSettings, resolve_device
 
 MODEL = "vit_tiny_patch16_224"
@@ -85,7 +93,9 @@ def assert_same_run(first: Path, second: Path) -> None:
 def test_training_learns_and_evaluation_repeats_it(settings: TrainSettings, tmp_path: Path) -> None:
     output = tmp_path / "run"
     run = prepare(dataclasses.replace(settings, epochs=5), output)
+    start = time.perf_counter()
     result = fit(run)
+    assert 0 < sum(row.seconds for row in run.history) < time.perf_counter() - start
     assert result.last_top1_percent > 80  # chance is 33
     assert result.best_top1_percent >= result.last_top1_percent
     files = {"adapter.safetensors", "config.json", "curves.png", "metrics.csv", "state.pt"}
@@ -320,6 +330,7 @@ def test_a_bad_setting_writes_nothing(settings: TrainSettings, tmp_path: Path) -
         ({"targets": ("nothing",)}, "targets"),
         ({"device": "cuda:99"}, "device"),
         ({"device": "quantum"}, "device"),
+        ({"device": "meta"}, "device"),
         ({"model": "resnet18", "img_size": None, "drop_path": 0.0}, "targets"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -503,6 +514,8 @@ def test_the_cosine_does_not_rise_for_the_slower_group(settings: TrainSettings) 
     with pytest.raises(ValueError, match=r"min_lr must be at most lr · backbone_lr_factor=1e-06"):
         dataclasses.replace(settings, backbone_lr_factor=1e-3)
     dataclasses.replace(settings, backbone_lr_factor=0.5, min_lr=0.5 * settings.lr)
+    with pytest.raises(ValueError, match=r"min_lr must be at most lr=0\.001, got 0\.0015"):
+        dataclasses.replace(settings, backbone_lr_factor=2.0, min_lr=1.5 * settings.lr)
 
 
 class Command:
@@ -626,8 +639,10 @@ def test_the_adapter_loads_in_plain_code(uninterrupted: Path) -> None:
     assert adapter.num_parameters() == config["factor_parameters"]
 
 
-def test_auto_device_is_there() -> None:
-    assert resolve_device("auto").type in ("cpu", "cuda")
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_is_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert resolve_device("auto") == torch.device("cuda" if there else "cpu")
 
 
 EXTRAS: dict[str, Any] = {
@@ -689,3 +704,199 @@ def test_the_kept_adapter_is_the_best_epochs(
     prepare(run.settings, run.output, resume=True)
     again = load_file(result.adapter_path)
     assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
+
+
+class Second(Ranks):
+    """The second of two processes; the first finds what it finds itself, but another backbone."""
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        made = make()
+        if isinstance(made, dict) and "backbone" in made:
+            made = made | {"backbone": "other"}
+        return made
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
+class TestOfATinyBackbone:
+    """Of a few thousand parameters, in place of timm's."""
+
+    @pytest.fixture
+    def built(self, monkeypatch: pytest.MonkeyPatch, make_vit: Any) -> list[Any]:
+        """What a backbone was built with, and where it went."""
+        events: list[Any] = []
+
+        def build(name: str, *, num_classes: int, **options: Any) -> torch.nn.Module:
+            events.append(torch.initial_seed())
+            model = make_vit(num_classes=num_classes)
+            model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+            move = model.to
+            model.to = lambda device: events.append(device) or move(device)
+            return model
+
+        monkeypatch.setattr(training_run, "build_backbone", build)
+        return events
+
+    @pytest.fixture
+    def tiny(self, settings: TrainSettings, built: list[Any]) -> TrainSettings:
+        return dataclasses.replace(settings, rank=2, img_size=8, drop_path=0.0)
+
+    def test_what_a_run_is_made_of(
+        self, tiny: TrainSettings, tmp_path: Path, built: list[Any]
+    ) -> None:
+        run = prepare(dataclasses.replace(tiny, batch_size=1), tmp_path / "plain")
+        assert built == [epoch_seed(tiny.seed, 0), torch.device("cpu")]
+        assert isinstance(run.train_loader.sampler, RandomSampler)
+        assert isinstance(run.val_loader.sampler, SequentialSampler)
+        assert not run.train_loader.pin_memory and not run.val_loader.pin_memory
+        assert len(run.optimizer.param_groups) == 1
+        assert run.scaler is run.average is run.updates.after is None
+        slow = {"lr": 1e-5, "min_lr": 0.0, "backbone_lr_factor": 0.01, "warmup_epochs": 1}
+        changed = dataclasses.replace(tiny, amp="float16", ema=0.9, **slow)
+        run = prepare(changed, tmp_path / "changed")
+        assert isinstance(run.scaler, torch.amp.GradScaler)
+        assert run.average is not None and run.updates.after == run.average.update
+        assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([1e-7] * 2)
+
+    def test_a_batch_that_is_left_out_is_not_the_only_one(
+        self, tiny: TrainSettings, tmp_path: Path
+    ) -> None:
+        whole = dataclasses.replace(tiny, batch_size=21, drop_last=True)
+        assert len(prepare(whole, tmp_path / "whole").train_loader) == 1
+        with pytest.raises(ValueError, match="batch_size must be at most the 21 images to train"):
+            prepare(dataclasses.replace(whole, batch_size=22), tmp_path / "none")
+
+    @pytest.mark.parametrize(
+        ("fsdp", "change", "message"),
+        [
+            (False, {"batch_size": 1}, "batch_size must be at least 1 image for each of the 2"),
+            (True, {"ema": 0.9}, r"ema must be left out with fsdp, got 0\.9"),
+            (False, {}, "backbone must be the same in every process, got another in rank 1"),
+        ],
+    )
+    def test_what_two_processes_are_refused(
+        self,
+        tiny: TrainSettings,
+        tmp_path: Path,
+        fsdp: bool,
+        change: dict[str, Any],
+        message: str,
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            ranks = Second(1, 2, fsdp=fsdp)
+            prepare(dataclasses.replace(tiny, **change), tmp_path / "run", ranks=ranks)
+
+    def test_what_is_said_of_a_resumed_run(self, tiny: TrainSettings, tmp_path: Path) -> None:
+        output, notes = tmp_path / "run", []  # type: ignore[var-annotated]
+
+        def said() -> list[str]:
+            notes.clear()
+            prepare(tiny, output, resume=True, notify=notes.append)
+            return list(notes)
+
+        assert said() == [f"{output}: nothing to resume yet, starting with epoch 1"]
+        resuming = f"{output}: resuming after epoch 0 of 3"
+        assert said() == [resuming]
+        path = output / "config.json"
+        config = json.loads(path.read_text())
+        del config["processes"]  # as older releases
+        path.write_text(json.dumps(config))
+        assert said() == [resuming]
+        config |= {"processes": 3, "versions": {"torch": "1.0"}}
+        path.write_text(json.dumps(config))
+        versions = "other library versions than when the run began: its bits may differ"
+        processes = "the run began with 3 processes: its bits may differ"
+        assert said() == [versions, processes, resuming]
+
+    def test_the_scale_of_gradients_and_the_average_are_part_of_a_run(
+        self, tiny: TrainSettings, tmp_path: Path
+    ) -> None:
+        half = dataclasses.replace(tiny, amp="float16", ema=0.9)
+        run = prepare(half, tmp_path / "run")
+        assert run.scaler is not None and run.average is not None
+        for tensor in run.average.state_dict().values():
+            tensor.fill_(0.25)
+        run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 8.0})
+        run.history.append(EpochRow(1, 1.0, 50.0, 1e-3, 2.0))
+        training_run._save(run)
+        again = prepare(half, tmp_path / "run", resume=True)
+        assert again.scaler is not None and again.scaler.get_scale() == 8.0
+        assert again.average is not None
+        assert all((tensor == 0.25).all() for tensor in again.average.state_dict().values())
+
+
+def test_an_image_that_was_left_out_is_not_looked_at_again(
+    settings: TrainSettings, tmp_path: Path
+) -> None:
+    paths = [tmp_path / name for name in ("0.png", "1.png", "bad.png")]
+    for path in paths[:2]:
+        Image.new("RGB", (2, 2)).save(path)
+    paths[2].touch()
+    checked, notes = [], []  # type: ignore[var-annotated]
+    found = training_run._unreadable(
+        dataclasses.replace(settings, data=tmp_path),
+        ["bad.png", "removed.png"],
+        notes.append,
+        lambda *counts: checked.append(counts),
+        ALONE,
+        [(str(path), 0) for path in paths],
+    )
+    assert (found, checked, notes) == ({str(paths[2])}, [(2, 2)], [])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_kernels_on_cuda_repeat_their_bits_where_they_can(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked: list[Any] = []
+
+    @contextmanager
+    def deterministic(device: torch.device, **options: Any) -> Iterator[None]:
+        asked.append((device.type, options))
+        yield
+
+    monkeypatch.setattr(training_run, "deterministic", deterministic)
+    monkeypatch.setattr(training_run, "_rows", lambda *_: iter(()))
+    monkeypatch.setattr(training_run, "draw_curves", lambda *_: None)
+    row, device = EpochRow(1, 1.0, 50.0, 1e-3, 2.0), torch.device(kind)
+    run: Any = SimpleNamespace(ranks=ALONE, device=device, history=[row], best=row, kept_epoch=1)
+    run.output = Path("run")
+    assert fit(run).last_top1_percent == 50.0
+    assert asked == ([("cuda", {"warn_only": True})] if kind == "cuda" else [])
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("average", [None, "an average"])
+def test_a_state_is_held_on_to_where_it_will_not_stay(
+    make_vit: Any, keep: str, average: str | None
+) -> None:
+    adapter = attach(make_vit(), LoRA(rank=1))
+    run: Any = SimpleNamespace(average=average, adapter=adapter, kept="before", kept_epoch=1)
+    run.settings, run.history = SimpleNamespace(keep=keep), [1, 2]
+    training_run._keep(run)
+    assert run.kept == "before"
+    run.kept_epoch = 2
+    training_run._keep(run)
+    assert (run.kept is None) is (average is None and keep == "last")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "does"),
+    [
+        (Ranks(0, 2, fsdp=True), ["writes", "waits"]),
+        (Ranks(1, 2), ["waits"]),
+        (Ranks(1, 2, fsdp=True), ["gathers", "waits"]),
+    ],
+    ids=str,
+)
+def test_all_processes_gather_what_the_first_writes(
+    monkeypatch: pytest.MonkeyPatch, ranks: Ranks, does: list[str]
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(Ranks, "from_first", lambda self, make: events.append("waits"))
+    monkeypatch.setattr(training_run, "whole_state", lambda state: events.append("gathers"))
+    monkeypatch.setattr(training_run, "_write_first", lambda run: events.append("writes"))
+    adapter = SimpleNamespace(state_dict=dict)
+    training_run._write_products(SimpleNamespace(ranks=ranks, adapter=adapter, kept=None))  # type: ignore[arg-type]
+    assert events == does

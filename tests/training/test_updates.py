@@ -10,7 +10,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from efft_kernels.training.averaging import Average
+from efft_kernels import LoRA, attach
+from efft_kernels.training.averaging import Average, copy_state, lent
 from efft_kernels.training.loop import train_one_epoch
 from efft_kernels.training.rank_batches import IGNORED
 from efft_kernels.training.reproducible import seed_everything
@@ -126,6 +127,26 @@ def test_the_average_is_timms_and_only_of_what_trains() -> None:
         average.update(step)
         decay = min(0.5, 1 - step ** (-2 / 3))
         expected = decay * expected + (1 - decay) * value
-    with average.in_place():
-        torch.testing.assert_close(model.weight.data, expected)
-    assert model.weight.data.unique() == 4.0
+    again = Average(model, 0.5)
+    again.load_state_dict(average.state_dict())
+    for each in (average, again):
+        with each.in_place():
+            torch.testing.assert_close(model.weight.data, expected)
+        assert model.weight.data.unique() == 4.0
+
+
+def test_an_adapter_is_lent_another_state(make_vit: Any, randomize: Any) -> None:
+    adapter = attach(make_vit(), LoRA(rank=1))
+    first = copy_state(adapter)
+    randomize(adapter)
+    own = copy_state(adapter)
+
+    def has(state: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(t, state[name]) for name, t in adapter.state_dict().items())
+
+    with pytest.raises(KeyError), lent(adapter, first):
+        assert has(first) and not has(own)
+        raise KeyError
+    with lent(adapter, None):
+        assert has(own)
+    assert has(own)
