@@ -143,7 +143,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "interop/test_peft.py",
     ),
     "interop/hub.py": ("interop/test_hub.py",),
-    "interop/left_out.py": ("interop/test_hub.py", "interop/test_trainer.py"),
+    "interop/left_out.py": ("interop/test_left_out.py",),
     "interop/lightning.py": ("interop/test_lightning.py",),
     "interop/name_patterns.py": ("interop/test_damaged_files.py::TestNamePatterns",),
     "interop/peft.py": ("interop/test_peft.py", "interop/test_damaged_files.py::TestPeft"),

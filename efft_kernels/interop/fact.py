@@ -196,8 +196,7 @@ def _tucker_cores(tensors: Mapping[str, Tensor], site: Site) -> Tensor:
     """
     first = _SLICES_PER_BLOCK * site.block + _FIRST_SLICE[site.role]
     mixed = tensors["FacTc"] @ tensors["FacTp"][:, first : first + _SLICES[site.role]]  # [a, b, i]
-    r = mixed.shape[0]
     if site.role in ("qkv", "o"):
         return mixed.permute(2, 0, 1)
-    by_slice = mixed.reshape(r, 4, r)  # [a, slice, e]
+    by_slice = mixed.reshape(len(mixed), 4, -1)  # [a, slice, e]
     return by_slice.permute(1, 2, 0) if site.role == "fc2" else by_slice.transpose(0, 1)

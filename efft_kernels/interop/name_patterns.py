@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 MOST_WAYS = 10**8  # a few seconds
+_TOO_MANY = MOST_WAYS + 1
 
 # The standard library's own parser, which re.compile uses: sre_parse until Python 3.10.
 _parser: Any = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
@@ -89,7 +90,7 @@ def _ways(parsed: Iterable[tuple[Any, Any]]) -> tuple[int, int]:
             elif low == high and high * inside <= 8 and inner ** min(high, 64) <= MOST_WAYS:
                 choices, repeats = choices * inner**high, repeats + high * inside
             else:
-                choices = MOST_WAYS + 1
+                choices = _TOO_MANY
         elif name == "BRANCH":
             branches = [_ways(branch) for branch in operand[1]]
             choices *= sum(inner for inner, _ in branches)
@@ -99,7 +100,7 @@ def _ways(parsed: Iterable[tuple[Any, Any]]) -> tuple[int, int]:
                 if isinstance(body, _parser.SubPattern):
                     inner, inside = _ways(body)
                     choices, repeats = choices * inner, repeats + inside
-        choices = min(choices, MOST_WAYS + 1)
+        choices = min(choices, _TOO_MANY)
     return choices, repeats
 
 

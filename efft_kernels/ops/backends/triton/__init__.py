@@ -53,11 +53,9 @@ __all__ = [
 ]
 
 if find_spec("triton") is not None:
-    from .backward import backward
+    from .backward import backward as backward
     from .device import INTERPRETED
-    from .forward import forward
-
-    __all__ += ["backward", "forward"]
+    from .forward import forward as forward
 
 
 def unavailable() -> str | None:
