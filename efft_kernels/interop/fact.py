@@ -151,7 +151,7 @@ def _vit_sites(model: nn.Module, trained: Sequence[str]) -> list[Site]:
 
 def _cores(factors: Mapping[str, Tensor], sites: Sequence[Site], tucker: bool) -> dict[str, Tensor]:
     """Site → its Σ_i [slices, r, r] in float64, as in y += s·x·U·Σ_i·V^T."""
-    d, r = sites[0].width, factors["FacTu.weight"].shape[0]
+    (d,), r = {site.width for site in sites}, factors["FacTu.weight"].shape[0]
     if not 1 <= r <= d:
         raise ValueError(f"the rank of FacTu.weight must be within 1..{d}, got {r}")
     shapes: dict[str, tuple[int, ...]] = {"FacTu.weight": (r, d), "FacTv.weight": (d, r)}

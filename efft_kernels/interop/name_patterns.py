@@ -6,18 +6,19 @@ be told to stop, so what it could have to try is counted before it is started.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+try:  # the standard library's own parser, which re.compile uses
+    from re import _parser  # type: ignore[attr-defined]
+except ImportError:  # until Python 3.10
+    import sre_parse as _parser  # type: ignore[no-redef]
+
 MOST_WAYS = 10**8  # a few seconds
 _TOO_MANY = MOST_WAYS + 1
-
-# The standard library's own parser, which re.compile uses: sre_parse until Python 3.10.
-_parser: Any = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
 
 
 class NamePatterns:

@@ -285,6 +285,11 @@ class TestRefusedPeft:
             ),
             (holding(LORA_A, torch.zeros(2, 12, 1, 1)), ValueError, r"got \[2, 12, 1, 1\]"),
             (
+                holding("blocks.0.attn.qkv.lora_B.weight", torch.zeros(35, 2)),
+                ValueError,
+                r"lora_B.weight must be \[N, r\]=\[36, 2\], got \[35, 2\]",
+            ),
+            (
                 holding(LORA_A, torch.zeros(2, 12).long()),
                 ValueError,
                 "must be floating, got torch.int64",
@@ -392,6 +397,11 @@ class TestExportPeft:
             a, b = _exact_pair(Factors(down, None, up))
             assert torch.equal(a, down.T if same else torch.eye(4).double())
             assert torch.equal(b, up[0] if same else up[0] @ down.T)
+
+    def test_a_rank_beyond_the_outputs_is_that_of_the_outputs(self):
+        down, up = torch.randn(6, 4).double(), torch.randn(1, 2, 4).double()
+        a, b = _exact_pair(Factors(down, None, up))
+        assert torch.equal(a, up[0] @ down.T) and torch.equal(b, torch.eye(2).double())
 
     def test_the_configuration_is_one_of_pefts(self, make_vit, tmp_path):
         adapter = attach(make_vit(depth=1), LoRA(rank=2, matrices=("o", "fc1")))
