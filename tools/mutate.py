@@ -175,6 +175,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/backends/test_cuda_chain.py",
     ),
     "ops/backends/cpp_backend.py": (
+        "ops/backends/test_cpp_backend.py",
         "ops/test_dispatch.py",
         "ops/test_cost_model.py",
         "ops/test_functional.py",
