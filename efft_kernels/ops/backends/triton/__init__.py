@@ -44,7 +44,9 @@ __all__ = [
     "NAME",
     "NATIVE",
     "STRATEGIES",
+    "backward",
     "excluded",
+    "forward",
     "launches",
     "out_of_reach",
     "preferred",
@@ -53,9 +55,9 @@ __all__ = [
 ]
 
 if find_spec("triton") is not None:
-    from .backward import backward as backward
+    from .backward import backward
     from .device import INTERPRETED
-    from .forward import forward as forward
+    from .forward import forward
 
 
 def unavailable() -> str | None:
