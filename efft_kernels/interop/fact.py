@@ -151,7 +151,7 @@ def _vit_sites(model: nn.Module, trained: Sequence[str]) -> list[Site]:
 
 def _cores(factors: Mapping[str, Tensor], sites: Sequence[Site], tucker: bool) -> dict[str, Tensor]:
     """Site → its Σ_i [slices, r, r] in float64, as in y += s·x·U·Σ_i·V^T."""
-    d, r = sites[0].width, factors["FacTu.weight"].shape[0]
+    (d,), r = {site.width for site in sites}, factors["FacTu.weight"].shape[0]
     if not 1 <= r <= d:
         raise ValueError(f"the rank of FacTu.weight must be within 1..{d}, got {r}")
     shapes: dict[str, tuple[int, ...]] = {"FacTu.weight": (r, d), "FacTv.weight": (d, r)}
@@ -196,8 +196,7 @@ def _tucker_cores(tensors: Mapping[str, Tensor], site: Site) -> Tensor:
     """
     first = _SLICES_PER_BLOCK * site.block + _FIRST_SLICE[site.role]
     mixed = tensors["FacTc"] @ tensors["FacTp"][:, first : first + _SLICES[site.role]]  # [a, b, i]
-    r = mixed.shape[0]
     if site.role in ("qkv", "o"):
         return mixed.permute(2, 0, 1)
-    by_slice = mixed.reshape(r, 4, r)  # [a, slice, e]
+    by_slice = mixed.reshape(len(mixed), 4, -1)  # [a, slice, e]
     return by_slice.permute(1, 2, 0) if site.role == "fc2" else by_slice.transpose(0, 1)

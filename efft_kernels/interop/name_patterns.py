@@ -6,17 +6,19 @@ be told to stop, so what it could have to try is counted before it is started.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-MOST_WAYS = 10**8  # a few seconds
+try:  # the standard library's own parser, which re.compile uses
+    from re import _parser  # type: ignore[attr-defined]
+except ImportError:  # until Python 3.10
+    import sre_parse as _parser  # type: ignore[no-redef]
 
-# The standard library's own parser, which re.compile uses: sre_parse until Python 3.10.
-_parser: Any = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
+MOST_WAYS = 10**8  # a few seconds
+_TOO_MANY = MOST_WAYS + 1
 
 
 class NamePatterns:
@@ -89,7 +91,7 @@ def _ways(parsed: Iterable[tuple[Any, Any]]) -> tuple[int, int]:
             elif low == high and high * inside <= 8 and inner ** min(high, 64) <= MOST_WAYS:
                 choices, repeats = choices * inner**high, repeats + high * inside
             else:
-                choices = MOST_WAYS + 1
+                choices = _TOO_MANY
         elif name == "BRANCH":
             branches = [_ways(branch) for branch in operand[1]]
             choices *= sum(inner for inner, _ in branches)
@@ -99,7 +101,7 @@ def _ways(parsed: Iterable[tuple[Any, Any]]) -> tuple[int, int]:
                 if isinstance(body, _parser.SubPattern):
                     inner, inside = _ways(body)
                     choices, repeats = choices * inner, repeats + inside
-        choices = min(choices, MOST_WAYS + 1)
+        choices = min(choices, _TOO_MANY)
     return choices, repeats
 
 

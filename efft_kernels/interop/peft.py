@@ -61,7 +61,7 @@ _PLAIN_FIELDS = (
     "task_type", "use_rslora",
 )  # fmt: skip
 # The others (pissa, olora, corda, loftq, lora_ga, ...) change the base weights at the start.
-_BASE_KEEPING_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_BASE_KEEPING_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class _Pair(NamedTuple):
@@ -132,10 +132,10 @@ def _attach(model: nn.Module, folder: Path) -> Adapter:
     trained = _saved_modules(model, config.modules_to_save, others)
     check_trained(model, trained, others, folder)
     found = {site.name for site in find_sites(model, list(pairs), exclude=trained)}
-    if found != set(pairs):
+    if further := sorted(set(pairs) - found):
         raise ValueError(
-            "module names must tell the adapted linears from the others, got names that also fit"
-            f" {shorten(sorted(found - set(pairs)))}"
+            "adapted linears must go by the first of their names in the model, got"
+            f" {shorten(further)}"
         )
 
     rank = max(pair.a.shape[0] for pair in pairs.values())
@@ -225,7 +225,7 @@ def _read_config(path: Path) -> _Config:
             raise ValueError(f"{path} must be of plain LoRA, got {field}={repr(value)}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path} must have bias='none', got bias={repr(config['bias'])}")
-    init = config.get("init_lora_weights", True)
+    init = config.get("init_lora_weights")
     if (init.lower() if isinstance(init, str) else init) not in _BASE_KEEPING_INITS:
         raise ValueError(
             f"{path} must be of LoRA on unchanged base weights, got init_lora_weights={repr(init)}"
@@ -349,14 +349,16 @@ def _exact_pair(factors: Factors) -> tuple[Tensor, Tensor]:
     # On the CPU: not every device has float64.
     down = factors.down.to("cpu", torch.float64)  # [K, Ra]
     up = factors.up.to("cpu", torch.float64)  # [1 or G, N/G, Rb]
-    core = None if factors.core is None else factors.core.to("cpu", torch.float64)  # [G, Ra, Rb]
-    slices = up.shape[0] if core is None else core.shape[0]
-    if core is None or down.shape[1] <= slices * up.shape[2]:
-        fold = up if core is None else up @ core.mT  # [G, N/G, Ra]
-        a, b = down.T, fold.flatten(0, 1)
+    if factors.core is None:
+        a, b = down.T, up.flatten(0, 1)
     else:
-        a = (down @ core).mT.flatten(0, 1)  # [G·Rb, K]
-        b = torch.block_diag(*up.expand(slices, *up.shape[1:]))  # [N, G·Rb]
+        core = factors.core.to("cpu", torch.float64)  # [G, Ra, Rb]
+        slices = core.shape[0]
+        if down.shape[1] <= slices * up.shape[2]:
+            a, b = down.T, (up @ core.mT).flatten(0, 1)
+        else:
+            a = (down @ core).mT.flatten(0, 1)  # [G·Rb, K]
+            b = torch.block_diag(*up.expand(slices, *up.shape[1:]))  # [N, G·Rb]
     used = (a != 0).any(1) | (b != 0).any(0)
     used[0] |= ~used.any()
     a, b = a[used], b[:, used]

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import resource
 import struct
 import sys
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from efft_kernels import EFFT2, FacTTK, FacTTT, KAdaptation, LoRA, attach, import_fact, load
 from efft_kernels.analysis.subspace import load_alone
-from efft_kernels.interop import files, import_peft_lora
+from efft_kernels.interop import files, import_peft_lora, name_patterns
 from efft_kernels.interop.files import is_number, new_folder, read_json, read_torch_file
 from efft_kernels.interop.name_patterns import MOST_WAYS, NamePatterns, _compile
 
@@ -261,8 +262,10 @@ class TestNamePatterns:
             (r"a(.)\3n.qkv", True),
             ("(?=a).*", True),
             (".{6}.*?.{0,3}qkv", True),
+            ("[[q]kv", True),  # which Python warns of
         ],
     )
+    @pytest.mark.filterwarnings("error")
     def test_keys_are_read_as_peft_reads_them(self, key, fits):
         assert NamePatterns({"no": 2, key: 3}).value_of(self.NAME, 1) == (3 if fits else 1)
 
@@ -305,6 +308,8 @@ class TestNamePatterns:
             ("(ab|cd){26}", 2**26, 0),
             ("(ab|cd){27}", MOST_WAYS + 1, 0),
             ("(ab|cd){80}", MOST_WAYS + 1, 0),
+            ("(aa|bb|cc|dd|ee|ff|gg|hh|ii|jj){8}", MOST_WAYS, 0),
+            ("(ab|cd){1}(a*b)?", 2 * 2, 1),
             ("((ab|cd){26}|c)(ef|gh){2}", MOST_WAYS + 1, 0),
             ("(?=a*)(?:ab|cd)c*", 2, 2),
         ],
@@ -318,6 +323,19 @@ class TestNamePatterns:
         with pytest.raises(ValueError, match=f"more than {MOST_WAYS:,} tries"):
             for _ in range(MOST_WAYS):
                 patterns.value_of(self.NAME * 3, 1)
+
+    def test_the_ways_of_a_name_are_those_of_its_ends(self, monkeypatch):
+        """2 ends of "a.b", 3 choices, and C(3 + 1, 1) places where the repeat can end."""
+        monkeypatch.setattr(name_patterns, "MOST_WAYS", 5 * 2 * 3 * 4)
+        patterns = NamePatterns({"(x|y|.*z)": 2})
+        assert [patterns.value_of("a.b", 1) for _ in range(5)] == [1] * 5
+        with pytest.raises(ValueError, match="more than 120 tries"):
+            patterns.value_of("a.b", 1)
+
+    def test_a_long_key_is_shown_in_part(self):
+        for count, shown in ((60, "(" * 60 + "':"), (61, "(" * 60 + "'...:")):
+            with pytest.raises(ValueError, match=re.escape(f"got '{shown}")):
+                NamePatterns({"(" * count: 2})
 
     @pytest.mark.parametrize("key", ["(", "a{99999999999}", "(" * 10**5, "(?z)", "[z-a]", r"\9"])
     def test_what_is_no_expression_is_named(self, key):

@@ -153,6 +153,8 @@ class TestImportFacT:
         with unchanged(model):
             with pytest.raises(FileNotFoundError, match="found none at"):
                 import_fact(model, path, method="fact_tt", scale=1.0)
+            with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+                import_fact("vit", path, method="fact_tt", scale=1.0)
             with pytest.raises(TypeError, match="scale must be a number"):
                 import_fact(model, path, method="fact_tt", scale="1")
             with pytest.raises(ValueError, match="dropout must be"):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from efft_kernels import EFFT2, Adapter, attach, from_pretrained, push_to_hub, save_pretrained
+from efft_kernels.interop import hub
 
 
 def build() -> nn.Module:
@@ -49,7 +50,46 @@ def test_a_folder_gives_the_adapter_back(adapter: Adapter, tmp_path: Path) -> No
     assert card.data.library_name == "efft-kernels"
     assert card.data.base_model.startswith("timm/vit_tiny_patch16_224")
     assert "efft2" in card.data.tags
+    assert f"# efft2 adapter of {card.data.base_model}\n" in card.text
     assert f"{adapter.num_parameters():,} parameters in 8 linears" in card.text
+
+
+@pytest.mark.parametrize(
+    ("noted", "of"),
+    [
+        ({}, "a VisionTransformer"),
+        ({"pretrained_cfg": {"hf_hub_id": "timm/it"}}, "timm/it"),
+        ({"pretrained_cfg": {"hf_hub_id": None}}, "a VisionTransformer"),
+        ({"pretrained_cfg": {}, "config": types.SimpleNamespace(name_or_path="me/it")}, "me/it"),
+        ({"config": types.SimpleNamespace(name_or_path="")}, "a VisionTransformer"),
+    ],
+)
+def test_a_card_names_the_model_that_was_adapted(
+    make_vit: Any, noted: dict[str, Any], of: str
+) -> None:
+    model = make_vit()
+    for name, value in noted.items():
+        setattr(model, name, value)
+    text = hub.model_card(attach(model, EFFT2(rank=2)))
+    assert f"# efft2 adapter of {of}\n" in text
+    assert (f"base_model: {of}\n" in text) == ("/" in of)
+
+
+def test_every_source_is_loaded_with_the_same_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(hub, "load", lambda model, path, **given: asked.append((path, given)))
+    file = tmp_path / "adapter.safetensors"
+    file.touch()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(file))
+    chosen = {"keep_head": True, "fuse": "off", "strict": True}
+    for given in ({}, chosen):
+        expected = {"keep_head": False, "fuse": "auto", "strict": False} | given
+        asked.clear()
+        for source in (tmp_path, "me/mine"):
+            from_pretrained(nn.Identity(), source, **given)
+        assert asked == [(file, expected), (str(file), expected)]
 
 
 def test_a_card_that_is_there_stays(adapter: Adapter, tmp_path: Path) -> None:
@@ -102,14 +142,14 @@ class Hub:
 def test_a_repository_gives_it_back(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(tmp_path)
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda **login: hub)
+    api = Hub(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **login: api)
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda repo, name, **more: str(tmp_path / repo / name)
     )
     address = push_to_hub(adapter, "me/mine", base_model="timm/base", private=True, revision="x")
     assert address == "https://hub/me/mine/commit/1"
-    assert hub.calls[1:] == [
+    assert api.calls[1:] == [
         {"private": True, "exist_ok": True},
         {"revision": "x", "commit_message": "Upload adapter"},
     ]

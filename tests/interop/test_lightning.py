@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +150,66 @@ def test_a_module_without_one_adapter_is_told(tmp_path: Path) -> None:
     several.other = build().model
     with pytest.raises(ValueError, match="got 'model', 'other'"):
         fit(several, tmp_path, 1)
+
+
+class Disk:
+    """A CheckpointIO that keeps everything in memory."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self.files[str(path)] = checkpoint
+
+    def load_checkpoint(self, path: Any) -> Any:
+        return dict(self.files[str(path)])
+
+    def remove_checkpoint(self, path: Any) -> None:
+        del self.files[str(path)]
+
+
+def disk_of(module: nn.Module) -> tuple[Any, Disk]:
+    """(what a Trainer reads and writes by, what lies behind it)."""
+    disk = Disk()
+    strategy = SimpleNamespace(checkpoint_io=disk)
+    for _ in range(2):  # once more, as for a second fit
+        AdapterCheckpoints().setup(SimpleNamespace(strategy=strategy), module, "fit")
+    return strategy.checkpoint_io, disk
+
+
+def test_all_but_the_base_goes_to_the_disk_and_comes_back(tmp_path: Path) -> None:
+    """A parameter of two names included."""
+    module = nn.ModuleDict({"model": build().model})
+    module["model"].again = module["model"].blocks[0]
+    io, disk = disk_of(module)
+    path = tmp_path / "x.ckpt"
+    io.save_checkpoint({"state_dict": module.state_dict(), "epoch": 3}, path)
+    saved = disk.files[str(path)]
+    assert {name.split(".")[1] for name in saved["state_dict"]} == {"factor_bank", "head"}
+    found = io.load_checkpoint(path)
+    assert found["epoch"] == 3 and found["state_dict"].keys() == module.state_dict().keys()
+    assert {file.name for file in tmp_path.iterdir()} == {"x.safetensors"}
+    (tmp_path / "x.safetensors").unlink()  # by hand
+    io.remove_checkpoint(path)
+    assert not disk.files and io.files is disk.files
+
+
+def test_weights_alone_and_other_checkpoints_are_left_as_they_are(tmp_path: Path) -> None:
+    io, _ = disk_of(nn.ModuleDict({"model": build().model}))
+    weights = {"model.head.bias": torch.ones(3)}
+    io.save_checkpoint(weights, tmp_path / "weights")
+    assert io.load_checkpoint(tmp_path / "weights") == weights
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_file_lies_beside_a_checkpoint_at_an_address() -> None:
+    module = nn.ModuleDict({"model": build().model})
+    io, disk = disk_of(module)
+    with pytest.warns(UserWarning, match=r"s3://x\.ckpt is on no local disk") as told:
+        io.save_checkpoint({"state_dict": module.state_dict()}, "s3://x.ckpt")
+    assert told[0].filename == __file__ and "s3://x.ckpt" in disk.files
+    io.remove_checkpoint("s3://x.ckpt")
+    assert not disk.files
 
 
 def test_a_strategy_that_writes_by_itself_is_refused() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from efft_kernels import EFFT1, EFFT2, FacTTK, FacTTT, KAdaptation, LoRA, attach, load, reference
 from efft_kernels.interop import export_peft_lora, import_peft_lora
-from efft_kernels.interop.peft import _exact_pair
+from efft_kernels.interop.peft import _config_for, _exact_pair
 from efft_kernels.methods import Factors
 
 IMAGES = torch.linspace(-1, 1, 768).view(4, 3, 8, 8)
@@ -209,6 +209,8 @@ LORA_A = "blocks.0.attn.qkv.lora_A.weight"
 class TestRefusedPeft:
     def test_the_unspoilt_one_is_taken(self, make_vit, checkpoint):
         assert import_peft_lora(make_vit(), checkpoint()).method.scale == 2.0
+        for init in (True, False, "gaussian", "Orthogonal"):
+            import_peft_lora(make_vit(), checkpoint(init_lora_weights=init))
 
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -283,6 +285,11 @@ class TestRefusedPeft:
             ),
             (holding(LORA_A, torch.zeros(2, 12, 1, 1)), ValueError, r"got \[2, 12, 1, 1\]"),
             (
+                holding("blocks.0.attn.qkv.lora_B.weight", torch.zeros(35, 2)),
+                ValueError,
+                r"lora_B.weight must be \[N, r\]=\[36, 2\], got \[35, 2\]",
+            ),
+            (
                 holding(LORA_A, torch.zeros(2, 12).long()),
                 ValueError,
                 "must be floating, got torch.int64",
@@ -300,12 +307,30 @@ class TestRefusedPeft:
             import_peft_lora(model, checkpoint(change))
 
     def test_a_rank_that_does_not_fit_every_linear(self, make_vit, checkpoint):
-        def widen(tensors):
-            tensors[f"{QKV}.lora_A.weight"] = torch.randn(13, 12)
-            tensors[f"{QKV}.lora_B.weight"] = torch.randn(36, 13)
+        def of_rank(r):
+            sides = {"A": torch.randn(r, 12), "B": torch.randn(36, r)}
+            named = {f"{QKV}.lora_{side}.weight": factor for side, factor in sides.items()}
+            return checkpoint(lambda t: t.update(named), rank_pattern={"blocks.0.attn.qkv": r})
 
+        assert import_peft_lora(make_vit(), of_rank(12)).method.rank == 12
         with pytest.raises(ValueError, match=r"r must be at most min\(K, N\)=12 .*, got 13"):
-            import_peft_lora(make_vit(), checkpoint(widen, rank_pattern={"blocks.0.attn.qkv": 13}))
+            import_peft_lora(make_vit(), of_rank(13))
+
+    def test_a_linear_of_two_names_goes_by_the_first(self, make_vit, unchanged, checkpoint):
+        model = make_vit()
+        model.blocks[1].attn.qkv = model.blocks[0].attn.qkv
+        with (
+            unchanged(model),
+            pytest.raises(ValueError, match=r"first .* got blocks\.1\.attn\.qkv"),
+        ):
+            import_peft_lora(model, checkpoint())
+
+    def test_a_module_within_another_one_is_saved_with_it(self, make_vit, checkpoint):
+        model = make_vit()
+        mlp = {f"base_model.model.blocks.1.{n}": t for n, t in model.blocks[1].state_dict().items()}
+        kept = {name: tensor for name, tensor in mlp.items() if ".mlp." in name}
+        folder = checkpoint(lambda t: t.update(kept), modules_to_save=["fc1", "mlp", "head"])
+        assert import_peft_lora(model, folder).modules_to_train == ("blocks.1.mlp", "head")
 
     def test_files(self, make_vit, unchanged, checkpoint, tmp_path):
         model = make_vit()
@@ -362,6 +387,51 @@ class TestExportPeft:
         torch.testing.assert_close(b @ a, delta, rtol=1e-12, atol=1e-12)
         assert torch.linalg.matrix_rank(delta) <= a.shape[0] == b.shape[1]
         assert a.shape[0] <= min(down.shape[1], slices * up.shape[2], *delta.shape)
+
+    def test_of_two_pairs_as_small_the_factors_themselves_are_taken(self):
+        down, up = torch.randn(5, 4).double(), torch.randn(2, 3, 2).double()
+        a, _ = _exact_pair(Factors(down, torch.randn(2, 4, 2).double(), up))  # Ra = G·Rb
+        assert torch.equal(a, down.T)
+        for rank, same in ((4, True), (5, False)):  # min(K, N), and more
+            down, up = torch.randn(4, rank).double(), torch.randn(1, 4, rank).double()
+            a, b = _exact_pair(Factors(down, None, up))
+            assert torch.equal(a, down.T if same else torch.eye(4).double())
+            assert torch.equal(b, up[0] if same else up[0] @ down.T)
+
+    def test_a_rank_beyond_the_outputs_is_that_of_the_outputs(self):
+        down, up = torch.randn(6, 4).double(), torch.randn(1, 2, 4).double()
+        a, b = _exact_pair(Factors(down, None, up))
+        assert torch.equal(a, up[0] @ down.T) and torch.equal(b, torch.eye(2).double())
+
+    def test_the_configuration_is_one_of_pefts(self, make_vit, tmp_path):
+        adapter = attach(make_vit(depth=1), LoRA(rank=2, matrices=("o", "fc1")))
+        export_peft_lora(adapter, tmp_path / "peft")
+        expected = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": None,
+            "inference_mode": True,
+            "r": 2,
+            "lora_alpha": 2,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "target_modules": ["blocks.0.attn.proj", "blocks.0.mlp.fc1"],
+            "modules_to_save": ["head"],
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "use_rslora": False,
+            "use_dora": False,
+            "init_lora_weights": True,
+        }
+        text = (tmp_path / "peft" / "adapter_config.json").read_text()
+        assert text == json.dumps(expected, indent=2) + "\n"
+
+    def test_a_pattern_names_a_longer_name_before_its_end(self):
+        """PEFT takes the first that fits, and "fc1" fits both."""
+        config = _config_for({"fc1": 2, "mlp.fc1": 3}, ())
+        assert list(config["rank_pattern"].items()) == [("mlp.fc1", 3), ("fc1", 2)]
+        assert config["modules_to_save"] is None
 
     def test_peft_serves_every_method_on_vit(self, make_vit, randomize, outputs, tmp_path, method):
         peft = pytest.importorskip("peft")
@@ -510,5 +580,15 @@ class TestExportPeft:
 
         model = Beit(img_size=8, patch_size=4, embed_dim=12, depth=1, num_heads=3, num_classes=5)
         adapter = attach(model, LoRA(rank=2))
-        with pytest.warns(UserWarning, match="qkv_bias_separate"):
+        with pytest.warns(UserWarning, match="qkv_bias_separate") as told:
             export_peft_lora(adapter, tmp_path / "peft")
+        assert told[0].filename == __file__
+
+    def test_warns_of_buffers_that_peft_has_no_place_for(self, make_vit, tmp_path):
+        model = make_vit()
+        model.register_buffer("seen", torch.zeros(()))
+        adapter = attach(model, LoRA(rank=2))
+        model.seen += 1
+        with pytest.warns(UserWarning, match=r"no place for the 1 buffers .*\(seen\)") as told:
+            export_peft_lora(adapter, tmp_path / "peft")
+        assert told[0].filename == __file__

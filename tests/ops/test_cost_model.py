@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import timeit
@@ -77,8 +78,8 @@ def test_arithmetic_of_one_forward():
     assert gemm.flops == pytest.approx(main * (1 + share) + last)
 
 
-@pytest.mark.parametrize("m", [1, 255, 256, 257, 1153, 12608])
-@pytest.mark.parametrize("k", [41, 768, 40_000])
+@pytest.mark.parametrize("m", [1, 255, 256, 257, 1153, 12608, 100_000])
+@pytest.mark.parametrize("k", [41, 129, 768, 40_000])
 def test_default_partial_sums_are_those_of_the_launches(m, k):
     thin_grad, tall_grad = (PassConfig(rows, 128, 0, 4, 2) for rows in (128, 64))
     assert default_tiling(QKV._replace(M=m, K=k), 132) == (
@@ -103,6 +104,7 @@ def test_factors_are_copied_only_where_a_kernel_cannot_read_them(strategy):
     wide = QKV._replace(factor_bytes=4)
     assert names(wide) == (["fold", "gemm"] if strategy == "fused" else forward)
     assert names(wide._replace(backward=True)) == backward
+    assert names(QKV._replace(rank=32)) == forward
     high = QKV._replace(rank=64)
     assert names(high).count("fold") == 1 and names(wide._replace(rank=64)).count("fold") == 2
     assert names(high._replace(backward=True))[-2:] == ["unfold", "unfold"]
@@ -218,34 +220,42 @@ def test_arithmetic_of_a_cast_and_of_p_on_cuda():
     assert counted([down]) == [("fold", 0, K * (29 * 4 + r * 2), 0)]
 
 
-@pytest.mark.parametrize("rank", [16, 64])
-def test_arithmetic_of_both_passes_in_triton(rank):
-    """Rank 64 is beyond what the kernels read in place: up is folded, and unfolded afterwards."""
-    M, K, N, r = 12608, 768, 2304, rank
-    cores = 3 * r * r if rank == 16 else 0
-    up, columns = N * r + cores, N * r + cores
-    products, of_x, of_y = 2 * M * N * K, 2 * M * K * r, 2 * M * N * r
-    fold = [] if rank == 16 else [("fold", 0, 2 * (N + 3 * r) * r + 2 * N * r, 0)]
-    unfold = [] if rank == 16 else [("unfold", 0, 4 * N * r, 0)] * 2
+@pytest.mark.parametrize(("r", "R", "f"), [(16, 16, 2), (64, 64, 2), (13, 16, 4), (61, 64, 4)])
+def test_arithmetic_of_both_passes_in_triton(r, R, f):
+    """Rank 64 is beyond what the kernels read in place: up is folded, and unfolded afterwards, and
+    down is copied where it has another dtype or rank."""
+    M, K, N = 12608, 768, 2304
+    high, cores = R == 64, 3 * r * r
+    up, down = (2 * N * R, 2 * K * R) if high else (f * (N * r + cores), f * K * r)
+    columns = N * R + (0 if high else 3 * r * R)
+    products, of_x, of_y = 2 * M * N * K, 2 * M * K * R, 2 * M * N * R
+    fold = [("fold", 0, f * (N * r + cores) + 2 * N * R, 0)] if high else []
+    copy = [("fold", 0, f * K * r + 2 * K * R, 0)] if f != 2 else []
+    own = copy if high else []
+    unfold = [("unfold", 0, 2 * f * N * r, 0)] * 2 if high else []
 
     def found(strategy, **changes):
-        return counted(launches(QKV._replace(rank=rank, **changes), strategy, DEVICES["H200"]))
+        problem = QKV._replace(rank=r, factor_bytes=f, **changes)
+        return counted(launches(problem, strategy, DEVICES["H200"]))
 
-    thin = ("thin", of_x, 2 * M * (K + r) + 2 * K * r, 0)
-    y = ("gemm", products + of_y, 2 * (M * (K + N + r) + up + N * K + N), 2 * M * N)
+    thin = ("thin", of_x, 2 * M * (K + r) + down, 0)
+    y = ("gemm", products + of_y, 2 * (M * (K + N + r) + N * K + N) + up, 2 * M * N)
     library = ("library gemm", products, 2 * (M * (N + K) + N * K), 2 * M * N)
-    merge = ("merge", 0, 4 * N * K + 2 * ((N + K) * r + 3 * r * r), 0)
-    assert found("split") == [thin, *fold, y]
-    assert found("merged") == [thin, merge, library]
+    merge = ("merge", 0, 4 * N * K + f * ((N + K) * r + cores), 0)
+    assert found("split") == found("split", training=False) == [*own, thin, *fold, y]
+    assert found("merged") == [*own, thin, merge, library]
     assert found("merged", training=False) == [merge, library]
-    dy_pass = ("thin_grad", 2 * of_y, 2 * M * (N + 2 * r) + 2 * up + 4 * 99 * columns, 0)
-    dx = ("gemm", products + of_x, 2 * (M * (K + N + r) + K * r + N * K), 2 * M * K)
-    x_pass = ("tall_grad", of_x, 2 * M * (K + r) + 4 * 44 * K * r, 0)
-    sums = 4 * (99 * columns + 44 * K * r) + 2 * ((N + K) * r + cores)
+    *copies, in_loop = found("fused", training=False)
+    assert copies == [*copy, *fold] and in_loop[2] == y[2] - 2 * M * r + 2 * K * R
+    assert found("fused")[-1][2] == in_loop[2] + 2 * M * r
+    dy_pass = ("thin_grad", 2 * of_y, 2 * M * (N + 2 * r) + up + 4 * 99 * columns, 0)
+    dx = ("gemm", products + of_x, 2 * (M * (K + N + r) + N * K) + down, 2 * M * K)
+    x_pass = ("tall_grad", of_x, 2 * M * (K + r) + 4 * 44 * K * R, 0)
+    sums = 4 * (99 * columns + 44 * K * R) + f * ((N + K) * r + (0 if high else cores))
     after = [x_pass, ("reduce", 0, sums, 0), *unfold]
     library = (*library[:3], 2 * M * K)
-    assert found("split", backward=True) == [*fold, dy_pass, dx, *after]
-    assert found("fused", backward=True) == [*fold, dy_pass, dx, *after]
+    assert found("split", backward=True) == [*fold, dy_pass, *own, dx, *after]
+    assert found("fused", backward=True) == [*fold, dy_pass, *own, dx, *after]
     assert found("merged", backward=True) == [*fold, dy_pass, merge, library, *after]
 
 
@@ -331,10 +341,70 @@ def test_shares_of_the_rates_that_launches_reach():
 
 @pytest.mark.parametrize("backend", [triton, cuda_backend], ids=lambda backend: backend.NAME)
 def test_a_rank_beyond_the_kernels_costs_what_plain_torch_does(backend):
-    for strategy in ("split", "merged"):
-        problem = QKV._replace(rank=256)
+    for rank, strategy in itertools.product((128, 129), ("split", "merged")):
+        problem = QKV._replace(rank=rank, weight_bytes=4)
         found = backend.launches(problem, strategy, DEVICES["H200"])
-        assert found == torch_backend.launches(problem, strategy, DEVICES["H200"])
+        plain = torch_backend.launches(problem, strategy, DEVICES["H200"])
+        assert (found == plain) == (rank > 128)
+        assert backend.excluded(problem, strategy) is None
+    assert backend.excluded(problem, "fused") == "rank 129 is above 128; plain torch runs it"
+    assert backend.excluded(problem._replace(rank=128), "fused") is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "in_loop"),
+    [(4096, 128, False), (4097, 128, True), (2048, 129, False), (2049, 129, True)],
+)
+def test_cuda_computes_p_in_the_loop_from_a_quarter_of_the_gpus_tiles_on(rows, columns, in_loop):
+    """33 tiles of 128 by 128 for 132 multiprocessors."""
+    found = cuda_backend.launches(QKV._replace(M=rows, N=columns), "fused", DEVICES["H200"])
+    assert [launch.name for launch in found] == ["fold", *([] if in_loop else ["thin"]), "gemm"]
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "columns", "block"),
+    [
+        (99, 2304, 192),  # 9 waves of 192 + 32 for 14 of 128 + 32
+        (99, 1024, 128),  # 5 for 6
+        (300, 384, 192),  # 5 for 7, which cost the same
+        (2170, 896, 128),  # 83 for 116, which cost 32 less
+    ],
+)
+def test_tiles_of_cuda_are_as_wide_as_their_waves_make_best(row_tiles, columns, block):
+    """P takes 16 columns more of each."""
+    M, K, r = 128 * row_tiles, 768, 16
+    problem = QKV._replace(M=M, N=columns)
+    gemm = cuda_backend.launches(problem, "fused", DEVICES["H200"])[-1]
+    last = 2 * M * columns * r
+    assert gemm.flops - last == pytest.approx(2 * M * K * columns * (1 + r / block), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "parts"),
+    [(256, 768, 1), (257, 768, 2), (12608, 768, 40), (100_000, 65, 261), (100_000, 40_000, 1)],
+)
+def test_cuda_sums_rows_in_as_many_parts_as_fill_the_gpu(rows, columns, parts):
+    """4 blocks of 64 columns a multiprocessor, and 256 rows a part at least."""
+    problem = QKV._replace(M=rows, K=columns, backward=True)
+    x_pass = cuda_backend.launches(problem, "split", DEVICES["H200"])[2]
+    assert x_pass.bytes_moved == 2 * rows * (columns + 16) + 4 * parts * columns * 16
+
+
+def test_many_rows_are_summed_by_two_programs_a_multiprocessor_on_cuda():
+    M, N, r = 100_000, 2304, 16
+    problem = QKV._replace(M=M, backward=True)
+    _, thin, *_ = cuda_backend.launches(problem, "split", DEVICES["H200"])
+    once = 2 * (M * (N + r) + N * r) + 2 * M * r
+    assert thin.bytes_moved == once + 4 * 2 * 132 * N * r
+
+
+def test_p_that_nobody_needs_is_kept_in_the_loop_of_cuda():
+    def moved(strategy, **changes):
+        problem = QKV._replace(**changes)
+        return cuda_backend.launches(problem, strategy, DEVICES["H200"])[-1].bytes_moved
+
+    for strategy, less in (("fused", 2 * 12608 * 16), ("split", 0)):
+        assert moved(strategy) - moved(strategy, training=False) == less
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)

@@ -285,7 +285,7 @@ def test_which_backends_are_operators_of_csrc():
     native = {backend.NAME: backend.NATIVE for backend in MODULES}
     assert native == {"torch": False, "cpp": True, "triton": False, "cuda": True}
     problem = Problem(5, 7, 6, 1, 16, True, 4, 4, "cpu")
-    assert not torch_backend.out_of_reach(problem._replace(rank=4096, N=0))
+    assert torch_backend.out_of_reach(problem._replace(rank=4096, N=0)) is False
     assert torch_backend.preferred(problem) and triton.preferred(problem)
     assert cuda_backend.preferred(problem)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,12 @@ def test_rejects_names_what_came():
     assert "cpu" in str(backend.rejects(torch.zeros(2, 3, dtype=torch.bfloat16)))
 
 
+def test_rejects_what_is_on_an_old_device(monkeypatch):
+    monkeypatch.setattr(backend, "too_old", lambda index: f"{index} is too old")
+    x = SimpleNamespace(dtype=torch.float16, is_cuda=True, device=SimpleNamespace(index=3))
+    assert backend.rejects(x) == "3 is too old"
+
+
 def test_a_strategy_that_torch_has_stands_for_itself():
     found = {strategy: fallback.torch_strategy(strategy) for strategy in STRATEGIES}
     assert found == {"fused": "split", "split": "split", "merged": "merged"}
@@ -106,29 +113,30 @@ def test_the_library_loads_and_registers_without_a_gpu():
 
 def test_out_of_reach(caplog):
     problem = Problem(5, 7, 6, 1, 128, True, 4, 2, "cuda")
-    assert not backend.out_of_reach(problem)
+    fallback.note_rank.cache_clear()
+    assert not backend.out_of_reach(problem) and not caplog.text
     assert backend.out_of_reach(problem._replace(N=0))
     assert backend.out_of_reach(problem._replace(K=0))
-    fallback.note_rank.cache_clear()
     assert backend.out_of_reach(problem._replace(rank=131))
     assert "rank 131 is above 128" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("case", ["no rows", "rank", "float64 weight"])
+@pytest.mark.parametrize("case", ["no rows", "no columns", "rank", "float64 weight"])
 def test_what_is_out_of_reach_runs_in_torch(case, strategy):
     """On any device: the kernels are not asked."""
     rows, rank = (0 if case == "no rows" else 5), (131 if case == "rank" else 4)
     wide = torch.float64 if case == "float64 weight" else torch.float32
     x = torch.randn(rows, 7).bfloat16()
-    weight, down = torch.randn(6, 7, dtype=wide), torch.randn(7, rank)
-    core, up = torch.randn(2, rank, 3), torch.randn(1, 3, 3)
+    n = 0 if case == "no columns" else 3
+    weight, down = torch.randn(2 * n, 7, dtype=wide), torch.randn(7, rank)
+    core, up = torch.randn(2, rank, 3), torch.randn(1, n, 3)
     with Operators() as called:
         y, p = backend.forward(x, weight, None, down, core, up, save_p=True, strategy=strategy)
-        dy = torch.randn(rows, 6).bfloat16()
+        dy = torch.randn(rows, 2 * n).bfloat16()
         grads = backend.backward(dy, x, weight, p, down, core, up, needs=ALL, strategy=strategy)
     assert not called
-    assert y.shape == (rows, 6) and p is not None and p.shape == (rows, rank)
+    assert y.shape == (rows, 2 * n) and p is not None and p.shape == (rows, rank)
     tensors = (x, weight, None, down, core, up)
     for name, grad, tensor in zip(NAMES, grads, tensors, strict=True):
         assert grad is not None, name
@@ -153,10 +161,17 @@ def test_what_the_operators_are_given(strategy, bias):
         assert called == ["native_fwd", "native_bwd"] * 2 + ["native_fwd"]
         assert_exact(*results)
         assert p is None and torch.equal(y, results[0]["y"])
-    _, weight, _, *factors = given
-    needs = (True, *[False] * 5)
-    grads = backend.backward(dy, None, weight, None, *factors, needs=needs, strategy=strategy)
-    assert torch.equal(grads[0], results[0]["x"]) and grads[1:] == (None,) * 5
+    x, weight, _, *factors = given
+    p = results[0]["p"]
+    for place, name in enumerate(NAMES):
+        kept = (x if name in ("weight", "down") else None, weight)
+        kept += (p if name in ("core", "up") else None,)
+        needs = tuple(name == one for one in NAMES)
+        with Operators() as called:
+            grads = backend.backward(dy, *kept, *factors, needs=needs, strategy=strategy)
+        assert called == ([] if name in ("weight", "bias") else ["native_bwd"])
+        assert [grad is not None for grad in grads] == list(needs)
+        assert name not in results[0] or torch.equal(grads[place], results[0][name])
 
 
 class Operators(TorchDispatchMode):

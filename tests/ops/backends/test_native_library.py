@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,23 @@ def test_a_module_that_cannot_be_imported_says_so(built, monkeypatch):
     assert native_library._autograd() == (None, "not built")
 
 
+def test_what_a_build_says_of_itself_is_the_callers(built, monkeypatch):
+    module = SimpleNamespace(FACTS={"compiler": "c++"})
+    monkeypatch.setattr(importlib, "import_module", {"efft_kernels._build_info": module}.get)
+    info = native_library.build_info()
+    assert info == module.FACTS and info is not module.FACTS
+
+
+def test_the_import_warns_of_a_build_without_a_compiler(monkeypatch):
+    report = '{"libraries": {"_native": {"missing": "no compiler"}}}'
+    monkeypatch.setattr(Path, "read_text", lambda path: report)
+    monkeypatch.setattr(native_library.sys, "platform", "linux")
+    monkeypatch.setenv(native_library.NATIVE_LIBRARY_VARIABLE, "/absent.so")
+    spec = importlib.util.find_spec(native_library.__name__)
+    with pytest.warns(RuntimeWarning, match=r"CPU calls run in plain torch: .*/absent\.so"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_a_module_serves_the_patches_of_its_torch(built, monkeypatch):
     major, minor, *_ = torch.__version__.split(".")
     monkeypatch.setattr(importlib, "import_module", lambda name: name)
@@ -130,6 +148,7 @@ def test_a_build_without_a_compiler_warns_on_linux_alone(built, monkeypatch, rec
     assert warned() == []  # a clone that was never built
     left_out["_native"] = "no compiler"
     assert warned() == ["CPU calls run in plain torch: it is not there"]
+    recwarn.clear()
     native_library.warn_of_a_build_without_compiler()
     assert recwarn.pop(RuntimeWarning).filename == __file__  # the import's
     assert warned("darwin") == []

@@ -28,6 +28,15 @@ def test_a_product_in_a_graph_has_a_derivative_on_cuda(half):
             assert names.seen == ["mm, out_dtype", "mm", "mm"]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("slices", "rank"), [(1, 3), (2, 1), (3, 3)])
+def test_the_fold_stacks_the_slices(slices, rank, shared):
+    shape = Shape(M=5, K=7, n=6, G=slices, Ra=rank, Rb=2, shared=shared)
+    *_, core, up = operands(shape, torch.float64).values()
+    expected = torch.cat([u @ c.T for u, c in zip(up.expand(slices, -1, -1), core, strict=True)])
+    torch.testing.assert_close(torch_backend.fold(core, up), expected)
+
+
 class Names(TorchDispatchMode):
     """The names of the products and copies that ran."""
 

@@ -81,8 +81,13 @@ def test_what_is_known_of_a_device(monkeypatch, arch, kib):
     for index in (None, 2):
         known = device.properties.__wrapped__(index)
         assert known == ("NVIDIA_GeForce_RTX_9", arch, 7, kib * 1024)
+    assert device.SMEM_BYTES.get(arch) == (None if arch == 87 else kib * 1024)
     found.shared_memory_per_block_optin = 1234
     assert device.properties.__wrapped__(2).smem_bytes == 1234
+
+
+def test_tensor_memory_is_256_kib():
+    assert device.TMEM_COLUMNS * 128 * 4 == 256 * 1024
 
 
 def test_persistent_programs(monkeypatch):
@@ -260,6 +265,10 @@ def test_a_persistent_program_has_two_stages_at_least(monkeypatch):
     monkeypatch.setattr(configs, "gemm_candidates", lambda *_: (two, one))
     (found,) = configs.persistent_candidates(90, "half", 16, True)
     assert found == two._replace(num_stages=2, tma=True, persistent=True)
+    least = configs.gemm_smem_bytes(found, 16, 2, 2, True)
+    for smem_bytes, kept in ((least, (found,)), (least - 1, ())):
+        monkeypatch.setitem(configs.SMEM_BYTES, 90, smem_bytes)
+        assert configs.persistent_candidates(90, "half", 16, True) == kept
 
 
 @pytest.mark.parametrize("compute_p", [True, False])

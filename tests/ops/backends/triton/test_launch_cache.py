@@ -256,6 +256,8 @@ def test_the_key_tells_calls_apart():
     for tensors, *choices in others:
         assert launch_cache.cache_of(tensors, *choices) is not first
     launch_cache.forget()
+    assert launch_cache.cache_of((t, None), "fwd", True) is not first
+    launch_cache.forget()
 
 
 @pytest.mark.parametrize("moved", ["x", "weight", "down"])
