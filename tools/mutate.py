@@ -3,13 +3,14 @@
     python -m tools.mutate [--sample 40] [--seed 7] [--only adapters/sites.py ...]
                            [--lines 40-60 ...] [--jobs 2] [--csv FILE]
 
-A fault is one changed comparison, number, operator or condition, or one statement left out. Each is
-tried in a fork of this process, which has torch and the test's libraries loaded already and gets
-the changed module from memory: nothing is written to the sources. A file's tests run once without a
-fault, which says in which of them a line runs; those come first, and of the others OTHERS seconds
-(they may start processes, or trace the line for a compiler). Tests longer than LONG are left out.
-Faults are drawn over all of FILES, or --sample 0 tries every one. A fault that passes is printed as
-a diff; one that cannot change any result belongs in EQUIVALENT, with the reason.
+A fault is one changed comparison, number, operator or condition, or one statement left out. A
+file's tests run once without a fault, which says in which of them a line runs; those come first,
+and of the others OTHERS seconds (they may start processes, or trace the line for a compiler). Tests
+longer than LONG are left out. Then every fault is tried in a fork of the process that ran them: the
+functions it changes get their new code. What that cannot show is tried from memory in a process
+that has not imported the package yet. Nothing is written to the sources. Faults are drawn over all
+of FILES, or --sample 0 tries every one. A fault that passes is printed as a diff; one that cannot
+change any result belongs in EQUIVALENT, with the reason.
 
 Not here: mutmut and cosmic-ray start a process and import torch for every fault, ten seconds each.
 """
@@ -38,7 +39,7 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -800,15 +801,35 @@ class _FromMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self.code, module.__dict__)
 
 
-class _Watch:
-    """Of each test: its seconds, and which lines of a file ran in it. In a fork without a fault."""
+class _Warm:
+    """A file's tests in a fork that imports what they need once: first as they are, noting of each
+    its seconds and which lines of the file ran; then, in forks of the fork, again for every fault
+    that can be put in place of functions that are there already.
 
-    def __init__(self, file: str) -> None:
+    Sends the tests, or None where one fails; then a set of the faults that were noticed.
+    """
+
+    def __init__(self, file: str, faults: Sequence[Fault], jobs: int, found: Connection) -> None:
         self.path = str(PACKAGE / file)
-        self.tests: dict[str, tuple[float, set[int]]] = {}
+        self.faults, self.jobs, self.found = faults, jobs, found
+        self.tests: Tests = {}
+        self.failed = False
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed |= report.failed
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = session.items
+        for item, after in zip(items, [*items[1:], None], strict=True):
+            start, lines = time.monotonic(), self._lines_of(item, after)
+            self.tests[item.nodeid] = (time.monotonic() - start, lines)
+        self.found.send(None if self.failed else self.tests)
+        if not self.failed:
+            self.found.send(self._noticed(items))
+        return True
+
+    def _lines_of(self, item: pytest.Item, after: pytest.Item | None) -> set[int]:
         lines: set[int] = set()
 
         def line(frame: FrameType, event: str, argument: object) -> Any:
@@ -818,13 +839,125 @@ class _Watch:
         def call(frame: FrameType, event: str, argument: object) -> Any:
             return line if frame.f_code.co_filename == self.path else None
 
-        start = time.monotonic()
         sys.settrace(call)
         try:
-            return (yield)
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
         finally:
             sys.settrace(None)
-            self.tests[item.nodeid] = (time.monotonic() - start, lines)
+        return lines
+
+    def _noticed(self, items: Sequence[pytest.Item]) -> set[int]:
+        """The faults, by their number, that a test noticed."""
+        if not self.faults:
+            return set()
+        live = _live_functions(self.path)
+        gc.collect()
+        gc.freeze()
+        # A second run without a fault: what does not stand it would notice everything.
+        if self._ended({self._start([], items, line=None): -1}) != (-1, True):
+            return set()
+        noticed: set[int] = set()
+        running: dict[int, int] = {}
+        waiting = list(enumerate(self.faults))
+        while waiting or running:
+            if waiting and len(running) < self.jobs:
+                number, fault = waiting.pop()
+                swaps = _swaps(fault, live)
+                if swaps:
+                    running[self._start(swaps, items, fault.line)] = number
+            else:
+                number, passed = self._ended(running)
+                if not passed:
+                    noticed.add(number)
+        return noticed
+
+    def _start(self, swaps: _Swaps, items: Sequence[pytest.Item], line: int | None) -> int:
+        """The process of a fork that runs the tests."""
+        if process := os.fork():
+            return process
+        try:
+            chosen = list(items)
+            if line is not None:
+                for function, code in swaps:
+                    function.__code__ = code
+                order = _Order(self.tests, line)
+                order.pytest_collection_modifyitems(chosen)
+            for item, after in zip(chosen, [*chosen[1:], None], strict=True):
+                seconds = self.tests[item.nodeid][0]
+                signal.setitimer(signal.ITIMER_REAL, 10 + 10 * seconds)
+                item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
+                if self.failed:
+                    os._exit(1)
+            os._exit(0)
+        except BaseException:
+            os._exit(2)
+
+    @staticmethod
+    def _ended(running: dict[int, int]) -> tuple[int, bool]:
+        """The number of a fault whose process has ended, and whether all tests passed."""
+        while True:
+            process, status = os.wait()
+            if process in running:
+                return running.pop(process), os.waitstatus_to_exitcode(status) == 0
+
+
+_Place = tuple[str, int]  # of a function in its file: its name and first line
+_Swaps = list[tuple[FunctionType, CodeType]]
+
+
+def _live_functions(path: str) -> dict[_Place, list[FunctionType]]:
+    """All functions that a file has made."""
+    gc.unfreeze()
+    found: dict[_Place, list[FunctionType]] = {}
+    for thing in gc.get_objects():
+        if type(thing) is FunctionType and thing.__code__.co_filename == path:
+            found.setdefault(_place(thing.__code__), []).append(thing)
+    return found
+
+
+def _place(code: CodeType) -> _Place:
+    return code.co_name, code.co_firstlineno
+
+
+def _codes(
+    code: CodeType, around: tuple[CodeType, ...] = ()
+) -> Iterator[tuple[CodeType, tuple[CodeType, ...]]]:
+    """A module's code and that of all its functions, each with those that it is written in."""
+    yield code, around
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant, (*around, code))
+
+
+def _is_same(code: CodeType, other: CodeType) -> bool:
+    """Whether they differ at most in the functions within."""
+
+    def own(code: CodeType) -> tuple[object, ...]:
+        constants = [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]
+        return code.co_code, code.co_names, code.co_varnames, constants
+
+    return own(code) == own(other)
+
+
+def _swaps(fault: Fault, live: dict[_Place, list[FunctionType]]) -> _Swaps | None:
+    """The functions that a fault changes, with the code that they then have; None where it changes
+    what runs at import, or where two functions stand in one place."""
+    path = str(PACKAGE / fault.file)
+    before, after = (list(_codes(compile(t, path, "exec"))) for t in (fault.module, fault.tree))
+    places = [_place(code) for code, _ in after]
+    if len(set(places)) != len(places) or [_place(code) for code, _ in before] != places:
+        return None
+    found: dict[_Place, _Swaps] = {}
+    for (old, _), (new, around) in zip(before, after, strict=True):
+        if _is_same(old, new):
+            continue
+        # What makes it anew has its code within its own.
+        changed = [code for code in (new, *around) if _place(code) in live]
+        if not changed:
+            return None
+        for code in changed:
+            found[_place(code)] = [(function, code) for function in live[_place(code)]]
+    return list(itertools.chain(*found.values())) or None
 
 
 class _Order:
@@ -861,10 +994,8 @@ def _pytest(tests: Sequence[str], plugin: object) -> int:
     return int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)], [plugin]))
 
 
-def _watch(file: str, tests: Sequence[str], found: Connection) -> None:
-    watch = _Watch(file)
-    code = _pytest(tests, watch)
-    found.send(watch.tests if code == 0 else None)
+def _warm(faults: Sequence[Fault], file: str, jobs: int, found: Connection) -> None:
+    _pytest(FILES[file], _Warm(file, faults, jobs, found))
     found.close()
     os._exit(0)
 
@@ -874,20 +1005,34 @@ def _try(fault: Fault, files: Sequence[str], tests: Tests) -> None:
     os._exit(_pytest(files, _Order(tests, fault.line)))
 
 
-def watched(file: str) -> Tests | None:
-    """The tests of a file without a fault, or None where one fails."""
+def try_all(file: str, faults: Sequence[Fault], jobs: int) -> list[Fault] | None:
+    """The faults of a file that no test notices, or None where a test fails without a fault.
+
+    One that is not noticed where it is swapped in, or cannot be, is tried in a process of its own:
+    what ran at import or was cached has it only there.
+    """
     context = multiprocessing.get_context("fork")
     found, end = context.Pipe(duplex=False)
-    process = context.Process(target=_watch, args=(file, FILES[file], end))
+    process = context.Process(target=_warm, args=(faults, file, jobs, end))
     process.start()
     end.close()
     try:
-        return found.recv() if found.poll(SECONDS) else None
+        tests = found.recv() if found.poll(SECONDS) else None
+        if tests is None:
+            return None
+        try:
+            noticed = found.recv()
+        except EOFError:  # the fork died: all are tried alone
+            noticed = set()
     except EOFError:
         return None
     finally:
         process.kill()
         process.join()
+    left = [fault for number, fault in enumerate(faults) if number not in noticed]
+    with ThreadPoolExecutor(jobs) as pool:
+        passing = list(pool.map(functools.partial(passes, tests=tests), left))
+    return [fault for fault, passed in zip(left, passing, strict=True) if passed]
 
 
 def passes(fault: Fault, tests: Tests) -> bool:
@@ -945,14 +1090,11 @@ def main() -> None:
     chosen = draw(everything, options.sample, options.seed)
     start, passed = time.monotonic(), 0
     for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file):
-        tests = watched(file)
-        if tests is None:
+        tried = list(faults)
+        survivors = try_all(file, tried, options.jobs)
+        if survivors is None:
             named = " ".join(FILES[file])
             sys.exit(f"error: without a fault the tests of {file} fail or take too long: {named}")
-        tried = list(faults)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            passing = pool.map(functools.partial(passes, tests=tests), tried)
-            survivors = [fault for fault, passed in zip(tried, passing, strict=True) if passed]
         for fault in survivors:
             print(f"passes: {fault}")
         noticed = len(tried) - len(survivors)

@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -121,3 +122,55 @@ def test_a_fault_is_noticed_or_passes(
     tests = {"tests/test_it.py::test_area": (0.1, {4, 6, 7})}
     assert mutate.passes(faults["pass"], tests)
     assert not mutate.passes(faults["return None"], tests)
+
+
+def test_faults_are_tried_where_the_functions_are(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test makes its module by itself: only what is put into its functions can be noticed."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_it.py").write_text(
+        "import importlib.util\n"
+        f"path = {str(tmp_path / 'shapes.py')!r}\n"
+        "spec = importlib.util.spec_from_file_location('shapes', path)\n"
+        "shapes = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(shapes)\n"
+        "def test_area():\n    assert shapes.area(3) == 6\n"
+        "def test_square():\n    assert shapes.area(4, square=True) == 16\n"
+    )
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    monkeypatch.setitem(mutate.FILES, "shapes.py", ("test_it.py",))
+    faults = [
+        fault
+        for fault in mutate.faults_of("shapes.py")
+        if fault.after in ("3", "pass", "square or width < 0", "return None")
+    ]
+    assert len(faults) == 4
+    survivors = mutate.try_all("shapes.py", faults, jobs=2)
+    assert survivors is not None
+    assert {fault.after for fault in survivors} == {"3", "pass"}  # a default is made at import
+
+    failing = tmp_path / "tests/test_it.py"
+    failing.write_text(failing.read_text() + "def test_more():\n    assert not shapes.area(1)\n")
+    assert mutate.try_all("shapes.py", faults, jobs=2) is None
+
+
+def test_what_a_fault_changes() -> None:
+    """A function that another one makes anew at each call; and the module itself."""
+    source = "def f(x):\n    def g(y):\n        return y + 1\n    return g(x)\n\nh = 5\n"
+
+    def fault(after: str) -> mutate.Fault:
+        return next(fault for fault in mutate.all_of("it.py") if fault.after == after)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *_, **__: source)
+        inner, top = fault("y - 1"), fault("6")
+    space: dict[str, Any] = {}
+    exec(compile(source, str(mutate.PACKAGE / "it.py"), "exec"), space)
+    live = mutate._live_functions(str(mutate.PACKAGE / "it.py"))
+    swaps = mutate._swaps(inner, live)
+    assert swaps is not None
+    for function, code in swaps:
+        function.__code__ = code
+    assert space["f"](3) == 2
+    assert mutate._swaps(top, live) is None  # it runs at import
