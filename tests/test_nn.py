@@ -23,7 +23,10 @@ from efft_kernels import (
     attach,
     use_backend,
 )
+from efft_kernels.methods.joint import Kind
+from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.nn import _shallow_copy
+from efft_kernels.ops.recompute import Source
 
 FACTOR_KEYS = ["factors.U", "factors.V", "factors.core"]
 HALVES = (torch.bfloat16, torch.float16)
@@ -601,6 +604,17 @@ def test_what_made_x_is_looked_at_where_a_backward_may_follow(layer):
     assert layer.input_from == "kept"
 
 
+def test_what_made_x_is_looked_at_once(layer, monkeypatch):
+    """On the CPU, while a GPU captures a graph or not."""
+    makes, looked = Source.makes, []
+    monkeypatch.setattr(Source, "makes", lambda *of: looked.append(1) or makes(*of))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(2):
+        layer(F.gelu(torch.randn(2, 7, requires_grad=True) * 1))
+        assert layer.input_from == "GELU"
+    assert looked == [1]
+
+
 def test_bad_input_to_forward(layer):
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., K=7\], got \(2, 8\)"):
         layer(torch.randn(2, 8))
@@ -678,6 +692,18 @@ class TestFactorBank:
         made = bank.group(site).factors(site, False)
         bank.joint_factors.get = lambda *of: made
         assert (bank.factors(site, dropout) is made) == joint
+        kinds, stacks = [Kind(bank.group(site), TensorTrainGroup, (site,), None)], [made[::2]]
+        bank.joint_factors.stacks = lambda *of: stacks if of == (kinds, dropout) else None
+        assert bank.stacks(kinds, dropout) is (stacks if joint else None)
+
+    def test_factors_of_tasks_are_made_without_autocast(self, make_vit, randomize):
+        bank, site = attach(make_vit(), EFFT2(rank=3)).bank, "blocks.0.attn.qkv"
+        randomize(bank)
+        parameters = {name: p.detach()[None] for name, p in bank.named_parameters()}
+        expected = bank.stacked_factors(site, parameters)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = bank.stacked_factors(site, parameters)
+        assert torch.equal(found.down, expected.down) and torch.equal(found.up, expected.up)
 
 
 def test_the_defaults_of_a_layer():

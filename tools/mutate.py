@@ -249,7 +249,14 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/entry/test_python_backends.py",
     ),
     "ops/explain.py": ("ops/test_cost_model.py",),
-    "ops/functional.py": ("ops/test_functional.py", "ops/test_gradients.py"),
+    "ops/functional.py": (
+        "ops/test_functional.py",
+        "ops/test_gradients.py",
+        "ops/test_forward_over_reverse.py::test_of_the_operators",
+        "ops/test_recompute.py::test_what_is_kept",
+        "ops/test_dispatch.py::test_compiled_backend_refuses_torch_func",
+        "ops/test_compile.py::test_frozen_weight_asks_for_no_weight_gradient",
+    ),
     "ops/layer.py": (
         "ops/test_layer.py",
         "test_nn.py",
@@ -466,6 +473,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "False",
     ): "they are as many, whatever the call",
     (
+        "ops/chains.py",
+        "hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)",
+        "True",
+    ): "it differs while a graph is traced, in which there is another operator",
+    (
+        "ops/compiled_chain.py",
+        "FORM = 2",
+        "3",
+    ): "a version's number, which nothing reads",
+    (
         "ops/compiled_chain.py",
         "grads = [g.to(f.dtype) for g, f in zip(grads, factors, strict=True)]",
         "False",
@@ -535,6 +552,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "pairs = zip(dy_slices, _by_slice(d, ups, slices), strict=True)",
         "False",
     ): "they are as many, whatever the call",
+    (
+        "ops/recompute.py",
+        "hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)",
+        "True",
+    ): "it differs while a graph is traced, where nothing is looked for",
+    (
+        "ops/recompute.py",
+        "if hooks is not None and _is_checkpoints(hooks[0]):",
+        "1",
+    ): "a checkpoint's two hooks are of one module",
+    (
+        "ops/recompute.py",
+        "return tuple(n - (1 << 64) if n >= 1 << 63 else n for n in numbers)",
+        "n > 1 << 63",
+    ): "no dim, shift or width is -2^63",
     (
         "ops/functional.py",
         "grad if needed else None for grad, needed in zip(grads, needs, strict=True)",

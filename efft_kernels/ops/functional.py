@@ -89,7 +89,7 @@ def run(
     backend = dispatch.requested_backend(backend)
     dispatch.check_strategy(strategy)
     transformed = torch._C._are_functorch_transforms_active()
-    if not (transformed or torch.compiler.is_compiling()):
+    if not torch.compiler.is_compiling():
         y = eager_entry.try_run(x, weight, bias, down, core, up, backend, strategy, source)
         if y is not None:
             return y
@@ -119,7 +119,7 @@ def run(
         y, _ = torch.ops.efft_kernels.low_rank_linear_fwd(
             flat, weight, bias, down, core, up, False, backend, strategy
         )
-    return y if x.dim() == 2 else y.reshape(*lead, y.shape[-1])
+    return y if x.dim() == 2 else y.reshape(*lead, y.shape[1])
 
 
 class _LowRankLinear(torch.autograd.Function):

@@ -395,6 +395,10 @@ DTYPE_ERRORS = [
         {"x": half, "weight": half, "bias": half, "up": half},
         ["share one dtype", "down torch.float32", "core torch.float32", "up torch.float16"],
     ),
+    (
+        {"x": half, "weight": half, "bias": half, "core": half},
+        ["share one dtype", "down torch.float32", "core torch.float16", "up torch.float32"],
+    ),
 ]
 
 
