@@ -600,6 +600,10 @@ def test_what_made_x_is_looked_at_where_a_backward_may_follow(layer):
     assert layer.input_from is None
     torch.jit.trace(layer, x, check_trace=False)
     assert layer.input_from is None
+    layer.factors.requires_grad_(False)
+    layer(x)
+    assert layer.input_from is None
+    layer.factors.requires_grad_(True)
     layer(x)
     assert layer.input_from == "kept"
 

@@ -168,6 +168,9 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_adapter_set.py::test_parts_run_once_the_layout_is_known",
         "adapters/test_adapter_set_calls.py",
         "adapters/test_distributed.py::test_on_one_process",
+        "adapters/test_joint_factors.py::test_is_the_model_whose_linears_make_their_own",
+        "ops/test_recompute.py::test_compiled",
+        "ops/test_recompute.py::test_no_tensor_at_all",
     ),
     "ops/backends/chain_steps.py": ("ops/test_chains.py", "ops/backends/test_cuda_chain.py"),
     "ops/backends/cpp_backend.py": (
@@ -255,6 +258,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/test_forward_over_reverse.py::test_of_the_operators",
         "ops/test_recompute.py::test_what_is_kept",
         "ops/test_dispatch.py::test_compiled_backend_refuses_torch_func",
+        "adapters/test_shared_input.py::test_torch_func",
         "ops/test_compile.py::test_frozen_weight_asks_for_no_weight_gradient",
     ),
     "ops/layer.py": (

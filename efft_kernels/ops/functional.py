@@ -89,7 +89,7 @@ def run(
     backend = dispatch.requested_backend(backend)
     dispatch.check_strategy(strategy)
     transformed = torch._C._are_functorch_transforms_active()
-    if not torch.compiler.is_compiling():
+    if not (transformed or torch.compiler.is_compiling()):
         y = eager_entry.try_run(x, weight, bias, down, core, up, backend, strategy, source)
         if y is not None:
             return y

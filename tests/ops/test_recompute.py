@@ -418,6 +418,7 @@ def test_what_cannot_be_made_is_kept():
     for other in (torch.Tensor.float, lambda t: t.to("meta"), torch.flatten):
         with saved_tensors_hooks(other, lambda t: t):
             assert recompute.find(F.gelu(h * 1)) is None
+            assert recompute.find(NORM(h * 1)) is None
     found = []
     checkpoint(lambda h: found.append(recompute.find(F.gelu(h))), h * 1, use_reentrant=False)
     assert found == [None]
