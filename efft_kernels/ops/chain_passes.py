@@ -72,6 +72,10 @@ class Frozen(NamedTuple):
     kinds: Sequence[FrozenLinears]  # qkv, proj, fc1, fc2
     heads: int
 
+    def norms_of(self, layer: int) -> Sequence[Norm]:
+        """A layer's two."""
+        return self.norms[2 * layer : 2 * layer + 2]
+
 
 class _Layer(NamedTuple):
     """The linears of one layer: merged weights [N, K], factors in the GEMMs' dtype, biases."""
@@ -110,7 +114,7 @@ def forward(
     z, y = x.flatten(0, 1).contiguous(), None  # type: Tensor, Any
     for place, own in enumerate(layers):
         layer = _Layer(*own)
-        norm1, norm2 = frozen.norms[2 * place : 2 * place + 2]
+        norm1, norm2 = frozen.norms_of(place)
         z, y = _attention(z, y, layer, norm1, x.shape[0], frozen.heads, engine, kept)
         z, y = _mlp(z, y, layer, norm2, engine, kept)
         if not keep:
@@ -206,7 +210,7 @@ def backward(
     later: Sums = []
     for place in reversed(range(len(layers))):
         layer, out = _Layer(*layers[place]), _Outs(*outs[place])
-        norm1, norm2 = frozen.norms[2 * place : 2 * place + 2]
+        norm1, norm2 = frozen.norms_of(place)
         own = _taken(kept, _OF_MLP, unpack)
         stream = _mlp_grad(stream, layer, norm2, engine, own, out, later)
         own = _taken(kept, _OF_ATTENTION + engine.attention.kept, unpack)

@@ -223,9 +223,13 @@ class TestMask:
         assert keep.unique().tolist() == [0, 1]
         return keep.bool()
 
-    @staticmethod
-    def by_hand(seed, row, column, p):
+    @classmethod
+    def by_hand(cls, seed, row, column, p):
         """The rule of the module's docstring, in whole numbers of any size."""
+        return cls.number(seed, row, column) >= round(p * 2**31)
+
+    @staticmethod
+    def number(seed, row, column):
         ones = (1 << 31) - 1
 
         def mix(z):
@@ -238,13 +242,19 @@ class TestMask:
         def word(i):
             return mix((i ^ (seed & ones) * 0x1E3779B9) & ones)
 
-        return mix(word(row) ^ word(-1 - column) ^ seed >> 31) >= round(p * 2**31)
+        return mix(word(row) ^ word(-1 - column) ^ seed >> 31)
 
     @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 0x2545F4914F6CDD1D, 2**62 - 1])
     def test_is_the_rule(self, seed):
         kept = self.kept(seed, 13, 7, 0.4)
         expected = [[self.by_hand(seed, i, j, 0.4) for j in range(7)] for i in range(13)]
         assert kept.tolist() == expected
+
+    def test_the_last_number_that_is_dropped(self):
+        number = self.number(5, 2, 1)
+        for dropped in (0, 1):
+            keep = keep_mask(torch.tensor(5), 3, 2, (number + dropped) / 2**31, torch.float64)
+            assert keep[2, 1] == 1 - dropped
 
     def test_far_rows(self):
         """Where the 31 bits of products have long overflowed."""
