@@ -353,6 +353,18 @@ def test_the_mask_is_one_launch_on_a_gpu(monkeypatch):
     assert by_torch(seed)
 
 
+def test_a_graph_adds_the_same_but_not_in_place(monkeypatch):
+    """In place it would lose y's gradient."""
+    up = operands(FORMS["own up"])["up"]
+    y, d = (torch.randn(M, G * n, dtype=torch.float64) for n in (WIDTH, RB))
+    expected, before = dropout._add_low_rank(y.clone(), d, up), y.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found = dropout._add_low_rank(y, d, up)
+    assert torch.equal(y, before) and not torch.equal(found, y)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def seeded(function, t, p=0.5, seed=9, **options):
     """function(**t), always with the same mask."""
     torch.manual_seed(seed)
