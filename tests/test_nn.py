@@ -63,6 +63,9 @@ class TestDropIn:
         assert (layer.in_features, layer.out_features) == (7, 15)
         assert sorted(layer.state_dict()) == sorted(["weight", "bias", *FACTOR_KEYS])
 
+    def test_names_its_attributes(self, layer):
+        assert {"weight", "factors", "merge"} <= set(dir(layer)) and "base_layer" not in dir(layer)
+
     def test_without_bias(self):
         layer = FusedEFFTLinear(7, 5, bias=False, rank=2)
         assert layer.bias is None and "bias" not in layer.state_dict()
@@ -414,8 +417,11 @@ class TestMerge:
 
     def test_state_dict_holds_the_base_while_merged(self, layer):
         before = {name: t.clone() for name, t in layer.state_dict().items()}
+        base = layer.weight
         layer.merge()
+        assert layer.state_dict(keep_vars=True)["base_weight"] is base
         state = layer.state_dict()
+        assert not state["base_weight"].requires_grad
         assert torch.equal(state.pop("base_weight"), before["weight"])
         assert torch.equal(state.pop("weight"), before.pop("weight") + layer.delta_weight())
         assert state.keys() == before.keys()
@@ -673,6 +679,25 @@ class TestFactorBank:
         found["place"] = lambda *of: None  # as where the cores are elsewhere
         assert torch.equal(bank.factors_in_graph(place, False).down, expected.down)
         assert asked[2:] == ["place", "name"]
+
+    def test_a_layer_in_a_graph_takes_the_factors_of_its_place(self, make_vit, monkeypatch):
+        model = make_vit()
+        bank, layer, asked = attach(model, EFFT2(rank=3)).bank, model.blocks[1].attn.qkv, []
+        factors = bank.factors("blocks.1.attn.qkv", False)
+        bank.factors_in_graph = lambda *of: asked.append(of) or factors
+        monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+        for training in (False, True):
+            layer.train(training)(torch.randn(2, 12))
+            assert asked.pop() == (bank.places["blocks.1.attn.qkv"], training)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_dropout_of_the_rank_r_activation_in_training_alone(
+        self, make_vit, randomize, training
+    ):
+        model, x = make_vit(), torch.randn(4, 12)
+        randomize(attach(model, FacTTT(rank=3, dropout=0.5)))
+        layer = model.blocks[1].attn.qkv.train(training)
+        assert torch.equal(layer(x), layer(x)) == (not training)
 
     def test_a_place_follows_its_group(self, make_vit):
         bank = attach(make_vit(), EFFT2(rank=3)).bank
