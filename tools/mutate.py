@@ -171,6 +171,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_joint_factors.py::test_is_the_model_whose_linears_make_their_own",
         "ops/test_recompute.py::test_compiled",
         "ops/test_recompute.py::test_no_tensor_at_all",
+        "ops/test_recompute.py::test_what_is_kept",
     ),
     "ops/backends/chain_steps.py": ("ops/test_chains.py", "ops/backends/test_cuda_chain.py"),
     "ops/backends/cpp_backend.py": (
