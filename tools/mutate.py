@@ -494,6 +494,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "they are as many, whatever the call",
     (
         "ops/chain_passes.py",
+        "return stream",
+        "return None",
+    ): "the gradient of x, which is not wanted here",
+    (
+        "ops/chain_passes.py",
         "biases = zip(*_biases(frozen, engine.dtype), strict=True)",
         "False",
     ): "they are as many, whatever the call",

@@ -301,6 +301,23 @@ def test_what_hooks_took_comes_back_half_by_half(layers: list[Layer], again: boo
         y.tanh().sum().backward()
 
 
+def test_one_half_at_a_time_comes_back(layers: list[Layer]) -> None:
+    """Beside x, the norms and the stacks, which are read throughout."""
+    living: list[StorageWeakRef] = []
+    most: list[int] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        living.append(StorageWeakRef(copy.untyped_storage()))
+        most.append(sum(not one.expired() for one in living))
+        return copy
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = run_chain(draw(IMAGES, TOKENS, K, grad=True), layers, ENGINE)
+    y.sum().backward()
+    assert max(most) == 1 + 4 * len(layers) + 12 + 7  # of an attention's half
+
+
 def test_a_second_derivative_is_refused(layers: list[Layer]) -> None:
     x = draw(IMAGES, TOKENS, K, grad=True)
     y = run_chain(x, layers, ENGINE).sum()
