@@ -25,7 +25,8 @@ from efft_kernels import (
 )
 from efft_kernels.methods.joint import Kind
 from efft_kernels.methods.tensor_train import TensorTrainGroup
-from efft_kernels.nn import _shallow_copy
+from efft_kernels.nn import TracedTasks, _shallow_copy
+from efft_kernels.ops.mixed_batch import tasks_linear
 from efft_kernels.ops.recompute import Source
 
 FACTOR_KEYS = ["factors.U", "factors.V", "factors.core"]
@@ -689,6 +690,17 @@ class TestFactorBank:
         for training in (False, True):
             layer.train(training)(torch.randn(2, 12))
             assert asked.pop() == (bank.places["blocks.1.attn.qkv"], training)
+
+    def test_a_layer_computes_the_tasks_of_a_graph(self, make_vit, randomize):
+        model, site = make_vit().eval(), "blocks.1.attn.qkv"
+        bank, layer = attach(model, EFFT2(rank=3)).bank, model.blocks[1].attn.qkv
+        randomize(bank)
+        parameters = {name: torch.stack([p, -2 * p]) for name, p in bank.named_parameters()}
+        factors, task_of_row = bank.stacked_factors(site, parameters), torch.tensor([1, 0])
+        bank.traced = TracedTasks({site: factors}, {}, task_of_row)
+        x = torch.randn(2, 3, 12)
+        expected = tasks_linear(x, layer.weight, layer.bias, factors.down, factors.up, task_of_row)
+        assert torch.equal(layer(x), expected) and bank.tasks is bank.traced
 
     @pytest.mark.parametrize("training", [False, True])
     def test_dropout_of_the_rank_r_activation_in_training_alone(
