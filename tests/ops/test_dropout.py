@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from efft_kernels import available_backends, low_rank_linear
-from efft_kernels.ops import dispatch, dropout, recompute, reference
+from efft_kernels.ops import dispatch, dropout, dropout_mask, recompute, reference
 from efft_kernels.ops.backends import cpp_backend
 from efft_kernels.ops.backends.triton import keep
 from efft_kernels.ops.dropout import low_rank_linear_with_dropout
@@ -249,6 +249,15 @@ class TestMask:
         kept = self.kept(seed, 13, 7, 0.4)
         expected = [[self.by_hand(seed, i, j, 0.4) for j in range(7)] for i in range(13)]
         assert kept.tolist() == expected
+
+    def test_a_product_in_a_graph_has_64_bits(self, monkeypatch):
+        """One that overflows 32 is undefined in Inductor's C++; without a compiler it is not."""
+        mix, widths = dropout_mask._mix_, []
+        monkeypatch.setattr(dropout_mask, "_mix_", lambda z: widths.append(z.dtype) or mix(z))
+        eager = self.kept(3, 31, 7, 0.4)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.equal(self.kept(3, 31, 7, 0.4), eager)
+        assert widths == [torch.int32] * 2 + [torch.int64] * 2
 
     def test_the_last_number_that_is_dropped(self):
         number = self.number(5, 2, 1)
