@@ -577,6 +577,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return tuple(n - (1 << 64) if n >= 1 << 63 else n for n in numbers)",
         "n > 1 << 63",
     ): "no dim, shift or width is -2^63",
+    ("ops/explain.py", "return False", "return None"): "as false as False",
     (
         "ops/functional.py",
         "grad if needed else None for grad, needed in zip(grads, needs, strict=True)",
