@@ -23,7 +23,11 @@ from efft_kernels import (
     attach,
     use_backend,
 )
-from efft_kernels.nn import _shallow_copy
+from efft_kernels.methods.joint import Kind
+from efft_kernels.methods.tensor_train import TensorTrainGroup
+from efft_kernels.nn import TracedTasks, _shallow_copy
+from efft_kernels.ops.mixed_batch import tasks_linear
+from efft_kernels.ops.recompute import Source
 
 FACTOR_KEYS = ["factors.U", "factors.V", "factors.core"]
 HALVES = (torch.bfloat16, torch.float16)
@@ -59,6 +63,9 @@ class TestDropIn:
         assert isinstance(layer, nn.Linear)
         assert (layer.in_features, layer.out_features) == (7, 15)
         assert sorted(layer.state_dict()) == sorted(["weight", "bias", *FACTOR_KEYS])
+
+    def test_names_its_attributes(self, layer):
+        assert {"weight", "factors", "merge"} <= set(dir(layer)) and "base_layer" not in dir(layer)
 
     def test_without_bias(self):
         layer = FusedEFFTLinear(7, 5, bias=False, rank=2)
@@ -411,8 +418,11 @@ class TestMerge:
 
     def test_state_dict_holds_the_base_while_merged(self, layer):
         before = {name: t.clone() for name, t in layer.state_dict().items()}
+        base = layer.weight
         layer.merge()
+        assert layer.state_dict(keep_vars=True)["base_weight"] is base
         state = layer.state_dict()
+        assert not state["base_weight"].requires_grad
         assert torch.equal(state.pop("base_weight"), before["weight"])
         assert torch.equal(state.pop("weight"), before.pop("weight") + layer.delta_weight())
         assert state.keys() == before.keys()
@@ -597,8 +607,23 @@ def test_what_made_x_is_looked_at_where_a_backward_may_follow(layer):
     assert layer.input_from is None
     torch.jit.trace(layer, x, check_trace=False)
     assert layer.input_from is None
+    layer.factors.requires_grad_(False)
+    layer(x)
+    assert layer.input_from is None
+    layer.factors.requires_grad_(True)
     layer(x)
     assert layer.input_from == "kept"
+
+
+def test_what_made_x_is_looked_at_once(layer, monkeypatch):
+    """On the CPU, while a GPU captures a graph or not."""
+    makes, looked = Source.makes, []
+    monkeypatch.setattr(Source, "makes", lambda *of: looked.append(1) or makes(*of))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(2):
+        layer(F.gelu(torch.randn(2, 7, requires_grad=True) * 1))
+        assert layer.input_from == "GELU"
+    assert looked == [1]
 
 
 def test_bad_input_to_forward(layer):
@@ -656,6 +681,36 @@ class TestFactorBank:
         assert torch.equal(bank.factors_in_graph(place, False).down, expected.down)
         assert asked[2:] == ["place", "name"]
 
+    def test_a_layer_in_a_graph_takes_the_factors_of_its_place(self, make_vit, monkeypatch):
+        model = make_vit()
+        bank, layer, asked = attach(model, EFFT2(rank=3)).bank, model.blocks[1].attn.qkv, []
+        factors = bank.factors("blocks.1.attn.qkv", False)
+        bank.factors_in_graph = lambda *of: asked.append(of) or factors
+        monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+        for training in (False, True):
+            layer.train(training)(torch.randn(2, 12))
+            assert asked.pop() == (bank.places["blocks.1.attn.qkv"], training)
+
+    def test_a_layer_computes_the_tasks_of_a_graph(self, make_vit, randomize):
+        model, site = make_vit().eval(), "blocks.1.attn.qkv"
+        bank, layer = attach(model, EFFT2(rank=3)).bank, model.blocks[1].attn.qkv
+        randomize(bank)
+        parameters = {name: torch.stack([p, -2 * p]) for name, p in bank.named_parameters()}
+        factors, task_of_row = bank.stacked_factors(site, parameters), torch.tensor([1, 0])
+        bank.traced = TracedTasks({site: factors}, {}, task_of_row)
+        x = torch.randn(2, 3, 12)
+        expected = tasks_linear(x, layer.weight, layer.bias, factors.down, factors.up, task_of_row)
+        assert torch.equal(layer(x), expected) and bank.tasks is bank.traced
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_dropout_of_the_rank_r_activation_in_training_alone(
+        self, make_vit, randomize, training
+    ):
+        model, x = make_vit(), torch.randn(4, 12)
+        randomize(attach(model, FacTTT(rank=3, dropout=0.5)))
+        layer = model.blocks[1].attn.qkv.train(training)
+        assert torch.equal(layer(x), layer(x)) == (not training)
+
     def test_a_place_follows_its_group(self, make_vit):
         bank = attach(make_vit(), EFFT2(rank=3)).bank
         place, other = bank.places["blocks.1.attn.qkv"], copy.deepcopy(bank.mhsa)
@@ -678,6 +733,18 @@ class TestFactorBank:
         made = bank.group(site).factors(site, False)
         bank.joint_factors.get = lambda *of: made
         assert (bank.factors(site, dropout) is made) == joint
+        kinds, stacks = [Kind(bank.group(site), TensorTrainGroup, (site,), None)], [made[::2]]
+        bank.joint_factors.stacks = lambda *of: stacks if of == (kinds, dropout) else None
+        assert bank.stacks(kinds, dropout) is (stacks if joint else None)
+
+    def test_factors_of_tasks_are_made_without_autocast(self, make_vit, randomize):
+        bank, site = attach(make_vit(), EFFT2(rank=3)).bank, "blocks.0.attn.qkv"
+        randomize(bank)
+        parameters = {name: p.detach()[None] for name, p in bank.named_parameters()}
+        expected = bank.stacked_factors(site, parameters)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = bank.stacked_factors(site, parameters)
+        assert torch.equal(found.down, expected.down) and torch.equal(found.up, expected.up)
 
 
 def test_the_defaults_of_a_layer():

@@ -184,6 +184,10 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_adapter_set.py::test_parts_run_once_the_layout_is_known",
         "adapters/test_adapter_set_calls.py",
         "adapters/test_distributed.py::test_on_one_process",
+        "adapters/test_joint_factors.py::test_is_the_model_whose_linears_make_their_own",
+        "ops/test_recompute.py::test_compiled",
+        "ops/test_recompute.py::test_no_tensor_at_all",
+        "ops/test_recompute.py::test_what_is_kept",
     ),
     "ops/backends/chain_steps.py": (
         "ops/backends/test_chain_steps.py",
@@ -270,7 +274,15 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/entry/test_python_backends.py",
     ),
     "ops/explain.py": ("ops/test_cost_model.py",),
-    "ops/functional.py": ("ops/test_functional.py", "ops/test_gradients.py"),
+    "ops/functional.py": (
+        "ops/test_functional.py",
+        "ops/test_gradients.py",
+        "ops/test_forward_over_reverse.py::test_of_the_operators",
+        "ops/test_recompute.py::test_what_is_kept",
+        "ops/test_dispatch.py::test_compiled_backend_refuses_torch_func",
+        "adapters/test_shared_input.py::test_torch_func",
+        "ops/test_compile.py::test_frozen_weight_asks_for_no_weight_gradient",
+    ),
     "ops/layer.py": (
         "ops/test_layer.py",
         "test_nn.py",
@@ -500,10 +512,25 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "False",
     ): "they are as many, whatever the call",
     (
+        "ops/chains.py",
+        "hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)",
+        "True",
+    ): "it differs while a graph is traced, in which there is another operator",
+    (
+        "ops/compiled_chain.py",
+        "FORM = 2",
+        "3",
+    ): "a version's number, which nothing reads",
+    (
         "ops/compiled_chain.py",
         "grads = [g.to(f.dtype) for g, f in zip(grads, factors, strict=True)]",
         "False",
     ): "they are as many, whatever the call",
+    (
+        "ops/chain_passes.py",
+        "return stream",
+        "return None",
+    ): "the gradient of x, which is not wanted here",
     (
         "ops/chain_passes.py",
         "biases = zip(*_biases(frozen, engine.dtype), strict=True)",
@@ -589,6 +616,22 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "pairs = zip(dy_slices, _by_slice(d, ups, slices), strict=True)",
         "False",
     ): "they are as many, whatever the call",
+    (
+        "ops/recompute.py",
+        "hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)",
+        "True",
+    ): "it differs while a graph is traced, where nothing is looked for",
+    (
+        "ops/recompute.py",
+        "if hooks is not None and _is_checkpoints(hooks[0]):",
+        "1",
+    ): "a checkpoint's two hooks are of one module",
+    (
+        "ops/recompute.py",
+        "return tuple(n - (1 << 64) if n >= 1 << 63 else n for n in numbers)",
+        "n > 1 << 63",
+    ): "no dim, shift or width is -2^63",
+    ("ops/explain.py", "return False", "return None"): "as false as False",
     (
         "ops/functional.py",
         "grad if needed else None for grad, needed in zip(grads, needs, strict=True)",

@@ -72,6 +72,10 @@ class Frozen(NamedTuple):
     kinds: Sequence[FrozenLinears]  # qkv, proj, fc1, fc2
     heads: int
 
+    def norms_of(self, layer: int) -> Sequence[Norm]:
+        """A layer's two."""
+        return self.norms[2 * layer : 2 * layer + 2]
+
 
 class _Layer(NamedTuple):
     """The linears of one layer: merged weights [N, K], factors in the GEMMs' dtype, biases."""
@@ -109,9 +113,10 @@ def forward(
     kept = [*weights, *thin]
     z, y = x.flatten(0, 1).contiguous(), None  # type: Tensor, Any
     for place, own in enumerate(layers):
-        layer, norms = _Layer(*own), frozen.norms[2 * place : 2 * place + 2]
-        z, y = _attention(z, y, layer, norms[0], x.shape[0], frozen.heads, engine, kept)
-        z, y = _mlp(z, y, layer, norms[1], engine, kept)
+        layer = _Layer(*own)
+        norm1, norm2 = frozen.norms_of(place)
+        z, y = _attention(z, y, layer, norm1, x.shape[0], frozen.heads, engine, kept)
+        z, y = _mlp(z, y, layer, norm2, engine, kept)
         if not keep:
             kept.clear()
     del kept[_STACKS : _STACKS + 1]  # the first stream is x itself
@@ -205,13 +210,14 @@ def backward(
     later: Sums = []
     for place in reversed(range(len(layers))):
         layer, out = _Layer(*layers[place]), _Outs(*outs[place])
-        norms = frozen.norms[2 * place : 2 * place + 2]
+        norm1, norm2 = frozen.norms_of(place)
         own = _taken(kept, _OF_MLP, unpack)
-        stream = _mlp_grad(stream, layer, norms[1], engine, own, out, later)
-        count = _OF_ATTENTION + engine.attention.kept
-        own = _taken(kept, count, unpack) if place else [first, *_taken(kept, count - 1, unpack)]
+        stream = _mlp_grad(stream, layer, norm2, engine, own, out, later)
+        own = _taken(kept, _OF_ATTENTION + engine.attention.kept, unpack)
+        if not place:
+            own.insert(0, first)  # all others are left
         stream = _attention_grad(
-            *(stream, layer, norms[0], x.shape[0], frozen.heads, engine, own, out, later),
+            *(stream, layer, norm1, x.shape[0], frozen.heads, engine, own, out, later),
             wanted=need_x or place > 0,
         )
     engine.steps.finish(later)
@@ -219,7 +225,7 @@ def backward(
 
 
 def _taken(kept: list[Any], count: int, unpack: Unpack | None) -> list[Tensor]:
-    """The last `count` of them, taken away."""
+    """The last `count` of them, or all if they are fewer, taken away."""
     own = kept[-count:]
     del kept[-count:]
     return own if unpack is None else [unpack(t) for t in own]

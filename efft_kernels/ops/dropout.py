@@ -84,7 +84,7 @@ def low_rank_linear_with_dropout(
         y = _LowRankLinearWithDropout.apply(
             flat, weight, bias, down, core, up, seed, p, backend, source
         )
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def _reference(

@@ -119,7 +119,7 @@ def run(
         y, _ = torch.ops.efft_kernels.low_rank_linear_fwd(
             flat, weight, bias, down, core, up, False, backend, strategy
         )
-    return y if x.dim() == 2 else y.reshape(*lead, y.shape[-1])
+    return y if x.dim() == 2 else y.reshape(*lead, y.shape[1])
 
 
 class _LowRankLinear(torch.autograd.Function):

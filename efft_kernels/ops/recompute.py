@@ -74,10 +74,8 @@ def find(x: Tensor) -> Source | None:
 
     It is None where grad is off, for a leaf, for an x that was written in place or that its
     producer keeps, and where what the producer kept is not there as it was (checkpointing,
-    offloading).
+    offloading). Not for a graph that is traced: a compiler decides itself what to keep.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None  # a compiler decides itself what to keep
     if torch._C._are_functorch_transforms_active():
         return None
     if x.grad_fn is None or not torch.is_grad_enabled() or x._version or not x.numel():
@@ -86,11 +84,12 @@ def find(x: Tensor) -> Source | None:
     if hooks is not None and _is_checkpoints(hooks[0]):
         return None
     node = _below_views(x)
-    if node is None or type(node).__name__ not in _MAKERS:
+    maker = type(node).__name__
+    if maker not in _MAKERS:
         return None
     graph = _Graph()
     try:
-        recipe = _recipe(type(node).__name__, graph.expression(node, 0))
+        recipe = _recipe(maker, graph.expression(node, 0))
     except _NotKept:
         return None
     return Source(recipe, tuple(graph.kept), graph.attached) if graph.computes else None

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels import use_backend
-from efft_kernels.ops import chains, compiled_chain
+from efft_kernels.ops import chain_passes, chains, compiled_chain
 from efft_kernels.ops.backends import cuda_chain
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 from efft_kernels.ops.backends.triton import chain as triton_chain
@@ -139,9 +139,28 @@ def test_gradients_of_one_layer(layers: list[Layer]) -> None:
 
 
 def test_a_stream_that_needs_no_gradient(layers: list[Layer]) -> None:
-    x = draw(IMAGES, TOKENS, K)
+    made: list[int] = []
+
+    class Steps(TorchSteps):
+        def norm_grad(self, *given: Any) -> Any:
+            made.append(1)
+            return super().norm_grad(*given)
+
+    x, engine = draw(IMAGES, TOKENS, K), ENGINE._replace(steps=Steps())
     results = [
         torch.autograd.grad(run(x, layers).tanh().sum(), factors(layers))
+        for run in (lambda *a: run_chain(*a, engine), plain)
+    ]
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    assert len(made) == 2 * len(layers) - 1
+
+
+def test_the_gradient_of_the_stream_alone(layers: list[Layer]) -> None:
+    for factor in factors(layers):
+        factor.requires_grad_(False)
+    x = draw(IMAGES, TOKENS, K, grad=True)
+    results = [
+        torch.autograd.grad(run(x, layers).tanh().sum(), x)
         for run in (lambda *a: run_chain(*a, ENGINE), plain)
     ]
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
@@ -280,6 +299,23 @@ def test_what_hooks_took_comes_back_half_by_half(layers: list[Layer], again: boo
         assert not any(box() for box in packed)
     with pytest.raises(RuntimeError, match="a second time"):
         y.tanh().sum().backward()
+
+
+def test_one_half_at_a_time_comes_back(layers: list[Layer]) -> None:
+    """Beside x, the norms and the stacks, which are read throughout."""
+    living: list[StorageWeakRef] = []
+    most: list[int] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        living.append(StorageWeakRef(copy.untyped_storage()))
+        most.append(sum(not one.expired() for one in living))
+        return copy
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = run_chain(draw(IMAGES, TOKENS, K, grad=True), layers, ENGINE)
+    y.sum().backward()
+    assert max(most) == 1 + 4 * len(layers) + 12 + 7  # of an attention's half
 
 
 def test_a_second_derivative_is_refused(layers: list[Layer]) -> None:
@@ -436,6 +472,26 @@ class TestAsTwoOperators:
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
         streams = 2 * count if learns else 2 * count - 1  # of x none where it needs no gradient
         assert made == [(K, max(RANKS.values()))] * 2 + [(IMAGES * TOKENS, K)] * streams
+
+    def test_no_more_is_copied_than_what_was_given(
+        self, layers: list[Layer], made: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own: list[Tensor] = []
+        forward = chain_passes.forward
+
+        def kept_by(*given: Any) -> tuple[Tensor, list[Tensor]]:
+            y, own[:] = forward(*given)
+            return y, own
+
+        with Recorded() as calls:
+            in_graph(draw(IMAGES, TOKENS, K), layers)
+        monkeypatch.setattr(chain_passes, "forward", kept_by)
+        ((operator, arguments),) = calls
+        _, kept = operator(*arguments)
+        given = {factor.data_ptr() for factor in arguments[2]}
+        for found, tensor in zip(kept, own, strict=True):
+            same = found.data_ptr() == tensor.data_ptr()
+            assert same != (tensor.data_ptr() in given)
 
     @pytest.mark.parametrize("learns", [False, True])
     def test_what_a_graph_is_told(

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from efft_kernels import available_backends, low_rank_linear
-from efft_kernels.ops import dispatch, dropout, recompute, reference
+from efft_kernels.ops import dispatch, dropout, dropout_mask, recompute, reference
 from efft_kernels.ops.backends import cpp_backend
 from efft_kernels.ops.backends.triton import keep
 from efft_kernels.ops.dropout import low_rank_linear_with_dropout
@@ -223,9 +223,13 @@ class TestMask:
         assert keep.unique().tolist() == [0, 1]
         return keep.bool()
 
-    @staticmethod
-    def by_hand(seed, row, column, p):
+    @classmethod
+    def by_hand(cls, seed, row, column, p):
         """The rule of the module's docstring, in whole numbers of any size."""
+        return cls.number(seed, row, column) >= round(p * 2**31)
+
+    @staticmethod
+    def number(seed, row, column):
         ones = (1 << 31) - 1
 
         def mix(z):
@@ -238,13 +242,28 @@ class TestMask:
         def word(i):
             return mix((i ^ (seed & ones) * 0x1E3779B9) & ones)
 
-        return mix(word(row) ^ word(-1 - column) ^ seed >> 31) >= round(p * 2**31)
+        return mix(word(row) ^ word(-1 - column) ^ seed >> 31)
 
     @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 0x2545F4914F6CDD1D, 2**62 - 1])
     def test_is_the_rule(self, seed):
         kept = self.kept(seed, 13, 7, 0.4)
         expected = [[self.by_hand(seed, i, j, 0.4) for j in range(7)] for i in range(13)]
         assert kept.tolist() == expected
+
+    def test_a_product_in_a_graph_has_64_bits(self, monkeypatch):
+        """One that overflows 32 is undefined in Inductor's C++; without a compiler it is not."""
+        mix, widths = dropout_mask._mix_, []
+        monkeypatch.setattr(dropout_mask, "_mix_", lambda z: widths.append(z.dtype) or mix(z))
+        eager = self.kept(3, 31, 7, 0.4)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.equal(self.kept(3, 31, 7, 0.4), eager)
+        assert widths == [torch.int32] * 2 + [torch.int64] * 2
+
+    def test_the_last_number_that_is_dropped(self):
+        number = self.number(5, 2, 1)
+        for dropped in (0, 1):
+            keep = keep_mask(torch.tensor(5), 3, 2, (number + dropped) / 2**31, torch.float64)
+            assert keep[2, 1] == 1 - dropped
 
     def test_far_rows(self):
         """Where the 31 bits of products have long overflowed."""
@@ -341,6 +360,18 @@ def test_the_mask_is_one_launch_on_a_gpu(monkeypatch):
         assert by_torch(seed)
     available["triton"] = "no Triton"
     assert by_torch(seed)
+
+
+def test_a_graph_adds_the_same_but_not_in_place(monkeypatch):
+    """In place it would lose y's gradient."""
+    up = operands(FORMS["own up"])["up"]
+    y, d = (torch.randn(M, G * n, dtype=torch.float64) for n in (WIDTH, RB))
+    expected, before = dropout._add_low_rank(y.clone(), d, up), y.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found = dropout._add_low_rank(y, d, up)
+    assert torch.equal(y, before) and not torch.equal(found, y)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def seeded(function, t, p=0.5, seed=9, **options):

@@ -226,12 +226,14 @@ def test_saves_only_what_the_gradients_need(wanted, x_kept, p_kept, strategy):
     assert extra == ([((11, 3), torch.float64)] if p_kept else [])
 
 
-def test_nothing_is_saved_without_gradients():
-    tensors = operands(SHAPE)
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_saved_without_gradients(form):
+    tensors = operands(FORMS[form])
     y, extra, kept = saved_beside_the_operands(tensors)
     assert not extra and not kept and not y.requires_grad
     for t in tensors.values():
-        t.requires_grad_()
+        if t is not None:
+            t.requires_grad_()
     with torch.no_grad():
         y, extra, kept = saved_beside_the_operands(tensors)
     assert not extra and not kept and not y.requires_grad
@@ -394,6 +396,10 @@ DTYPE_ERRORS = [
     (
         {"x": half, "weight": half, "bias": half, "up": half},
         ["share one dtype", "down torch.float32", "core torch.float32", "up torch.float16"],
+    ),
+    (
+        {"x": half, "weight": half, "bias": half, "core": half},
+        ["share one dtype", "down torch.float32", "core torch.float16", "up torch.float32"],
     ),
 ]
 

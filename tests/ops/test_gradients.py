@@ -56,7 +56,7 @@ def test_gradgradcheck_all_arguments(form, strategy):
 
 
 @pytest.mark.parametrize(
-    "names", [("x", "weight"), ("x", "down"), ("weight", "up"), ("x", "down", "up")]
+    "names", [("x",), ("x", "weight"), ("x", "down"), ("weight", "up"), ("x", "down", "up")]
 )
 def test_gradgradcheck_some_arguments(names):
     assert gradgradcheck(*function_of(operands(replace(SHAPE, M=2, K=3)), names))

@@ -101,7 +101,12 @@ def test_windows_of_an_item_have_its_task(backend):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         found = tasks_linear(x.view(6, 1, 5, 7), *rest, few, backend=backend)
         torch.testing.assert_close(found[:, 0], expected, rtol=1e-12, atol=1e-12)
-    for items in (4, 0):
+        found = tasks_linear(x[:, :items], *rest, few, backend=backend)
+        torch.testing.assert_close(found, expected[:, :items], rtol=1e-12, atol=1e-12)
+    expected = one_by_one(x, *rest, index)
+    found = tasks_linear(x.view(6, 1, 5, 7), *rest, index, backend=backend)
+    torch.testing.assert_close(found[:, 0], expected, rtol=1e-12, atol=1e-12)
+    for items in (5, 4, 0):
         with pytest.raises(ValueError, match=f"got {items} for a leading dimension of 6"):
             tasks_linear(x, *rest, index[:items], backend=backend)
 

@@ -58,14 +58,18 @@ def dropped(x):
 
 
 NORM, NORM4 = norm(), norm((4,))
+BIAS = torch.linspace(-1, 2, K, dtype=torch.float64)
 # producer, shape of its input, the kind and code that `find` gives
 PRODUCERS = {
     "norm": (NORM, (2, 5, K), "LayerNorm", recompute.LAYER_NORM),
     "norm without bias": (norm(bias=False), (5, K), "LayerNorm", recompute.LAYER_NORM),
     "norm without weight": (norm(affine=False), (5, K), "LayerNorm", recompute.LAYER_NORM),
+    "norm without weight, with bias": (lambda x: F.layer_norm(x, (K,), bias=BIAS), (5, K),
+                                       "LayerNorm", recompute.LAYER_NORM),
     "norm over two dims": (norm((5, K)), (2, 5, K), "LayerNorm", recompute.PLAIN),
     "norm of strided rows": (lambda x: NORM(x[:, ::2]), (3, 9, K), "LayerNorm", 1),
     "norm, rows in one": (lambda x: NORM(x).flatten(0, 1), (2, 5, K), "LayerNorm", 1),
+    "norm, rows apart": (lambda x: NORM(x).unflatten(0, (2, 3)), (6, K), "LayerNorm", 1),
     "norm, features regrouped": (lambda x: NORM4(x).flatten(1), (5, 3, 4), "a view", 0),
     "gelu": (F.gelu, (2, 5, K), "GELU", recompute.GELU),
     "gelu, tanh": (partial(F.gelu, approximate="tanh"), (5, K), "GELU", recompute.GELU_TANH),
@@ -119,6 +123,10 @@ def test_x_is_made_again(name):
         (lambda h: F.silu(h).flatten(1), "a view"),
         (lambda h: F.layer_norm(h, (K,)).flatten(1), "a view"),
         (lambda h: torch.relu(h) * torch.tanh(h), "a product"),
+        (lambda h: F.silu(h) * torch.ones(1, dtype=torch.bool), "a product"),  # of one byte
+        # One matrix of a product is kept for the other's gradient alone.
+        (lambda h: torch.bmm(h, h.detach().mT).flatten(1), None),
+        (lambda h: torch.bmm(h.detach(), h.mT).flatten(1), None),
         # The second of two results; a node with no rule on the way.
         (lambda h: F.gelu(h).unbind()[1], None),
         (lambda h: F.gelu(h).sort(0).values, None),
@@ -410,6 +418,7 @@ def test_what_cannot_be_made_is_kept():
     for other in (torch.Tensor.float, lambda t: t.to("meta"), torch.flatten):
         with saved_tensors_hooks(other, lambda t: t):
             assert recompute.find(F.gelu(h * 1)) is None
+            assert recompute.find(NORM(h * 1)) is None
     found = []
     checkpoint(lambda h: found.append(recompute.find(F.gelu(h))), h * 1, use_reentrant=False)
     assert found == [None]
@@ -429,6 +438,7 @@ NAN, INF, NEAR = float("nan"), float("inf"), torch.finfo(torch.float32).eps ** 0
         # As near as the root of a rounding of the largest.
         ([1, -4], [1 + 3.9 * NEAR, -4], True),
         ([1, -4], [1 + 4.1 * NEAR, -4], False),
+        ([0, -4], [4 * NEAR, -4], True),
         ([1, -4], [1, -4 * (1 + 1.1 * NEAR)], False),
         # Of one, where the largest is no number.
         ([NAN, 1], [NAN, 1 + 0.9 * NEAR], True),
@@ -605,6 +615,20 @@ def test_a_write_to_the_data_of_x():
 def test_saved_tensor_hooks(pack, unpack, input_from):
     hooks = partial(saved_tensors_hooks, pack, unpack)
     assert compare(F.gelu, hooks, tolerance=1e-2) == input_from
+
+
+@pytest.mark.parametrize(
+    ("make", "input_from"),
+    [
+        (NORM, "LayerNorm"),
+        (norm().requires_grad_(), "LayerNorm"),
+        (norm(bias=False), "LayerNorm"),
+        (lambda h: h * torch.sigmoid(h), "a product"),
+    ],
+)
+def test_hooks_that_hand_back_what_they_got(make, input_from):
+    hooks = partial(saved_tensors_hooks, lambda t: t, lambda t: t)
+    assert compare(make, hooks) == input_from
 
 
 def test_hooks_that_hand_back_what_they_got_leave_second_derivatives():

@@ -6,13 +6,16 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from efft_kernels.ops.backends import torch_backend
 from efft_kernels.testing.error_budget import (
     assert_exact,
     assert_within_budget,
+    budget_of,
     error_ratio,
     largest_exact_integer,
+    relative_error,
     worst_ratio,
 )
 from efft_kernels.testing.operands import ALL, NAMES, Shape, operands_and_dy
@@ -21,6 +24,21 @@ from efft_kernels.testing.results import backend_results, plain_and_exact
 EXACT = torch.ones(4, dtype=torch.float64)
 PLAIN = torch.ones(4) + 1e-3
 HALF_ULP = 2.0**-24  # float32's
+
+
+def test_an_error_is_relative_however_small_the_result():
+    assert relative_error(1e-6 * (EXACT + 1e-3), 1e-6 * EXACT) == pytest.approx(1e-3)
+    assert relative_error(0 * EXACT, 0 * EXACT) == 0 and relative_error(EXACT, 0 * EXACT) > 1e299
+
+
+def test_the_budget_is_larger_in_float32_on_a_gpu():
+    with FakeTensorMode():
+        budgets = {
+            (device, dtype): budget_of(torch.empty(1, device=device, dtype=dtype))
+            for device in ("cuda", "cpu")
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+    assert budgets.pop(("cuda", torch.float32)) == 2.5 and set(budgets.values()) == {2.0}
 
 
 def test_the_ratio_is_of_the_errors():
@@ -32,6 +50,8 @@ def test_the_worst_ratio_is_the_largest():
     worse = torch.ones(4) + 3e-3
     for got in ([PLAIN, worse], [worse, PLAIN]):
         assert worst_ratio(got, [PLAIN] * 2, [EXACT] * 2) == pytest.approx(3, rel=1e-3)
+    with pytest.raises(ValueError, match="shorter"):
+        worst_ratio([PLAIN] * 2, [PLAIN] * 2, [EXACT])
 
 
 def test_one_rounding_is_allowed_where_plain_torch_is_exact():
@@ -39,11 +59,14 @@ def test_one_rounding_is_allowed_where_plain_torch_is_exact():
     assert error_ratio(value, EXACT.float(), EXACT) == pytest.approx(2)
     assert error_ratio(value, EXACT.float(), EXACT, rounding=False) == math.inf
     assert error_ratio(EXACT, EXACT.float(), EXACT, rounding=False) == 0
+    assert worst_ratio([value], [EXACT.float()], [EXACT]) == pytest.approx(2)
+    assert_within_budget({"y": EXACT + HALF_ULP}, {"y": EXACT.float()}, {"y": EXACT})
 
 
 def test_a_nan_never_passes():
     nan = torch.full((4,), torch.nan)
     assert math.isnan(worst_ratio([EXACT, nan], [PLAIN] * 2, [EXACT] * 2))
+    assert math.isnan(error_ratio(nan, EXACT.float(), EXACT, rounding=False))
     for value, plain in ((nan, PLAIN), (nan, nan)):
         with pytest.raises(AssertionError, match="y: error nan"):
             assert_within_budget({"y": value}, {"y": plain}, {"y": EXACT})
