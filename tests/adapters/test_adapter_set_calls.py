@@ -450,6 +450,40 @@ class TestKeywords:
             tasks.model(x=tokens(2))
 
 
+class TestUncompiled:
+    """`AdapterSet.compiled` where torch.compile gives back what it is given."""
+
+    @pytest.fixture(autouse=True)
+    def options(self, monkeypatch):
+        """What torch.compile was told, call by call."""
+        seen = []
+        monkeypatch.setattr(torch, "compile", lambda call, **told: seen.append(told) or call)
+        return seen
+
+    def test_a_head_called_by_keyword_and_arguments_of_any_kind(self, fill):
+        class ByKeyword(Mixer):
+            def forward(self, x, scale, how):
+                assert how == "mean"
+                return self.head(input=scale * super().forward(x).repeat(1, 2))
+
+        tasks = fill(ByKeyword("batch"), LoRA(rank=2), targets=["fc1", "fc2"])
+        given = (tokens(3), torch.tensor(2.0))
+        with torch.no_grad(), tasks.tasks("bab"):
+            expected = tasks.model(*given, how="mean")
+        torch.testing.assert_close(tasks.compiled()("bab", *given, how="mean"), expected)
+
+    def test_another_layout_is_refused(self, mixers):
+        tasks = mixers("windows first")
+        with pytest.raises(ValueError, match="batch in the leading dimension, got FusedEFFTL"):
+            tasks.compiled()("ab", tokens(2))
+
+    def test_one_graph_unless_it_is_told_otherwise(self, mixers, options):
+        tasks = mixers("batch")
+        tasks.compiled(backend="eager")
+        tasks.compiled(fullgraph=False)
+        assert options == [{"fullgraph": True, "backend": "eager"}, {"fullgraph": False}]
+
+
 def test_a_hooked_weight_of_a_head_is_refused(make_vit):
     model = make_vit()
     nn.utils.spectral_norm(model.head)

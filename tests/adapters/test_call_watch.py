@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT2, Adapter, AdapterSet, FusedEFFTLinear, LoRA, attach, load
 from efft_kernels.adapters import call_watch
+from efft_kernels.nn import without_numbers
 
 METHODS = [LoRA(rank=2), EFFT2(rank=2, dropout=0.0)]
 both = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -83,6 +84,11 @@ def test_blocks_that_are_dropped_at_random_are_told_once(make_vit, images):
 def test_strict_raises_each_time_and_leaves_the_model_usable(make_vit, images, tmp_path, method):
     model = make_vit()
     attach(model, method).save(tmp_path / "a.safetensors")
+    lax = make_vit()
+    load(lax, tmp_path / "a.safetensors")
+    lax.blocks = nn.Sequential(lax.blocks[0], nn.Identity())
+    with pytest.warns(UserWarning, match=r"'blocks\.1\.attn\.qkv'.* did not run"):
+        lax(images)
     model = make_vit()
     adapter = load(model, tmp_path / "a.safetensors", strict=True)
     expected = model(images)
@@ -221,6 +227,19 @@ class TestCompiled:
             torch.compile(model, backend=counter, fullgraph=True)(images).sum().backward()
         assert counter.frame_count == 1
 
+    def test_what_is_traced_counts_for_models_of_the_same_linears(self, make_vit, images):
+        traced = attach(make_vit(), LoRA(rank=2), targets="attn.qkv")
+        traced.bank.calls.note(without_numbers("blocks.0.attn.qkv"))
+        for targets, told in (("attn.qkv", False), ("blocks.1.attn.qkv", True)):
+            model = make_vit()
+            attach(model, LoRA(rank=2), targets=targets, strict=True)
+            model.blocks = nn.Sequential()
+            if told:
+                with pytest.raises(RuntimeError, match="did not run"):
+                    model(images)
+            else:
+                model(images)
+
     def test_blocks(self, make_vit, images):
         model = make_vit()
         adapter = attach(model, EFFT2(rank=2, dropout=0.0), strict=True)
@@ -310,8 +329,9 @@ class TestInnerAdapters:
             attach(model, outer, targets="own", strict=True)
         assert all(p.requires_grad for p in inner.factor_bank.parameters())
         assert type(model["own"]) is nn.Linear
-        with pytest.warns(UserWarning, match="'tower' of ModuleDict .*modules_to_train"):
+        with pytest.warns(UserWarning, match="'tower' of ModuleDict .*modules_to_train") as told:
             attach(model, outer, targets="own")
+        assert told[0].filename == __file__
 
     def test_layers_with_factors_of_their_own(self):
         model = nn.ModuleDict({"a": FusedEFFTLinear(4, 4, rank=2), "own": nn.Linear(4, 4)})
@@ -429,6 +449,12 @@ class TestReadBySource:
             attach(model, method, targets="*", modules_to_train=())
         assert type(model[0].qkv) is nn.Linear and model[0].qkv.weight.requires_grad
         attach(model, method, targets="proj", modules_to_train=())
+
+    def test_of_a_source_that_is_not_at_hand_nothing_is_known(self):
+        forward = {"forward": eval("lambda self, x: self.qkv(x) + self.qkv.weight.sum()")}
+        model = type("Made", (nn.Module,), forward)()
+        model.qkv = nn.Linear(6, 6)
+        attach(model, LoRA(rank=2, matrices=None), targets="qkv", modules_to_train=())
 
     def test_by_a_module_further_up(self):
         with pytest.raises(TypeError, match=r"'attn\.proj' .* ReadsDeeper\.forward"):
