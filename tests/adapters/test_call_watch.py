@@ -227,9 +227,15 @@ class TestCompiled:
             torch.compile(model, backend=counter, fullgraph=True)(images).sum().backward()
         assert counter.frame_count == 1
 
-    def test_what_is_traced_counts_for_models_of_the_same_linears(self, make_vit, images):
+    @pytest.mark.parametrize("numbered", [True, False])
+    def test_what_is_traced_counts_for_models_of_the_same_linears(
+        self, make_vit, images, numbered, monkeypatch
+    ):
         traced = attach(make_vit(), LoRA(rank=2), targets="attn.qkv")
-        traced.bank.calls.note(without_numbers("blocks.0.attn.qkv"))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+            for site in traced.sites:
+                traced.bank.calls.count(site.name if numbered else without_numbers(site.name))
         for targets, told in (("attn.qkv", False), ("blocks.1.attn.qkv", True)):
             model = make_vit()
             attach(model, LoRA(rank=2), targets=targets, strict=True)
@@ -533,6 +539,7 @@ def test_six_linears_are_named():
     names = list("abcdefgh")
     six = "adapted linears 'a', 'b', 'c', 'd', 'e', 'f'"
     assert call_watch._listed(names[:6]) == six
+    assert call_watch._listed(names[:7]) == f"{six} and 1 more"
     assert call_watch._listed(names) == f"{six} and 2 more"
 
 

@@ -100,6 +100,12 @@ CALLS = {
         "is_causal": True,
         "need_weights": False,
     },
+    "causal and padding": {
+        "key_padding_mask": torch.tensor([[False] * 5, [False, False, False, True, True]]),
+        "attn_mask": torch.ones(5, 5).triu(1).bool(),
+        "is_causal": True,
+        "need_weights": False,
+    },
     "causal with weights": {
         "attn_mask": nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64),
         "is_causal": True,
@@ -139,7 +145,8 @@ def test_gradients_and_dropout_are_those_of_the_merged_weights():
     model, adapter = attention(batch_first=True, dropout=0.4)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     deltas = adapter.layers()
-    assert set(deltas) == {"attn.in_proj", "attn.out_proj"}
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in deltas.items()}
+    assert sizes == {"attn.in_proj": (12, 36), "attn.out_proj": (12, 12)}
 
     def composed(name):
         down, core, up = deltas[name].current_factors()
