@@ -317,16 +317,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "two dtypes are not all four",
     (
         "adapters/adapter_set.py",
-        "states = states * 2",
-        "3",
-    ): "any number above one does",
-    (
-        "adapters/adapter_set.py",
-        "key: tensor.repeat(2, *[1] * (tensor.dim() - 1))",
-        "3",
-    ): "any number above one does",
-    (
-        "adapters/adapter_set.py",
         "for weight, bias in zip(weights, biases, strict=True):",
         "False",
     ): "they are as many, whatever the call",
