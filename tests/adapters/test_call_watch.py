@@ -462,6 +462,14 @@ class TestReadBySource:
         model.qkv = nn.Linear(6, 6)
         attach(model, LoRA(rank=2, matrices=None), targets="qkv", modules_to_train=())
 
+    def test_what_another_name_stands_for_is_not_followed(self):
+        class Renamed(TestReadBySource.Asks):
+            def forward(self, x):
+                own, (linear,) = self, self.children()
+                return linear(x) * own.qkv.weight.mean()
+
+        attach(Renamed(), LoRA(rank=2, matrices=None), targets="qkv", modules_to_train=())
+
     def test_by_a_module_further_up(self):
         with pytest.raises(TypeError, match=r"'attn\.proj' .* ReadsDeeper\.forward"):
             attach(
