@@ -921,14 +921,17 @@ class TestAttach:
         assert "blocks.1 is a Own" in attach(model, EFFT).describe().alone
 
     def test_ranks(self, models, images, runs, monkeypatch):
-        for most, count in ((3, 1), (2, 0)):
-            model, twin = models()
+        asked, engine = [], chains.engine_for
+        monkeypatch.setattr(chains, "engine_for", lambda *x: asked.append(x[1:]) or engine(*x))
+        for most, count in ((4, 1), (3, 0)):
+            model, twin = models(EFFT2(rank=(3, 2), ffn_rank=4, dropout=0.0))
             runs.clear()
             monkeypatch.setattr(chains, "MAX_RANK", most)
             close(step(model, images), step(twin, images))
             assert len(runs) == count
             alone = Adapter(model).describe().alone
-            assert alone == (None if count else "the kernels take a rank of 2, not 3")
+            assert alone == (None if count else "the kernels take a rank of 3, not 4")
+        assert asked == [(3, 4)]  # heads, the highest rank
 
     def test_factors_elsewhere(self, make_vit):
         adapter = attach(make_vit(), EFFT)
