@@ -580,10 +580,12 @@ class TestInAGraph:
 
     def test_gradient_of_the_input(self, models, images, graphs, monkeypatch):
         found, asked = [], []
-        chosen = SDPBackend.MATH.value
-        monkeypatch.setattr(
-            chains, "attention_of_graph", lambda *facts: asked.append(facts) or chosen
-        )
+
+        def attention(*facts):
+            asked.append((*facts, torch.compiler.is_dynamo_compiling()))
+            return SDPBackend.MATH.value
+
+        monkeypatch.setattr(chains, "attention_of_graph", attention)
         for model in models():
             call = torch.compile(model, fullgraph=True, backend="aot_eager")
             call = call if not found else model
@@ -592,7 +594,7 @@ class TestInAGraph:
             found.append([x.grad])
         close(*found)
         assert graphs == ["ran"] * 2
-        assert asked == [(5, 12, 3, 3, torch.float64, None)]
+        assert asked == [(5, 12, 3, 3, torch.float64, None, False)]  # asked, not traced
 
     def test_what_changes_is_seen(self, models, images, graphs):
         """A graph that was traced before does not run on when the model is another one."""
