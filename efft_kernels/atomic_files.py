@@ -41,8 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
         raise FileNotFoundError(f"path must be a file in an existing folder, got {path}")
     temporary = temporary_beside(target)
     with os_errors_about(path, temporary):
+        temporary.touch(exist_ok=False)
         try:
-            temporary.touch(exist_ok=False)
             mode = temporary.stat().st_mode
             yield temporary
             # safetensors puts a file of its own in the place of the one made here, readable by its

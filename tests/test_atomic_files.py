@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from efft_kernels import LoRA, attach, export_peft_lora
+from efft_kernels import LoRA, atomic_files, attach, export_peft_lora
 from efft_kernels.atomic_files import replacing, temporary_beside, write_bytes, write_text
 from efft_kernels.training.run_folder import save_state
 
@@ -182,3 +183,54 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     mine.touch()
     write_text(path, "new")
     assert sorted(tmp_path.iterdir()) == sorted([path, mine, *kept])
+    named = mine.with_name(mine.name.replace(f".{os.getpid()}-", f".{dead_process()}-"))
+    for touch in (Path.touch, Path.mkdir):
+        touch(named)
+        temporary_beside(path)
+        assert not named.exists()
+
+
+def dead_process() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_who_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert atomic_files._is_dead(os.getpid()) is False
+    dead = dead_process()
+    assert atomic_files._is_dead(dead) is True
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        patch.setattr(os, "kill", lambda *_: pytest.fail("it would end the process"))
+        assert atomic_files._is_dead(dead) is False
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_another_process_removes_it_at_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
+) -> None:
+    left = temporary_beside(tmp_path / "file")
+    make(left)
+    monkeypatch.setattr(atomic_files, "_is_dead", lambda pid: True)
+    is_dir = Path.is_dir
+
+    def removing(path: Path) -> bool:
+        found = is_dir(path)
+        if path == left:
+            path.rmdir() if found else path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", removing)
+    write_text(tmp_path / "file", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_name_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "00" * count)
+    with replacing(tmp_path / "file") as first:
+        with pytest.raises(FileExistsError), replacing(tmp_path / "file"):
+            pass
+        first.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"

@@ -128,7 +128,7 @@ class AdapterSet:
             module_key(name, part): module_key(name, "weight")
             for name, module in self._trained_modules()
             if isinstance(module, nn.Linear)
-            for part, _ in module.named_parameters(recurse=False)
+            for part, _ in module.named_parameters()
         }
 
     def _copied(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ class AdapterSet:
             if not isinstance(module, nn.Linear):
                 continue
             outputs = module.out_features
-            for part, old in list(module.named_parameters(recurse=False)):
+            for part, old in list(module.named_parameters()):
                 new = state[module_key(name, part)]
                 if new.shape != old.shape:
                     parameter = nn.Parameter(new.to(old, copy=True), old.requires_grad)
@@ -324,7 +324,7 @@ class AdapterSet:
 
         @torch.no_grad()
         def run(task_ids: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-            if bank.mixing and bank.tasks is not None:
+            if bank.tasks is not None:
                 raise RuntimeError("a compiled set names its tasks itself: leave tasks() first")
             states, index, stacked = self._stacked(task_ids)
             _check_rows(args, kwargs, index)

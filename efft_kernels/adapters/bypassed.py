@@ -58,12 +58,13 @@ def _attributes_of(function: object) -> set[str]:
     return {chain for node in whole if (chain := _of_self(node)) is not None}
 
 
-def _of_self(node: ast.expr) -> str | None:
+def _of_self(attribute: ast.Attribute) -> str | None:
     """ "a.b" of the expression self.a.b, None of any other."""
-    parts = []
+    parts: list[str] = []
+    node: ast.expr = attribute
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
         node = node.value
-    if not parts or not isinstance(node, ast.Name) or node.id != "self":
+    if not isinstance(node, ast.Name) or node.id != "self":
         return None
     return ".".join(reversed(parts))

@@ -141,7 +141,7 @@ class CallWatch:
             return
         if torch.is_grad_enabled():
             self._look(module, now, output)
-        elif (ran := ran.union(now.without)) != self._seen and len(ran) < len(self.sites):
+        elif (ran := ran.union(now.without)) != self._seen:
             gone = [site for site in self._candidates(ran) if _layer(module, site) is None]
             self._tell(gone, _REPLACED)
             self._seen = ran

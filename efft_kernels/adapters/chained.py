@@ -100,12 +100,16 @@ class _Parts:
     def rank(self) -> int | str:
         """The largest of the linears, or why they have none that a chain takes."""
         with torch.no_grad():
-            ranks = [linear.current_factors().down.shape[1] for linear in self.linears]
-        if any(len(set(ranks[place::4])) > 1 for place in range(4)):
+            kinds = [
+                {linear.current_factors().down.shape[1] for linear in linears}
+                for linears, _ in self._columns
+            ]
+        if any(len(ranks) > 1 for ranks in kinds):
             return "linears of one kind have different ranks"
-        if max(ranks) > chains.MAX_RANK:
-            return f"the kernels take a rank of {chains.MAX_RANK}, not {max(ranks)}"
-        return max(ranks)
+        highest: int = max(map(max, kinds))
+        if highest > chains.MAX_RANK:
+            return f"the kernels take a rank of {chains.MAX_RANK}, not {highest}"
+        return highest
 
     def changed(self) -> str | None:
         """What makes the blocks differ from timm's own by now."""
@@ -369,9 +373,10 @@ class ChainedBlocks:
             return parts
         if isinstance(parts.rank, str):
             return parts.rank
-        first = parts.linears[0]
+        weight = parts.linears[0].weight
         # Merging is a state of the adapter's own, and passes.
-        reason = parts.changed() or (None if first.merged else parts.unfit(first.weight))
+        merged = any(linear.merged for linear in parts.linears)
+        reason = parts.changed() or (None if merged else parts.unfit(weight))
         return reason or frozenset(linear._site for linear in parts.linears)
 
 
@@ -495,5 +500,3 @@ def _check_sizes(block: Any, where: str, first: Any) -> None:
     for norm in (block.norm1, block.norm2):
         if norm.normalized_shape != (k,) or norm.weight is None or norm.bias is None:
             raise _Unlike(f"a norm of {where} is not one of {k} weights and biases")
-    if k % attn.num_heads or getattr(attn, "gate", None) is not None:
-        raise _Unlike(f"the attention of {where} is not the plain one")

@@ -215,7 +215,7 @@ def find_nested_tensors(model: nn.Module, sites: Sequence[Site]) -> tuple[str, .
     return tuple(
         name
         for name, module in _around(model, sites)
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
     )
 
 

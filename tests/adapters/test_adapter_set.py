@@ -592,6 +592,7 @@ def test_heads_of_different_sizes(make_vit, randomize, tmp_path, bias):
         assert (found[i, outputs[name] :] == -torch.inf).all()
     assert model.head.out_features == 5
     for name in "bcab":
+        randomize(model.head)  # as training would: the set keeps its own
         tasks.use(name)
         torch.testing.assert_close(model(x), expected[name])
         assert model.head.out_features == outputs[name] and model.head.weight.requires_grad

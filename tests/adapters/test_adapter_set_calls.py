@@ -450,6 +450,67 @@ class TestKeywords:
             tasks.model(x=tokens(2))
 
 
+class TestUncompiled:
+    """`AdapterSet.compiled` where torch.compile gives back what it is given."""
+
+    @pytest.fixture(autouse=True)
+    def options(self, monkeypatch):
+        """What torch.compile was told, call by call."""
+        seen = []
+        monkeypatch.setattr(torch, "compile", lambda call, **told: seen.append(told) or call)
+        return seen
+
+    def test_a_head_called_by_keyword_and_arguments_of_any_kind(self, fill):
+        class ByKeyword(Mixer):
+            def forward(self, x, scale, how):
+                assert how == "mean"
+                return self.head(input=scale * super().forward(x).repeat(1, 2))
+
+        tasks = fill(ByKeyword("batch"), LoRA(rank=2), targets=["fc1", "fc2"])
+        given = (tokens(3), torch.tensor(2.0))
+        run = tasks.compiled()
+        for ids in ("bab", "bbb"):
+            with torch.no_grad(), tasks.tasks(ids):
+                expected = tasks.model(*given, how="mean")
+            torch.testing.assert_close(run(ids, *given, how="mean"), expected)
+
+    @pytest.mark.parametrize("ids", ["ab", "bb"])
+    def test_sizes_that_a_graph_leaves_open(self, fill, monkeypatch, ids):
+        """Of a batch of one task as well, so that it needs no graph of its own."""
+
+        class Further(Mixer):
+            def forward(self, x, table):
+                return super().forward(x) + table.sum()
+
+        def open_dimensions(tensor):
+            return getattr(tensor, "_dynamo_weak_dynamic_indices", set())
+
+        given = []
+        tasks = fill(Further("batch"), LoRA(rank=2), targets=["fc1", "fc2"])
+        monkeypatch.setattr(
+            torch, "compile", lambda call, **_: lambda *x: given.append(x) or call(*x)
+        )
+        tasks.compiled()(ids, tokens(2), table=torch.ones(7))
+        traced, (images,), further = given[0]
+        assert open_dimensions(images) == open_dimensions(traced.task_of_row) == {0}
+        assert open_dimensions(further["table"]) == set()
+        for stacked, dimensions in ((traced.factors, {0}), (traced.heads, {0, 1})):
+            tensors = [t for pair in stacked.values() for t in pair if t is not None]
+            assert tensors and {len(t) for t in tensors} == {2}
+            assert all(open_dimensions(t) == dimensions for t in tensors)
+
+    def test_another_layout_is_refused(self, mixers):
+        tasks = mixers("windows first")
+        with pytest.raises(ValueError, match="batch in the leading dimension, got FusedEFFTL"):
+            tasks.compiled()("ab", tokens(2))
+
+    def test_one_graph_unless_it_is_told_otherwise(self, mixers, options):
+        tasks = mixers("batch")
+        tasks.compiled(backend="eager")
+        tasks.compiled(fullgraph=False)
+        assert options == [{"fullgraph": True, "backend": "eager"}, {"fullgraph": False}]
+
+
 def test_a_hooked_weight_of_a_head_is_refused(make_vit):
     model = make_vit()
     nn.utils.spectral_norm(model.head)

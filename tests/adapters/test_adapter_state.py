@@ -408,9 +408,11 @@ class TestMerged:
         model, adapter = adapted()
         nn.utils.parametrizations.weight_norm(model.blocks[1].mlp.fc2)
         expected, modules = model(IMAGES), [id(module) for module in model.modules()]
+        described = adapter.describe()
         with pytest.raises(RuntimeError, match=r"cannot become a plain one.*remove_param"):
             adapter.detach()
         assert [id(module) for module in model.modules()] == modules
+        assert adapter.describe() == described
         assert torch.equal(model(IMAGES), expected)
 
     def test_pruned_since_it_is_detached_pruned(self, adapted):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT2, Adapter, AdapterSet, FusedEFFTLinear, LoRA, attach, load
 from efft_kernels.adapters import call_watch
+from efft_kernels.nn import without_numbers
 
 METHODS = [LoRA(rank=2), EFFT2(rank=2, dropout=0.0)]
 both = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -83,6 +84,11 @@ def test_blocks_that_are_dropped_at_random_are_told_once(make_vit, images):
 def test_strict_raises_each_time_and_leaves_the_model_usable(make_vit, images, tmp_path, method):
     model = make_vit()
     attach(model, method).save(tmp_path / "a.safetensors")
+    lax = make_vit()
+    load(lax, tmp_path / "a.safetensors")
+    lax.blocks = nn.Sequential(lax.blocks[0], nn.Identity())
+    with pytest.warns(UserWarning, match=r"'blocks\.1\.attn\.qkv'.* did not run"):
+        lax(images)
     model = make_vit()
     adapter = load(model, tmp_path / "a.safetensors", strict=True)
     expected = model(images)
@@ -221,6 +227,25 @@ class TestCompiled:
             torch.compile(model, backend=counter, fullgraph=True)(images).sum().backward()
         assert counter.frame_count == 1
 
+    @pytest.mark.parametrize("numbered", [True, False])
+    def test_what_is_traced_counts_for_models_of_the_same_linears(
+        self, make_vit, images, numbered, monkeypatch
+    ):
+        traced = attach(make_vit(), LoRA(rank=2), targets="attn.qkv")
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+            for site in traced.sites:
+                traced.bank.calls.count(site.name if numbered else without_numbers(site.name))
+        for targets, told in (("attn.qkv", False), ("blocks.1.attn.qkv", True)):
+            model = make_vit()
+            attach(model, LoRA(rank=2), targets=targets, strict=True)
+            model.blocks = nn.Sequential()
+            if told:
+                with pytest.raises(RuntimeError, match="did not run"):
+                    model(images)
+            else:
+                model(images)
+
     def test_blocks(self, make_vit, images):
         model = make_vit()
         adapter = attach(model, EFFT2(rank=2, dropout=0.0), strict=True)
@@ -310,8 +335,9 @@ class TestInnerAdapters:
             attach(model, outer, targets="own", strict=True)
         assert all(p.requires_grad for p in inner.factor_bank.parameters())
         assert type(model["own"]) is nn.Linear
-        with pytest.warns(UserWarning, match="'tower' of ModuleDict .*modules_to_train"):
+        with pytest.warns(UserWarning, match="'tower' of ModuleDict .*modules_to_train") as told:
             attach(model, outer, targets="own")
+        assert told[0].filename == __file__
 
     def test_layers_with_factors_of_their_own(self):
         model = nn.ModuleDict({"a": FusedEFFTLinear(4, 4, rank=2), "own": nn.Linear(4, 4)})
@@ -430,6 +456,20 @@ class TestReadBySource:
         assert type(model[0].qkv) is nn.Linear and model[0].qkv.weight.requires_grad
         attach(model, method, targets="proj", modules_to_train=())
 
+    def test_of_a_source_that_is_not_at_hand_nothing_is_known(self):
+        forward = {"forward": eval("lambda self, x: self.qkv(x) + self.qkv.weight.sum()")}
+        model = type("Made", (nn.Module,), forward)()
+        model.qkv = nn.Linear(6, 6)
+        attach(model, LoRA(rank=2, matrices=None), targets="qkv", modules_to_train=())
+
+    def test_what_another_name_stands_for_is_not_followed(self):
+        class Renamed(TestReadBySource.Asks):
+            def forward(self, x):
+                own, (linear,) = self, self.children()
+                return linear(x) * own.qkv.weight.mean()
+
+        attach(Renamed(), LoRA(rank=2, matrices=None), targets="qkv", modules_to_train=())
+
     def test_by_a_module_further_up(self):
         with pytest.raises(TypeError, match=r"'attn\.proj' .* ReadsDeeper\.forward"):
             attach(
@@ -507,6 +547,7 @@ def test_six_linears_are_named():
     names = list("abcdefgh")
     six = "adapted linears 'a', 'b', 'c', 'd', 'e', 'f'"
     assert call_watch._listed(names[:6]) == six
+    assert call_watch._listed(names[:7]) == f"{six} and 1 more"
     assert call_watch._listed(names) == f"{six} and 2 more"
 
 

@@ -74,10 +74,11 @@ def runs(monkeypatch):
 def models(make_vit, randomize):
     """(a chained model, the same attached with fuse="pairs"), in float64 and training."""
 
-    def make(method=EFFT, depth=2, init_values=None, **options):
+    def make(method=EFFT, depth=2, init_values=None, qkv_bias=True, **options):
+        sizes = {"depth": depth, "init_values": init_values, "qkv_bias": qkv_bias}
         pair = []
         for fuse in ("auto", "pairs"):
-            model = make_vit(dtype=torch.float64, depth=depth, init_values=init_values)
+            model = make_vit(dtype=torch.float64, **sizes)
             adapter = attach(model, method, fuse=fuse, **options)
             torch.manual_seed(5)
             randomize(adapter)
@@ -139,6 +140,12 @@ def test_layer_scale(models, images, runs, method):
     twin.blocks[1].ls2.gamma.requires_grad_()
     close(step(model, images), step(twin, images))
     assert len(runs) == 1  # a γ that trains is for the modules
+
+
+@pytest.mark.parametrize("options", [{"depth": 1}, {"qkv_bias": False}], ids=str)
+def test_one_block_and_linears_without_bias(models, images, runs, options):
+    close(*(step(model, images) for model in models(**options)))
+    assert len(runs) == 1
 
 
 def test_one_block_without_layer_scale(make_vit):
@@ -248,6 +255,12 @@ class TestTraining:
 # Everything that sends a call to the modules themselves. Each yields while it is so.
 
 COPY = object()
+
+
+def put(model, name, module):
+    """Put a module in the place of another."""
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, module)
 
 
 @contextlib.contextmanager
@@ -393,13 +406,17 @@ def test_dropout_of_the_projection(models, images, runs):
     assert len(runs) == 1
 
 
-@pytest.mark.parametrize("place", ["norm1.weight", "norm1.bias", "mlp.fc1.weight", "mlp.fc1.bias"])
+@pytest.mark.parametrize(
+    "place",
+    ["norm1.weight", "norm1.bias", "mlp.fc1.weight", "mlp.fc1.bias", "attn.qkv.bias", "ls1.gamma"],
+)
 def test_a_weight_that_is_computed_gets_its_gradient(models, images, runs, place):
     gradients = []
-    for model in models():
+    for model in models(init_values=0.3, qkv_bias=False):
         owner, _, name = f"blocks.0.{place}".rpartition(".")
         module = model.get_submodule(owner)
-        value = getattr(module, name).detach()
+        value = getattr(module, name)
+        value = torch.ones(36).double() if value is None else value.detach()
         delattr(module, name)
         gain = torch.ones((), dtype=value.dtype, requires_grad=True)
         setattr(module, name, value * gain)
@@ -561,8 +578,14 @@ class TestInAGraph:
         close(step_of(torch.compile(model, fullgraph=True), model, images), step(twin, images))
         assert graphs == ["ran"] * 2
 
-    def test_gradient_of_the_input(self, models, images, graphs):
-        found = []
+    def test_gradient_of_the_input(self, models, images, graphs, monkeypatch):
+        found, asked = [], []
+
+        def attention(*facts):
+            asked.append((*facts, torch.compiler.is_dynamo_compiling()))
+            return SDPBackend.MATH.value
+
+        monkeypatch.setattr(chains, "attention_of_graph", attention)
         for model in models():
             call = torch.compile(model, fullgraph=True, backend="aot_eager")
             call = call if not found else model
@@ -571,6 +594,7 @@ class TestInAGraph:
             found.append([x.grad])
         close(*found)
         assert graphs == ["ran"] * 2
+        assert asked == [(5, 12, 3, 3, torch.float64, None, False)]  # asked, not traced
 
     def test_what_changes_is_seen(self, models, images, graphs):
         """A graph that was traced before does not run on when the model is another one."""
@@ -652,7 +676,13 @@ class TestInAGraph:
 
 
 def test_linears_of_one_kind_with_several_ranks(models):
-    """No chain takes them, found in an eager call and while a graph is traced."""
+    """No chain takes them, found by a look, in an eager call and while a graph is traced."""
+    model, _ = models(LoRA(rank=2, matrices=None))
+    with pytest.MonkeyPatch.context() as patch:
+        group = model.factor_bank.group("blocks.1.mlp.fc1")
+        patch.setattr(group, "factors", lambda *_: Factors(torch.ones(12, 1), None, None))
+        alone = Adapter(model).describe().alone
+        assert alone == "linears of one kind have different ranks"
     model, _ = models(LoRA(rank=2, matrices=None))
     parts, bank = model.blocks.forward.__self__._parts, model.factor_bank
     assert parts.operands(torch.float64) is not None
@@ -704,6 +734,11 @@ class TestGroupsThatAreExchanged:
         assert len(runs) == 2
 
 
+def test_a_graphs_products_are_in_autocasts_dtype():
+    with torch.autocast("cpu", torch.float16):
+        assert chained.graph_dtype(torch.ones(1)) == torch.float16
+
+
 class TestTheModelIsTheSame:
     def test_keys_modules_and_output(self, models, images, runs):
         model, twin = models()
@@ -717,6 +752,21 @@ class TestTheModelIsTheSame:
             one(images)
         assert seen[0].dtype == seen[1].dtype and seen[0].shape == seen[1].shape
         assert len(runs) == 1
+
+    def test_a_copy_of_other_blocks_runs_the_modules(self, models, images, runs):
+        pair = models()
+        for one in pair:
+            one.blocks[1].mlp.act = nn.ReLU()
+        clone = copy.deepcopy(pair[0])
+        torch.testing.assert_close(clone(images), pair[1](images), rtol=0, atol=0)
+        assert not runs
+        assert "blocks.1.mlp.act is a ReLU" in Adapter(clone).describe().alone
+
+    def test_inputs_of_another_width_are_the_modules_matter(self, models, runs):
+        for model in models():
+            with pytest.raises(RuntimeError, match="normalized_shape"):
+                model.blocks(torch.ones(2, 5, 11).double())
+        assert not runs
 
     @pytest.mark.parametrize(
         "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
@@ -835,6 +885,29 @@ class TestAttach:
         adapter.detach()
         assert model.blocks.forward is own
 
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [
+            (lambda m: put(m, "blocks.1.mlp", type(m.blocks[1].mlp)(12, 24)), "has other sizes"),
+            (lambda m: setattr(m.blocks[1].attn, "num_heads", 2), "blocks.1 has other sizes"),
+            (
+                lambda m: put(m, "blocks.1.norm2", nn.LayerNorm(12, bias=False)),
+                "a norm of blocks.1",
+            ),
+            (lambda m: put(m, "blocks.0.attn.gate", nn.Linear(12, 12)), "blocks.0.attn.gate is a"),
+            (lambda m: put(m, "blocks", type("Own", (nn.Sequential,), {})(*m.blocks)), "no plain"),
+        ],
+    )
+    def test_other_blocks(self, make_vit, change, why):
+        model = make_vit()
+        change(model)
+        assert why in attach(model, LoRA(rank=2, matrices=None)).describe().alone
+
+    def test_no_block(self, make_vit):
+        bank = attach(make_vit(), EFFT).bank
+        chain = chained.ChainedBlocks(nn.Sequential(), bank)
+        assert chain.sites() == "blocks is no plain nn.Sequential"
+
     def test_a_patched_class(self, make_vit, monkeypatch):
         model = make_vit()
         monkeypatch.setattr(type(model.blocks[0].mlp), "forward", lambda self, x: x)
@@ -849,10 +922,23 @@ class TestAttach:
         model.blocks[1].__class__ = Own
         assert "blocks.1 is a Own" in attach(model, EFFT).describe().alone
 
-    def test_ranks(self, make_vit, monkeypatch):
+    def test_ranks(self, models, images, runs, monkeypatch):
+        asked, engine = [], chains.engine_for
+        monkeypatch.setattr(chains, "engine_for", lambda *x: asked.append(x[1:]) or engine(*x))
+        for most, count in ((4, 1), (3, 0)):
+            model, twin = models(EFFT2(rank=(3, 2), ffn_rank=4, dropout=0.0))
+            runs.clear()
+            monkeypatch.setattr(chains, "MAX_RANK", most)
+            close(step(model, images), step(twin, images))
+            assert len(runs) == count
+            alone = Adapter(model).describe().alone
+            assert alone == (None if count else "the kernels take a rank of 3, not 4")
+        assert asked == [(3, 4)]  # heads, the highest rank
+
+    def test_factors_elsewhere(self, make_vit):
         adapter = attach(make_vit(), EFFT)
-        monkeypatch.setattr(chains, "MAX_RANK", 2)
-        assert adapter.describe().alone == "the kernels take a rank of 2, not 3"
+        adapter.bank.to("meta")
+        assert adapter.describe().alone == "a factor is not on cpu"
 
     def test_describe_tells_what_is_in_the_chain(self, make_vit):
         model = make_vit()
@@ -867,6 +953,13 @@ class TestAttach:
         assert "hooks" in adapter.describe().alone
         model.blocks = nn.Sequential(*model.blocks)
         assert "replaced" in adapter.describe().alone
+
+    def test_factors_of_a_kind_are_made_at_once(self, models, images, runs):
+        model, _ = models()
+        model.factor_bank.factors = lambda site, dropout: pytest.fail(site)
+        model(images)
+        assert len(runs) == 1
+        assert {row["calls"] for row in Adapter(model).describe().rows} == {1}
 
     def test_factors_are_asked_for_in_the_models_order(self, models, images, runs):
         model, _ = models(LoRA(rank=2, matrices=None))

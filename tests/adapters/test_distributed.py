@@ -124,9 +124,10 @@ def merges(folder, method, whole_only):
     with torch.no_grad():
         expected = plain(inputs())
         model, adapter = sharded(method, whole_only)
-        model(inputs())  # the root stays gathered
         base = [p.full_tensor().clone() for p in model.state_dict().values()]
+        model(inputs())  # the root stays gathered
         adapter.merge()
+        assert all(hasattr(p, "full_tensor") for p in model.parameters())
         close(model(inputs()), expected)
         adapter.unmerge()
         after = [p.full_tensor() for p in model.state_dict().values()]

@@ -203,9 +203,10 @@ def test_fused_projections_are_told_by_width(widths, roles):
 def test_gates_of_lettered_ffns_are_told_by_width():
     mlp = {"w0": nn.Linear(6, 16), "w1": nn.Linear(6, 16), "w2": nn.Linear(16, 6)}
     packed = {"w12": nn.Linear(6, 32), "w3": nn.Linear(16, 6)}
-    blocks = [nn.ModuleDict({"mlp": nn.ModuleDict(ffn)}) for ffn in (mlp, packed)]
+    square = {"w1": nn.Linear(6, 6)}
+    blocks = [nn.ModuleDict({"mlp": nn.ModuleDict(ffn)}) for ffn in (mlp, packed, square)]
     sites = find_sites(nn.ModuleDict({"blocks": nn.ModuleList(blocks)}))
-    assert [site.role for site in sites] == ["gate", "fc1", "fc2", "gate_fc1", "fc2"]
+    assert [site.role for site in sites] == ["gate", "fc1", "fc2", "gate_fc1", "fc2", "fc2"]
 
 
 def test_without_an_fc2_nothing_is_packed():

@@ -100,6 +100,12 @@ CALLS = {
         "is_causal": True,
         "need_weights": False,
     },
+    "causal and padding": {
+        "key_padding_mask": torch.tensor([[False] * 5, [False, False, False, True, True]]),
+        "attn_mask": torch.ones(5, 5).triu(1).bool(),
+        "is_causal": True,
+        "need_weights": False,
+    },
     "causal with weights": {
         "attn_mask": nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64),
         "is_causal": True,
@@ -120,11 +126,13 @@ def test_is_the_attention_of_the_merged_weights(name, batch_first):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("same", ["none", "key and value", "unbatched", "no bias"])
+@pytest.mark.parametrize("same", ["none", "query and key", "key and value", "unbatched", "no bias"])
 def test_other_inputs(same):
     model, _ = attention(batch_first=True, bias=same != "no bias")
     plain = merged(model)
     q, k, v = (torch.randn(2, n, 12, dtype=torch.float64) for n in (4, 5, 5))
+    if same == "query and key":
+        q = k
     if same == "key and value":
         v = k
     if same == "unbatched":
@@ -137,7 +145,8 @@ def test_gradients_and_dropout_are_those_of_the_merged_weights():
     model, adapter = attention(batch_first=True, dropout=0.4)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     deltas = adapter.layers()
-    assert set(deltas) == {"attn.in_proj", "attn.out_proj"}
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in deltas.items()}
+    assert sizes == {"attn.in_proj": (12, 36), "attn.out_proj": (12, 12)}
 
     def composed(name):
         down, core, up = deltas[name].current_factors()
@@ -368,6 +377,12 @@ class TestEncoders:
         encoder(torch.randn(2, 5, 12)).square().sum().backward()
         assert all(p.grad is not None for p in adapter.parameters())
 
+    def test_one_that_makes_no_nested_tensors_makes_none_afterwards(self):
+        encoder = self.encoder()
+        encoder.use_nested_tensor = False
+        attach(encoder, EFFT2(rank=2), modules_to_train=()).detach()
+        assert encoder.use_nested_tensor is False
+
     def test_as_a_part_of_a_model(self, randomize):
         model, x = nn.Sequential(self.encoder(), nn.Linear(12, 3)), torch.randn(2, 5, 12)
         adapter = attach(model, LoRA(rank=2, matrices=None), modules_to_train="1")
@@ -398,6 +413,13 @@ def test_states_of_merged_models(randomize, into, from_merged):
     torch.testing.assert_close(other(x), expected, rtol=1e-9, atol=1e-9)
     handle.merge()
     torch.testing.assert_close(other(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_state_of_another_model_is_refused():
+    model, _ = attention()
+    state = {"attn.in_proj.other": torch.ones(1), "attn.other": torch.ones(1)}
+    with pytest.raises(RuntimeError, match=r'"attn\.other", "attn\.in_proj\.other"'):
+        model.load_state_dict(model.state_dict() | state)
 
 
 def test_a_pruned_attention_is_refused():
