@@ -37,7 +37,7 @@ from efft_kernels.training.reproducible import epoch_seed
 from efft_kernels.training.run import WARMUP_LR, EpochRow, fit, prepare
 from efft_kernels.training.settings import TrainSettings, resolve_device
 
-MODEL = "vit_tiny_patch16_224"
+MODEL = "test_vit"
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_training_learns_and_evaluation_repeats_it(settings: TrainSettings, tmp_
 
 class TokenBatchNorm(torch.nn.BatchNorm1d):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return super().forward(tokens.mT).mT
+        return super().forward(tokens.flatten(1, -2).mT).mT.reshape(tokens.shape)
 
 
 @pytest.fixture
@@ -382,7 +382,7 @@ def test_the_defaults_of_a_run(images: Path) -> None:
     nothing = "rank scale init dropout cores layers targets warmup_epochs checkpoint img_size ema"
     nothing += " clip_grad recipe task"
     expected: dict[str, Any] = dict.fromkeys(nothing.split())
-    expected |= {"data": images, "model": MODEL, "method": "efft2", "options": {}}
+    expected |= {"data": images, "model": "vit_tiny_patch16_224", "method": "efft2", "options": {}}
     expected |= {"epochs": 100, "batch_size": 64, "accumulate": 1, "seed": 42, "val_split": 0.2}
     expected |= {"lr": 1e-3, "min_lr": 1e-5, "weight_decay": 1e-4, "backbone_lr_factor": 1.0}
     expected |= {"optimizer": "adamw", "schedule": "update", "keep": "last", "drop_path": 0.1}
