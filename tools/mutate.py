@@ -21,7 +21,6 @@ import argparse
 import ast
 import copy
 import csv
-import functools
 import gc
 import importlib.abc
 import importlib.util
@@ -928,9 +927,9 @@ class _Warm:
     Sends the tests, or None where one fails; then a set of the faults that were noticed.
     """
 
-    def __init__(self, file: str, faults: Sequence[Fault], jobs: int, found: Connection) -> None:
+    def __init__(self, file: str, faults: Sequence[Fault], found: Connection) -> None:
         self.path = str(PACKAGE / file)
-        self.faults, self.jobs, self.found = faults, jobs, found
+        self.faults, self.found = faults, found
         self.tests: Tests = {}
         self.failed = False
 
@@ -967,57 +966,42 @@ class _Warm:
 
     def _noticed(self, items: Sequence[pytest.Item]) -> set[int]:
         """The faults, by their number, that a test noticed."""
-        if not self.faults:
-            return set()
         live = _live_functions(self.path)
         gc.collect()
         gc.freeze()
-        # A second run without a fault: what does not stand it would notice everything.
-        if self._ended({self._start([], items, line=None): -1}) != (-1, True):
+        # First without a fault: tests that cannot run again would notice everything.
+        if not self.faults or not self._pass_again(items):
             return set()
-        noticed: set[int] = set()
-        running: dict[int, int] = {}
-        waiting = list(enumerate(self.faults))
-        while waiting or running:
-            if waiting and len(running) < self.jobs:
-                number, fault = waiting.pop()
-                swaps = _swaps(fault, live)
-                if swaps:
-                    running[self._start(swaps, items, fault.line)] = number
-            else:
-                number, passed = self._ended(running)
-                if not passed:
-                    noticed.add(number)
-        return noticed
+        swaps = {number: _swaps(fault, live) for number, fault in enumerate(self.faults)}
+        return {
+            number
+            for number, fault in enumerate(self.faults)
+            if swaps[number] and not self._pass_again(items, swaps[number], fault.line)
+        }
 
-    def _start(self, swaps: _Swaps, items: Sequence[pytest.Item], line: int | None) -> int:
-        """The process of a fork that runs the tests."""
-        if process := os.fork():
-            return process
-        try:
-            chosen = list(items)
-            if line is not None:
-                for function, code in swaps:
-                    function.__code__ = code
-                order = _Order(self.tests, line)
-                order.pytest_collection_modifyitems(chosen)
-            for item, after in zip(chosen, [*chosen[1:], None], strict=True):
-                seconds = self.tests[item.nodeid][0]
-                signal.setitimer(signal.ITIMER_REAL, 10 + 10 * seconds)
-                item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
-                if self.failed:
-                    os._exit(1)
-            os._exit(0)
-        except BaseException:
-            os._exit(2)
+    def _pass_again(
+        self, items: Sequence[pytest.Item], swaps: _Swaps | None = None, line: int | None = None
+    ) -> bool:
+        """Whether the tests pass once more, in a fork with the functions' other code."""
+        process = os.fork()
+        if not process:
+            try:
+                os._exit(self._run_again(list(items), swaps or [], line))
+            except BaseException:
+                os._exit(2)
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
-    @staticmethod
-    def _ended(running: dict[int, int]) -> tuple[int, bool]:
-        """The number of a fault whose process has ended, and whether all tests passed."""
-        while True:
-            process, status = os.wait()
-            if process in running:
-                return running.pop(process), os.waitstatus_to_exitcode(status) == 0
+    def _run_again(self, items: list[pytest.Item], swaps: _Swaps, line: int | None) -> int:
+        for function, code in swaps:
+            function.__code__ = code
+        if line is not None:
+            _Order(self.tests, line).pytest_collection_modifyitems(items)
+        for item, after in zip(items, [*items[1:], None], strict=True):
+            signal.setitimer(signal.ITIMER_REAL, 10 + 10 * self.tests[item.nodeid][0])
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
+            if self.failed:
+                return 1
+        return 0
 
 
 _Place = tuple[str, int]  # of a function in its file: its name and first line
@@ -1060,11 +1044,12 @@ def _is_same(code: CodeType, other: CodeType) -> bool:
 
 def _swaps(fault: Fault, live: dict[_Place, list[FunctionType]]) -> _Swaps | None:
     """The functions that a fault changes, with the code that they then have; None where it changes
-    what runs at import, or where two functions stand in one place."""
+    what runs at import, or which variables a function has from around it, or where two functions
+    stand in one place."""
     path = str(PACKAGE / fault.file)
     before, after = (list(_codes(compile(t, path, "exec"))) for t in (fault.module, fault.tree))
     places = [_place(code) for code, _ in after]
-    if len(set(places)) != len(places) or [_place(code) for code, _ in before] != places:
+    if [_place(code) for code, _ in before] != places:
         return None
     found: dict[_Place, _Swaps] = {}
     for (old, _), (new, around) in zip(before, after, strict=True):
@@ -1072,10 +1057,13 @@ def _swaps(fault: Fault, live: dict[_Place, list[FunctionType]]) -> _Swaps | Non
             continue
         # What makes it anew has its code within its own.
         changed = [code for code in (new, *around) if _place(code) in live]
-        if not changed:
+        if not changed or any(places.count(_place(code)) > 1 for code in (new, *around)):
             return None
         for code in changed:
-            found[_place(code)] = [(function, code) for function in live[_place(code)]]
+            functions = live[_place(code)]
+            if any(f.__code__.co_freevars != code.co_freevars for f in functions):
+                return None  # it reads other variables of what is around it
+            found[_place(code)] = [(function, code) for function in functions]
     return list(itertools.chain(*found.values())) or None
 
 
@@ -1113,8 +1101,8 @@ def _pytest(tests: Sequence[str], plugin: object) -> int:
     return int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)], [plugin]))
 
 
-def _warm(faults: Sequence[Fault], file: str, jobs: int, found: Connection) -> None:
-    _pytest(FILES[file], _Warm(file, faults, jobs, found))
+def _warm(file: str, faults: Sequence[Fault], found: Connection) -> None:
+    _pytest(FILES[file], _Warm(file, faults, found))
     found.close()
     os._exit(0)
 
@@ -1124,7 +1112,7 @@ def _try(fault: Fault, files: Sequence[str], tests: Tests) -> None:
     os._exit(_pytest(files, _Order(tests, fault.line)))
 
 
-def try_all(file: str, faults: Sequence[Fault], jobs: int) -> list[Fault] | None:
+def try_all(file: str, faults: Sequence[Fault]) -> list[Fault] | None:
     """The faults of a file that no test notices, or None where a test fails without a fault.
 
     One that is not noticed where it is swapped in, or cannot be, is tried in a process of its own:
@@ -1132,7 +1120,7 @@ def try_all(file: str, faults: Sequence[Fault], jobs: int) -> list[Fault] | None
     """
     context = multiprocessing.get_context("fork")
     found, end = context.Pipe(duplex=False)
-    process = context.Process(target=_warm, args=(faults, file, jobs, end))
+    process = context.Process(target=_warm, args=(file, faults, end))
     process.start()
     end.close()
     try:
@@ -1149,9 +1137,7 @@ def try_all(file: str, faults: Sequence[Fault], jobs: int) -> list[Fault] | None
         process.kill()
         process.join()
     left = [fault for number, fault in enumerate(faults) if number not in noticed]
-    with ThreadPoolExecutor(jobs) as pool:
-        passing = list(pool.map(functools.partial(passes, tests=tests), left))
-    return [fault for fault, passed in zip(left, passing, strict=True) if passed]
+    return [fault for fault in left if passes(fault, tests)]
 
 
 def passes(fault: Fault, tests: Tests) -> bool:
@@ -1189,7 +1175,7 @@ def main() -> None:
     parser.add_argument(
         "--lines", nargs="+", type=line_range, metavar="N[-M]", help="of these lines alone"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="files tried at a time")
     parser.add_argument("--csv", type=Path, help="append the score of each file to this one")
     options = parser.parse_args()
     commit = present_commit()
@@ -1208,19 +1194,27 @@ def main() -> None:
             parser.error("--lines: no fault is known in these lines of the files chosen")
     chosen = draw(everything, options.sample, options.seed)
     start, passed = time.monotonic(), 0
-    for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file):
-        tried = list(faults)
-        survivors = try_all(file, tried, options.jobs)
-        if survivors is None:
-            named = " ".join(FILES[file])
-            sys.exit(f"error: without a fault the tests of {file} fail or take too long: {named}")
-        for fault in survivors:
-            print(f"passes: {fault}")
-        noticed = len(tried) - len(survivors)
-        print(f"{file}: {noticed} of {len(tried)}", flush=True)
-        if options.csv is not None:
-            append_score(options.csv, commit, [options.seed, file, len(tried), noticed])
-        passed += len(survivors)
+    of_files = {
+        file: list(faults)
+        for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file)
+    }
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(try_all, of_files, of_files.values())
+        for file, survivors in zip(of_files, results, strict=True):
+            if survivors is None:
+                pool.shutdown(cancel_futures=True)
+                named = " ".join(FILES[file])
+                sys.exit(
+                    f"error: without a fault the tests of {file} fail or take too long: {named}"
+                )
+            for fault in survivors:
+                print(f"passes: {fault}")
+            tried = len(of_files[file])
+            print(f"{file}: {tried - len(survivors)} of {tried}", flush=True)
+            if options.csv is not None:
+                numbers = [options.seed, file, tried, tried - len(survivors)]
+                append_score(options.csv, commit, numbers)
+            passed += len(survivors)
     caught = len(chosen) - passed
     score = 100 * caught / len(chosen)
     print(f"{caught} of {len(chosen)} caught, {score:.1f} %, {time.monotonic() - start:.0f} s")

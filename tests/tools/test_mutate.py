@@ -146,13 +146,13 @@ def test_faults_are_tried_where_the_functions_are(
         if fault.after in ("3", "pass", "square or width < 0", "return None")
     ]
     assert len(faults) == 4
-    survivors = mutate.try_all("shapes.py", faults, jobs=2)
+    survivors = mutate.try_all("shapes.py", faults)
     assert survivors is not None
     assert {fault.after for fault in survivors} == {"3", "pass"}  # a default is made at import
 
     failing = tmp_path / "tests/test_it.py"
     failing.write_text(failing.read_text() + "def test_more():\n    assert not shapes.area(1)\n")
-    assert mutate.try_all("shapes.py", faults, jobs=2) is None
+    assert mutate.try_all("shapes.py", faults) is None
 
 
 def test_what_a_fault_changes() -> None:
