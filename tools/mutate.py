@@ -116,7 +116,12 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_torch_attention.py::test_attentions_that_cannot_be_adapted",
     ),
     "adapters/call_watch.py": ("adapters/test_call_watch.py",),
-    "adapters/chained.py": (*CHAINED, "adapters/test_chained.py::TestInAGraph"),
+    "adapters/chain_blocks.py": (*CHAINED, "adapters/test_chained_huggingface.py"),
+    "adapters/chained.py": (
+        *CHAINED,
+        "adapters/test_chained.py::TestInAGraph",
+        "adapters/test_chained_huggingface.py",
+    ),
     "adapters/coverage.py": ("adapters/test_coverage.py",),
     "adapters/description.py": ("adapters/test_description.py", "adapters/test_coverage.py"),
     "adapters/hints.py": ("adapters/test_coverage.py", "adapters/test_refusals.py"),
