@@ -207,8 +207,8 @@ class _Family(NamedTuple):
 
 
 def _families() -> Iterator[tuple[str, _Family]]:
-    of_vit = {"vit": "ViT", "deit": "DeiT", "vit_msn": "ViTMSN", "ijepa": "IJepa"}
-    for name, prefix in {**of_vit, "vit_mae": "ViTMAE", "vivit": "Vivit"}.items():
+    of_vit = {"vit": "ViT", "deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN"}
+    for name, prefix in {**of_vit, "ijepa": "IJepa"}.items():
         own = prefix + "Model", "layers", ("layernorm_before", "layernorm_after"), None
         yield f"transformers.models.{name}.modeling_{name}", _Family(prefix, *own)
     of_dinov2 = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}

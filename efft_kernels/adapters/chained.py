@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -302,6 +302,15 @@ def _facts(
 _facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _weak(module: nn.Module | None) -> Callable[[], nn.Module | None]:
+    """A reference that does not keep it; None of what is gone."""
+    return _gone if module is None else weakref.ref(module)
+
+
+def _gone() -> None:
+    return None
+
+
 class Chained(ABC):
     """Blocks that run as a chain where that does.
 
@@ -321,7 +330,7 @@ class Chained(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The blocks hold this object: a reference back would keep their memory until a collection.
-        self._blocks = weakref.ref(state["blocks"])
+        self._blocks = _weak(state["blocks"])
         self._bank: FactorBank = state["bank"]
         self._path: str = state["path"]
         self._parts: _Parts | str | None = None
@@ -348,13 +357,11 @@ class Chained(ABC):
 
     def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
         """What runs the chain over x, or why it does not run; what is quickly seen comes first."""
-        if reason := chains.refusal(x) or chains.watched():
+        if reason := chains.refusal(x) or chains.watched() or self._bypassed():
             return reason
         parts = self._look()
         if isinstance(parts, str):
             return parts
-        if reason := self._bypassed():
-            return reason
         if x.shape[2] != parts.linears[0].in_features:
             return "the blocks' input has another width"
         if reason := parts.unfit(x) or parts.changed():
@@ -379,6 +386,8 @@ class Chained(ABC):
 
     def sites(self) -> frozenset[str] | str:
         """The sites in the chain, or what in the model keeps it from running at present."""
+        if reason := self._bypassed():
+            return reason
         parts = self._look()
         if isinstance(parts, str):
             return parts
@@ -386,11 +395,7 @@ class Chained(ABC):
             return parts.rank
         first = parts.linears[0]
         # Merging is a state of the adapter's own, and passes.
-        reason = (
-            self._bypassed()
-            or parts.changed()
-            or (None if first.merged else parts.unfit(first.weight))
-        )
+        reason = parts.changed() or (None if first.merged else parts.unfit(first.weight))
         return reason or frozenset(linear._site for linear in parts.linears)
 
 
@@ -447,11 +452,13 @@ class ChainedBlocks(Chained):
         return None if attention is None else (operands, attention)
 
 
-class ChainedLayers(Chained):
-    """What the forward of a Hugging Face model finds in the place of its layers.
+class _StandIn(list[Callable[..., Tensor]]):
+    """What is in the place of a model's layers."""
 
-    Only while that forward runs, and whoever calls this as the last of several layers gets what
-    they would make one after the other: other threads may well see it.
+
+class ChainedLayers(Chained):
+    """What the forward of a Hugging Face model finds in the place of its layers while it runs: one
+    layer that makes what all of them make one after the other. Another thread may see it as well.
 
     Args:
         layers: the layers.
@@ -494,14 +501,16 @@ class ChainedLayers(Chained):
         """Forward pre-hook of the holder."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        if module is self._holder():  # and no replica of it
+        if module is self._holder() and self._bypassed() is None:  # and no replica of it
             # Found before the module of that name, which stays where it is.
-            module.__dict__[self._name] = (self.run,)
+            module.__dict__[self._name] = _StandIn([self.run])
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the holder; runs after an exception too."""
-        if not torch.compiler.is_compiling():
-            module.__dict__.pop(self._name, None)
+        if torch.compiler.is_compiling():
+            return
+        if type(module.__dict__.get(self._name)) is _StandIn:
+            del module.__dict__[self._name]
 
     def run(self, input: Tensor, *args: Any, **options: Any) -> Tensor:
         """What the layers make of the stream [images, tokens, K], all of them called like this."""
@@ -509,14 +518,15 @@ class ChainedLayers(Chained):
             chained = self._run_chain(input) if plain_call(args, options) else None
             if chained is not None:
                 return chained
-        layers: Any = self._blocks()
-        for layer in layers:
+        holder: Any = self._holder()
+        for layer in holder._modules[self._name]:
             input = layer(input, *args, **options)
         return input
 
     def _bypassed(self) -> str | None:
         holder: Any = self._holder()
-        if holder._modules.get(self._name) is not self._blocks():
+        layers = self._blocks()
+        if layers is None or holder._modules.get(self._name) is not layers:
             return f"{self._path} was replaced"
         if "forward" in holder.__dict__ or not has_own_forward(type(holder)):
             return f"the forward around {self._path} was replaced"
@@ -576,3 +586,8 @@ def unchain(model: nn.Module) -> None:
     found = find_chain(model)
     if found is not None:
         found.take_out()
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether what `chain` put there are hooks."""
+    return isinstance(find_chain(model), ChainedLayers)
