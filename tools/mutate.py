@@ -536,6 +536,17 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "False",
     ): "they are as many, whatever the call",
     (
+        "adapters/chained.py",
+        "keys = {group.down_key(linear._site) for group, linear in zip(groups, linears,"
+        " strict=True)}",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/chains.py",
+        "downs, bs = zip(*linears, strict=True)",
+        "False",
+    ): "they are pairs, whatever the call",
+    (
         "ops/dropout.py",
         "pairs = zip(dy_slices, _by_slice(d, ups, slices), strict=True)",
         "False",

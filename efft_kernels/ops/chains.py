@@ -188,14 +188,13 @@ def side_by_side(linears: Sequence[tuple[Tensor, Tensor]], one_down: bool) -> tu
         return linears[0]
     if one_down:
         return downs[0], torch.cat(bs, 1)
-    ranks = [down.shape[2] for down in downs]
-    before = [sum(ranks[:place]) for place in range(len(ranks))]
-    total = sum(ranks)
-    padded = [
-        F.pad(b, (start, total - start - rank))
-        for b, start, rank in zip(bs, before, ranks, strict=True)
-    ]
-    return torch.cat(downs, 2), torch.cat(padded, 1)
+    whole = torch.cat(downs, 2)
+    padded, start = [], 0
+    for b in bs:
+        stop = start + b.shape[2]
+        padded.append(F.pad(b, (start, whole.shape[2] - stop)))
+        start = stop
+    return whole, torch.cat(padded, 1)
 
 
 def scaled(frozen: Frozen, factors: Sequence[Tensor]) -> tuple[Frozen, list[Tensor]]:

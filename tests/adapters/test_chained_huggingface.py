@@ -37,6 +37,7 @@ from efft_kernels.adapters import chain_blocks, chained
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.ops import chains
 from efft_kernels.testing.cpu_chain import cpu_engine
+from efft_kernels.testing.error_budget import BUDGET, relative_error
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
 
@@ -745,3 +746,63 @@ class TestAttach:
         assert attach(make(), EFFT2(rank=8)).describe().alone is None
         alone = attach(make(), LoRA(rank=3, matrices=None)).describe().alone
         assert alone == "the kernels take a rank of 8, not 9"
+
+
+LARGER = {
+    "hidden_size": 192,
+    "num_hidden_layers": 5,
+    "image_size": 32,
+    "patch_size": 8,
+}
+REPRODUCIBLE = [m for m in METHODS if not (isinstance(m, EFFT2 | LoRA) and m.dropout)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+class TestOnAGpu:
+    @pytest.fixture
+    def ran(self, monkeypatch):
+        found, run = [], chains.run_stacks
+        monkeypatch.setattr(chains, "run_stacks", lambda *args: found.append(args) or run(*args))
+        return found
+
+    def make(self, name, method, fuse, randomize):
+        inner = {} if name == "dinov2" else {"intermediate_size": 768}
+        model = make(name, **LARGER, **inner).float().cuda()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.5 if p.dim() == 2 else 1)  # larger weights amplify every rounding
+        adapter = attach(model, method, fuse=fuse)
+        torch.manual_seed(5)
+        randomize(adapter, 0.1)
+        return model
+
+    def results(self, model, batch, dtype):
+        """The output, and all gradients in one vector."""
+        model.zero_grad()
+        with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+            y = model(batch).logits
+        (y.float() if dtype else y).tanh().mean().backward()
+        grads = [p.grad.flatten() for p in model.factor_bank.parameters()]
+        return y.detach(), torch.cat(grads)
+
+    @pytest.mark.parametrize("name", ["vit", "dinov2"])
+    @pytest.mark.parametrize("method", REPRODUCIBLE, ids=str)
+    def test_within_the_error_budget(self, randomize, ran, dtype, name, method):
+        """Over four batches: of one alone the ratio is chance."""
+        model, twin = (self.make(name, method, fuse, randomize) for fuse in ("auto", "off"))
+        wide = copy.deepcopy(twin).double()
+        for layer in Adapter(twin).layers().values():
+            layer.backend = "torch"
+        squares = torch.zeros(2, 2)  # of (chain, plain torch) in (output, gradients)
+        for _ in range(4):
+            batch = torch.randn(9, 3, 32, 32, device="cuda")
+            exact = self.results(wide, batch.double(), None)
+            for row, one in zip(squares, (model, twin), strict=True):
+                found = self.results(one, batch, dtype)
+                row += torch.tensor(
+                    [relative_error(*pair) ** 2 for pair in zip(found, exact, strict=True)]
+                )
+        assert len(ran) == 4
+        assert (squares[0] <= BUDGET**2 * squares[1]).all(), (squares[0] / squares[1]).sqrt()
