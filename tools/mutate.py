@@ -135,6 +135,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_torch_attention.py::test_attentions_that_cannot_be_adapted",
     ),
     "adapters/call_watch.py": ("adapters/test_call_watch.py",),
+    "adapters/chain_blocks.py": (*CHAINED, "adapters/test_chained_huggingface.py"),
     "adapters/chained.py": (
         *CHAINED,
         "adapters/test_chained.py::test_linears_of_one_kind_with_several_ranks",
@@ -142,6 +143,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "adapters/test_chained.py::TestGroupsThatAreExchanged",
         "adapters/test_chained.py::TestInAGraph",
         "adapters/test_chained.py::TestTransforms",
+        "adapters/test_chained_huggingface.py",
     ),
     "adapters/coverage.py": ("adapters/test_coverage.py",),
     "adapters/description.py": ("adapters/test_description.py", "adapters/test_coverage.py"),
@@ -388,13 +390,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "the projection is as wide",
     (
         "adapters/chained.py",
-        "bank.group(kind.sites[0]) is not kind.group or type(kind.group) is not kind.made_of",
-        "bank.group(kind.sites[0]) is kind.group",
+        "bank.group(site) is not group or type(group) is not made_of",
+        "bank.group(site) is group",
     ): "kinds are then made at every call",
     (
         "adapters/chained.py",
-        "bank.group(kind.sites[0]) is not kind.group or type(kind.group) is not kind.made_of",
-        "type(kind.group) is kind.made_of",
+        "bank.group(site) is not group or type(group) is not made_of",
+        "type(group) is made_of",
     ): "kinds are then made at every call",
     (
         "adapters/batch_layout.py",
@@ -686,6 +688,17 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "self._columns = list(zip(columns, zip(*places, strict=True), strict=True))",
         "False",
     ): "they are as many, whatever the call",
+    (
+        "adapters/chained.py",
+        "keys = {group.down_key(linear._site) for group, linear in zip(groups, linears,"
+        " strict=True)}",
+        "False",
+    ): "they are as many, whatever the call",
+    (
+        "ops/chains.py",
+        "downs, bs = zip(*linears, strict=True)",
+        "False",
+    ): "they are pairs, whatever the call",
     (
         "ops/dropout.py",
         "pairs = zip(dy_slices, _by_slice(d, ups, slices), strict=True)",

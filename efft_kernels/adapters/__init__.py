@@ -9,6 +9,7 @@ architectures.py  what else is peculiar to a model family
 attachment.py     what `attach` leaves on a model
 attach.py         attach and load
 peft_guard.py     why PEFT does not wrap an attached model
+chain_blocks.py   the blocks that are known exactly, timm's and transformers'
 chained.py        the blocks of a model that is known exactly, run as a chain
 adapter.py        Adapter: what attach returns
 adapter_file.py   the safetensors file and its header

@@ -85,9 +85,9 @@ def attach(
             backward from what that module keeps anyway, so that the adapter keeps next to nothing
             of its own; outputs, hooks and gradients are as ever. "auto" also lets the blocks of a
             model that is known exactly run as a chain, where norm, GELU and residual share the
-            kernels of the adapted linears: timm's VisionTransformer, in training on a GPU under
-            autocast to a half precision. "off" keeps every x. `describe` tells what each linear
-            does, and why no chain runs.
+            kernels of the adapted linears: timm's VisionTransformer, and Hugging Face's ViT and
+            DINOv2, in training on a GPU under autocast to a half precision. "off" keeps every x.
+            `describe` tells what each linear does, and why no chain runs.
         strict: what happens where factors cannot learn: True raises, False warns once. Asked in
             each forward of the model whose output needs its gradient: a linear that did not run, or
             ran without gradients (`describe` shows the calls). Asked here: adapters inside `model`,

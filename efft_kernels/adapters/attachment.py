@@ -12,6 +12,7 @@ from ..methods.base import FactorGroup, Factors, Method, Site
 from ..methods.joint import Kind
 from ..nn import FactorBank, Place
 from .call_watch import CallWatch
+from .chained import has_hooks, unchain
 
 BANK_NAME = "factor_bank"
 BASELINE_NAME = "baseline"  # a baseline's parts, at the model's root likewise
@@ -101,9 +102,13 @@ class AttachedBank(FactorBank):
 
     def unwatch(self, model: nn.Module) -> None:
         """Remove the bank's hooks from the model; torch.cuda.make_graphed_callables, for one, takes
-        no module with any. Linears make their own factors then, and nobody counts their calls."""
+        no module with any. Linears make their own factors then, nobody counts their calls, and
+        layers that a chain finds by hooks run one by one."""
         self.joint_factors.unwatch(model)
         self.calls.unwatch(model)
+        if has_hooks(model):
+            unchain(model)
+            self.unchained = "the hooks were removed that it needs"
 
 
 def state_buffers(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:

@@ -1,16 +1,18 @@
-"""A timm VisionTransformer's blocks run as a chain (ops/chains.py) where that computes the same.
+"""A vision transformer's blocks run as a chain (ops/chains.py) where that computes the same.
 
-`chain` puts a `forward` on the instance that holds the blocks. At each call it looks at the model
-and the circumstances, and where the chain does not do, the blocks run one after the other as ever.
+timm's VisionTransformer calls its blocks as one nn.Sequential: `chain` puts a `forward` on that
+instance. Hugging Face's models loop over their layers: hooks on the module that does let its own
+forward see one callable in their place, and nobody else. At each call either looks at the model and
+the circumstances, and where the chain does not do, the blocks run one after the other as ever.
+`chain_blocks.py` says which blocks a chain knows.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,17 @@ from ..ops.backends.chain_steps import Norm
 from ..ops.backends.torch_backend import fold
 from ..ops.chain_passes import Frozen, FrozenLinears
 from ..ops.checks import without_autocast
+from ..ops.shared_projection import SharedInput
+from .chain_blocks import (
+    BlockKind,
+    Unlike,
+    check_blocks,
+    has_own_forward,
+    holder_of_layers,
+    kind_of,
+    plain_call,
+    timm_blocks,
+)
 
 FUSE = ("auto", "pairs", "off")
 _GLOBAL_HOOKS = (
@@ -34,51 +47,39 @@ _GLOBAL_HOOKS = (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class _Block(NamedTuple):
-    """What the chain reads of one block."""
-
-    norm1: nn.LayerNorm
-    attn: Any
-    qkv: FusedEFFTLinear
-    proj: FusedEFFTLinear
-    norm2: nn.LayerNorm
-    fc1: FusedEFFTLinear
-    fc2: FusedEFFTLinear
-    scale1: Any  # timm's LayerScale, or nn.Identity
-    scale2: Any
-
-    @classmethod
-    def of(cls, block: Any) -> _Block:
-        attn, mlp = block.attn, block.mlp
-        linears = attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2
-        return cls(block.norm1, attn, *linears, block.ls1, block.ls2)
-
-    @property
-    def linears(self) -> tuple[FusedEFFTLinear, ...]:
-        return self.qkv, self.proj, self.fc1, self.fc2
-
-
 class _Parts:
     """The modules inside the blocks and all that must stay as it was when they were looked at."""
 
-    def __init__(self, blocks: nn.Sequential, bank: FactorBank) -> None:
-        """Raises _Unlike."""
-        _check_blocks(blocks)
-        self.blocks = [_Block.of(block) for block in blocks]
+    def __init__(self, blocks: Any, bank: FactorBank, path: str) -> None:
+        """Raises Unlike.
+
+        Args:
+            blocks: the module whose children they are.
+            bank: the factors of their linears.
+            path: what to call `blocks`.
+        """
+        kind = kind_of(type(blocks[0]))
+        if kind is None:
+            raise Unlike(f"{path}.0 is a {type(blocks[0]).__name__}, which no chain takes")
+        check_blocks(blocks, kind, path)
+        self.kind: BlockKind = kind
+        self.blocks = [kind.read(block) for block in blocks]
         self.linears = [linear for block in self.blocks for linear in block.linears]
         if any(linear._bank != (bank,) for linear in self.linears):
-            raise _Unlike("a linear reads its factors from elsewhere")
-        self.groups = list({id(g): g for g in (bank.group(s._site) for s in self.linears)}.values())
-        self.heads = self.blocks[0].attn.num_heads
+            raise Unlike("a linear reads its factors from elsewhere")
+        self.heads = kind.heads_of(self.blocks[0])
         columns = list(zip(*(block.linears for block in self.blocks), strict=True))
         places = [(None, b.scale1, None, b.scale2) for b in self.blocks]
+        self._equal = columns  # linears at the same place of a block
+        of_qkv = tuple(linear for block in self.blocks for linear in block.qkv)
+        columns = [of_qkv, *columns[len(self.blocks[0].qkv) :]]
         self._columns = list(zip(columns, zip(*places, strict=True), strict=True))
-        self._kinds = _kinds(columns, bank)
+        self._look_at_groups(bank)
         # What `changed` compares: tables that are looked up once and are the modules' own.
         modules = [module for module in blocks.modules() if module is not blocks]
         self._modules = modules
         self._types = [type(module) for module in modules]
-        classes: set[Any] = {*self._types, nn.Sequential}
+        classes: set[Any] = {*self._types, type(blocks)}
         self._forwards = [(kind, kind.forward) for kind in classes]
         self._tables = [getattr(module, name) for module in (*modules, blocks) for name in _HOOKS]
         self._dicts = [module.__dict__ for module in modules]
@@ -86,35 +87,60 @@ class _Parts:
         self._children = [(now, then) for now, then in children if then]
         self._childless = [now for now, then in children if not then]
         self._dropouts = [module for module in modules if type(module) is nn.Dropout]
-        self._gelus = [module for module in modules if type(module) is nn.GELU]
         self._norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
-        scales = [s for block in self.blocks for s in (block.scale1, block.scale2)]
-        scales = [scale for scale in scales if type(scale) is not nn.Identity]
+        scales = [scale for block in self.blocks for scale in block.scales]
         self._parametrised: list[nn.Module] = [*self._norms, *self.linears, *scales]
         self._required = [(module, "weight") for module in (*self._norms, *self.linears)]
-        self._required += [(scale, "gamma") for scale in scales]
+        self._required += [(scale, kind.gamma) for scale in scales]
         self._required += [(norm, "bias") for norm in self._norms]
         self._without_bias = [(linear, linear.bias is None) for linear in self.linears]
 
-    @functools.cached_property
+    def _look_at_groups(self, bank: FactorBank) -> None:
+        """What depends on the groups in the bank, and is looked at again where they changed."""
+        self.groups = list({id(g): g for g in (bank.group(s._site) for s in self.linears)}.values())
+        self._kinds = _kinds(self._equal, bank)
+        self._one_down = all(_share_down(block.qkv, bank) for block in self.blocks)
+        sites = [] if self._kinds is None else [kind.sites[0] for kind in self._kinds]
+        if self._one_down:
+            sites += [block.qkv[0]._site for block in self.blocks]
+        found = {id(bank.group(site)): (site, bank.group(site)) for site in sites}
+        self._seen = [(site, group, type(group)) for site, group in found.values()]
+        self._rank: int | str | None = None
+
+    @property
     def rank(self) -> int | str:
-        """The largest of the linears, or why they have none that a chain takes."""
+        """The largest of the chain's linears, or why they have none that a chain takes."""
+        if self._rank is None:
+            self._rank = self._find_rank()
+        return self._rank
+
+    def _find_rank(self) -> int | str:
         with torch.no_grad():
             kinds = [
                 {linear.current_factors().down.shape[1] for linear in linears}
-                for linears, _ in self._columns
+                for linears in self._equal
             ]
         if any(len(ranks) > 1 for ranks in kinds):
             return "linears of one kind have different ranks"
-        highest: int = max(map(max, kinds))
-        if highest > chains.MAX_RANK:
-            return f"the kernels take a rank of {chains.MAX_RANK}, not {highest}"
-        return highest
+        highest = [max(ranks) for ranks in kinds]
+        of_qkv = highest[: len(self.blocks[0].qkv)]
+        most: int = max(of_qkv[0] if self._one_down else sum(of_qkv), *highest)
+        if most > chains.MAX_RANK:
+            return f"the kernels take a rank of {chains.MAX_RANK}, not {most}"
+        return most
+
+    def _idles(self, hook: Any) -> bool:
+        """Whether a hook matters to modules that run one by one alone."""
+        return isinstance(getattr(hook, "__self__", None), SharedInput) or self.kind.idles(hook)
 
     def changed(self) -> str | None:
-        """What makes the blocks differ from timm's own by now."""
-        if any(self._tables) or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
-            return "a module of the blocks has hooks, or all modules have"
+        """What makes the blocks differ by now from those that a chain knows."""
+        if any(self._tables) and not all(
+            self._idles(hook) for table in self._tables for hook in table.values()
+        ):
+            return "a module of the blocks has hooks"
+        if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+            return "all modules have hooks"
         if (
             any(tuple(now.values()) != then for now, then in self._children)
             or any(self._childless)
@@ -127,17 +153,11 @@ class _Parts:
             return "a module of the blocks has a forward of its own"
         if any(dropout.p for dropout in self._dropouts):
             return "a dropout of the blocks is on"
-        if any(gelu.approximate != "none" for gelu in self._gelus):
-            return "a GELU of the blocks is no exact one"
-        if any(norm.__dict__.get("_fast_norm") for norm in self._norms):
-            return "timm's fast norm is on"
-        if any(block.attn.num_heads != self.heads for block in self.blocks):
+        if any(self.kind.heads_of(block) != self.heads for block in self.blocks):
             return "the heads of an attention were changed"
         if any(module._compiled_call_impl is not None for module in self._modules):
             return "a module of the blocks is compiled"
-        if not all(block.attn.fused_attn for block in self.blocks):
-            return "an attention of the blocks is not the fused one"
-        return None
+        return self.kind.departed(self.blocks)
 
     def unfit(self, x: Tensor) -> str | None:
         """Why the parameters or the adapter's state do not let a chain run over x."""
@@ -192,7 +212,8 @@ class _Parts:
             down, core, up = linear._bank[0].factors(linear._site, linear.training)
             with without_autocast(up.device):
                 found.append((down, fold(core, up, rows)))
-        kinds = [found[place::4] for place in range(4)]
+        count = len(self._equal)
+        kinds = [found[place::count] for place in range(count)]
         if any(len({down.shape[1] for down, _ in kind}) > 1 for kind in kinds):
             return None
         return [
@@ -202,13 +223,13 @@ class _Parts:
 
     def _present_kinds(self, bank: FactorBank) -> list[Kind] | None:
         """`_kinds`, where a group was exchanged, or its class, those of now; a graph has none."""
-        if self._kinds is not None and any(
-            bank.group(kind.sites[0]) is not kind.group or type(kind.group) is not kind.made_of
-            for kind in self._kinds
+        if any(
+            bank.group(site) is not group or type(group) is not made_of
+            for site, group, made_of in self._seen
         ):
             if torch.compiler.is_compiling():
                 return None
-            self._kinds = _kinds([linears for linears, _ in self._columns], bank)
+            self._look_at_groups(bank)
         return self._kinds
 
     def operands(self, rows: torch.dtype) -> tuple[Frozen, list[Tensor]] | None:
@@ -221,13 +242,15 @@ class _Parts:
         stacks = self._stacks_by_site(rows) if stacks is None else stacks
         if stacks is None:
             return None
+        separate = len(self.blocks[0].qkv)
+        stacks = [chains.side_by_side(stacks[:separate], self._one_down), *stacks[separate:]]
         frozen = Frozen(
             [_norm(norm) for norm in self._norms],
             [
                 FrozenLinears(
                     [linear._parameters["weight"] for linear in linears],  # type: ignore[misc]
                     [linear._parameters["bias"] for linear in linears],
-                    [None if s is None else s._parameters.get("gamma") for s in scales],
+                    [self.kind.gamma_of(scale) for scale in scales],
                 )
                 for linears, scales in self._columns
             ],
@@ -249,6 +272,13 @@ def _kinds(columns: Sequence[Sequence[FusedEFFTLinear]], bank: FactorBank) -> li
             return None
         found.append(Kind(group, type(group), sites, plan))
     return found
+
+
+def _share_down(linears: Sequence[FusedEFFTLinear], bank: FactorBank) -> bool:
+    """Whether linears that read the same x have one `down` for all."""
+    groups = [bank.group(linear._site) for linear in linears]
+    keys = {group.down_key(linear._site) for group, linear in zip(groups, linears, strict=True)}
+    return keys != {None} and len(keys) == 1 and all(group is groups[0] for group in groups)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -275,27 +305,116 @@ def _facts(
 _facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class ChainedBlocks:
-    """The forward of an nn.Sequential of blocks.
+def _weak(module: nn.Module | None) -> Callable[[], nn.Module | None]:
+    """A reference that does not keep it; None of what is gone."""
+    return _gone if module is None else weakref.ref(module)
+
+
+def _gone() -> None:
+    return None
+
+
+class Chained(ABC):
+    """Blocks that run as a chain where that does.
 
     It follows deepcopy and pickle: a copy runs its own blocks.
 
     Args:
-        blocks: the blocks.
+        blocks: the module whose children they are.
         bank: the factors of their linears.
+        path: what to call `blocks`.
     """
 
-    def __init__(self, blocks: nn.Sequential, bank: FactorBank) -> None:
-        self.__setstate__({"blocks": blocks, "bank": bank})
+    def __init__(self, blocks: nn.Module, bank: FactorBank, path: str) -> None:
+        self.__setstate__({"blocks": blocks, "bank": bank, "path": path})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"blocks": self._blocks(), "bank": self._bank}
+        return {"blocks": self._blocks(), "bank": self._bank, "path": self._path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The blocks hold this object: a reference back would keep their memory until a collection.
-        self._blocks = weakref.ref(state["blocks"])
-        self._bank = state["bank"]
+        self._blocks = _weak(state["blocks"])
+        self._bank: FactorBank = state["bank"]
+        self._path: str = state["path"]
         self._parts: _Parts | str | None = None
+
+    @abstractmethod
+    def put_in(self) -> None:
+        """Let the model's forward come here."""
+
+    @abstractmethod
+    def take_out(self) -> None:
+        """Undo `put_in`."""
+
+    def _run_chain(self, input: Tensor) -> Tensor | None:
+        """What the blocks make of the stream [images, tokens, K], by a chain; None where none
+        runs."""
+        found = self._engine(input)
+        if isinstance(found, str):
+            return None
+        engine, parts = found
+        with torch.autocast(input.device.type, enabled=False):
+            operands = parts.operands(engine.dtype)
+        assert operands is not None  # `parts.rank` is the ranks'
+        return chains.run_stacks(input, *operands, engine)
+
+    def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
+        """What runs the chain over x, or why it does not run; what is quickly seen comes first."""
+        if reason := chains.refusal(x) or chains.watched() or self._bypassed():
+            return reason
+        parts = self._look()
+        if isinstance(parts, str):
+            return parts
+        if x.shape[2] != parts.linears[0].in_features:
+            return "the blocks' input has another width"
+        if reason := parts.unfit(x) or parts.changed():
+            return reason
+        if isinstance(parts.rank, str):
+            return parts.rank
+        engine = chains.engine_for(x, parts.heads, parts.rank)
+        return engine if isinstance(engine, str) else (engine, parts)
+
+    def _look(self) -> _Parts | str:
+        """The parts of the blocks, or what sets them apart from those that a chain knows."""
+        if self._parts is None:
+            try:
+                self._parts = _Parts(self._blocks(), self._bank, self._path)
+            except Unlike as unlike:
+                self._parts = str(unlike)
+        return self._parts
+
+    def _bypassed(self) -> str | None:
+        """Why the model's own forward does not come here as it did."""
+        return None
+
+    def sites(self) -> frozenset[str] | str:
+        """The sites in the chain, or what in the model keeps it from running at present."""
+        if reason := self._bypassed():
+            return reason
+        parts = self._look()
+        if isinstance(parts, str):
+            return parts
+        if isinstance(parts.rank, str):
+            return parts.rank
+        weight = parts.linears[0].weight
+        # Merging is a state of the adapter's own, and passes.
+        merged = any(linear.merged for linear in parts.linears)
+        reason = parts.changed() or (None if merged else parts.unfit(weight))
+        return reason or frozenset(linear._site for linear in parts.linears)
+
+
+class ChainedBlocks(Chained):
+    """The forward of timm's nn.Sequential of blocks."""
+
+    def put_in(self) -> None:
+        """As the instance's own forward."""
+        blocks: Any = self._blocks()
+        blocks.forward = self.forward
+
+    def take_out(self) -> None:
+        """The class's forward is the instance's again."""
+        blocks: Any = self._blocks()
+        del blocks.forward
 
     def forward(self, input: Tensor) -> Tensor:
         """What the blocks make of the stream [images, tokens, K]."""
@@ -306,13 +425,9 @@ class ChainedBlocks:
                 dtype = graph_dtype(input)
                 return compiled_chain.run_stacks(input, frozen, factors, attention, dtype)
         elif torch.is_grad_enabled() and not torch.jit.is_tracing():
-            found = self._engine(input)
-            if not isinstance(found, str):
-                engine, parts = found
-                with torch.autocast(input.device.type, enabled=False):
-                    operands = parts.operands(engine.dtype)
-                assert operands is not None  # `parts.rank` is the ranks'
-                return chains.run_stacks(input, *operands, engine)
+            chained = self._run_chain(input)
+            if chained is not None:
+                return chained
         out: Tensor = nn.Sequential.forward(self._blocks(), input)  # type: ignore[arg-type]
         return out
 
@@ -340,48 +455,86 @@ class ChainedBlocks:
         attention = _facts(*facts)
         return None if attention is None else (operands, attention)
 
-    def _engine(self, x: Tensor) -> tuple[chains.Engine, _Parts] | str:
-        """What runs the chain over x, or why it does not run; what is quickly seen comes first."""
-        if reason := chains.refusal(x) or chains.watched():
-            return reason
-        parts = self._look()
-        if isinstance(parts, str):
-            return parts
-        if x.shape[2] != parts.linears[0].in_features:
-            return "the blocks' input has another width"
-        if reason := parts.unfit(x) or parts.changed():
-            return reason
-        if isinstance(parts.rank, str):
-            return parts.rank
-        engine = chains.engine_for(x, parts.heads, parts.rank)
-        return engine if isinstance(engine, str) else (engine, parts)
 
-    def _look(self) -> _Parts | str:
-        """The parts of the blocks, or what sets them apart from those that a chain knows."""
-        if self._parts is None:
-            blocks: Any = self._blocks()
-            try:
-                self._parts = _Parts(blocks, self._bank)
-            except _Unlike as unlike:
-                self._parts = str(unlike)
-        return self._parts
-
-    def sites(self) -> frozenset[str] | str:
-        """The sites in the chain, or what in the model keeps it from running at present."""
-        parts = self._look()
-        if isinstance(parts, str):
-            return parts
-        if isinstance(parts.rank, str):
-            return parts.rank
-        weight = parts.linears[0].weight
-        # Merging is a state of the adapter's own, and passes.
-        merged = any(linear.merged for linear in parts.linears)
-        reason = parts.changed() or (None if merged else parts.unfit(weight))
-        return reason or frozenset(linear._site for linear in parts.linears)
+class _StandIn(list[Callable[..., Tensor]]):
+    """What is in the place of a model's layers."""
 
 
-class _Unlike(Exception):
-    """In what a model differs from those that a chain knows."""
+class ChainedLayers(Chained):
+    """What the forward of a Hugging Face model finds in the place of its layers while it runs: one
+    layer that makes what all of them make one after the other. Another thread may see it as well.
+
+    Args:
+        layers: the layers.
+        bank: the factors of their linears.
+        path: what to call `layers`.
+        holder: the module whose forward loops over them.
+        name: the holder's name for them.
+    """
+
+    def __init__(
+        self, layers: nn.Module, bank: FactorBank, path: str, holder: nn.Module, name: str
+    ) -> None:
+        own = {"blocks": layers, "bank": bank, "path": path}
+        self.__setstate__({**own, "holder": holder, "name": name})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "holder": self._holder(), "name": self._name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._holder = weakref.ref(state["holder"])
+        self._name: str = state["name"]
+
+    def put_in(self) -> None:
+        """By hooks on the holder."""
+        holder: Any = self._holder()
+        holder.register_forward_pre_hook(self.open)
+        holder.register_forward_hook(self.close, always_call=True)
+
+    def take_out(self) -> None:
+        """Remove the hooks."""
+        holder: Any = self._holder()
+        for hooks in (holder._forward_pre_hooks, holder._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del hooks[key]
+                    holder._forward_hooks_always_called.pop(key, None)
+
+    def open(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the holder."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if module is self._holder() and self._bypassed() is None:  # and no replica of it
+            # Found before the module of that name, which stays where it is.
+            module.__dict__[self._name] = _StandIn([self.run])
+
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the holder; runs after an exception too."""
+        if torch.compiler.is_compiling():
+            return
+        if type(module.__dict__.get(self._name)) is _StandIn:
+            del module.__dict__[self._name]
+
+    def run(self, input: Tensor, *args: Any, **options: Any) -> Tensor:
+        """What the layers make of the stream [images, tokens, K], all of them called like this."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            chained = self._run_chain(input) if plain_call(args, options) else None
+            if chained is not None:
+                return chained
+        holder: Any = self._holder()
+        for layer in holder._modules[self._name]:
+            input = layer(input, *args, **options)
+        return input
+
+    def _bypassed(self) -> str | None:
+        holder: Any = self._holder()
+        layers = self._blocks()
+        if layers is None or holder._modules.get(self._name) is not layers:
+            return f"{self._path} was replaced"
+        if "forward" in holder.__dict__ or not has_own_forward(type(holder)):
+            return f"the forward around {self._path} was replaced"
+        return None
 
 
 def chain(model: nn.Module, bank: FactorBank) -> str | None:
@@ -390,113 +543,55 @@ def chain(model: nn.Module, bank: FactorBank) -> str | None:
     Returns:
         Why they cannot, in which case the model is left alone; else None.
     """
-    if type(model) is not getattr(_timm(), "VisionTransformer", None):
-        return f"{type(model).__name__} is not timm's VisionTransformer"
-    blocks: Any = model.blocks
-    if "forward" in blocks.__dict__:
-        return "blocks has a forward of its own"
-    chained = ChainedBlocks(blocks, bank)
-    parts = chained._look()
+    found = _find_blocks(model, bank)
+    if isinstance(found, str):
+        return found
+    parts = found._look()
     if isinstance(parts, str):
         return parts
-    blocks.forward = chained.forward
+    found.put_in()
     return None
 
 
-def find_chain(model: nn.Module) -> ChainedBlocks | None:
-    """What `chain` put on the model's blocks, if it is still there."""
-    forward = getattr(getattr(model, "blocks", None), "__dict__", {}).get("forward")
-    chained = getattr(forward, "__self__", None)
-    return chained if isinstance(chained, ChainedBlocks) else None
+def _find_blocks(model: nn.Module, bank: FactorBank) -> Chained | str:
+    """The blocks of a model that a chain may know; or why there are none."""
+    blocks = timm_blocks(model)
+    if blocks is not None:
+        if type(blocks) is not nn.Sequential or not len(blocks):
+            return "blocks is no plain nn.Sequential"
+        if "forward" in blocks.__dict__:
+            return "blocks has a forward of its own"
+        return ChainedBlocks(blocks, bank, "blocks")
+    found = holder_of_layers(model)
+    if found is None:
+        return (
+            f"{type(model).__name__} is not timm's VisionTransformer, nor has it the layers of one"
+            " ViT or DINOv2 of transformers"
+        )
+    path, holder, name = found
+    layers: Any = holder._modules.get(name)
+    path = f"{path}.{name}".lstrip(".")
+    if type(layers) is not nn.ModuleList or not len(layers):
+        return f"{path} is no plain nn.ModuleList"
+    chained = ChainedLayers(layers, bank, path, holder, name)
+    return chained._bypassed() or chained
+
+
+def find_chain(model: nn.Module) -> Chained | None:
+    """What `chain` put into the model, if it is still there."""
+    calls = [getattr(getattr(model, "blocks", None), "__dict__", {}).get("forward")]
+    calls += [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    owners = (getattr(call, "__self__", None) for call in calls)
+    return next((owner for owner in owners if isinstance(owner, Chained)), None)
 
 
 def unchain(model: nn.Module) -> None:
     """Take away what `chain` put there."""
-    if find_chain(model) is not None:
-        del model.blocks.forward  # type: ignore[union-attr]
+    found = find_chain(model)
+    if found is not None:
+        found.take_out()
 
 
-def _timm() -> Any:
-    """timm's module of the vision transformer, which a model of it has imported; else None."""
-    return sys.modules.get("timm.models.vision_transformer")
-
-
-def _check_blocks(blocks: Any) -> None:
-    """Raise _Unlike unless every module inside is one that the chain computes."""
-    timm = _timm()
-    if type(blocks) is not nn.Sequential or not len(blocks):
-        raise _Unlike("blocks is no plain nn.Sequential")
-    norms = (nn.LayerNorm, timm.LayerNorm)
-    kinds: dict[type, dict[str, tuple[type, ...]]] = {
-        timm.Block: {
-            "norm1": norms,
-            "attn": (timm.Attention,),
-            "ls1": (nn.Identity, timm.LayerScale),
-            "drop_path1": (nn.Identity,),
-            "norm2": norms,
-            "mlp": (timm.Mlp,),
-            "ls2": (nn.Identity, timm.LayerScale),
-            "drop_path2": (nn.Identity,),
-        },
-        timm.Attention: {
-            "qkv": (FusedEFFTLinear,),
-            "q_norm": (nn.Identity,),
-            "k_norm": (nn.Identity,),
-            "attn_drop": (nn.Dropout,),
-            "norm": (nn.Identity,),
-            "proj": (FusedEFFTLinear,),
-            "proj_drop": (nn.Dropout,),
-        },
-        timm.Mlp: {
-            "fc1": (FusedEFFTLinear,),
-            "act": (nn.GELU,),
-            "drop1": (nn.Dropout,),
-            "norm": (nn.Identity,),
-            "fc2": (FusedEFFTLinear,),
-            "drop2": (nn.Dropout,),
-        },
-    }
-    for place, block in blocks.named_children():
-        if type(block) is not timm.Block:
-            raise _Unlike(f"blocks.{place} is a {type(block).__name__}, not timm's Block")
-        for name, module in block.named_modules():
-            where = f"blocks.{place}.{name}".rstrip(".")
-            children = kinds.get(type(module), {})
-            for child, found in module._modules.items():
-                if type(found) not in children.get(child, ()):
-                    raise _Unlike(
-                        f"{where}.{child} is a {type(found).__name__}, which no chain takes"
-                    )
-            if children and set(children) - set(module._modules) - {"norm"}:
-                raise _Unlike(f"{where} is not put together like timm's")
-            if "forward" in module.__dict__ or not _has_own_forward(type(module)):
-                raise _Unlike(f"the forward of {where} was replaced")
-        _check_sizes(block, f"blocks.{place}", blocks[0])
-
-
-def _has_own_forward(kind: type[nn.Module]) -> bool:
-    """Whether the class's forward is the one that was written in it, or in a class above it."""
-    forward = kind.forward
-    named = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
-    return named in {f"{above.__module__}.{above.__qualname__}.forward" for above in kind.__mro__}
-
-
-def _check_sizes(block: Any, where: str, first: Any) -> None:
-    k = first.norm1.normalized_shape[0]
-    attn, mlp = block.attn, block.mlp
-    shapes = [tuple(linear.weight.shape) for linear in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)]
-    hidden = first.mlp.fc1.out_features
-    if shapes != [(3 * k, k), (k, k), (hidden, k), (k, hidden)] or attn.num_heads != (
-        first.attn.num_heads
-    ):
-        raise _Unlike(f"{where} has other sizes than the first block")
-    if any(type(getattr(block, ls)) is not type(getattr(first, ls)) for ls in ("ls1", "ls2")):
-        raise _Unlike(f"{where} has not the first block's kind of LayerScale")
-    if any(
-        getattr(s, "gamma", None) is not None and s.gamma.shape != (k,)
-        for s in (block.ls1, block.ls2)
-    ):
-        raise _Unlike(f"a LayerScale of {where} is not one of {k} numbers")
-    for norm in (block.norm1, block.norm2):
-        if norm.normalized_shape != (k,) or norm.weight is None or norm.bias is None:
-            raise _Unlike(f"a norm of {where} is not one of {k} weights and biases")
+def has_hooks(model: nn.Module) -> bool:
+    """Whether what `chain` put there are hooks."""
+    return isinstance(find_chain(model), ChainedLayers)

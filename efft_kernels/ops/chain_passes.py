@@ -58,10 +58,14 @@ class Engine(NamedTuple):
 
 
 class FrozenLinears(NamedTuple):
-    """One kind of linear in all layers, without its factors."""
+    """One kind of linear in all L layers, without its factors.
 
-    weights: Sequence[Tensor]  # L of [N, K]
-    biases: Sequence[Tensor | None]  # L of [N]
+    A layer's may be several with as many rows each, one under the other: they follow each other
+    here, and have all of them a bias or none.
+    """
+
+    weights: Sequence[Tensor]  # L of [N, K], or multiples of that
+    biases: Sequence[Tensor | None]  # as many, of their rows
     gammas: Sequence[Tensor | None]  # L of [N], LayerScale's, or none
 
 
@@ -298,18 +302,34 @@ def merged(
     for kind, down, b in zip(frozen.kinds, thin[::2], thin[1::2], strict=True):
         gammas = [gamma for gamma in kind.gammas if gamma is not None]
         gamma = torch.stack(gammas).to(kind.weights[0].dtype) if gammas else None
-        weights.append(engine.steps.merge(kind.weights, b, down, gamma))
+        parts = len(kind.weights) // len(b)
+        if parts == 1:
+            weights.append(engine.steps.merge(kind.weights, b, down, gamma))
+            continue
+        apart = b.unflatten(1, (parts, -1)).flatten(0, 1)
+        gamma = None if gamma is None else gamma.view(len(apart), -1)
+        whole = engine.steps.merge(kind.weights, apart, down.repeat_interleave(parts, 0), gamma)
+        weights.append(whole.view(len(b), -1, whole.shape[2]))
     return weights, thin
 
 
 @torch.no_grad()
 def _biases(frozen: Frozen, dtype: torch.dtype) -> list[list[Tensor | None]]:
-    """By kind of linear all biases in `dtype`, cast at once."""
-    given = [bias for kind in frozen.kinds for bias in kind.biases if bias is not None]
+    """By kind of linear each layer's bias in `dtype`, cast at once."""
+    layers = len(frozen.norms) // 2
+    kinds = [_by_layer(kind.biases, layers) for kind in frozen.kinds]
+    given = [bias for kind in kinds for own in kind for bias in own if bias is not None]
     if not given:
-        return [list(kind.biases) for kind in frozen.kinds]
-    cast = iter(torch.cat(given).to(dtype).split([bias.numel() for bias in given]))
-    return [[None if b is None else next(cast) for b in kind.biases] for kind in frozen.kinds]
+        return [[None] * layers for _ in kinds]
+    sizes = [sum(b.numel() for b in own if b is not None) for kind in kinds for own in kind]
+    cast = iter(torch.cat(given).to(dtype).split([size for size in sizes if size]))
+    return [[None if own[0] is None else next(cast) for own in kind] for kind in kinds]
+
+
+def _by_layer(biases: Sequence[Tensor | None], layers: int) -> list[Sequence[Tensor | None]]:
+    """Those of each layer."""
+    parts = len(biases) // layers
+    return [biases[place : place + parts] for place in range(0, len(biases), parts)]
 
 
 def _empty_grads(stacks: Sequence[Tensor]) -> list[Tensor]:

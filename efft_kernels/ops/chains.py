@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
@@ -171,6 +172,29 @@ def watched() -> str | None:
 
 
 # The chain
+
+
+def side_by_side(linears: Sequence[tuple[Tensor, Tensor]], one_down: bool) -> tuple[Tensor, Tensor]:
+    """The stacks of one linear that is made of several, which read the same x: the weights one
+    under the other.
+
+    Args:
+        linears: of each the stacks of down [L, K, r] and of B [L, N, r].
+        one_down: they have the same `down`, and the first one's stands for all; else each has
+            columns of its own.
+    """
+    downs, bs = zip(*linears, strict=True)
+    if len(linears) == 1:
+        return linears[0]
+    if one_down:
+        return downs[0], torch.cat(bs, 1)
+    whole = torch.cat(downs, 2)
+    padded, start = [], 0
+    for b in bs:
+        stop = start + b.shape[2]
+        padded.append(F.pad(b, (start, whole.shape[2] - stop)))
+        start = stop
+    return whole, torch.cat(padded, 1)
 
 
 def scaled(frozen: Frozen, factors: Sequence[Tensor]) -> tuple[Frozen, list[Tensor]]:

@@ -41,7 +41,7 @@ def run_stacks(
 
     Args:
         x: [images, tokens, K].
-        frozen, factors: as there.
+        frozen, factors: as there, each layer with one linear of a kind.
         attention: SDPBackend's number of the kernel.
         dtype: of the GEMMs.
     """

@@ -904,9 +904,10 @@ class TestAttach:
         assert why in attach(model, LoRA(rank=2, matrices=None)).describe().alone
 
     def test_no_block(self, make_vit):
-        bank = attach(make_vit(), EFFT).bank
-        chain = chained.ChainedBlocks(nn.Sequential(), bank)
-        assert chain.sites() == "blocks is no plain nn.Sequential"
+        model = make_vit()
+        bank = attach(model, EFFT).bank
+        model.blocks = nn.Sequential()
+        assert chained.chain(model, bank) == "blocks is no plain nn.Sequential"
 
     def test_a_patched_class(self, make_vit, monkeypatch):
         model = make_vit()

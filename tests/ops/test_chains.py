@@ -384,6 +384,39 @@ def test_without_biases(layers: list[Layer]) -> None:
     torch.testing.assert_close(run_chain(x, bare, ENGINE), plain(x, bare))
 
 
+def test_linears_that_are_several(layers: list[Layer]) -> None:
+    """The weights one under the other, as of q, k and v; with and without biases."""
+    x = draw(IMAGES, TOKENS, K, grad=True)
+    expected = run_chain(x, layers, ENGINE)
+    frozen, thin = operands(layers)
+    kinds = []
+    for parts, kind in zip((3, 2, 1, 4), frozen.kinds, strict=True):
+        weights = [w for weight in kind.weights for w in weight.chunk(parts)]
+        biases = [
+            b
+            for bias in kind.biases
+            for b in ([None] * parts if bias is None else bias.chunk(parts))
+        ]
+        kinds.append(kind._replace(weights=weights, biases=biases))
+    found = chains.run_stacks(x, frozen._replace(kinds=kinds), thin, ENGINE)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(y.tanh().sum(), [x, *factors(layers)]) for y in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("one_down", [False, True])
+def test_several_linears_of_one_input(one_down: bool) -> None:
+    down = draw(2, K, 3)
+    downs = [down] * 3 if one_down else [draw(2, K, rank) for rank in (3, 1, 2)]
+    pairs = [(each, draw(2, n, each.shape[2])) for each, n in zip(downs, (5, 4, 6), strict=True)]
+    whole, b = chains.side_by_side(pairs, one_down)
+    assert whole.shape == (2, K, 3 if one_down else 6)
+    expected = torch.cat([part @ own.mT for own, part in pairs], 1)
+    torch.testing.assert_close(b @ whole.mT, expected)
+    assert chains.side_by_side(pairs[:1], one_down) == pairs[0]
+
+
 def test_what_watches_the_model() -> None:
     assert chains.watched() is None
     seen = []
