@@ -294,7 +294,8 @@ def _transformers_departed(blocks: Sequence[Block]) -> str | None:
     attentions = [block.attn for block in blocks]
     if any(attention.config._attn_implementation != "sdpa" for attention in attentions):
         return "an attention of the blocks is not torch's: attn_implementation is not 'sdpa'"
-    functions = getattr(sys.modules[type(attentions[0]).__module__], "ALL_ATTENTION_FUNCTIONS", {})
+    (module,) = {type(attention).__module__ for attention in attentions}
+    functions = getattr(sys.modules[module], "ALL_ATTENTION_FUNCTIONS", {})
     known = getattr(sys.modules.get(_SDPA), "sdpa_attention_forward", None)
     if functions.get("sdpa") is not known:
         return "transformers' 'sdpa' was replaced"
@@ -313,10 +314,9 @@ def _transformers_departed(blocks: Sequence[Block]) -> str | None:
 def _captures_nothing(hook: Any) -> bool:
     """Whether it is one of those that transformers leaves on the layers for `output_hidden_states`
     and the like, and nobody asks for any at present."""
-    if getattr(hook, "__module__", None) != _CAPTURING:
-        return False
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
-    return collector is not None and not collector.get()
+    its_own = getattr(hook, "__module__", None) == _CAPTURING
+    return its_own and collector is not None and not collector.get()
 
 
 # What keys of a layer's call say nothing to its attention, whatever their values.
@@ -381,7 +381,7 @@ def _check_sizes(kind: BlockKind, block: Block, where: str, first: Block) -> Non
     heads = kind.heads_of(block)
     if shapes != expected or heads != kind.heads_of(first):
         raise Unlike(f"{where} has other sizes than the first block")
-    if len({linear.bias is None for linear in block.qkv}) > 1:
+    if any((linear.bias is None) is not (block.qkv[0].bias is None) for linear in block.qkv):
         raise Unlike(f"only some of q, k and v of {where} have a bias")
     pairs = (block.scale1, first.scale1), (block.scale2, first.scale2)
     if any(type(own) is not type(other) for own, other in pairs):

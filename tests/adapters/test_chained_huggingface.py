@@ -715,6 +715,29 @@ class TestAttach:
         assert why in description.alone
         assert {row["fused"] for row in description.rows} == {"alone"}
 
+    @pytest.mark.parametrize(
+        ("of", "name", "value", "why"),
+        [
+            ("attention.k_proj", "bias", None, "only some of q, k and v of vit.layers.1 have"),
+            ("", "layernorm_after", nn.LayerNorm(24, bias=False), "a norm of vit.layers.1"),
+            ("", "layernorm_after", nn.LayerNorm([1, 24]), "a norm of vit.layers.1"),
+            ("attention", "num_attention_heads", 4, "vit.layers.1 has other sizes"),
+            ("attention", "o_proj", nn.Identity(), "attention.o_proj is a Identity"),
+        ],
+        ids=lambda value: str(value),
+    )
+    def test_a_layer_that_differs(self, of, name, value, why):
+        model = make()
+        setattr(model.vit.layers[1].get_submodule(of), name, copy.deepcopy(value))
+        assert why in attach(model, LoRA(rank=2, matrices=None)).describe().alone
+
+    def test_heads_that_do_not_divide_the_width(self):
+        model = make()
+        for layer in model.vit.layers:
+            layer.attention.num_attention_heads = 5
+        alone = attach(model, EFFT).describe().alone
+        assert alone == "the attention of vit.layers.0 is not the plain one"
+
     def test_models_that_are_none(self, monkeypatch):
         """Not even where neither package was imported."""
         model = nn.Sequential(nn.Linear(4, 4))
