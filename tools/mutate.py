@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from multiprocessing.connection import Connection
@@ -1211,7 +1211,9 @@ def main() -> None:
         file: list(faults)
         for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file)
     }
-    with ThreadPoolExecutor(options.jobs) as pool:
+    # Processes, not threads: a fork of a thread is no main thread to those who ask.
+    forks = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(options.jobs, forks) as pool:
         results = pool.map(try_all, of_files, of_files.values())
         for file, survivors in zip(of_files, results, strict=True):
             if survivors is None:
