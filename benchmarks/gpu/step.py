@@ -248,16 +248,26 @@ def unbroken_floor(base: nn.Module) -> nn.Module:
     The hook of the eager floor breaks the graph, and then Dynamo no longer compiles the forward of
     any other peer as a whole either.
     """
-    model: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    model.pos_embed = nn.Parameter(model.pos_embed.detach().clone())
-    whole: nn.Module = model
-    return whole
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    owner, name = position_embedding(model)
+    setattr(owner, name, nn.Parameter(getattr(owner, name).detach().clone()))
+    return model
+
+
+def position_embedding(model: Any) -> tuple[nn.Module, str]:
+    """The module that has it and its name there, in timm's ViT or Hugging Face's."""
+    if hasattr(model, "pos_embed"):
+        return model, "pos_embed"
+    return model.vit.embeddings, "position_embeddings"
 
 
 def tokens(model: Any) -> int:
     """Rows of a ViT's linears for one image."""
-    count: int = model.patch_embed.num_patches + model.num_prefix_tokens
-    return count
+    if hasattr(model, "patch_embed"):
+        count: int = model.patch_embed.num_patches + model.num_prefix_tokens
+        return count
+    owner, name = position_embedding(model)
+    return getattr(owner, name).shape[1]  # type: ignore[no-any-return]
 
 
 def release(device: str) -> None:
@@ -334,7 +344,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT")
+    parser.add_argument(
+        "--model", default="vit_base_patch16_224", help="a timm ViT, or transformers.ViT-S/16"
+    )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(

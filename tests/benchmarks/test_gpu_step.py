@@ -202,6 +202,27 @@ def test_a_run_on_a_gpu_captures_every_peer(
     assert capsys.readouterr().err.count("RuntimeError: the profiler saw no kernel") == len(names)
 
 
+def test_rows_and_floor_of_either_library(small_model: nn.Module) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+    )
+    theirs = ViTForImageClassification(config).requires_grad_(False)
+    assert step.tokens(theirs) == 17
+    assert step.tokens(small_model) == 5
+    for model in (theirs, small_model):
+        floor = step.unbroken_floor(model)
+        trained = [name for name, p in floor.named_parameters() if p.requires_grad]
+        assert [name for name in trained if "pos" in name] and len(trained) <= 3
+        assert not any(p.requires_grad for name, p in model.named_parameters() if "pos" in name)
+
+
 def test_what_was_captured_lives_as_long_as_its_replay(fake_cuda: dict[str, Any]) -> None:
     """An optimizer's state, say: the graph holds its address alone."""
     state = torch.ones(3)
