@@ -736,7 +736,7 @@ class TestAttach:
         for layer in model.vit.layers:
             layer.attention.num_attention_heads = 5
         alone = attach(model, EFFT).describe().alone
-        assert alone == "the attention of vit.layers.0 is not the plain one"
+        assert alone == "an attention of the blocks is not the plain one"
 
     def test_models_that_are_none(self, monkeypatch):
         """Not even where neither package was imported."""
