@@ -312,6 +312,21 @@ def test_towers_that_read_text_are_offered_as_they_are(kinds):
     assert "to adapt them as well" in found.warning(LoRA(rank=2), [site])
 
 
+def test_linears_narrower_than_the_rank_are_not_offered():
+    site = Site("0.attn.q", "q", 0, 0, 4, 4)
+    left = dict.fromkeys(["0.attn.wide", "0.attn.narrow"], "attention")
+    method = LoRA(rank=4, matrices=None)
+
+    def advice(narrowest):
+        sizes = dict(zip(left, (4, narrowest), strict=True))
+        text = Coverage("Model", (site.name,), left, {}, sizes).warning(method, [site])
+        return text.partition(" Pass ")[2]
+
+    assert "narrow" in advice(4) and "(without" not in advice(4)
+    named = "(without 1 *.attn.narrow, which are narrower than rank=4)"
+    assert named in advice(3) and "narrow'" not in advice(3)
+
+
 @pytest.mark.parametrize(
     ("method", "offered"),
     [
