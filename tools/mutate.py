@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "efft_kernels"
 SECONDS = 900.0  # for a file's tests without a fault, traced
 LONG = 10.0  # seconds of a test that is not run for every fault
+NOWHERE = -1  # a line that no test runs
 OTHERS = 20.0  # seconds of tests in which a line did not run, where there are some in which it did
 
 CHAINED = tuple(
@@ -982,33 +983,31 @@ class _Warm:
         live = _live_functions(self.path)
         gc.collect()
         gc.freeze()
-        # First without a fault: tests that cannot run again would notice everything.
-        if not self.faults or not self._pass_again(items):
+        # First without a fault, in the order of seconds, which is that of faults: tests that cannot
+        # run again so would notice everything.
+        if not self.faults or not self._pass_again(items, [], NOWHERE):
             return set()
-        swaps = {number: _swaps(fault, live) for number, fault in enumerate(self.faults)}
-        return {
-            number
-            for number, fault in enumerate(self.faults)
-            if swaps[number] and not self._pass_again(items, swaps[number], fault.line)
-        }
+        noticed = set()
+        for number, fault in enumerate(self.faults):
+            swaps = _swaps(fault, live)
+            if swaps and not self._pass_again(items, swaps, fault.line):
+                noticed.add(number)
+        return noticed
 
-    def _pass_again(
-        self, items: Sequence[pytest.Item], swaps: _Swaps | None = None, line: int | None = None
-    ) -> bool:
+    def _pass_again(self, items: Sequence[pytest.Item], swaps: _Swaps, line: int) -> bool:
         """Whether the tests pass once more, in a fork with the functions' other code."""
         process = os.fork()
         if not process:
             try:
-                os._exit(self._run_again(list(items), swaps or [], line))
+                os._exit(self._run_again(list(items), swaps, line))
             except BaseException:
                 os._exit(2)
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
-    def _run_again(self, items: list[pytest.Item], swaps: _Swaps, line: int | None) -> int:
+    def _run_again(self, items: list[pytest.Item], swaps: _Swaps, line: int) -> int:
         for function, code in swaps:
             function.__code__ = code
-        if line is not None:
-            _Order(self.tests, line).pytest_collection_modifyitems(items)
+        _Order(self.tests, line).pytest_collection_modifyitems(items)
         for item, after in zip(items, [*items[1:], None], strict=True):
             signal.setitimer(signal.ITIMER_REAL, 10 + 10 * self.tests[item.nodeid][0])
             item.ihook.pytest_runtest_protocol(item=item, nextitem=after)

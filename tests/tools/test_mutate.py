@@ -150,8 +150,14 @@ def test_faults_are_tried_where_the_functions_are(
     assert survivors is not None
     assert {fault.after for fault in survivors} == {"3", "pass"}  # a default is made at import
 
-    failing = tmp_path / "tests/test_it.py"
-    failing.write_text(failing.read_text() + "def test_more():\n    assert not shapes.area(1)\n")
+    file = tmp_path / "tests/test_it.py"
+    source = file.read_text()
+    # What passes once a process alone notices nothing in a second run, whatever the fault.
+    file.write_text(
+        source + "ran = []\ndef test_once():\n    ran.append(1)\n    assert ran == [1]\n"
+    )
+    assert mutate.try_all("shapes.py", faults) == faults
+    file.write_text(source + "def test_more():\n    assert not shapes.area(1)\n")
     assert mutate.try_all("shapes.py", faults) is None
 
 
