@@ -1007,9 +1007,10 @@ class _Warm:
     def _run_again(self, items: list[pytest.Item], swaps: _Swaps, line: int) -> int:
         for function, code in swaps:
             function.__code__ = code
-        _Order(self.tests, line).pytest_collection_modifyitems(items)
+        order = _Order(self.tests, line)
+        order.pytest_collection_modifyitems(items)
         for item, after in zip(items, [*items[1:], None], strict=True):
-            signal.setitimer(signal.ITIMER_REAL, 10 + 10 * self.tests[item.nodeid][0])
+            order.pytest_runtest_protocol(item)
             item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
             if self.failed:
                 return 1

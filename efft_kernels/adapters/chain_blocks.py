@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -43,10 +44,10 @@ class Block(NamedTuple):
     @property
     def scales(self) -> tuple[nn.Module, ...]:
         """Its LayerScales."""
-        return tuple(s for s in (self.scale1, self.scale2) if type(s) not in (nn.Identity, _NONE))
+        none = nn.Identity, NoneType
+        return tuple(s for s in (self.scale1, self.scale2) if type(s) not in none)
 
 
-_NONE = type(None)
 Children = Mapping[str, tuple[type, ...]]
 
 

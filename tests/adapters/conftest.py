@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 
 from efft_kernels import EFFT1, Adapter, attach
 from efft_kernels.methods import Method
+from efft_kernels.ops import chains
+from efft_kernels.testing.cpu_chain import cpu_engine
 
 
 @pytest.fixture
@@ -33,3 +36,34 @@ def adapted(
         return model.eval(), adapter
 
     return make
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The chains that ran. What runs one takes tensors of the CPU, in any dtype."""
+
+    def run_stacks(*arguments: Any) -> torch.Tensor:
+        found.append(arguments)
+        return run(*arguments)
+
+    found: list[tuple[Any, ...]] = []
+    run = chains.run_stacks
+    monkeypatch.setattr(chains, "refusal", lambda x: None)
+    monkeypatch.setattr(chains, "engine_for", lambda x, heads, rank: cpu_engine(x.dtype))
+    monkeypatch.setattr(chains, "run_stacks", run_stacks)
+    return found
+
+
+@pytest.fixture
+def exchange_groups() -> Callable[[nn.Module], None]:
+    """Put a copy in the place of each group in a model's bank, with other cores."""
+
+    def exchange(model: nn.Module) -> None:
+        bank: Any = model.factor_bank
+        for name, group in list(bank.named_children()):
+            other = copy.deepcopy(group)
+            with torch.no_grad():
+                other.core.mul_(-3.0)
+            setattr(bank, name, other)
+
+    return exchange

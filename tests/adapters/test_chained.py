@@ -37,7 +37,7 @@ from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.ops import chains, compiled_chain
 from efft_kernels.ops.backends.chain_steps import TorchSteps
 from efft_kernels.ops.dispatch import requested_backend, use_backend
-from efft_kernels.testing.cpu_chain import CPU_ATTENTION, cpu_engine
+from efft_kernels.testing.cpu_chain import CPU_ATTENTION
 from efft_kernels.testing.error_budget import BUDGET, relative_error
 
 EFFT = EFFT2(rank=3, dropout=0.0, scale=0.7)
@@ -53,21 +53,6 @@ METHODS = [
     LoRA(rank=2, matrices=("q", "v", "o", "fc1", "fc2")),
     KAdaptation(products=2, matrices=None),
 ]
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """The chains that ran. What runs one takes tensors of the CPU, in any dtype."""
-
-    def run_stacks(*arguments):
-        found.append(arguments)
-        return run(*arguments)
-
-    found, run = [], chains.run_stacks
-    monkeypatch.setattr(chains, "refusal", lambda x: None)
-    monkeypatch.setattr(chains, "engine_for", lambda x, heads, rank: cpu_engine(x.dtype))
-    monkeypatch.setattr(chains, "run_stacks", run_stacks)
-    return found
 
 
 @pytest.fixture
@@ -701,21 +686,13 @@ def test_linears_of_one_kind_with_several_ranks(models):
 class TestGroupsThatAreExchanged:
     """After the first look, in the bank: what is there now is what runs and learns."""
 
-    def exchanged(self, model):
-        bank = model.factor_bank
-        for name, group in list(bank.named_children()):
-            other = copy.deepcopy(group)
-            with torch.no_grad():
-                other.core.mul_(-3.0)
-            setattr(bank, name, other)
-
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_another_group(self, models, images, runs, graphs, compiled):
+    def test_another_group(self, models, images, runs, graphs, exchange_groups, compiled):
         pair = models()
         call = torch.compile(pair[0], backend="aot_eager") if compiled else pair[0]
         step_of(call, pair[0], images)
         for model in pair:
-            self.exchanged(model)
+            exchange_groups(model)
         close(step_of(call, pair[0], images), step(pair[1], images))
         assert compiled or len(runs) == 2
 

@@ -36,7 +36,6 @@ from efft_kernels import (
 from efft_kernels.adapters import chain_blocks, chained
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.ops import chains
-from efft_kernels.testing.cpu_chain import cpu_engine
 from efft_kernels.testing.error_budget import BUDGET, relative_error
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
@@ -82,21 +81,6 @@ def make(name="vit", kind=None, seed=5, **options):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.train()
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """The chains that ran. What runs one takes tensors of the CPU, in any dtype."""
-
-    def run_stacks(*arguments):
-        found.append(arguments)
-        return run(*arguments)
-
-    found, run = [], chains.run_stacks
-    monkeypatch.setattr(chains, "refusal", lambda x: None)
-    monkeypatch.setattr(chains, "engine_for", lambda x, heads, rank: cpu_engine(x.dtype))
-    monkeypatch.setattr(chains, "run_stacks", run_stacks)
-    return found
 
 
 @pytest.fixture
@@ -560,16 +544,11 @@ class TestInAGraph:
 
 class TestGroupsThatAreExchanged:
     @pytest.mark.parametrize("method", [EFFT, FacTTT(rank=3, dropout=0.0)], ids=str)
-    def test_another_group(self, models, images, runs, method):
+    def test_another_group(self, models, images, runs, exchange_groups, method):
         pair = models(method=method)
         for model in pair:
             step(model, images)
-            bank = model.factor_bank
-            for name, group in list(bank.named_children()):
-                other = copy.deepcopy(group)
-                with torch.no_grad():
-                    other.core.mul_(-3.0)
-                setattr(bank, name, other)
+            exchange_groups(model)
         close(*(step(model, images) for model in pair))
         assert len(runs) == 2
 

@@ -44,9 +44,7 @@ __all__ = [
     "NAME",
     "NATIVE",
     "STRATEGIES",
-    "backward",
     "excluded",
-    "forward",
     "launches",
     "out_of_reach",
     "preferred",
@@ -58,6 +56,8 @@ if find_spec("triton") is not None:
     from .backward import backward
     from .device import INTERPRETED
     from .forward import forward
+
+    __all__ += ["backward", "forward"]
 
 
 def unavailable() -> str | None:

@@ -37,6 +37,10 @@ def on(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_all_that_a_backend_offers_is_listed():
+    assert {"forward", "backward"} <= set(backend.__all__) <= set(vars(backend))
+
+
 def test_unavailable_says_how_to_get_it():
     reason = backend.unavailable()
     assert "no CUDA device" in reason and "TRITON_INTERPRET=1" in reason
