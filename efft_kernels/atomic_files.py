@@ -1,7 +1,8 @@
 """Writing a file in one step: its path holds either the old content or the new, never a part.
 
-What is being written lies beside the file, under a name that says which process writes it. What a
-killed process left there is removed when the file is written next.
+What is being written lies beside the file, in a folder whose name says which process writes it:
+also what a library makes on its way, as safetensors does. What a killed process left there is
+removed when the file is written next.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, which becomes `path` when the block ends well.
+    """A temporary path of the same name, which becomes `path` when the block ends well.
 
-    On an error the temporary file is removed and `path` is as it was. The file gets the mode that
-    the umask gives. Of a link the file it leads to is replaced, not the link.
+    It lies in a new folder beside `path`, in which the block may make other files, too: they are
+    removed with the folder. On an error the temporary file is removed and `path` is as it was. The
+    file gets the mode that the umask gives. Of a link the file it leads to is replaced, not the
+    link.
 
     Args:
         path: the file to make or replace; its folder must exist.
@@ -39,10 +42,12 @@ def replacing(path: Path) -> Iterator[Path]:
     target = follow_link(path)
     if not target.parent.is_dir() or (target.exists() and not target.is_file()):
         raise FileNotFoundError(f"path must be a file in an existing folder, got {path}")
-    temporary = temporary_beside(target)
-    with os_errors_about(path, temporary):
-        temporary.touch(exist_ok=False)
+    folder = temporary_beside(target)
+    temporary = folder / target.name
+    with os_errors_about(path, folder):
+        folder.mkdir()
         try:
+            temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
             # safetensors puts a file of its own in the place of the one made here, readable by its
@@ -52,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

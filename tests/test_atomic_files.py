@@ -41,6 +41,17 @@ def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_else_the_writer_makes_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "file.png"
+    for text in ("new", "newer"):
+        with replacing(path) as temporary:
+            assert temporary.name == "file.png"
+            temporary.with_suffix(".part").write_text("half")
+            temporary.write_text(text)
+        assert path.read_text() == text
+        assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_mode_is_the_umasks_whatever_the_writer_does(tmp_path: Path) -> None:
     with replacing(tmp_path / "file") as temporary:
         temporary.chmod(0o600)
@@ -157,6 +168,7 @@ folder.mkdir()
 (folder / "half").touch()
 with replacing(Path(sys.argv[1])) as path:
     path.write_text("half")
+    (path.parent / ".tmpx7Q").touch()  # as safetensors does
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -167,7 +179,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert killed.returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())
     assert len(left) == 2
-    dead = next(name.name for name in left if name.is_file())
+    dead = left[0].name
     assert dead.startswith(".file[1].")
     kept = [
         temporary_beside(tmp_path / "file").with_name(dead.replace("file[1]", "file")),
