@@ -102,10 +102,15 @@ def remove_stale(target: Path) -> None:
     )
     for path in target.parent.iterdir():
         if (match := own.fullmatch(path.name)) and _is_dead(int(match["pid"])):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with what is in it; another process may do so, too."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @cache

@@ -22,7 +22,7 @@ import torch
 from .. import __version__
 from ..adapters.adapter_file import FORMAT as ADAPTER_FORMAT
 from ..adapters.adapter_file import read_adapter_file
-from ..atomic_files import write_bytes, write_text
+from ..atomic_files import remove, write_bytes, write_text
 from ..baselines import BASELINE_FORMAT
 from .settings import BEFORE_THERE_WAS, TrainSettings, check_recorded
 
@@ -68,7 +68,7 @@ def remove_leftovers(output: Path) -> None:
     """Delete the half-written files of a run that was killed while saving."""
     for path in output.iterdir():
         if _is_leftover(path):
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def _is_leftover(path: Path) -> bool:

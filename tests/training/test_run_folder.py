@@ -206,6 +206,9 @@ def test_what_a_kill_while_saving_left_is_removed(tmp_path: Path) -> None:
     kept = {*files, ".hidden", ".state.pt", "x.state.pt.1"}
     for name in (*kept, *(f".{name}.x1" for name in files)):
         (tmp_path / name).touch()
+    for name in files:
+        (tmp_path / f".{name}.x2").mkdir()
+        (tmp_path / f".{name}.x2" / name).touch()
     run_folder.remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
 
