@@ -25,13 +25,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
   // What lies between the GEMMs of a chain (ops/chains.py), on CUDA: z + y, its LayerNorm x̂ and
   // P = x̂·down with mean and rstd [M]; and dz + residual, the same in dout's dtype and the partial
   // sums [programs, K, 16] of x̂^T·S. z, its gradient, weight, bias, mean and rstd are float32, all
-  // is contiguous, K a multiple of 64 up to 1024, the rank at most 16.
+  // is contiguous, K a multiple of 64 up to 1024, the rank at most 16. The pair: partial sums of
+  // x^T·S and of dY^T·P, S = dY·B and P = x·down, in float32, of what is all in 16 bits.
   m.def(
       "native_norm(Tensor z, Tensor? y, Tensor weight, Tensor bias, Tensor down, float eps)"
       " -> (Tensor z_out, Tensor out, Tensor p, Tensor mean, Tensor rstd)");
   m.def(
       "native_norm_grad(Tensor dout, Tensor z, Tensor mean, Tensor rstd, Tensor weight,"
       " Tensor bias, Tensor residual, Tensor s) -> (Tensor dz, Tensor dy, Tensor d_down)");
+  m.def(
+      "native_pair_grad(Tensor x, Tensor dy, Tensor down, Tensor b)"
+      " -> (Tensor d_down, Tensor d_b)");
   // Item i of x [items, rows, K] with the factors of task task_of_item[i]: down [tasks, K, Ra], and
   // b [tasks, N, Ra], folded. For inference, on the CPU.
   m.def(

@@ -728,7 +728,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "they are as many, whatever the call",
     (
         "ops/backends/cuda_chain.py",
-        "MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/norm/sizes.h",
+        "MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/chain/sizes.h",
         "1025",
     ): "widths are multiples of 64",
     (

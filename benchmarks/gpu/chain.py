@@ -90,6 +90,7 @@ def candidates(device: str) -> dict[str, list[Any]]:
             PassConfig(32, 128, 528, 4, 3),
             PassConfig(64, 128, 132, 8, 3),
             PassConfig(128, 64, 528, 8, 3),
+            NATIVE,
         ],
         "gelu": [
             ActConfig(32, 128, 1, 8, 3),
@@ -126,7 +127,7 @@ def make_steps(shapes: Any) -> TorchSteps:
         return TritonSteps(shapes)
     if (reason := native_library.cuda_unavailable()) is not None:
         raise RuntimeError(reason)
-    return CudaSteps(shapes)
+    return CudaSteps(shapes, pair_grad=shapes.pair_grad == NATIVE)
 
 
 def calls(

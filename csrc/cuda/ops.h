@@ -48,4 +48,10 @@ std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout,      // [M, K]
                                                     Tensor residual,  // [M, K]
                                                     Tensor s);        // [M, rank]
 
+// The partial sums [programs, K, R] of d_down = x^T·S and of d_B = dY^T·P.
+std::tuple<Tensor, Tensor> native_pair_grad(Tensor x,     // [M, K]
+                                            Tensor dy,    // [M, K]
+                                            Tensor down,  // [K, rank]
+                                            Tensor b);    // [K, rank]
+
 }  // namespace efft_kernels::cuda

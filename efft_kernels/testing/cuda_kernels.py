@@ -5,7 +5,7 @@
     thin-bf16-32, tall_grad-bf16-32, thin_grad-bf16       the passes, with their padded rank
     thin-bf16-32-odd                                      rows that are not of whole 16 bytes
     fold-f32, merge-f32, unfold-f32, reduce               the small ones, with what they read
-    norm-bf16-384, norm_grad-bf16-384                     a chain's, with the threads they are for
+    norm-bf16-384, norm_grad-bf16-384, pair_grad-f16-512  a chain's, with the threads they are for
 
 In the forward w lies in rows of I, in dX in rows of C (csrc/cuda/gemm/sm90.cuh).
 """
@@ -27,13 +27,14 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 # Parts of a kernel's C++ name, mangled or as a profiler shows it.
 _PASSES = ("thin", "thin_grad", "tall_grad")
+_CHAIN = ("norm", "norm_grad", "pair_grad")
 _KERNEL = re.compile(
-    rf"(gemm_sm90|gemm_sm80|{'|'.join(_PASSES)}|norm|norm_grad|reduce|fold|merge|unfold)_kernel"
+    rf"(gemm_sm90|gemm_sm80|{'|'.join((*_PASSES, *_CHAIN))}|reduce|fold|merge|unfold)_kernel"
     r"(?:(?:<|I)\d*(__nv_bfloat16|__half|f))?"
 )
 _DTYPES = {"__nv_bfloat16": "bf16", "__half": "f16", "f": "f32"}
 _CONFIG = re.compile(r"Config(?:<|ILi)(\d+)(?:(?:, |ELi)(\d+))?")
-_THREADS = re.compile(r"norm\w*_kernel(?:<\w+, |I\d*[a-z_]\w*?Li)(\d+)")
+_THREADS = re.compile(rf"(?:{'|'.join(_CHAIN)})_kernel(?:<\w+, |I\d*[a-z_]\w*?Li)(\d+)")
 _LAYOUT = re.compile(r"WLayout[)E](\d)")
 _WHOLE = re.compile(r", true>|Lb1E")
 

@@ -134,7 +134,7 @@ class Case:
 
 @dataclass(frozen=True)
 class NormCase:
-    """A chain's norm and its gradient by the CUDA kernels (ops/backends/cuda_chain.py).
+    """A chain's norm, its gradient and proj's by the CUDA kernels (ops/backends/cuda_chain.py).
 
     Attributes:
         M, K, rank: rows and columns of the stream, and columns of P and S.
@@ -156,7 +156,8 @@ class NormCase:
     def plan(self) -> list[str]:
         """The CUDA kernels of a forward and a backward."""
         threads = 384 if self.K <= 768 else 512
-        return [f"{kernel}-{DTYPES[self.dtype]}-{threads}" for kernel in ("norm", "norm_grad")]
+        kernels = "norm", "norm_grad", "pair_grad"
+        return [f"{kernel}-{DTYPES[self.dtype]}-{threads}" for kernel in kernels]
 
 
 _HALVES = (torch.bfloat16, torch.float16)

@@ -118,6 +118,20 @@ struct NormGradArguments {
   int rank;
 };
 
+// Partial sums of x^T·S and dY^T·P, with S = dY·B and P = x·down. Everything is contiguous and
+// starts at a multiple of 16 bytes; x and dY are of one width.
+struct PairGradArguments {
+  Dtype dtype;       // of all but the sums
+  const void* x;     // [M, K]
+  const void* dy;    // [M, K]
+  const void* down;  // [K, rank]
+  const void* b;     // [K, rank]
+  float* d_down;     // [programs, K, R]
+  float* d_b;        // [programs, K, R]
+  int64_t rows, width, programs;
+  int rank;
+};
+
 // The second stage: out[c, r] = sum of partial[part, c, r], in order, rounded once.
 struct ReduceArguments {
   const float* partial;  // [parts, C, R]

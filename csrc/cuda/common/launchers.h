@@ -18,9 +18,10 @@ cudaError_t launch_thin_grad(const ThinGradArguments& t, cudaStream_t stream);
 
 cudaError_t launch_tall_grad(const TallGradArguments& t, int rank_padded, cudaStream_t stream);
 
-// Widths and ranks that norm_takes of norm/sizes.h lets pass.
+// Widths and ranks that chain_takes of chain/sizes.h lets pass.
 cudaError_t launch_norm(const NormArguments& a, cudaStream_t stream);
 cudaError_t launch_norm_grad(const NormGradArguments& a, cudaStream_t stream);
+cudaError_t launch_pair_grad(const PairGradArguments& a, cudaStream_t stream);
 
 // One or two sums in one launch; `second` may have no parts.
 cudaError_t launch_reduce(const ReduceArguments& first, const ReduceArguments& second,

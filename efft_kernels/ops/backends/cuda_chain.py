@@ -1,7 +1,8 @@
 """A chain's norm and its gradient by CUDA C++; the other steps as Triton's launches.
 
-native_norm         z + y, x̂, P and the statistics in one pass     csrc/cuda/norm/norm.cu
-native_norm_grad    dz and dy, with x̂^T·S from the same z          csrc/cuda/norm/norm_grad.cu
+native_norm         z + y, x̂, P and the statistics in one pass     csrc/cuda/chain/norm.cu
+native_norm_grad    dz and dy, with x̂^T·S from the same z          csrc/cuda/chain/norm_grad.cu
+native_pair_grad    both thin gradients of proj, if asked for      csrc/cuda/chain/pair_grad.cu
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from . import native_library
 from .chain_steps import Norm, Normed
-from .triton.chain import TritonSteps
+from .triton.chain import Configs, TritonSteps
 
-MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/norm/sizes.h
+MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/chain/sizes.h
 
 
 def takes(k: int, rank: int, index: int) -> bool:
@@ -32,7 +33,17 @@ def takes(k: int, rank: int, index: int) -> bool:
 
 
 class CudaSteps(TritonSteps):
-    """The steps where `takes` says so."""
+    """The steps where `takes` says so.
+
+    Args:
+        configs: Triton's block shapes, for the other steps.
+        pair_grad: that step in CUDA C++ as well, where x and dY are of one width. No GPU has timed
+            it yet.
+    """
+
+    def __init__(self, configs: Configs, pair_grad: bool = False) -> None:
+        super().__init__(configs)
+        self._native_pair = pair_grad
 
     def norm(
         self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype
@@ -60,6 +71,14 @@ class CudaSteps(TritonSteps):
             return super().norm_grad(dout, z, mean, rstd, norm, residual, s)
         dz, dy, sum_down = torch.ops.efft_kernels.native_norm_grad(*operands)
         return dz, dy, sum_down
+
+    def pair_grad(self, x: Tensor, dy: Tensor, down: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        x, dy = x.contiguous(), dy.contiguous()
+        fits = x.shape[1] == dy.shape[1] and _on_16_bytes(x, dy, down, b)
+        if not (self._native_pair and fits):
+            return super().pair_grad(x, dy, down, b)
+        sum_down, sum_b = torch.ops.efft_kernels.native_pair_grad(x, dy, down, b)
+        return sum_down, sum_b
 
 
 def _on_16_bytes(*tensors: Tensor | None) -> bool:

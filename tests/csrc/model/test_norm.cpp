@@ -1,8 +1,8 @@
 // A chain's norm and its gradient on the model.
 
 #include "matrices.h"
-#include "norm/norm.cu"
-#include "norm/norm_grad.cu"
+#include "chain/norm.cu"
+#include "chain/norm_grad.cu"
 
 using namespace efft_kernels::cuda;
 
@@ -107,7 +107,7 @@ static void norms(int64_t m, int64_t k, int rank, bool branch, int64_t programs,
   auto residual = normal<float>(m, k, 8);
   Stored<float> dz(m, k);
   Stored<T> dy(m, k);
-  std::vector<float> partial(programs * k * kNormRank, std::nanf(""));
+  std::vector<float> partial(programs * k * kChainRank, std::nanf(""));
   NormGradArguments b{};
   b.dtype = kDtype<T>;
   b.dout = data(dout);
@@ -141,17 +141,17 @@ static void norms(int64_t m, int64_t k, int rank, bool branch, int64_t programs,
   expect_near("dy", dy, kRounding<T>, gradient);
   dz.expect_margins_untouched("beside dz");
   dy.expect_margins_untouched("beside dy");
-  Stored<float> d_down(k, kNormRank);
+  Stored<float> d_down(k, kChainRank);
   for (int64_t c = 0; c < k; ++c)
-    for (int r = 0; r < kNormRank; ++r) {
+    for (int r = 0; r < kChainRank; ++r) {
       float sum = 0;
-      for (int64_t i = 0; i < programs; ++i) sum += partial[(i * k + c) * kNormRank + r];
+      for (int64_t i = 0; i < programs; ++i) sum += partial[(i * k + c) * kChainRank + r];
       d_down.at(c, r) = sum;
     }
   // x̂ is made again from the statistics: a value of it may round the other way.
   double largest = 0;
   for (int64_t c = 0; c < k; ++c)
-    for (int r = 0; r < kNormRank; ++r) {
+    for (int r = 0; r < kChainRank; ++r) {
       double sum = 0, most = 0;
       for (int64_t i = 0; i < m && r < rank; ++i) {
         sum += rounded<T>(normed(i, c)) * s.value(i, r);

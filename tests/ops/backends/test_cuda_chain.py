@@ -1,4 +1,4 @@
-"""A chain's norm and its gradient in CUDA C++ against plain torch's steps in float64, on a GPU."""
+"""A chain's steps in CUDA C++ against plain torch's in float64, on a GPU."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def operands(case: NormCase, device: str, far: float = 0.5) -> dict[str, torch.T
         "dout": draw(case.M, case.K, **half),
         "residual": draw(case.M, case.K),
         "s": draw(case.M, case.rank, **half),
+        "b": draw(case.K, case.rank, **half),
     }
 
 
@@ -52,11 +53,18 @@ def backward(steps, o, normed):
     dz, dy, total = steps.norm_grad(
         o["dout"], normed.z, normed.mean, normed.rstd, norm, o["residual"], o["s"]
     )
+    pair_down, pair_b = steps.pair_grad(o["y"], o["dout"], o["down"], o["b"])
+    sums = {"d_down": total, "pair's d_down": pair_down, "pair's d_B": pair_b}
+    return {"dz": dz, "dy": dy, **{name: added(t, o) for name, t in sums.items()}}
+
+
+def added(total, o):
+    """A sum of parts, which are zero beyond the rank."""
     rank = o["s"].shape[1]
     if total.dim() == 2:
-        return {"dz": dz, "dy": dy, "d_down": total}
+        return total
     assert not total[..., rank:].any()
-    return {"dz": dz, "dy": dy, "d_down": total.sum(0)[:, :rank]}
+    return total.sum(0)[:, :rank]
 
 
 def doubled(values):
@@ -69,7 +77,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("case", NORM_CASES, ids=str)
     def test_is_the_step_of_plain_torch(self, case):
         o = operands(case, "cuda")
-        steps = cuda_chain.CudaSteps(configs_for(case.K, case.rank, 0))
+        steps = cuda_chain.CudaSteps(configs_for(case.K, case.rank, 0), pair_grad=True)
         with recorded_launches() as launches:
             found = forward(steps, o, case, case.dtype)
             torch.cuda.synchronize()
@@ -124,6 +132,18 @@ class TestOnAGpu:
         with pytest.raises(RuntimeError, match="must be "):
             torch.ops.efft_kernels.native_norm(*given, 1e-6)
 
+    @pytest.mark.parametrize("place", range(4))
+    def test_a_wrong_operand_of_the_pair_is_named(self, place):
+        o = operands(SMALL, "cuda")
+        names = ("x", "dy", "down", "b")
+        given = [o[name] for name in ("y", "dout", "down", "b")]
+        for wrong in (given[place].double(), given[place][:-1], given[place][:, 1:]):
+            operand = [*given[:place], wrong, *given[place + 1 :]]
+            with pytest.raises(RuntimeError, match=r"^(x|dy|down|b) must be ") as caught:
+                torch.ops.efft_kernels.native_pair_grad(*operand)
+            # The sizes of all others follow from x and down.
+            assert place in (0, 2) or str(caught.value).startswith(names[place])
+
 
 @pytest.mark.parametrize(
     ("k", "rank", "capability", "expected"),
@@ -177,9 +197,14 @@ class TestWithoutAGpu:
             dz, dy, total = plain.norm_grad(dout, z, mean, rstd, norm, residual, s)
             return dz, dy + 0, torch.stack([total, total])
 
+        def pair_grad(x, dy, down, b):
+            names.append("pair_grad")
+            return tuple(torch.stack([t, t]) for t in plain.pair_grad(x, dy, down, b))
+
         with torch.library._scoped_library("efft_kernels", "IMPL") as library:
             library.impl("native_norm", norm, "CPU")
             library.impl("native_norm_grad", norm_grad, "CPU")
+            library.impl("native_pair_grad", pair_grad, "CPU")
             yield names
 
     @pytest.mark.parametrize("branch", [False, True])
@@ -197,6 +222,26 @@ class TestWithoutAGpu:
         torch.testing.assert_close((dz, dy), expected[:2])
         torch.testing.assert_close(total, torch.stack([expected[2]] * 2))
         assert called == ["norm", "norm_grad"]
+
+    def test_the_pair_is_asked_for(self, called, monkeypatch):
+        monkeypatch.setattr(TritonSteps, "pair_grad", TorchSteps().pair_grad)
+        o = doubled(operands(NormCase(6, 8, 3, torch.float64), "cpu"))
+        x, dy, down, b = (o[name] for name in ("y", "dout", "down", "b"))
+        off_16 = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+        asked, default = cuda_chain.CudaSteps(None, pair_grad=True), cuda_chain.CudaSteps(None)
+        expected = TorchSteps().pair_grad(x, dy, down, b)
+        native = tuple(torch.stack([t, t]) for t in expected)
+        for steps, given, right in (
+            (asked, (x, dy, down, b), native),
+            (asked, (x.T.contiguous().T, dy.T.contiguous().T, down, b), native),
+            (asked, (off_16, dy, down, b), expected),
+            (asked, (x[:, :6].contiguous(), dy, down[:6].contiguous(), b), None),
+            (default, (x, dy, down, b), expected),
+        ):
+            found = steps.pair_grad(*given)
+            if right is not None:
+                torch.testing.assert_close(found, right)
+        assert called == ["pair_grad"] * 2
 
     @pytest.mark.parametrize("name", ["z", "y", "weight", "bias", "down"])
     def test_operands_off_16_bytes(self, called, monkeypatch, name):

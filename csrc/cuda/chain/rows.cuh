@@ -4,7 +4,7 @@
 #include "common/launch_kernel.cuh"
 #include "common/ptx_sm80.cuh"
 #include "common/smem.cuh"
-#include "norm/sizes.h"
+#include "chain/sizes.h"
 
 // What the norm's two kernels share.
 namespace efft_kernels::cuda {
@@ -14,9 +14,9 @@ namespace efft_kernels::cuda {
 template <class Element, int kStride>
 __device__ __forceinline__ void copy_rows(uint32_t to, const void* from, int64_t row, int64_t rows,
                                           int64_t width) {
-  constexpr int kChunks = kNormCols * sizeof(Element) / 16;  // of a row
+  constexpr int kChunks = kChainCols * sizeof(Element) / 16;  // of a row
   const int lane = threadIdx.x % 32;
-  const int first_col = threadIdx.x / 32 * kNormCols;
+  const int first_col = threadIdx.x / 32 * kChainCols;
 #pragma unroll
   for (int i = 0; i < kNormRows * kChunks / 32; ++i) {
     const int r = (i * 32 + lane) / kChunks;
@@ -62,9 +62,9 @@ __device__ __forceinline__ T thin_at(const void* thin, int64_t row, int64_t rows
 // `launch.operator()<threads, stages>()` for rows of `width`.
 template <bool kGrad, class Launch>
 cudaError_t for_width(int64_t width, const Launch& launch) {
-  if (norm_threads(width) <= kNormFewThreads)
-    return launch.template operator()<kNormFewThreads, norm_stages<kGrad>(kNormFewThreads)>();
-  return launch.template operator()<kNormMostThreads, norm_stages<kGrad>(kNormMostThreads)>();
+  if (chain_threads(width) <= kChainFewThreads)
+    return launch.template operator()<kChainFewThreads, norm_stages<kGrad>(kChainFewThreads)>();
+  return launch.template operator()<kChainMostThreads, norm_stages<kGrad>(kChainMostThreads)>();
 }
 
 }  // namespace efft_kernels::cuda

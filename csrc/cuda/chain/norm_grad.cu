@@ -1,5 +1,5 @@
 #include "common/launchers.h"
-#include "norm/rows.cuh"
+#include "chain/rows.cuh"
 
 // The gradient of a LayerNorm's input with a residual, and the partial sums of d_down = x̂^T·S, in
 // one pass: with n = (z - mean)·rstd and g = dout·w
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
     norm_grad_kernel(const __grid_constant__ NormGradParameters p) {
 #if __CUDA_ARCH__ >= 800
   using Stage = NormStage<true>;
-  constexpr int kBlocks = kNormCols / 32;
+  constexpr int kBlocks = kChainCols / 32;
   const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
   const int lane = threadIdx.x % 32;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) load(blockIdx.x + i * int64_t{gridDim.x}, i);
 
-  const int first_col = warp * kNormCols + column * 4;
+  const int first_col = warp * kChainCols + column * 4;
   float weight[kBlocks][4], bias[kBlocks][4];
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads)
     turn ^= 1;
   }
   wait_copies<0>();
-  float* const partial = p.partial + int64_t{blockIdx.x} * p.width * kNormRank;
+  float* const partial = p.partial + int64_t{blockIdx.x} * p.width * kChainRank;
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         // Column n of the product is that of the lane which had it as operand b.
-        const int c = warp * kNormCols + block * 32 + (pair * 2 + e % 2) * 4 + j;
-        partial[c * kNormRank + column + e / 2 * 8] = d_down[block][j][e];
+        const int c = warp * kChainCols + block * 32 + (pair * 2 + e % 2) * 4 + j;
+        partial[c * kChainRank + column + e / 2 * 8] = d_down[block][j][e];
       }
     }
   }
@@ -212,7 +212,7 @@ cudaError_t launch_norm_grad(const NormGradArguments& a, cudaStream_t stream) {
                                       static_cast<int32_t>(a.width),
                                       a.rank};
   const dim3 grid(static_cast<unsigned>(a.programs));
-  const int warps = static_cast<int>(a.width / kNormCols);
+  const int warps = static_cast<int>(a.width / kChainCols);
   return for_width<true>(a.width, [&]<int kThreads, int kStages>() {
     const int smem = norm_smem<true>(warps, kStages);
     constexpr int most = norm_smem<true>(kThreads / 32, kStages);

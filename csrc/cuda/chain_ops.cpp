@@ -1,10 +1,10 @@
 #include "common/device_guard.h"
 #include "common/launchers.h"
-#include "norm/sizes.h"
+#include "chain/sizes.h"
 #include "ops.h"
 #include "tensors.h"
 
-// A chain's norm and its gradient: the operands' checks, and one launch each.
+// What a chain does between its GEMMs: the operands' checks, and one launch each.
 namespace efft_kernels::cuda {
 namespace {
 
@@ -27,16 +27,16 @@ std::string check_operand(const char* name, const Tensor& t, const Tensor& like,
 std::string check_thin(const char* name, const Tensor& t) {
   const TensorInfo got = info(name, t);
   if (!is_half(got)) return must_be(got, "float16 or bfloat16", got.dtype);
-  if (got.shape.size() != 2 || got.shape[1] < 1 || got.shape[1] > kNormRank)
-    return must_be(got, "a matrix of 1 to " + std::to_string(kNormRank) + " columns",
+  if (got.shape.size() != 2 || got.shape[1] < 1 || got.shape[1] > kChainRank)
+    return must_be(got, "a matrix of 1 to " + std::to_string(kChainRank) + " columns",
                    shown(got.shape));
   return {};
 }
 
-std::string check_stream(const Tensor& z) {
-  const TensorInfo got = info("z", z);
-  if (got.shape.size() != 2 || !norm_takes(got.shape[1], 1))
-    return must_be(got, "[M, K] with K a multiple of 64 up to " + std::to_string(kNormMostWidth),
+std::string check_stream(const char* name, const Tensor& z) {
+  const TensorInfo got = info(name, z);
+  if (got.shape.size() != 2 || !chain_takes(got.shape[1], 1))
+    return must_be(got, "[M, K] with K a multiple of 64 up to " + std::to_string(kChainMostWidth),
                    shown(got.shape));
   return {};
 }
@@ -48,10 +48,10 @@ void require_all(const Texts&... texts) {
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
-int64_t programs_for(int64_t m, int64_t k) {
+int64_t programs_for(int64_t m, int tile_rows, int64_t k) {
   Device device;
   check_cuda(current_device(&device));
-  return norm_programs(m, k, device.multiprocessors);
+  return chain_programs(m, tile_rows, k, device.multiprocessors);
 }
 
 }  // namespace
@@ -59,7 +59,7 @@ int64_t programs_for(int64_t m, int64_t k) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm(Tensor z, std::optional<Tensor> y,
                                                                Tensor weight, Tensor bias,
                                                                Tensor down, double eps) {
-  require_all(check_stream(z), check_thin("down", down));
+  require_all(check_stream("z", z), check_thin("down", down));
   const int64_t m = z.size(0), k = z.size(1), rank = down.size(1);
   const std::string_view half = info("down", down).dtype;
   require_all(check_operand("z", z, z, "float32", {m, k}),
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm(Tensor z, std::op
     a.rstd = floats(rstd);
     a.rows = m;
     a.width = k;
-    a.programs = programs_for(m, k);
+    a.programs = programs_for(m, kNormRows, k);
     a.rank = static_cast<int>(rank);
     a.eps = static_cast<float>(eps);
     check_cuda(launch_norm(a, here.stream()));
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm(Tensor z, std::op
 std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout, Tensor z, Tensor mean, Tensor rstd,
                                                     Tensor weight, Tensor bias, Tensor residual,
                                                     Tensor s) {
-  require_all(check_stream(z), check_thin("s", s));
+  require_all(check_stream("z", z), check_thin("s", s));
   const int64_t m = z.size(0), k = z.size(1), rank = s.size(1);
   const std::string_view half = info("s", s).dtype;
   require_all(check_operand("z", z, z, "float32", {m, k}),
@@ -110,10 +110,10 @@ std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout, Tensor z, Tenso
               check_operand("residual", residual, z, "float32", {m, k}),
               check_operand("s", s, z, half, {m, rank}));
   const OnDeviceOf here(z);
-  const int64_t programs = m > 0 ? programs_for(m, k) : 0;
+  const int64_t programs = m > 0 ? programs_for(m, kNormRows, k) : 0;
   const Tensor dz = empty(z, {m, k}, ScalarType::Float);
   const Tensor dy = empty(z, {m, k}, dout.scalar_type());
-  const Tensor partial = empty(z, {programs, k, kNormRank}, ScalarType::Float);
+  const Tensor partial = empty(z, {programs, k, kChainRank}, ScalarType::Float);
   if (m > 0) {
     NormGradArguments a{};
     a.dtype = dtype_of(dout);
@@ -135,6 +135,35 @@ std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout, Tensor z, Tenso
     check_cuda(launch_norm_grad(a, here.stream()));
   }
   return {dz, dy, partial};
+}
+
+std::tuple<Tensor, Tensor> native_pair_grad(Tensor x, Tensor dy, Tensor down, Tensor b) {
+  require_all(check_stream("x", x), check_thin("down", down));
+  const int64_t m = x.size(0), k = x.size(1), rank = down.size(1);
+  const std::string_view half = info("down", down).dtype;
+  require_all(check_operand("x", x, x, half, {m, k}), check_operand("dy", dy, x, half, {m, k}),
+              check_operand("down", down, x, half, {k, rank}),
+              check_operand("b", b, x, half, {k, rank}));
+  const OnDeviceOf here(x);
+  const int64_t programs = m > 0 ? programs_for(m, kPairRows, k) : 0;
+  const Tensor d_down = empty(x, {programs, k, kChainRank}, ScalarType::Float);
+  const Tensor d_b = empty(x, {programs, k, kChainRank}, ScalarType::Float);
+  if (m > 0) {
+    PairGradArguments a{};
+    a.dtype = dtype_of(x);
+    a.x = x.data_ptr();
+    a.dy = dy.data_ptr();
+    a.down = down.data_ptr();
+    a.b = b.data_ptr();
+    a.d_down = floats(d_down);
+    a.d_b = floats(d_b);
+    a.rows = m;
+    a.width = k;
+    a.programs = programs;
+    a.rank = static_cast<int>(rank);
+    check_cuda(launch_pair_grad(a, here.stream()));
+  }
+  return {d_down, d_b};
 }
 
 }  // namespace efft_kernels::cuda

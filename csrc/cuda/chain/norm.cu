@@ -1,5 +1,5 @@
 #include "common/launchers.h"
-#include "norm/rows.cuh"
+#include "chain/rows.cuh"
 
 // z' = z + y, its LayerNorm x̂ and P = x̂·down in one pass.
 //
@@ -35,13 +35,13 @@ __device__ __forceinline__ float over_row(float v) {
 template <class T>
 __device__ __forceinline__ void store_p(const NormParameters& p, int64_t tile, const float* parts) {
   const int warps = blockDim.x / 32;
-  for (int i = threadIdx.x; i < kNormRows * kNormRank; i += blockDim.x) {
-    const int r = i % kNormRank;
-    const int64_t row = tile * kNormRows + i / kNormRank;
+  for (int i = threadIdx.x; i < kNormRows * kChainRank; i += blockDim.x) {
+    const int r = i % kChainRank;
+    const int64_t row = tile * kNormRows + i / kChainRank;
     if (row >= p.rows || r >= p.rank) continue;
     float sum = 0;
     for (int w = 0; w < warps; ++w)
-      sum += parts[w * kNormRows * kNormPRow + i / kNormRank * kNormPRow + r];
+      sum += parts[w * kNormRows * kNormPRow + i / kChainRank * kNormPRow + r];
     static_cast<T*>(p.p)[row * p.rank + r] = from_float<T>(sum);
   }
 }
@@ -50,11 +50,11 @@ template <class T, int kThreads, int kStages>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormParameters p) {
 #if __CUDA_ARCH__ >= 800
   using Stage = NormStage<false>;
-  constexpr int kChunks = kNormCols / 16;
+  constexpr int kChunks = kChainCols / 16;
   const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
   const int lane = threadIdx.x % 32;
-  const int first_col = warp * kNormCols + lane % 4 * 4;
+  const int first_col = warp * kChainCols + lane % 4 * 4;
   uint8_t* const stages = dynamic_smem() + warp * kStages * Stage::kBytes;
   const uint32_t to = smem_address(stages);
   // By warp the mean and the sum of squares of each row, and the part of P; both in turn, so that
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum += z[chunk][j];
     }
-    const float own_mean = over_row(sum) * (1.0f / kNormCols);
+    const float own_mean = over_row(sum) * (1.0f / kChainCols);
     float squares = 0;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     for (int w = lane % 4; w < warps; w += 4) {
       const float2 part = shared[w * kNormRows + lane / 4];
       const float apart = part.x - mean;
-      variance += part.y + kNormCols * apart * apart;
+      variance += part.y + kChainCols * apart * apart;
     }
     variance = over_row(variance) / static_cast<float>(p.width);
     const float rstd = 1.0f / sqrtf(variance + p.eps);
@@ -189,7 +189,7 @@ cudaError_t launch_norm(const NormArguments& a, cudaStream_t stream) {
                                   a.mean, a.rstd,  a.rows,   static_cast<int32_t>(a.width),
                                   a.rank, a.eps};
   const dim3 grid(static_cast<unsigned>(a.programs));
-  const int warps = static_cast<int>(a.width / kNormCols);
+  const int warps = static_cast<int>(a.width / kChainCols);
   return for_width<false>(a.width, [&]<int kThreads, int kStages>() {
     const int smem = norm_smem<false>(warps, kStages);
     constexpr int most = norm_smem<false>(kThreads / 32, kStages);
