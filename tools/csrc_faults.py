@@ -103,7 +103,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cuda/chain/norm_grad.cu", "row + i < p.rows;", "row < p.rows;"),
         Fault("cuda/chain/norm_grad.cu", "(i ? total.w : total.y)", "total.y"),
         Fault("cuda/chain/norm_grad.cu", "- n[block][i][j] * mean_gn", ""),
-        Fault("cuda/chain/norm_grad.cu", "next = load_rows<T>", "load_rows<T>"),
+        Fault("cuda/chain/norm_grad.cu", "next = load_rows<T>(p, (tile", "load_rows<T>(p, (tile"),
     ),
     "pair_grad": (
         Fault("cuda/chain/pair_grad.cu", "lane / 4 + i % 2 * 8", "lane / 4 + i / 2 * 8"),

@@ -1,6 +1,6 @@
+#include "chain/sizes.h"
 #include "common/device_guard.h"
 #include "common/launchers.h"
-#include "chain/sizes.h"
 #include "ops.h"
 #include "tensors.h"
 

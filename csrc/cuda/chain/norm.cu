@@ -1,5 +1,5 @@
-#include "common/launchers.h"
 #include "chain/rows.cuh"
+#include "common/launchers.h"
 
 // z' = z + y, its LayerNorm x̂ and P = x̂·down in one pass.
 //

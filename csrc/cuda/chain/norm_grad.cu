@@ -1,5 +1,5 @@
-#include "common/launchers.h"
 #include "chain/rows.cuh"
+#include "common/launchers.h"
 
 // The gradient of a LayerNorm's input with a residual, and the partial sums of d_down = x̂^T·S, in
 // one pass: with n = (z - mean)·rstd and g = dout·w

@@ -55,8 +55,8 @@ __device__ __forceinline__ void copy_columns(uint32_t to, const void* from, int6
   for (int i = 0; i < kPairRows * kChunks / 32; ++i) {
     const int r = i * (32 / kChunks) + lane / kChunks;
     const bool inside = row + r < p.rows;
-    copy_async(to + 2 * swizzled<kChainCols>(r, chunk),
-               columns + (inside ? row + r : 0) * p.width, inside ? 16 : 0);
+    copy_async(to + 2 * swizzled<kChainCols>(r, chunk), columns + (inside ? row + r : 0) * p.width,
+               inside ? 16 : 0);
   }
 }
 
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
     project<T>(part[1], b, dy);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float(&four)[4] = part[i / 4][i / 2 % 2];
+      const float (&four)[4] = part[i / 4][i / 2 % 2];
       parts[(warp * 8 + i) * 32 + lane] = make_float2(four[i % 2 * 2], four[i % 2 * 2 + 1]);
     }
     __syncthreads();
@@ -177,11 +177,10 @@ cudaError_t launch_pair_grad(const PairGradArguments& a, cudaStream_t stream) {
   const auto launch = [&]<int kThreads>() {
     const int smem = pair_smem(threads / 32);
     constexpr int most = pair_smem(kThreads / 32);
-    return a.dtype == Dtype::kHalf
-               ? launch_with_up_to<pair_grad_kernel<__half, kThreads>>(most, grid, threads, smem,
-                                                                       stream, parameters)
-               : launch_with_up_to<pair_grad_kernel<__nv_bfloat16, kThreads>>(
-                     most, grid, threads, smem, stream, parameters);
+    return a.dtype == Dtype::kHalf ? launch_with_up_to<pair_grad_kernel<__half, kThreads>>(
+                                         most, grid, threads, smem, stream, parameters)
+                                   : launch_with_up_to<pair_grad_kernel<__nv_bfloat16, kThreads>>(
+                                         most, grid, threads, smem, stream, parameters);
   };
   return threads <= kChainFewThreads ? launch.operator()<kChainFewThreads>()
                                      : launch.operator()<kChainMostThreads>();

@@ -1,10 +1,10 @@
 #pragma once
 
+#include "chain/sizes.h"
 #include "common/convert.cuh"
 #include "common/launch_kernel.cuh"
 #include "common/ptx_sm80.cuh"
 #include "common/smem.cuh"
-#include "chain/sizes.h"
 
 // What the norm's two kernels share.
 namespace efft_kernels::cuda {

@@ -5,8 +5,8 @@
 #include "common/math.h"
 #include "common/smem_limits.h"
 
-// Sizes of the chain's kernels. A block goes over tiles of 8 or 16 whole rows; each of its warps has
-// 64 columns of them, which it copies for itself.
+// Sizes of the chain's kernels. A block goes over tiles of 8 or 16 whole rows; each of its warps
+// has 64 columns of them, which it copies for itself.
 namespace efft_kernels::cuda {
 
 constexpr int kNormRows = 8;
@@ -31,8 +31,8 @@ constexpr int64_t chain_programs(int64_t rows, int tile_rows, int64_t width, int
   return tiles < most ? tiles : most;
 }
 
-// A warp's part of a norm's tile in shared memory, a matrix in rows that are so far apart that no access
-// of the kernel's lanes meets another in a bank: in the forward a lane reads one row, in the
+// A warp's part of a norm's tile in shared memory, a matrix in rows that are so far apart that no
+// access of the kernel's lanes meets another in a bank: in the forward a lane reads one row, in the
 // backward two of every four.
 template <bool kGrad>
 struct NormStage {
