@@ -107,7 +107,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "pair_grad": (
         Fault("cuda/chain/pair_grad.cu", "lane / 4 + i % 2 * 8", "lane / 4 + i / 2 * 8"),
-        Fault("cuda/chain/pair_grad.cu", "p.width, inside ? 16 : 0", "p.width, 16"),
+        Fault("cuda/chain/pair_grad.cu", "inside ? 16 : 0", "16"),
         Fault("cuda/chain/pair_grad.cu", "operands[32 + lane], x", "operands[lane], x"),
         Fault("cuda/chain/pair_grad.cu", "d_b, operands[lane], dy", "d_b, operands[lane], x"),
         Fault("cuda/chain/pair_grad.cu", "part[i / 4][i / 2 % 2]", "part[i / 4][0]"),
