@@ -1,8 +1,8 @@
 // A chain's norm and its gradient on the model.
 
-#include "matrices.h"
 #include "chain/norm.cu"
 #include "chain/norm_grad.cu"
+#include "matrices.h"
 
 using namespace efft_kernels::cuda;
 
