@@ -2,8 +2,8 @@
 
 LIBRARY holds csrc/cuda's own operators and kernels, compiled for the host with the model's
 instructions and registered for CPU tensors. Every strategy, dtype and layout of factors runs
-against the float64 reference, on buffers that start as NaN. EFFT_MODEL_SM90 selects the Hopper
-kernels.
+against the float64 reference, on buffers that start as NaN, and a chain's steps against plain
+torch's. EFFT_MODEL_SM90 selects the Hopper kernels.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from efft_kernels.ops import schemas
 from efft_kernels.ops.backends import cuda_backend as backend
+from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
+from efft_kernels.ops.backends.cuda_chain import CudaSteps
 from efft_kernels.testing.error_budget import (
     assert_exact,
     assert_within_budget,
@@ -72,17 +75,73 @@ def run(shape: Shape, dtype: torch.dtype, strategy: str, turn: int) -> None:
     assert not y.isnan().any() and y[-1].isinf().all() and not y[:-1].isinf().any()
 
 
+def run_chain(rows: int, width: int, rank: int, branch: bool, dtype: torch.dtype) -> None:
+    """The norm, its gradient and the pair of thin ones; then operands that they refuse."""
+    torch.manual_seed(0)
+
+    def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(size).to(dtype)
+
+    z, residual, (weight, bias) = draw(rows, width), draw(rows, width), draw(2, width)
+    y, dout = draw(2, rows, width, dtype=dtype)
+    (down, b), s = draw(2, width, rank, dtype=dtype), draw(rows, rank, dtype=dtype)
+
+    def results(steps: TorchSteps, as_: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        norm = Norm(as_(weight), as_(bias), 1e-6)
+        added = as_(y) if branch else None
+        normed = steps.norm(as_(z), added, norm, as_(down), as_(y).dtype)
+        stream = (as_(t) for t in (z, *plain_statistics))
+        dz, dy, d_down = steps.norm_grad(as_(dout), *stream, norm, as_(residual), as_(s))
+        sums = d_down, *steps.pair_grad(as_(y), as_(dout), as_(down), as_(b))
+        if d_down.dim() == 3:
+            assert not any(total[..., rank:].any() for total in sums)
+            sums = tuple(total.sum(0)[:, :rank] for total in sums)
+        return {**normed._asdict(), "dz": dz, "dy": dy, **dict(enumerate(sums))}
+
+    native = CudaSteps(None, pair_grad=True)
+    plain_statistics = TorchSteps().norm(z, None, Norm(weight, bias, 1e-6), down.float(), z.dtype)
+    plain_statistics = plain_statistics.mean, plain_statistics.rstd
+    first, second = (results(native, lambda t: t) for _ in range(2))
+    plain, exact = results(TorchSteps(), lambda t: t), results(TorchSteps(), Tensor.double)
+    assert_within_budget(first, plain, exact)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+    ops = torch.ops.efft_kernels
+    mean, rstd = plain_statistics
+    for call, given in (
+        (ops.native_norm, {"z": z, "y": y, "weight": weight, "bias": bias, "down": down}),
+        (
+            ops.native_norm_grad,
+            {"dout": dout, "z": z, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
+            | {"residual": residual, "s": s},
+        ),
+        (ops.native_pair_grad, {"x": y, "dy": dout, "down": down, "b": b}),
+    ):
+        more = {"eps": 1e-6} if call is ops.native_norm else {}
+        for name, t in given.items():
+            off_16 = t.new_empty(t.numel() + 1)[1:].view(t.shape)
+            for wrong in (t.double(), t[:-1], off_16):
+                said = refusal(lambda: call(**{**given, name: wrong}, **more))  # noqa: B023
+                # All others' sizes and dtypes follow from these.
+                leading = name in ("z", "x", "down", "s") and wrong is not off_16
+                assert f" {name} must be " in f" {said}" or (leading and " must be " in said), said
+    wide = torch.zeros(1, 1088, dtype=dtype)
+    assert "a multiple of 64 up to 1024" in refusal(
+        lambda: ops.native_pair_grad(wide, wide, wide.T.contiguous(), wide.T.contiguous())
+    )
+    none = [t[:0] for t in (y, dout)]
+    assert [t.shape for t in ops.native_pair_grad(*none, down, b)] == [(0, width, 16)] * 2
+
+
+def refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
 def main(library: str) -> None:
-    fragment = torch.library.Library(schemas.LIBRARY.ns, "FRAGMENT")
-    fragment.define(
-        "native_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor? core, Tensor up,"
-        " bool save_p, int strategy) -> (Tensor y, Tensor p)"
-    )
-    fragment.define(
-        "native_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor? p, Tensor down, Tensor? core,"
-        " Tensor up, int needs, int strategy)"
-        " -> (Tensor dx, Tensor d_down, Tensor d_core, Tensor d_up)"
-    )
     torch.ops.load_library(library)
     torch.set_num_threads(1)
     shapes = ALIGNED if "EFFT_MODEL_SM90" in os.environ else UNALIGNED
@@ -94,6 +153,9 @@ def main(library: str) -> None:
             if dtype == torch.bfloat16 or (i + j) % 2 == 0:
                 run(shape, dtype, strategy, i + j)
                 print(shape, dtype, strategy, flush=True)
+        if "EFFT_MODEL_SM90" in os.environ:
+            run_chain(37, 192, 16, True, torch.bfloat16)
+            run_chain(9, 832, 5, False, torch.float16)
 
 
 if __name__ == "__main__":
