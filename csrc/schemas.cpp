@@ -15,10 +15,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
       " -> (Tensor dx, Tensor d_down, Tensor d_core, Tensor d_up)");
   // native_bwd with x made, a block of rows at a time, from what its producer kept, on the CPU:
   //   made_by  a MadeBy of codes.h other than kPlain
-  //   kept     [M, K], the producer's input
-  //   mean, rstd [M, 1], norm_weight, norm_bias [K]   of a LayerNorm
+  //   kept     [rows, K], the producer's input
+  //   rows     [M] of int64, the row of `kept` that a row of x is made from, -1 for one of zeros;
+  //            None: the same one
+  //   mean, rstd [rows, 1], norm_weight, norm_bias [K]   of a LayerNorm
   m.def(
-      "native_bwd_made(Tensor dy, int made_by, Tensor kept, Tensor? mean, Tensor? rstd,"
+      "native_bwd_made(Tensor dy, int made_by, Tensor kept, Tensor? rows, Tensor? mean, Tensor? "
+      "rstd,"
       " Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? p, Tensor down,"
       " Tensor? core, Tensor up, int needs, int strategy)"
       " -> (Tensor dx, Tensor d_down, Tensor d_core, Tensor d_up)");

@@ -183,6 +183,14 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/ops.cpp", "rows = torch::stable::contiguous(x);", "rows = x;"),
     ),
     "ops/test_recompute.py": (
+        Fault("cpu/made_rows.h", "from = index[first + i];", "from = index[i];"),
+        Fault("cpu/made_rows.h", "std::fill_n(row, K, T(0));", ""),
+        Fault(
+            "cpu/made_rows.h",
+            "make(rows_of(kept, from, 1, K, row).data, from,",
+            "make(rows_of(kept, from, 1, K, row).data, first + i,",
+        ),
+        Fault("entry/node.cpp", "in_python = !rows.defined();", ""),
         Fault("cpu/made_rows.h", "row[k] += bias[k];", "(void)bias[k];"),
         Fault("cpu/made_rows.h", "0.797884561f", "0.79788f"),
         Fault("entry/node.cpp", "!(needs & kNeedWeight) &&", ""),

@@ -59,9 +59,10 @@ struct Backward {
   Matrix dy;  // [M, N]
   Matrix x;   // [M, K], read for d_down; its producer's input unless made_by is kPlain
   MadeBy made_by = kPlain;
-  Norm norm;      // where made_by is kLayerNorm
-  Matrix weight;  // [N, K], read for dx
-  Matrix p;       // [M, Ra], read for d_core and d_up
+  const int64_t* rows = nullptr;  // [M], those of x's source that x's are made from, -1 for zeros
+  Norm norm;                      // where made_by is kLayerNorm
+  Matrix weight;                  // [N, K], read for dx
+  Matrix p;                       // [M, Ra], read for d_core and d_up
   Factors factors;
   Matrix dx;      // [M, K], contiguous
   Matrix d_down;  // [K, Ra], contiguous

@@ -65,12 +65,13 @@ template <class T>
 struct MadeRows {
   Matrix kept;  // [M, K]
   MadeBy made_by = kPlain;
+  const int64_t* index = nullptr;  // [M], rows of `kept`
   Norm norm;
   T* weight = nullptr;  // [K], where the norm has one
   T* bias = nullptr;    // [K]
 
   MadeRows(Arena<T>& arena, const Backward& args)
-      : kept(args.x), made_by(args.made_by), norm(args.norm) {
+      : kept(args.x), made_by(args.made_by), index(args.rows), norm(args.norm) {
     if (norm.weight) weight = arena.take(args.K);
     if (norm.bias) bias = arena.take(args.K);
   }
@@ -82,10 +83,22 @@ struct MadeRows {
 
   // Rows of x in `scratch`, or the matrix itself where x is kept as it is.
   Rows<T> rows(int64_t first, int64_t count, int64_t K, T* scratch) const {
-    const Rows<T> given = rows_of(kept, first, count, K, scratch);
-    if (made_by == kPlain) return given;
+    if (index == nullptr) {
+      const Rows<T> given = rows_of(kept, first, count, K, scratch);
+      if (made_by == kPlain) return given;
+      for (int64_t i = 0; i < count; ++i) {
+        make(given.data + i * given.stride, first + i, scratch + i * K, K);
+      }
+      return {scratch, K};
+    }
     for (int64_t i = 0; i < count; ++i) {
-      make(given.data + i * given.stride, first + i, scratch + i * K, K);
+      const int64_t from = index[first + i];
+      T* const row = scratch + i * K;
+      if (from < 0) {
+        std::fill_n(row, K, T(0));
+      } else {
+        make(rows_of(kept, from, 1, K, row).data, from, row, K);
+      }
     }
     return {scratch, K};
   }

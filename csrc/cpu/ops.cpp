@@ -161,7 +161,19 @@ std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Ten
 // What x is made from.
 struct Producer {
   MadeBy made_by = kPlain;
-  std::optional<Tensor> mean, rstd, weight, bias;
+  std::optional<Tensor> rows, mean, rstd, weight, bias;
+
+  // Null where x's rows are made in their order.
+  const int64_t* checked_rows(int64_t M, int64_t kept) const {
+    if (!rows) return nullptr;
+    require(rows->scalar_type() == ScalarType::Long && rows->dim() == 1 && rows->size(0) == M &&
+                rows->is_contiguous(),
+            "rows", "[M] of int64");
+    const int64_t* const index = rows->const_data_ptr<int64_t>();
+    require(std::all_of(index, index + M, [&](int64_t row) { return row >= -1 && row < kept; }),
+            "rows", "rows of `kept`, or -1");
+    return index;
+  }
 
   Norm checked(int64_t M, int64_t K) const {
     Norm norm;
@@ -202,8 +214,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
   args.factors = factors.checked(args.N, args.K);
   const bool need_x = needs & kNeedX, need_down = needs & kNeedDown, need_up = needs & kNeedUp;
   const bool need_core = (needs & kNeedCore) && core;
-  require(!need_down || (x && x->dim() == 2 && x->size(0) == args.M && x->size(1) == args.K &&
-                         is_readable(x->scalar_type())),
+  require(!need_down || (x && x->dim() == 2 && (producer.rows || x->size(0) == args.M) &&
+                         x->size(1) == args.K && is_readable(x->scalar_type())),
           "x", "[M, K] of float32, float64 or bfloat16 for the gradient of down");
   require(
       !(need_core || need_up) || (p && p->dim() == 2 && p->size(0) == args.M &&
@@ -225,7 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
     if (need_down) {
       args.x = matrix_of(*x);
       args.made_by = producer.made_by;
-      args.norm = producer.checked(args.M, args.K);
+      args.rows = producer.checked_rows(args.M, x->size(0));
+      args.norm = producer.checked(x->size(0), args.K);
       args.d_down = matrix_of(d_down);
     }
     if (need_core || need_up) args.p = matrix_of(*p);
@@ -252,12 +265,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd(Tensor dy, std::optional<T
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> native_bwd_made(
-    Tensor dy, int64_t made_by, Tensor kept, std::optional<Tensor> mean, std::optional<Tensor> rstd,
-    std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
-    std::optional<Tensor> p, Tensor down, std::optional<Tensor> core, Tensor up, int64_t needs,
-    int64_t strategy) {
+    Tensor dy, int64_t made_by, Tensor kept, std::optional<Tensor> rows, std::optional<Tensor> mean,
+    std::optional<Tensor> rstd, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+    Tensor weight, std::optional<Tensor> p, Tensor down, std::optional<Tensor> core, Tensor up,
+    int64_t needs, int64_t strategy) {
   require(made_by >= kLayerNorm && made_by <= kGeluTanh, "made_by", "a code of MadeBy, not kPlain");
-  const Producer producer{static_cast<MadeBy>(made_by), mean, rstd, norm_weight, norm_bias};
+  const Producer producer{static_cast<MadeBy>(made_by), rows, mean, rstd, norm_weight, norm_bias};
   return run_backward(dy, kept, producer, weight, p, down, core, up, needs, strategy);
 }
 

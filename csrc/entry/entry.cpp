@@ -162,6 +162,7 @@ Source unpack_source(py::handle argument) {
   const auto parts = py::reinterpret_borrow<py::tuple>(argument);
   source.recipe = kept_forever(parts[0].ptr());
   source.made_by = parts[0].attr("code").cast<int64_t>();
+  source.moved = parts[0].attr("moved").cast<bool>();
   for (const py::handle kept : py::tuple(parts[1])) {
     source.kept.push_back(kept.is_none() ? Tensor() : THPVariable_Unpack(kept.ptr()));
   }

@@ -29,25 +29,26 @@ OptionalTensor optional(const Tensor& tensor) {
 
 using NativeGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// With x made by the kernel, from `source`.
+// With x made by the kernel, from `source`; `rows`: its row_index, where rows were moved.
 NativeGrads native_backward_made(const BackwardOperands& t, const Source& source,
-                                 int64_t strategy) {
+                                 const Tensor& rows, int64_t strategy) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("efft_kernels::native_bwd_made", "")
           .typed<NativeGrads(const Tensor&, int64_t, const Tensor&, const OptionalTensor&,
                              const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                             const Tensor&, const OptionalTensor&, const Tensor&,
-                             const OptionalTensor&, const Tensor&, int64_t, int64_t)>();
-  const int64_t M = t.dy.size(0), K = t.weight.size(1);
+                             const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                             const Tensor&, const OptionalTensor&, const Tensor&, int64_t,
+                             int64_t)>();
+  const int64_t K = t.weight.size(1);
   OptionalTensor norm[4];  // mean, rstd, weight, bias
   for (size_t i = 0; source.made_by == kLayerNorm && i < 4; ++i) {
     norm[i] = optional(source.kept[i + 1]);
-    if (i < 2) norm[i] = norm[i]->reshape({M, 1});
+    if (i < 2) norm[i] = norm[i]->reshape({-1, 1});
   }
-  return op.call(t.dy, source.made_by, source.kept[0].reshape({M, K}), norm[0], norm[1], norm[2],
-                 norm[3], t.weight, optional(t.p), t.down, optional(t.core), t.up, t.needs,
-                 strategy);
+  return op.call(t.dy, source.made_by, source.kept[0].reshape({-1, K}), optional(rows), norm[0],
+                 norm[1], norm[2], norm[3], t.weight, optional(t.p), t.down, optional(t.core), t.up,
+                 t.needs, strategy);
 }
 
 NativeGrads native_backward_kept(const BackwardOperands& t, int64_t strategy) {
@@ -61,11 +62,12 @@ NativeGrads native_backward_kept(const BackwardOperands& t, int64_t strategy) {
                  t.needs, strategy);
 }
 
-variable_list native_backward(const BackwardOperands& t, const Source& source, int64_t strategy) {
+variable_list native_backward(const BackwardOperands& t, const Source& source, const Tensor& rows,
+                              int64_t strategy) {
   variable_list grads(6);
   if (t.needs & (kNeedX | kNeedDown | kNeedCore | kNeedUp)) {
     auto [dx, d_down, d_core, d_up] = source.recipe != nullptr && !t.x.defined()
-                                          ? native_backward_made(t, source, strategy)
+                                          ? native_backward_made(t, source, rows, strategy)
                                           : native_backward_kept(t, strategy);
     if (t.needs & kNeedX) grads[0] = dx;
     if (t.needs & kNeedDown) grads[3] = d_down;
@@ -135,6 +137,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     // As integers: compiled autograd carries no objects of other types.
     context->saved_data["recipe"] = made ? reinterpret_cast<int64_t>(source.recipe) : 0;
     context->saved_data["made_by"] = source.made_by;
+    context->saved_data["moved"] = source.moved;
     context->saved_data["attached"] = source.attached;
     context->saved_data["strategy"] = choice.backward_strategy;
     context->saved_data["python"] = reinterpret_cast<int64_t>(choice.python);
@@ -148,6 +151,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     const auto saved = context->get_saved_variables();
     const Source source{reinterpret_cast<PyObject*>(data.at("recipe").toInt()),
                         data.at("made_by").toInt(),
+                        data.at("moved").toBool(),
                         data.at("attached").toBool(),
                         {saved.begin() + kSaved, saved.end()}};
     BackwardOperands t{python ? outputs[0] : with_contiguous_rows(outputs[0]),
@@ -162,8 +166,14 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     const bool plain =
         at::GradMode::is_enabled() || has_tangent(t.dy) || (python && !is_for_kernels(t.dy));
     check_in_memory(source);
-    if (source.recipe != nullptr &&
-        (plain || python || !is_made_by_kernel(source, t.dy, t.needs))) {
+    bool in_python =
+        source.recipe != nullptr && (plain || python || !is_made_by_kernel(source, t.dy, t.needs));
+    Tensor rows;
+    if (source.moved && !in_python) {
+      rows = row_index(source.recipe, source.kept[0]);
+      in_python = !rows.defined();
+    }
+    if (in_python) {
       TORCH_CHECK(source.attached || !at::GradMode::is_enabled(),
                   "low_rank_linear: no second derivative under saved-tensor hooks where x is made "
                   "from what its producer kept; attach the adapter with fuse='off'");
@@ -175,7 +185,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     } else if (python) {
       grads = python_backward(*python, t);
     } else {
-      grads = native_backward(t, source, data.at("strategy").toInt());
+      grads = native_backward(t, source, rows, data.at("strategy").toInt());
     }
     if (grads[2].defined()) grads[2] = grads[2].to(data.at("bias_dtype").toScalarType());
     grads.resize(9);  // the last three arguments of `forward` have none

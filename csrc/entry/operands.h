@@ -27,6 +27,7 @@ struct Operands {
 struct Source {
   PyObject* recipe = nullptr;  // of ops/recompute.py, never freed; null: x is kept
   int64_t made_by = kPlain;    // a MadeBy
+  bool moved = false;          // whether x's rows have other places than those that are kept
   bool attached = true;        // whether `kept` is part of its graph
   std::vector<Tensor> kept;    // undefined where there is none
 };

@@ -107,6 +107,14 @@ Tensor make_x(PyObject* recipe, const std::vector<Tensor>& kept, int64_t K, at::
   return THPVariable_Unpack(x.ptr()).reshape({-1, K}).to(dtype);
 }
 
+Tensor row_index(PyObject* recipe, const Tensor& kept) {
+  const py::gil_scoped_acquire gil;
+  py::tuple shape(kept.dim());
+  for (int64_t i = 0; i < kept.dim(); ++i) shape[i] = kept.size(i);
+  const py::object found = py::reinterpret_borrow<py::object>(recipe).attr("row_index")(shape);
+  return found.is_none() ? Tensor() : THPVariable_Unpack(found.ptr());
+}
+
 torch::autograd::variable_list plain_backward(const BackwardOperands& t) {
   const py::gil_scoped_acquire gil;
   const py::object plain =

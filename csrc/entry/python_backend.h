@@ -28,6 +28,9 @@ std::tuple<Tensor, Tensor> python_forward(const PythonBackend& backend, const Op
 // x [M, K] in `dtype` from what is kept. Takes the GIL.
 Tensor make_x(PyObject* recipe, const std::vector<Tensor>& kept, int64_t K, at::ScalarType dtype);
 
+// The recipe's row_index for what is kept; undefined where it has none.
+Tensor row_index(PyObject* recipe, const Tensor& kept);
+
 // Six gradients, undefined where they are not wanted. Takes the GIL.
 torch::autograd::variable_list python_backward(const PythonBackend& backend,
                                                const BackwardOperands& operands);

@@ -5,7 +5,8 @@ that operation's own input anyway, and x follows from it by one pass. `find` rea
 x came from. Nothing is asked of the modules, so a hook, a patched module or another way of calling
 them is simply another graph; x, its gradient and who else uses it stay as they were.
 
-Views, permutations, rolls and paddings on the way are made again too, as Swin's windows need.
+Views, permutations, rolls and paddings on the way are made again too, as Swin's windows need; where
+they move rows as a whole, the CPU's kernel takes each row from where it was.
 
 A second derivative goes to what x is made from, and through that to all before it; one with respect
 to x itself lacks what comes by way of d_down.
@@ -13,8 +14,9 @@ to x itself lacks what comes by way of d_down.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +29,13 @@ from .checks import HALF_DTYPES
 from .dispatch import available_backends, has_tangent, launch_context, requested_backend
 from .schemas import OPERANDS, STRATEGY_CODES, needs_code
 
-# How csrc makes x by itself, as in csrc/codes.h; from a recipe of another code x is made here.
+# How csrc makes rows of x by itself, as in csrc/codes.h; from a recipe of another code x is made
+# here.
 PLAIN, LAYER_NORM, GELU, GELU_TANH = range(4)
 
 _MAX_DEPTH = 16  # operations between what is kept and x
 _MAX_RECIPES = 1024  # which are never freed
+_MAX_INDICES = 32  # of rows that were moved: a Swin has 8 for each size of its batches
 _CHECKPOINT = "torch.utils.checkpoint"
 
 Expression = tuple[Any, ...]
@@ -43,11 +47,18 @@ class Recipe(NamedTuple):
     kind: str  # of the operation that made x, but for views: "LayerNorm", "GELU", ...
     code: int
     expression: Expression
+    moved: bool = False  # whether x's rows, which `code` makes, have other places than those kept
 
     def __call__(self, kept: Sequence[Tensor | None]) -> Tensor:
         """x but for its shape, [..., K] with the rows in order; differentiable in what is kept.
         With x's device as the current one, and without autocast."""
         return _evaluate(self.expression, kept)
+
+    def row_index(self, shape: Sequence[int]) -> Tensor | None:
+        """Of each row of x the row of what is kept, of this shape, that it is made from: [M] of
+        int64, -1 for a row of zeros. None where not whole rows were moved.
+        """
+        return _row_index(self.expression, tuple(shape))
 
 
 class Source(NamedTuple):
@@ -145,12 +156,13 @@ def down_grad(
         first, *norm = kept if source.recipe.code == LAYER_NORM else (kept[0], *[None] * 4)
         assert first is not None
         k = first.shape[-1]
+        rows = source.recipe.row_index(first.shape) if source.recipe.moved else None
         statistics = [None if t is None else t.reshape(-1, 1) for t in norm[:2]]
         wide = torch.promote_types(s.dtype, torch.float32)
         eye, unused = torch.eye(r, dtype=wide)[None], s.new_empty(r, k, dtype=wide)
         needs = needs_code([name == "down" for name in OPERANDS])
         _, d_down, *_ = torch.ops.efft_kernels.native_bwd_made(
-            *(s, source.recipe.code, first.reshape(-1, k), *statistics, *norm[2:]),
+            *(s, source.recipe.code, first.reshape(-1, k), rows, *statistics, *norm[2:]),
             *(unused, None, unused.t(), None, eye, needs, STRATEGY_CODES["split"]),
         )
         return d_down.to(dtype)  # type: ignore[no-any-return]
@@ -164,12 +176,18 @@ def _has_kernel(source: Source, kept: Sequence[Tensor | None], s: Tensor) -> boo
     return (
         source.recipe.code != PLAIN
         and s.device.type == "cpu"
+        and not (source.recipe.moved and source.recipe.row_index(_sizes(kept[0])) is None)
         and not torch.is_grad_enabled()
         and not has_tangent(s)
         and requested_backend("auto") in ("auto", "cpp")
         and available_backends()["cpp"] is None
         and all(t is None or (t.dtype in cpp_backend.DTYPES and _in_memory(t)) for t in (*kept, s))
     )
+
+
+def _sizes(tensor: Tensor | None) -> torch.Size:
+    assert tensor is not None
+    return tensor.shape
 
 
 def _in_memory(tensor: Tensor) -> bool:
@@ -209,12 +227,15 @@ def _recipe(maker: str, expression: Expression) -> Recipe:
     if found is None:
         if len(_recipes) >= _MAX_RECIPES:
             raise _NotKept
-        code = PLAIN
-        if expression[:6] == ("layer_norm", *(("kept", place) for place in range(5))):
-            code = LAYER_NORM if expression[6] == 1 else PLAIN
-        elif expression[:2] == ("gelu", ("kept", 0)):
-            code = {"none": GELU, "tanh": GELU_TANH}[expression[2]]
-        found = _recipes[key] = Recipe(_MAKERS[maker], code, expression)
+        code, rows = PLAIN, expression
+        while rows[0] in _MOVES:
+            rows = rows[1]
+        if rows[:6] == ("layer_norm", *(("kept", place) for place in range(5))):
+            code = LAYER_NORM if rows[6] == 1 else PLAIN
+        elif rows[:2] == ("gelu", ("kept", 0)):
+            code = {"none": GELU, "tanh": GELU_TANH}[rows[2]]
+        moved = code != PLAIN and rows is not expression
+        found = _recipes[key] = Recipe(_MAKERS[maker], code, expression, moved)
     return found
 
 
@@ -447,6 +468,47 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "roll": torch.roll,
     "pad": F.pad,
 }
+
+
+# Operations that may move rows and leave them whole.
+_MOVES = ("reshape", "permute", "transpose", "roll", "pad")
+
+
+@lru_cache(_MAX_INDICES)
+def _row_index(expression: Expression, shape: tuple[int, ...]) -> Tensor | None:
+    """As Recipe.row_index."""
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return _moved_rows(expression, shape).reshape(-1)
+    except _NotKept:
+        return None
+
+
+def _moved_rows(expression: Expression, shape: tuple[int, ...]) -> Tensor:
+    """The rows' numbers in the places to which the expression moves them, [..., 1].
+
+    Raises:
+        _NotKept: it does not leave rows whole.
+    """
+    name, inner, *rest = expression
+    if name not in _MOVES:
+        return torch.arange(math.prod(shape[:-1])).view(*shape[:-1], 1)
+    rows = _moved_rows(inner, shape)
+    last = rows.dim() - 1
+    if name == "reshape":
+        *outer, width = rest[0]
+        whole, rest = width == shape[-1] and len(outer) > 0, [(*outer, 1)]
+    elif name == "permute":
+        whole = rest[0][-1] in (-1, last)
+    elif name == "pad":
+        whole, rest = not any(rest[0][:2]), [rest[0], "constant", -1]
+    else:
+        dims = rest[1] if name == "roll" else rest
+        whole = len(dims) > 0 and not {-1, last} & set(dims)
+    if not whole:
+        raise _NotKept
+    moved: Tensor = _OPERATIONS[name](rows, *rest)
+    return moved
 
 
 def _normalise(

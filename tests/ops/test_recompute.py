@@ -70,7 +70,7 @@ PRODUCERS = {
     "norm of strided rows": (lambda x: NORM(x[:, ::2]), (3, 9, K), "LayerNorm", 1),
     "norm, rows in one": (lambda x: NORM(x).flatten(0, 1), (2, 5, K), "LayerNorm", 1),
     "norm, rows apart": (lambda x: NORM(x).unflatten(0, (2, 3)), (6, K), "LayerNorm", 1),
-    "norm, features regrouped": (lambda x: NORM4(x).flatten(1), (5, 3, 4), "a view", 0),
+    "norm, features regrouped": (lambda x: NORM4(x).flatten(1), (5, 3, 4), "a view", 1),
     "gelu": (F.gelu, (2, 5, K), "GELU", recompute.GELU),
     "gelu, tanh": (partial(F.gelu, approximate="tanh"), (5, K), "GELU", recompute.GELU_TANH),
     "silu": (F.silu, (5, K), "SiLU", recompute.PLAIN),
@@ -79,7 +79,10 @@ PRODUCERS = {
     "dropout": (dropped, (5, K), "a product", 0),
     "rms norm": (nn.RMSNorm(K, dtype=torch.float64).requires_grad_(False), (5, K), "a product", 0),
     "rms norm, by hand": (rms_norm, (2, 5, K), "a product", 0),
-    "windows of a norm": (lambda x: windows(NORM(x)), (2, 3, 5, K), "a view", 0),
+    "windows of a norm": (lambda x: windows(NORM(x)), (2, 3, 5, K), "a view", 1),
+    "windows of gelu": (lambda x: windows(F.gelu(x)), (2, 3, 5, K), "a view", recompute.GELU),
+    "norm, rows by columns": (lambda x: NORM(x).transpose(0, 1).flatten(0, 1), (3, 5, K),
+                              "a view", recompute.LAYER_NORM),
     "attention": (attention, (2, 5, K), "a view", 0),
 }  # fmt: skip
 
@@ -190,6 +193,98 @@ def test_batches_of_all_sizes_have_one_recipe():
         id(recompute.find(windows(NORM(drawn((size, 3, 5, K)) * 1))).recipe) for size in (1, 2, 5)
     }
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("move", "whole"),
+    [
+        (windows, True),
+        (lambda x: x.roll((1, -2), (0, 1)), True),
+        (lambda x: x.permute(2, 0, 1, 3).contiguous(), True),
+        (lambda x: x.transpose(0, 2).contiguous(), True),
+        (lambda x: F.pad(x, (0, 0, 2, 1)).flatten(1, 2), True),
+        (lambda x: x.view(2, 15, K).transpose(0, 1).contiguous(), True),
+        # Features among the rows.
+        (lambda x: x.reshape(-1, 2 * K), False),
+        (lambda x: x.reshape(-1, K // 2).roll(1, 0), False),
+        (lambda x: x.view(2, 15, K).permute(0, 2, 1).contiguous(), False),
+        (lambda x: x.view(2, 15, K).transpose(1, 2).contiguous(), False),
+        (lambda x: x.transpose(-2, -1).contiguous(), False),
+        (lambda x: x.roll(1, 3), False),
+        (lambda x: x.roll((1, 1), (0, -1)), False),
+        (lambda x: x.roll(5), False),
+        (lambda x: F.pad(x, (1, 0)), False),
+        (lambda x: F.pad(x, (0, 1, 1, 1)), False),
+        (lambda x: x.flatten().roll(K), False),
+    ],
+)
+def test_rows_that_are_moved(move, whole):
+    """Each row of x is the one of its index, or zeros."""
+    h = drawn((2, 3, 5, K))
+    x = move(F.gelu(h * 1))
+    source = recompute.find(x)
+    assert source.recipe.code == recompute.GELU and source.recipe.moved
+    index = source.recipe.row_index(h.shape)
+    assert (index is not None) == whole
+    if whole:
+        rows = F.pad(F.gelu(h).view(-1, K), (0, 0, 0, 1))  # -1: the last, of zeros
+        assert index.dtype == torch.int64 and index.dim() == 1 and not index.is_inference()
+        assert torch.equal(rows[index], x.reshape(-1, K))
+
+
+def test_an_index_is_made_once_and_anywhere():
+    recompute._row_index.cache_clear()
+    recipe = recompute.find(windows(NORM(drawn((2, 3, 5, K)) * 1))).recipe
+    with torch.inference_mode(), torch.device("meta"):
+        first = recipe.row_index((2, 3, 5, K))
+    assert first.device.type == "cpu" and not first.is_inference()
+    assert recipe.row_index(torch.Size((2, 3, 5, K))) is first
+    assert len(recipe.row_index((4, 3, 5, K))) == 2 * len(first)
+    for size in range(5, 5 + recompute._MAX_INDICES):
+        recipe.row_index((size, 3, 5, K))
+    assert recipe.row_index((2, 3, 5, K)) is not first  # not kept for ever
+    assert recompute.find(NORM(drawn((2, K)) * 1)).recipe.moved is False
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("windows of a norm", torch.float64),
+        ("norm, rows by columns", torch.float64),
+        ("windows of gelu", torch.float64),
+        ("windows of gelu", torch.float32),
+        ("windows of gelu", torch.bfloat16),
+    ],
+)
+def test_the_kernel_takes_rows_from_where_they_were(monkeypatch, route, name, dtype):
+    """There x, with its rows moved, is never made."""
+    expected = step(name, False, dtype)
+    if route == "entry-point":
+        monkeypatch.setattr(recompute.Source, "makes", lambda *_: True)
+        monkeypatch.setattr(recompute.Recipe, "__call__", lambda *_: pytest.fail("x was made"))
+    found = step(name, True, dtype)
+    rounding = 40 * torch.finfo(dtype).eps
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= rounding * b.abs().max()
+
+
+def test_the_gradient_of_down_alone_takes_them_from_there(monkeypatch):
+    if reason := native_library.not_built("_native"):
+        pytest.skip(reason)
+    assert native_library.load_cpu() is None
+    x = windows(NORM(drawn((2, 3, 5, K)) * 1))
+    source = recompute.find(x)
+    rows = x.detach().reshape(-1, K)
+    s = torch.randn(len(rows), 3, dtype=torch.float64)
+    regrouped = NORM4(drawn((5, 3, 4)) * 1).flatten(1)
+    other, s_other = recompute.find(regrouped), torch.randn(5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        assert not recompute._has_kernel(other, other.kept, s_other)
+        found = recompute.down_grad(other.kept, other, s_other, s.dtype)
+        torch.testing.assert_close(found, regrouped.mT @ s_other)
+        monkeypatch.setattr(recompute.Recipe, "__call__", lambda *_: pytest.fail("x was made"))
+        found = recompute.down_grad(source.kept, source, s, s.dtype)
+    torch.testing.assert_close(found, rows.mT @ s)
 
 
 def layer(dtype=torch.float64, **options):

@@ -152,6 +152,14 @@ def test_refusals_name_the_argument(operator, changes, message):
     [
         ({"made_by": 0}, "made_by must be"),
         ({"made_by": 4}, "made_by must be"),
+        ({"rows": torch.zeros(18, dtype=torch.int64)}, r"rows must be \[M\] of int64"),
+        ({"rows": torch.zeros(19, 1, dtype=torch.int64)}, r"rows must be \[M\] of int64"),
+        ({"rows": torch.zeros(19, dtype=torch.int32)}, r"rows must be \[M\] of int64"),
+        ({"rows": torch.zeros(38, dtype=torch.int64)[::2]}, r"rows must be \[M\] of int64"),
+        ({"rows": torch.tensor([-2] + [0] * 18)}, "rows must be rows of `kept`, or -1"),
+        ({"rows": torch.tensor([0] * 18 + [19])}, "rows must be rows of `kept`, or -1"),
+        ({"rows": torch.zeros(19).long(), "mean": (18, 1)}, r"mean must be \[M, 1\]"),
+        ({"kept": (18, 53)}, "x must be .* for the gradient of down"),
         ({"mean": None}, "mean and rstd must be given"),
         ({"rstd": None}, "mean and rstd must be given"),
         ({"mean": (18, 1)}, r"mean must be \[M, 1\]"),
@@ -163,10 +171,10 @@ def test_refusals_name_the_argument(operator, changes, message):
     ids=str,
 )
 def test_refusals_of_what_x_is_made_from(changes, message):
-    shapes = {"kept": (19, 53), "mean": (19, 1), "rstd": (19, 1)}
+    shapes = {"kept": (19, 53), "rows": None, "mean": (19, 1), "rstd": (19, 1)}
     shapes |= {"norm_weight": (53,), "norm_bias": (53,)} | changes
     made_by = shapes.pop("made_by", 1)
-    source = (None if shape is None else torch.ones(shape) for shape in shapes.values())
+    source = [torch.ones(s) if isinstance(s, tuple) else s for s in shapes.values()]
     dy, _, *rest = operator_arguments("bwd", operands_of("bwd"))
     with pytest.raises(RuntimeError, match=f"efft_kernels: {message}"):
         torch.ops.efft_kernels.native_bwd_made(dy, made_by, *source, *rest)
