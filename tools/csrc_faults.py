@@ -166,9 +166,11 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/ops.cpp", "core->size(1) == factors.Ra && core", "core"),
         Fault(
             "cpu/ops.cpp",
-            "x->size(1) == args.K &&\n                         is_readable(x->scalar_type())",
-            "x->size(1) == args.K",
+            'args.K && is_readable(x->scalar_type())),\n          "x"',
+            'args.K),\n          "x"',
         ),
+        Fault("cpu/ops.cpp", "row >= -1 && row < kept", "row < kept"),
+        Fault("cpu/ops.cpp", "row >= -1 && row < kept", "row >= -1"),
         Fault("cpu/ops.cpp", "given->numel() == size && ", ""),
         Fault("cpu/ops.cpp", "require(mean && rstd,", "require(mean || rstd,"),
     ),
