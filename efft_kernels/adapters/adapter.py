@@ -43,7 +43,7 @@ from .chained import find_chain, unchain
 from .coverage import coverage
 from .description import Description
 from .peft_guard import unguard
-from .swapping import take_out
+from .swapping import check_can_be_taken_out, take_out
 from .torch_attention import allow_fast_paths
 
 
@@ -189,8 +189,7 @@ class Adapter:
                 has sharded the model.
         """
         attachment = self._attachment
-        for layer in self.layers().values():
-            layer.to_linear()  # raises before anything has changed
+        check_can_be_taken_out(self.model, self.layers())
         if self.bank.mixing:
             raise RuntimeError("detach() must not be called within AdapterSet.tasks()")
         check_not_sharded(
