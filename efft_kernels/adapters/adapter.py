@@ -36,6 +36,7 @@ from .attachment import (
     Attachment,
     find_bank,
     is_inside,
+    restore_gradients,
     same_numbers,
     state_buffers,
 )
@@ -206,8 +207,7 @@ class Adapter:
         self.bank.unwatch(self.model)
         set_qkv_bias_separate(self.model, attachment.separated_bias, False)
         delattr(self.model, BANK_NAME)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(attachment.required_grad.get(name, parameter.requires_grad))
+        restore_gradients(self.model, attachment.required_grad)
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:

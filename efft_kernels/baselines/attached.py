@@ -17,7 +17,9 @@ from ..adapters.attachment import (
     BASELINE_NAME,
     AttachedBank,
     Attachment,
+    parameters_to_train,
     require_plain,
+    restore_gradients,
     state_buffers,
 )
 from ..methods.base import Method
@@ -94,6 +96,7 @@ def attach_baseline(
     check_not_sharded(model, "be adapted: attach first")
     parameters = dict(model.named_parameters())
     own = baseline.own_parameters(model, trained)
+    to_train = parameters_to_train(model, trained, own)
     floats = [p for p in parameters.values() if p.is_floating_point()]
     if not floats:
         raise ValueError(f"model must have parameters, got a {type(model).__name__} without")
@@ -117,10 +120,8 @@ def attach_baseline(
     record.train(model.training)
 
     model.requires_grad_(False)
-    for name in own:
-        parameters[name].requires_grad_(True)
-    for name in trained:
-        model.get_submodule(name).requires_grad_(True)
+    for parameter in to_train:
+        parameter.requires_grad_(True)
     model.add_module(BASELINE_NAME, record)
     handle = AttachedBaseline(model)
     try:
@@ -288,8 +289,7 @@ class AttachedBaseline(Adapter):
             self._set_buffers({})
         _remove_hooks(self.model)
         delattr(self.model, BASELINE_NAME)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(attachment.required_grad.get(name, parameter.requires_grad))
+        restore_gradients(self.model, attachment.required_grad)
         return self.model
 
     def _own_parameter(self, name: str) -> nn.Parameter:
