@@ -621,7 +621,12 @@ class FusedEFFTLinear(nn.Linear):
         if self._base_weight:
             (base,) = self._base_weight
             with torch.no_grad():
-                self._base_weight = (nn.Parameter(fn(base), requires_grad=base.requires_grad),)
+                moved = fn(base)
+            # As torch does for parameters: the tensor stays the same wherever it can.
+            if torch._has_compatible_shallow_copy_type(base, moved):
+                base.data = moved
+            else:
+                self._base_weight = (nn.Parameter(moved, requires_grad=base.requires_grad),)
         return self
 
     def reset_parameters(self) -> None:
