@@ -212,10 +212,7 @@ def write_adapter_file(
         ValueError: a metadata key that the format uses; tensors without storage (meta).
         OSError: the folder does not exist or cannot be written.
     """
-    if meta := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(
-            f"the adapter must have numbers to be saved, got {shorten(meta)} on the meta device"
-        )
+    check_has_numbers(state)
     own = header.to_metadata()
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -230,6 +227,14 @@ def write_adapter_file(
     own[_CHECKSUM] = checksum(tensors)
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={**metadata, **own})
+
+
+def check_has_numbers(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors without storage (meta), of which there is nothing to save."""
+    if meta := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(
+            f"the adapter must have numbers to be saved, got {shorten(meta)} on the meta device"
+        )
 
 
 @contextmanager

@@ -352,6 +352,8 @@ class TestImageSize:
             "vit.embeddings.position_embeddings",  # Hugging Face
             "vision_model.embeddings.position_embedding.weight",
             "vision_encoder.pos_embed",
+            "pos_embed1",  # Visformer
+            "patch_pos",  # TNT
         )
         others = (
             "cls_token",
@@ -493,8 +495,11 @@ class TestMeta:
         with pytest.raises(ValueError, match=r"must have storage.*on the meta device.*to_empty"):
             load(other, tmp_path / "a")
         assert [name for name, _ in other.named_modules()] == names
+        attach(other, METHOD)
         with pytest.raises(ValueError, match=r"numbers to be saved.*on the meta device"):
-            attach(other, METHOD).save(tmp_path / "b")
+            Adapter(other).save(tmp_path / "b")
+        with pytest.raises(ValueError, match=r"numbers to be saved.*on the meta device"):
+            export_peft_lora(Adapter(other), tmp_path / "b")
         assert not (tmp_path / "b").exists()
 
 
