@@ -56,6 +56,12 @@ def trained_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(_MODULES): v for k, v in state.items() if k.startswith(_MODULES)}
 
 
+def modules_with_tensors(modules: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:
+    """Those of the trained modules that a state has tensors of: a head that was replaced by none,
+    nn.Identity say, has nothing to train."""
+    return [m for m in modules if any(key.startswith(module_key(m, "")) for key in state)]
+
+
 def is_factor(key: str) -> bool:
     """Whether a state's key is a factor's."""
     return key.startswith(_FACTORS)

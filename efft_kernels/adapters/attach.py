@@ -27,7 +27,13 @@ from ..methods.sharded import check_not_sharded
 from ..nn import FusedEFFTLinear, check_weight_is_stored
 from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
-from .adapter_file import errors_about, read_adapter_file, read_header, shorten
+from .adapter_file import (
+    errors_about,
+    modules_with_tensors,
+    read_adapter_file,
+    read_header,
+    shorten,
+)
 from .architectures import (
     classifier_names,
     find_joined_qkv_bias,
@@ -227,6 +233,7 @@ def _load(
         trained = present
     else:
         check_architecture(model, header.base_shapes, trained)
+        trained = modules_with_tensors(trained, tensors)
     adapter = attach(
         model,
         header.method,

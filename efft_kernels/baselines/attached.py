@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.adapter_file import errors_about, module_key, write_adapter_file
+from ..adapters.adapter_file import (
+    errors_about,
+    module_key,
+    modules_with_tensors,
+    write_adapter_file,
+)
 from ..adapters.attach import check_architecture, resolve_modules_to_train
 from ..adapters.attachment import (
     BASELINE_NAME,
@@ -151,7 +156,8 @@ def load_baseline(model: nn.Module, path: str | os.PathLike[str]) -> AttachedBas
     with errors_about(path):
         header, tensors = read_baseline_file(path)
         check_architecture(model, header.base_shapes, header.modules_to_train, may_keep_head=False)
-        handle = attach_baseline(model, header.baseline, modules_to_train=header.modules_to_train)
+        trained = modules_with_tensors(header.modules_to_train, tensors)
+        handle = attach_baseline(model, header.baseline, modules_to_train=trained)
         try:
             handle.load_state_dict(tensors)
         except ValueError as error:

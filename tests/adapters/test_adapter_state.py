@@ -275,6 +275,16 @@ class TestReplacedHead:
         with pytest.raises(ValueError, match=r"head.*got.* first, timm's by model\.reset_classi"):
             load(make_vit(), tmp_path / "a")
 
+    def test_by_none(self, adapted, make_vit, tmp_path):
+        """For features: there is a module of that name, and nothing of it to train."""
+        model, adapter = adapted()
+        model.reset_classifier(0)
+        adapter.save(tmp_path / "a")
+        other = make_vit().eval()
+        other.reset_classifier(0)
+        assert load(other, tmp_path / "a").modules_to_train == ()
+        assert torch.equal(other(IMAGES), model(IMAGES)) and other(IMAGES).shape == (2, 12)
+
     def test_a_head_that_is_gone(self, adapted, tmp_path):
         model, adapter = adapted()
         del model.head
