@@ -300,6 +300,16 @@ def check_weight_is_stored(linear: nn.Module, name: str) -> None:
         )
 
 
+def check_class_is_own(module: nn.Module) -> None:
+    """Check that a module can get its class from before `attach` again.
+
+    Raises:
+        RuntimeError: it was parametrized since, which is a matter of its class.
+    """
+    if parametrize.is_parametrized(module):
+        raise RuntimeError(f"a parametrized layer cannot become a plain one: {_WAY_OUT}")
+
+
 class FusedEFFTLinear(nn.Linear):
     """A drop-in nn.Linear that computes y = x·W^T + bias + s·x·U·Σ_g·V^T in one operator.
 
@@ -422,8 +432,7 @@ class FusedEFFTLinear(nn.Linear):
         Raises:
             RuntimeError: it was parametrized since, which is a matter of its class.
         """
-        if parametrize.is_parametrized(self):
-            raise RuntimeError(f"a parametrized layer cannot become a plain one: {_WAY_OUT}")
+        check_class_is_own(self)
         linear = nn.Linear.__new__(nn.Linear)
         state = _module_state(self)
         for name in _OWN_ATTRIBUTES:
@@ -492,13 +501,16 @@ class FusedEFFTLinear(nn.Linear):
             self._base_weight = ()
 
     def _stored_weight(self, purpose: str) -> nn.Parameter:
-        weight = self._parameters.get("weight")
+        weight = self._weight_parameter()
         if weight is None:
             raise RuntimeError(
                 f"weight must be a parameter of the layer to {purpose}, got one that a hook or a"
                 f" parametrization computes: {_WAY_OUT}"
             )
         return weight
+
+    def _weight_parameter(self) -> nn.Parameter | None:
+        return self._parameters.get("weight")
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -609,7 +621,12 @@ class FusedEFFTLinear(nn.Linear):
         if self._base_weight:
             (base,) = self._base_weight
             with torch.no_grad():
-                self._base_weight = (nn.Parameter(fn(base), requires_grad=base.requires_grad),)
+                moved = fn(base)
+            # As torch does for parameters: the tensor stays the same wherever it can.
+            if torch._has_compatible_shallow_copy_type(base, moved):
+                base.data = moved
+            else:
+                self._base_weight = (nn.Parameter(moved, requires_grad=base.requires_grad),)
         return self
 
     def reset_parameters(self) -> None:

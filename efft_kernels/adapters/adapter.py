@@ -36,6 +36,7 @@ from .attachment import (
     Attachment,
     find_bank,
     is_inside,
+    restore_gradients,
     same_numbers,
     state_buffers,
 )
@@ -43,7 +44,7 @@ from .chained import find_chain, unchain
 from .coverage import coverage
 from .description import Description
 from .peft_guard import unguard
-from .swapping import take_out
+from .swapping import check_can_be_taken_out, take_out
 from .torch_attention import allow_fast_paths
 
 
@@ -189,8 +190,7 @@ class Adapter:
                 has sharded the model.
         """
         attachment = self._attachment
-        for layer in self.layers().values():
-            layer.to_linear()  # raises before anything has changed
+        check_can_be_taken_out(self.model, self.layers())
         if self.bank.mixing:
             raise RuntimeError("detach() must not be called within AdapterSet.tasks()")
         check_not_sharded(
@@ -207,8 +207,7 @@ class Adapter:
         self.bank.unwatch(self.model)
         set_qkv_bias_separate(self.model, attachment.separated_bias, False)
         delattr(self.model, BANK_NAME)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(attachment.required_grad.get(name, parameter.requires_grad))
+        restore_gradients(self.model, attachment.required_grad)
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:

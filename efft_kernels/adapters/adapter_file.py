@@ -56,6 +56,12 @@ def trained_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(_MODULES): v for k, v in state.items() if k.startswith(_MODULES)}
 
 
+def modules_with_tensors(modules: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:
+    """Those of the trained modules that a state has tensors of: a head that was replaced by none,
+    nn.Identity say, has nothing to train."""
+    return [m for m in modules if any(key.startswith(module_key(m, "")) for key in state)]
+
+
 def is_factor(key: str) -> bool:
     """Whether a state's key is a factor's."""
     return key.startswith(_FACTORS)
@@ -212,10 +218,7 @@ def write_adapter_file(
         ValueError: a metadata key that the format uses; tensors without storage (meta).
         OSError: the folder does not exist or cannot be written.
     """
-    if meta := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(
-            f"the adapter must have numbers to be saved, got {shorten(meta)} on the meta device"
-        )
+    check_has_numbers(state)
     own = header.to_metadata()
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -230,6 +233,14 @@ def write_adapter_file(
     own[_CHECKSUM] = checksum(tensors)
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={**metadata, **own})
+
+
+def check_has_numbers(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors without storage (meta), of which there is nothing to save."""
+    if meta := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(
+            f"the adapter must have numbers to be saved, got {shorten(meta)} on the meta device"
+        )
 
 
 @contextmanager

@@ -24,8 +24,8 @@ _QKV_SWITCH = "qkv_bias_separate"
 _SHARING_ROLES = ("q", "k", "v")
 # Last parts of parameters' names, "weight" aside, whose shapes go with the image size.
 _POSITION_TABLE = re.compile(
-    r"(?:.*_)?pos(?:ition|itional)?_emb(?:ed|edding|eddings)?(?:_\w+)?|rel_pos_[hwt]"
-    r"|relative_position_bias_table|attention_biases"
+    r"(?:.*_)?pos(?:ition|itional)?_emb(?:ed|edding|eddings)?\d*(?:_\w+)?|rel_pos_[hwt]"
+    r"|patch_pos|relative_position_bias_table|attention_biases"
 )
 
 PEFT_QKV_WARNING = (

@@ -27,7 +27,13 @@ from ..methods.sharded import check_not_sharded
 from ..nn import FusedEFFTLinear, check_weight_is_stored
 from ..ops.checks import FLOAT_DTYPES
 from .adapter import Adapter
-from .adapter_file import errors_about, read_adapter_file, read_header, shorten
+from .adapter_file import (
+    errors_about,
+    modules_with_tensors,
+    read_adapter_file,
+    read_header,
+    shorten,
+)
 from .architectures import (
     classifier_names,
     find_joined_qkv_bias,
@@ -40,6 +46,7 @@ from .attachment import (
     AttachedBank,
     Attachment,
     is_inside,
+    parameters_to_train,
     require_plain,
     state_buffers,
 )
@@ -102,8 +109,8 @@ def attach(
             uses its weight without calling it.
         ValueError: already attached; a target, layer or module name that matches nothing; a rank
             that does not fit; a method with no place for a target; weights on several devices; a
-            model that torch or PEFT has wrapped; an unknown `fuse`; with `strict`, an adapter
-            inside `model` that would be frozen.
+            model that torch or PEFT has wrapped; an unknown `fuse`; a module to train that was made
+            in inference mode; with `strict`, an adapter inside `model` that would be frozen.
         RuntimeError: FSDP2 has sharded the model.
     """
     require_plain(model)
@@ -118,6 +125,7 @@ def attach(
     if hasattr(model, BANK_NAME):
         raise ValueError(f"model must not have an attribute {BANK_NAME!r} of its own")
     trained = resolve_modules_to_train(model, modules_to_train)
+    to_train = parameters_to_train(model, trained)
     targeted = find_sites(model, targets, layers, exclude=trained)
     sites = method.select(targeted)
     if not sites:
@@ -165,7 +173,7 @@ def attach(
     tell_of_frozen(model, trained, strict)
     if passed_over:
         warnings.warn(passed_over, stacklevel=2)
-    _install(model, bank, layers_by_site)
+    _install(model, bank, layers_by_site, to_train)
     for layer in layers_by_site.values():
         layer.remakes_input = fuse != "off"
     bank.unchained = chain(model, bank) if fuse == "auto" else f"fuse={fuse!r}"
@@ -225,6 +233,7 @@ def _load(
         trained = present
     else:
         check_architecture(model, header.base_shapes, trained)
+        trained = modules_with_tensors(trained, tensors)
     adapter = attach(
         model,
         header.method,
@@ -363,12 +372,17 @@ def _way_out(others: Sequence[str]) -> str:
     return f"leave it out, e.g. targets=[{named}]"
 
 
-def _install(model: nn.Module, bank: AttachedBank, layers: Mapping[str, FusedEFFTLinear]) -> None:
+def _install(
+    model: nn.Module,
+    bank: AttachedBank,
+    layers: Mapping[str, FusedEFFTLinear],
+    to_train: Iterable[nn.Parameter],
+) -> None:
     """Change the model; nothing here can fail."""
     attachment = bank.attachment
     model.requires_grad_(False)
-    for name in attachment.modules_to_train:
-        model.get_submodule(name).requires_grad_(True)
+    for parameter in to_train:
+        parameter.requires_grad_(True)
     put_in(model, layers)
     keep_off_fast_paths(model, attachment.sites, attachment.without_nested_tensors)
     set_qkv_bias_separate(model, attachment.separated_bias, True)

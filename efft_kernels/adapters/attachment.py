@@ -125,6 +125,46 @@ def state_buffers(model: nn.Module, exclude: Sequence[str] = ()) -> Iterator[tup
                 yield name, buffer
 
 
+def parameters_to_train(
+    model: nn.Module, modules: Sequence[str], own: Sequence[str] = ()
+) -> list[nn.Parameter]:
+    """Those that have to require gradients: all of the modules that torch lets, and `own`.
+
+    Args:
+        model: the model.
+        modules: names of the modules trained whole; their whole numbers stay as they are.
+        own: names of further parameters.
+
+    Raises:
+        ValueError: one was made in inference mode, where this is outside.
+    """
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name in own or (is_inside(name, modules) and parameter.is_floating_point())
+    }
+    for name, parameter in found.items():
+        if not _may_require_grad(parameter):
+            raise ValueError(
+                f"model must have parameters that can be trained, got {name!r} that"
+                " torch.inference_mode() made: build the model outside it, or pass"
+                " modules_to_train=() where it is not to be trained"
+            )
+    return list(found.values())
+
+
+def restore_gradients(model: nn.Module, required: Mapping[str, bool]) -> None:
+    """Give parameters the requires_grad that they had, by their names, where torch lets."""
+    for name, parameter in model.named_parameters():
+        wanted = required.get(name, parameter.requires_grad)
+        if not wanted or _may_require_grad(parameter):
+            parameter.requires_grad_(wanted)
+
+
+def _may_require_grad(parameter: nn.Parameter) -> bool:
+    return not parameter.is_inference() or torch.is_inference_mode_enabled()
+
+
 def is_inside(name: str, modules: Sequence[str]) -> bool:
     """Whether a parameter or buffer belongs to one of the modules."""
     return name.startswith(tuple(f"{module}." for module in modules))

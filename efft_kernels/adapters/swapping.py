@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..nn import FactorBank, FusedEFFTLinear, _module_state
+from ..nn import FactorBank, FusedEFFTLinear, _module_state, check_class_is_own
 from .torch_attention import (
     IN_PROJ,
     InProjection,
@@ -58,6 +58,19 @@ def put_in(model: nn.Module, layers: Mapping[str, FusedEFFTLinear]) -> None:
         else:
             exchanged[model.get_submodule(name)] = layer
     _exchange(model, exchanged)
+
+
+def check_can_be_taken_out(model: nn.Module, layers: Mapping[str, FusedEFFTLinear]) -> None:
+    """Check, before anything has changed, that `take_out` will not fail.
+
+    Raises:
+        RuntimeError: a layer, or the attention around it, was parametrized since.
+    """
+    for name, layer in layers.items():
+        layer.to_linear()
+        parent = parent_of(model, name)
+        if isinstance(parent, nn.MultiheadAttention):
+            check_class_is_own(parent)
 
 
 def take_out(model: nn.Module, layers: Mapping[str, FusedEFFTLinear]) -> None:

@@ -56,25 +56,33 @@ class InProjection(FusedEFFTLinear):
         else:
             super().__setattr__(name, value)
 
-    def _stored_weight(self, purpose: str) -> nn.Parameter:
-        return self.weight  # type: ignore[no-any-return]
+    def _weight_parameter(self) -> nn.Parameter | None:
+        return self._attention[0]._parameters.get("in_proj_weight")
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """The attention has loaded its weight by now, where it is merged into the merged one."""
+        """The attention has loaded its base weight by now, and left this layer unmerged."""
         state = dict(state_dict)
-        base = state.pop(prefix + BASE_WEIGHT, None)
-        if self.merged or base is not None:
-            loaded = self.weight if base is None else base
-            self.unmerge()
-            with torch.no_grad():
-                self.weight.copy_(loaded)
+        if prefix:  # else the attention was not asked, and the base weight has no place
+            state.pop(prefix + BASE_WEIGHT, None)
         nn.Linear._load_from_state_dict(self, state, prefix, *args, **kwargs)
 
 
 class AdaptedMultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention that calls its projections, of which at least one is adapted."""
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As FusedEFFTLinear's: in_proj is left unmerged, with the state's base weight."""
+        adapted: Any = self._modules.get(IN_PROJ)
+        if adapted is not None:
+            adapted.unmerge()
+            base = state_dict.get(f"{prefix}{IN_PROJ}.{BASE_WEIGHT}")
+            if base is not None:
+                state_dict = {**state_dict, f"{prefix}in_proj_weight": base}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self,
@@ -186,8 +194,9 @@ def unsupported(attention: nn.MultiheadAttention) -> str | None:
         return f"{type(attention).__name__}, a subclass of nn.MultiheadAttention,"
     if not attention._qkv_same_embed_dim:
         return "nn.MultiheadAttention with kdim or vdim"
-    if attention._parameters.get("in_proj_weight") is None:
-        return "nn.MultiheadAttention with a weight that a hook computes"
+    computed = attention.in_proj_bias is not None and "in_proj_bias" not in attention._parameters
+    if computed or attention._parameters.get("in_proj_weight") is None:
+        return "nn.MultiheadAttention with a weight or bias that a hook computes"
     if attention.bias_k is not None or attention.add_zero_attn:
         return "nn.MultiheadAttention with add_bias_kv or add_zero_attn"
     return None

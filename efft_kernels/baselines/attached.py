@@ -11,13 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.adapter_file import errors_about, module_key, write_adapter_file
+from ..adapters.adapter_file import (
+    errors_about,
+    module_key,
+    modules_with_tensors,
+    write_adapter_file,
+)
 from ..adapters.attach import check_architecture, resolve_modules_to_train
 from ..adapters.attachment import (
     BASELINE_NAME,
     AttachedBank,
     Attachment,
+    parameters_to_train,
     require_plain,
+    restore_gradients,
     state_buffers,
 )
 from ..methods.base import Method
@@ -94,6 +101,7 @@ def attach_baseline(
     check_not_sharded(model, "be adapted: attach first")
     parameters = dict(model.named_parameters())
     own = baseline.own_parameters(model, trained)
+    to_train = parameters_to_train(model, trained, own)
     floats = [p for p in parameters.values() if p.is_floating_point()]
     if not floats:
         raise ValueError(f"model must have parameters, got a {type(model).__name__} without")
@@ -117,10 +125,8 @@ def attach_baseline(
     record.train(model.training)
 
     model.requires_grad_(False)
-    for name in own:
-        parameters[name].requires_grad_(True)
-    for name in trained:
-        model.get_submodule(name).requires_grad_(True)
+    for parameter in to_train:
+        parameter.requires_grad_(True)
     model.add_module(BASELINE_NAME, record)
     handle = AttachedBaseline(model)
     try:
@@ -150,7 +156,8 @@ def load_baseline(model: nn.Module, path: str | os.PathLike[str]) -> AttachedBas
     with errors_about(path):
         header, tensors = read_baseline_file(path)
         check_architecture(model, header.base_shapes, header.modules_to_train, may_keep_head=False)
-        handle = attach_baseline(model, header.baseline, modules_to_train=header.modules_to_train)
+        trained = modules_with_tensors(header.modules_to_train, tensors)
+        handle = attach_baseline(model, header.baseline, modules_to_train=trained)
         try:
             handle.load_state_dict(tensors)
         except ValueError as error:
@@ -288,8 +295,7 @@ class AttachedBaseline(Adapter):
             self._set_buffers({})
         _remove_hooks(self.model)
         delattr(self.model, BASELINE_NAME)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(attachment.required_grad.get(name, parameter.requires_grad))
+        restore_gradients(self.model, attachment.required_grad)
         return self.model
 
     def _own_parameter(self, name: str) -> nn.Parameter:

@@ -50,7 +50,14 @@ def read_baseline_file(
         baseline: Any = baseline_from_config(json.loads(metadata["method"]))
         shapes = json.loads(metadata["base_shapes"])
         shapes = {name: tuple(map(int, shape)) for name, shape in shapes.items()}
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"path must be a baseline's file with a readable header, got {path}:"
             f" {' '.join(str(error).splitlines())}"

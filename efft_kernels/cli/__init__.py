@@ -29,12 +29,14 @@ def main() -> None:
     """Run the command line; the console script."""
     with ended_by_interrupt():
         from .commands import app
-    app()
+
+        app()
 
 
 @contextmanager
 def ended_by_interrupt() -> Iterator[None]:
-    """While something is imported, Ctrl-C prints one line and exits with code 130."""
+    """Until a command runs, Ctrl-C prints one line and exits with code 130: while something is
+    imported, and while typer parses, which would end without a word."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler:  # ignored, as in a shell's background
         yield
@@ -44,6 +46,19 @@ def ended_by_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def raised_interrupts() -> Iterator[None]:
+    """While a command runs, Ctrl-C is a KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is not _leave:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr
 from typing import Annotated, Any
 
 import typer
@@ -48,7 +49,7 @@ def read(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"config must be a file, got {path} (nothing there)")
     try:
         content = _parse(path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config must be readable, got {path} ({error})") from error
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"config must hold options by name, got {path} with none")
@@ -98,7 +99,9 @@ def as_options(content: Mapping[str, Any], names: set[str], path: Path) -> dict[
         if isinstance(value, list) and all(isinstance(item, str | int) for item in value):
             value = ",".join(str(item) for item in value)
         if not isinstance(value, str | int | float | None):
-            raise ValueError(f"{name} must be a text, a number or a list of these, got {value}")
+            raise ValueError(
+                f"{name} must be a text, a number or a list of these, got {repr(value)}"
+            )
         if value is not None:
             options[name] = value
     if unknown:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from . import raised_interrupts
+
 if TYPE_CHECKING:
     from ..training.run import Run
 
@@ -80,7 +82,8 @@ def input_errors() -> Iterator[None]:
 def interruptible(message: str) -> Iterator[None]:
     """Ctrl-C inside the block prints the message and exits with code 130."""
     try:
-        yield
+        with raised_interrupts():
+            yield
     except KeyboardInterrupt:
         raise fail(message, INTERRUPTED) from None
 

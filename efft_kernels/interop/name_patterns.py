@@ -18,6 +18,7 @@ except ImportError:  # until Python 3.10
     import sre_parse as _parser  # type: ignore[no-redef]
 
 MOST_WAYS = 10**8  # a few seconds
+MOST_CHARACTERS = 10**5  # compiled in as many; a long name for each of 1,000 linears
 _TOO_MANY = MOST_WAYS + 1
 
 
@@ -28,10 +29,15 @@ class NamePatterns:
         patterns: a regular expression to its value.
 
     Raises:
-        ValueError: a key that is no regular expression.
+        ValueError: a key that is no regular expression, or keys that take too long to compile.
     """
 
     def __init__(self, patterns: Mapping[str, float]):
+        if (characters := sum(map(len, patterns))) > MOST_CHARACTERS:
+            raise ValueError(
+                f"rank_pattern and alpha_pattern must have keys of at most {MOST_CHARACTERS:,}"
+                f" characters together, got {characters:,}"
+            )
         self._expressions = [(key, *_compile(key), value) for key, value in patterns.items()]
         self._ways_left = MOST_WAYS
 

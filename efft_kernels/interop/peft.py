@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.adapter_file import buffers_of, errors_about, shorten
+from ..adapters.adapter_file import buffers_of, check_has_numbers, errors_about, shorten
 from ..adapters.architectures import PEFT_QKV_WARNING
 from ..adapters.attach import attach
 from ..adapters.attachment import require_plain
@@ -173,13 +173,15 @@ def export_peft_lora(adapter: Adapter, path: str | os.PathLike[str]) -> dict[str
 
     Raises:
         TypeError: not an Adapter.
-        ValueError: an adapted projection of nn.MultiheadAttention, which PEFT passes by.
+        ValueError: an adapted projection of nn.MultiheadAttention, which PEFT passes by; tensors on
+            the meta device.
         FileExistsError: something is at `path`.
         OSError: the folder cannot be written.
         RuntimeError: the adapter was detached.
     """
     if not isinstance(adapter, Adapter) or not adapter.sites:  # a baseline has none
         raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
+    check_has_numbers(adapter.required_state())
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in adapter.layers().items():

@@ -93,6 +93,7 @@ def check_not_sharded(model: nn.Module, failing: str) -> None:
     Raises:
         RuntimeError: FSDP2 has sharded it.
     """
+    reshard(model)  # after a forward FSDP2 may have some whole: the root's
     if sharded := [name for name, p in model.named_parameters() if is_sharded(p)]:
         raise RuntimeError(
             f"a model that fully_shard has divided among processes cannot {failing}; got"

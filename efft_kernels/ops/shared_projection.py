@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
-from .checks import to_autocast_dtype
+from .checks import autocast_enabled, to_autocast_dtype
 from .dispatch import requested_backend
 from .recompute import Source, down_grad
 
@@ -30,7 +30,8 @@ class SharedInput:
 
     def __init__(self) -> None:
         self.active = False
-        self._held: tuple[Tensor, int | None, Tensor] | None = None  # x, its version, P
+        # x, what P of this very tensor may differ by, and P.
+        self._held: tuple[Tensor, tuple[object, ...], Tensor] | None = None
 
     def open(self, module: torch.nn.Module, args: Any) -> None:
         """Forward pre-hook of the attention module."""
@@ -52,26 +53,31 @@ class SharedInput:
             return False
         if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
             return False
+        if not torch.compiler.is_compiling() and x.is_inference():
+            return False  # nobody counts what is written to it in place
         backend = requested_backend(backend)
         return backend == "torch" or (backend == "auto" and x.device.type == "cpu")
 
     def projection(self, x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
-        """P of x: the one at hand where x is the very tensor it was made from, else a new one."""
-        version = _version(x)
+        """P of x: the one at hand where x is the very tensor it was made from, under the same
+        circumstances, else a new one."""
+        state = _circumstances(x)
         if self._held is not None:
-            made_from, version_then, p = self._held
-            if made_from is x and version_then == version:
+            made_from, state_then, p = self._held
+            if made_from is x and state_then == state:
                 return p
         p = project(x, down, source)
-        self._held = x, version, p
+        self._held = x, state, p
         return p
 
 
-def _version(x: Tensor) -> int | None:
-    """How often x was written in place; None where that is not counted: of inference tensors, and
-    in compiled graphs."""
-    counted = not (torch.compiler.is_compiling() or x.is_inference())
-    return x._version if counted else None
+def _circumstances(x: Tensor) -> tuple[object, ...]:
+    """How often x was written in place (compiled graphs do not count it), and whether P has a
+    graph, and is of autocast's dtype: linears of one attention may differ in both."""
+    version = None if torch.compiler.is_compiling() else x._version
+    device_type = x.device.type
+    cast = torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
+    return version, torch.is_grad_enabled(), cast
 
 
 def project(x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:

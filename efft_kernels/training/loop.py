@@ -28,7 +28,7 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 class NonFiniteLossError(RuntimeError):
-    """The training loss, a trained parameter or a logit became NaN or infinite."""
+    """The training loss, a step, a trained parameter or a logit became NaN or infinite."""
 
 
 class UpdateScheduler(Protocol):
@@ -221,8 +221,8 @@ def train_one_epoch(
         updates: the loss, and how many batches make an update; cross entropy of each by default.
 
     Raises:
-        NonFiniteLossError: before the optimizer step, when a batch's loss is NaN or infinite; after
-            the last, when a parameter is that it trains.
+        NonFiniteLossError: before the optimizer step, when a batch's loss is NaN or infinite; in
+            it, when it leaves float range; after the last, when a parameter is NaN or infinite.
         TypeError: a loader without a length where updates are counted.
         ValueError: a loader without a batch.
     """
@@ -265,11 +265,17 @@ def train_one_epoch(
         (loss if scaler is None else scaler.scale(loss)).backward()
         if place + 1 == updates.accumulate or step + 1 == batches:
             updates.clip(optimizer, scaler)
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
+            try:
+                if scaler is None:
+                    optimizer.step()
+                else:
+                    scaler.step(optimizer)
+                    scaler.update()
+            except RuntimeError as error:  # of a learning rate that the parameters' dtype lacks
+                if "without overflow" not in str(error):
+                    raise
+                at = f"epoch {epoch + 1}, step {step + 1}"
+                raise NonFiniteLossError(f"the optimizer's step is not finite in {at}") from error
             updates_done += 1
             if scheduler is not None:
                 scheduler.step_update(updates_done)

@@ -154,8 +154,14 @@ def _merged_facts(path: Path) -> Mapping[str, Any] | None:
             text = (file.metadata() or {}).get(MODEL_KEY)
     except SafetensorError:
         return None
-    facts = None if text is None else json.loads(text)
-    if facts is not None and not {"model", "classes", "img_size", "normalize"} <= set(facts):
+    if text is None:
+        return None
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        facts = None
+    known = {"model", "classes", "img_size", "normalize"}
+    if not isinstance(facts, dict) or not known <= facts.keys():
         raise ValueError(f"source must have a readable header, got {path}")
     return facts
 

@@ -100,6 +100,16 @@ class TestMerge:
         adapter.unmerge()
         assert same_bits(bits(model), {name: t.double() for name, t in before.items()})
 
+    def test_moved_while_merged_it_is_the_same_tensor(self, adapted):
+        """As with torch's own parameters: an optimizer, or another linear, may hold it too."""
+        model, adapter = adapted()
+        weights = {name: layer.weight for name, layer in adapter.layers().items()}
+        adapter.merge()
+        model.to("cpu").to(torch.float64)
+        adapter.unmerge()
+        for name, layer in adapter.layers().items():
+            assert layer.weight is weights[name] and layer.weight.dtype == torch.float64
+
 
 class TestDetach:
     @pytest.mark.parametrize("distilled", [False, True])

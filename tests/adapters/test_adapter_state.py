@@ -275,6 +275,16 @@ class TestReplacedHead:
         with pytest.raises(ValueError, match=r"head.*got.* first, timm's by model\.reset_classi"):
             load(make_vit(), tmp_path / "a")
 
+    def test_by_none(self, adapted, make_vit, tmp_path):
+        """For features: there is a module of that name, and nothing of it to train."""
+        model, adapter = adapted()
+        model.reset_classifier(0)
+        adapter.save(tmp_path / "a")
+        other = make_vit().eval()
+        other.reset_classifier(0)
+        assert load(other, tmp_path / "a").modules_to_train == ()
+        assert torch.equal(other(IMAGES), model(IMAGES)) and other(IMAGES).shape == (2, 12)
+
     def test_a_head_that_is_gone(self, adapted, tmp_path):
         model, adapter = adapted()
         del model.head
@@ -352,6 +362,8 @@ class TestImageSize:
             "vit.embeddings.position_embeddings",  # Hugging Face
             "vision_model.embeddings.position_embedding.weight",
             "vision_encoder.pos_embed",
+            "pos_embed1",  # Visformer
+            "patch_pos",  # TNT
         )
         others = (
             "cls_token",
@@ -493,8 +505,11 @@ class TestMeta:
         with pytest.raises(ValueError, match=r"must have storage.*on the meta device.*to_empty"):
             load(other, tmp_path / "a")
         assert [name for name, _ in other.named_modules()] == names
+        attach(other, METHOD)
         with pytest.raises(ValueError, match=r"numbers to be saved.*on the meta device"):
-            attach(other, METHOD).save(tmp_path / "b")
+            Adapter(other).save(tmp_path / "b")
+        with pytest.raises(ValueError, match=r"numbers to be saved.*on the meta device"):
+            export_peft_lora(Adapter(other), tmp_path / "b")
         assert not (tmp_path / "b").exists()
 
 

@@ -176,10 +176,13 @@ def holds_many_tasks(folder, method, whole_only):
 
 def refuses(folder, method, whole_only):
     model, adapter = sharded(method, whole_only)
-    with pytest.raises(RuntimeError, match=r"fully_shard has divided .*save it"):
-        adapter.detach()
-    with pytest.raises(RuntimeError, match=r"cannot be adapted: call attach or load first"):
-        attach(fully_shard(vit()), METHODS[method])
+    other = fully_shard(vit())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"fully_shard has divided .*save it"):
+            adapter.detach()
+        with pytest.raises(RuntimeError, match=r"cannot be adapted: call attach or load first"):
+            attach(other, METHODS[method])
+        model(inputs()), other(inputs())  # the roots stay gathered
     close(model(inputs()), adapted(method)[0](inputs()))
 
 
@@ -221,7 +224,7 @@ CASES = {
     f"{check.__name__}, {method}{', root alone' * whole_only}": (check, method, whole_only)
     for check in FSDP2
     for method in METHODS
-    for whole_only in ((False, True) if check in (trains_and_saves, merges) else (False,))
+    for whole_only in ((False, True) if check in (trains_and_saves, merges, refuses) else (False,))
 }
 CASES |= {f"runs_in_ddp, {method}": (runs_in_ddp, method) for method in METHODS}
 CASES["adapts_torchs_attention"] = (adapts_torchs_attention,)

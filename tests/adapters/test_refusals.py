@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from efft_kernels import EFFT2, AdapterSet, LoRA, attach, load, use_backend
+from efft_kernels.baselines import BitFit, attach_baseline
 
 
 def small_vit():
@@ -85,6 +86,54 @@ def test_a_model_without_a_classifier():
     description = attach(model, LoRA(rank=2), targets="0").describe()
     assert description.trained == ()
     assert "there is no classifier" in " ".join(str(description).split())
+
+
+def put(model, kind, **options):
+    if kind == "method":
+        return attach(model, EFFT2(rank=2), **options)
+    return attach_baseline(model, BitFit(), **options)
+
+
+def requirements(model):
+    return [
+        (name, type(model.get_submodule(name.rpartition(".")[0])), p.requires_grad)
+        for name, p in model.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["method", "baseline"])
+def test_a_model_made_in_inference_mode(kind):
+    """What torch does not let train is refused before anything has changed."""
+    with torch.inference_mode():
+        model = small_vit()
+    before = requirements(model)
+    with pytest.raises(ValueError, match=r"can be trained, got '.*' that torch\.inference_mode"):
+        put(model, kind)
+    assert requirements(model) == before
+
+
+def test_a_model_made_in_inference_mode_is_served():
+    with torch.inference_mode():
+        model = small_vit()
+    adapter = attach(model, EFFT2(rank=2), modules_to_train=())
+    with torch.no_grad():
+        expected = model(torch.ones(1, 3, 32, 32))
+    adapter.merge()
+    adapter.unmerge()
+    assert type(adapter.detach().blocks[0].attn.qkv) is nn.Linear
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.ones(1, 3, 32, 32)), expected)
+
+
+@pytest.mark.parametrize("kind", ["method", "baseline"])
+def test_whole_numbers_in_a_module_that_is_trained(kind):
+    """A table of codes, as quantized heads have: it is saved with the head, and is not trained."""
+    model = small_vit()
+    codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    model.head.register_parameter("codes", codes)
+    handle = put(model, kind)
+    assert model.head.weight.requires_grad and not codes.requires_grad
+    assert handle.detach().head.codes is codes
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])

@@ -151,6 +151,70 @@ def test_torch_func(models):
     close(*results)
 
 
+class WritesInPlace(Attention):
+    def forward(self, x):
+        q = self.query(x)
+        k = self.key(x.mul_(2))
+        x[..., 0] = 3
+        return q + k + self.value(x)
+
+
+class QueryWithoutGradients(Attention):
+    def forward(self, x):
+        with torch.no_grad():
+            q = self.query(x)
+        return q * self.key(x) + self.value(x)
+
+
+class QueryUnderAutocast(Attention):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert self.query(x).dtype == torch.bfloat16
+        return self.key(x) + self.value(x)
+
+
+def attentions_of(models, kind):
+    """The first attention of each model, computing as `kind` does."""
+    found = [model.layer[0].attention.attention for model in models]
+    for attention in found:
+        attention.__class__ = kind
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "inference"),
+    [(torch.no_grad, False), (torch.inference_mode, False), (torch.inference_mode, True)],
+)
+def test_what_is_written_in_place_is_not_shared(models, mode, inference):
+    """Also where torch does not count the writes: to tensors that inference mode made."""
+    with torch.inference_mode(inference):
+        inputs = [X.clone() for _ in models]
+    with mode():
+        shared, alone = (
+            attention(x)
+            for attention, x in zip(attentions_of(models, WritesInPlace), inputs, strict=True)
+        )
+    close([shared], [alone])
+
+
+def test_what_was_made_without_gradients_is_not_shared_with_what_needs_them(models):
+    results = []
+    for model, attention in zip(models, attentions_of(models, QueryWithoutGradients), strict=True):
+        parameters = [p for name, p in model.factor_bank.named_parameters() if "mhsa" in name]
+        grads = torch.autograd.grad(attention(X).tanh().sum(), parameters, allow_unused=True)
+        assert None not in grads
+        results.append(grads)
+    close(*results)
+
+
+def test_what_autocast_made_is_not_shared_outside_it(models):
+    models = [model.float() for model in models]
+    x = X.float()
+    shared, alone = (attention(x) for attention in attentions_of(models, QueryUnderAutocast))
+    assert shared.dtype == alone.dtype == torch.float32
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed(models, use_reentrant):
     results = []

@@ -392,10 +392,12 @@ class TestEncoders:
         torch.testing.assert_close(quick, model(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("into", ["unmerged", "merged"])
 @pytest.mark.parametrize("from_merged", [True, False])
-def test_states_of_merged_models(randomize, into, from_merged):
-    """A state counts the increment once, whichever of the two models is merged."""
+def test_states_of_merged_models(randomize, into, from_merged, assign):
+    """A state counts the increment once, whichever of the two models is merged, and stays as it
+    is, with the model that it was taken from."""
     model, x = vit(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     adapter = attach(model, LoRA(rank=2, matrices=None))
     randomize(adapter)
@@ -409,10 +411,24 @@ def test_states_of_merged_models(randomize, into, from_merged):
     randomize(handle)
     if into == "merged":
         handle.merge()
-    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    state = model.state_dict()
+    before = copy.deepcopy(state)
+    other.load_state_dict(state, assign=assign)
     torch.testing.assert_close(other(x), expected, rtol=1e-9, atol=1e-9)
     handle.merge()
     torch.testing.assert_close(other(x), expected, rtol=1e-9, atol=1e-9)
+    handle.unmerge()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+
+
+def test_a_base_weight_that_does_not_fit_is_named():
+    model, adapter = attention()
+    adapter.merge()
+    state = model.state_dict() | {"attn.in_proj.base_weight": torch.ones(2)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for attn\.in_proj_weight"):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"base_weight"'):
+        model.attn.in_proj.load_state_dict({"base_weight": torch.ones(36, 12)})
 
 
 def test_a_state_of_another_model_is_refused():
@@ -422,8 +438,51 @@ def test_a_state_of_another_model_is_refused():
         model.load_state_dict(model.state_dict() | state)
 
 
-def test_a_pruned_attention_is_refused():
+@pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias"])
+def test_a_pruned_attention_is_refused(name):
     model = nn.Sequential(nn.MultiheadAttention(12, 3))
-    torch.nn.utils.prune.l1_unstructured(model[0], "in_proj_weight", 0.5)
-    with pytest.raises(TypeError, match="a weight that a hook computes"):
+    torch.nn.utils.prune.l1_unstructured(model[0], name, 0.5)
+    with pytest.raises(TypeError, match="a weight or bias that a hook computes"):
         attach(model, LoRA(rank=2, matrices=None), targets="*", modules_to_train=())
+
+
+COMPUTED = {
+    "prune": lambda attn: torch.nn.utils.prune.l1_unstructured(attn, "in_proj_weight", 0.5),
+    "parametrize": lambda attn: nn.utils.parametrizations.weight_norm(attn, "in_proj_weight"),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_weight_that_is_computed_since_is_not_merged(name):
+    model, adapter = attention()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    COMPUTED[name](model.attn)
+    expected = model(x, x, x)[0]
+    with pytest.raises(RuntimeError, match="weight must be a parameter of the layer to merge"):
+        adapter.merge()
+    assert not adapter.merged and torch.equal(model(x, x, x)[0], expected)
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_weight_that_is_computed_since_merging_is_not_unmerged(name):
+    model, adapter = attention()
+    adapter.merge()
+    COMPUTED[name](model.attn)
+    with pytest.raises(RuntimeError, match="weight must be a parameter of the layer to unmerge"):
+        adapter.unmerge()
+
+
+@pytest.mark.parametrize("targets", ["in_proj", "out_proj"])
+def test_a_parametrized_attention_keeps_its_adapter(targets):
+    """Its class from before would be without the weight."""
+    model = Attends(dtype=torch.float64).eval()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    adapter = attach(model, LoRA(rank=2, matrices=None), targets=targets, modules_to_train=())
+    COMPUTED["parametrize"](model.attn)
+    expected = model(x, x, x)[0]
+    with pytest.raises(RuntimeError, match=r"cannot become a plain one.*remove_param"):
+        adapter.detach()
+    assert torch.equal(model(x, x, x)[0], expected)
+    nn.utils.parametrize.remove_parametrizations(model.attn, "in_proj_weight")
+    torch.testing.assert_close(adapter.detach()(x, x, x)[0], expected)
+    assert type(model.attn) is nn.MultiheadAttention

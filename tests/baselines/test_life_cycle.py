@@ -312,3 +312,14 @@ def test_full_and_linear_without_a_head(build: Build, images: Tensor) -> None:
     handle.detach()
     with pytest.raises(ValueError, match="head"):
         attach_baseline(model, LinearProbing(), modules_to_train=())
+
+
+def test_a_head_that_was_replaced_by_none(build: Build, images: Tensor, tmp_path: Path) -> None:
+    model: Any = build(BitFit())
+    handle = attach_baseline(model, BitFit())
+    model.reset_classifier(0)
+    handle.save(tmp_path / "file")
+    other: Any = build(BitFit())
+    other.reset_classifier(0)
+    assert load_baseline(other, tmp_path / "file").modules_to_train == ()
+    assert torch.equal(other(images), model(images))

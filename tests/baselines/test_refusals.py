@@ -214,6 +214,7 @@ def rewritten(path: Path, **changes: str) -> Path:
         {"modules_to_train": '"head"'},
         {"base_shapes": "[]"},
         {"base_shapes": "{}"},
+        {"base_shapes": '{"head.bias": [1e400]}'},
         {"format_version": "2"},
         {"sha256": "0"},
     ],

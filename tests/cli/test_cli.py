@@ -302,6 +302,58 @@ def test_control_c_while_the_package_is_loaded_is_one_line(tmp_path: Path, ignor
     assert (starting.returncode, errors) == ((7, "") if ignored else (130, "error: interrupted\n"))
 
 
+PARSES = """
+import time
+from efft_kernels.cli import commands, main
+
+def parse_args(self, context, arguments):
+    print("parsing", flush=True)
+    time.sleep(3)
+
+commands._Group.parse_args = parse_args
+main()
+"""
+
+
+def test_interrupted_while_arguments_are_parsed() -> None:
+    """Typer would end without a word; it takes as long as a tenth of a second."""
+    starting = subprocess.Popen(
+        [sys.executable, "-c", PARSES, "doctor"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with starting:
+        assert starting.stdout is not None
+        assert starting.stdout.readline() == "parsing\n"
+        starting.send_signal(signal.SIGINT)
+        _, errors = starting.communicate()
+    assert (starting.returncode, errors) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("command", INNER)
+def test_a_command_that_runs_can_clean_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, command: str
+) -> None:
+    """Within it Ctrl-C is an exception."""
+    inner, arguments = INNER[command]
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        seen.append(signal.getsignal(signal.SIGINT))
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(inner, interrupted)
+    names = ["analyse", "subspace"] if command == "analyse" else [command]
+    monkeypatch.setattr(sys, "argv", ["efft-kernels", *names, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, seen) == (130, [signal.default_int_handler])
+    assert "error: interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_the_console_script_runs_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["efft-kernels", "--version"])
     before = signal.getsignal(signal.SIGINT)

@@ -98,6 +98,14 @@ def test_every_option_of_train_may_stand_in_a_file(
     assert settings_of(monkeypatch, "--config", path)[0].exit_code == 0
 
 
+# Each list nine times the one before: the last is 200 MB as text.
+BOMB = "rank: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n"
+    for old, new in zip("abcdefg", "bcdefgh", strict=True)
+)
+BOMB += "method: *h\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -111,6 +119,8 @@ def test_every_option_of_train_may_stand_in_a_file(
         ("a: [b\n", "config must be readable"),
         ("rank: {a: 1}\n", "rank must be a text, a number or a list of these, got {'a': 1}"),
         ("lr: -1\ndata: x\n", "lr must be above 0, got -1.0"),
+        pytest.param("rank: " + "[" * 3000 + "]" * 3000, "config must be readable", id="deep"),
+        pytest.param(BOMB, "method must be a text, a number or a list of these, got [[", id="bomb"),
     ],
 )
 def test_a_wrong_file_is_one_line(

@@ -15,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -161,6 +162,23 @@ def test_a_program_is_not_opened(command: str, name: str, images: Path, tmp_path
     result = invoke(command, tmp_path / name, last)
     assert result.exit_code == 2
     assert "source must be a run's folder, its adapter.safetensors or a merged" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "7",
+        "[]",
+        '["model", "classes", "img_size", "normalize"]',
+        pytest.param("[" * 10**5, id="deep"),
+    ],
+)
+def test_a_header_of_other_text_is_one_line(tmp_path: Path, text: str) -> None:
+    source = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(1)}, source, {MODEL_KEY: text})
+    with pytest.raises(ValueError, match=r"source must have a readable header, got .*model"):
+        open_trained(source)
 
 
 def test_exports_compute_what_the_model_does(

@@ -27,7 +27,12 @@ from efft_kernels import EFFT2, FacTTK, FacTTT, KAdaptation, LoRA, attach, impor
 from efft_kernels.analysis.subspace import load_alone
 from efft_kernels.interop import files, import_peft_lora, name_patterns
 from efft_kernels.interop.files import is_number, new_folder, read_json, read_torch_file
-from efft_kernels.interop.name_patterns import MOST_WAYS, NamePatterns, _compile
+from efft_kernels.interop.name_patterns import (
+    MOST_CHARACTERS,
+    MOST_WAYS,
+    NamePatterns,
+    _compile,
+)
 
 HUGE = [10**9, 10**18, 10**400, 1e308, float("inf"), float("nan"), -1, 0]
 ODD = [None, True, "", "x\ny", [], [[]], {}, {"tuple": 3}, {"a": {"b": []}}, [10**9] * 3]
@@ -346,6 +351,17 @@ class TestNamePatterns:
         names = [f"blocks.{index}.attn.qkv" for index in range(1000)]
         patterns = NamePatterns({name: index for index, name in enumerate(names)})
         assert [patterns.value_of(name, -1) for name in names[::100]] == list(range(0, 1000, 100))
+
+    @pytest.mark.parametrize(
+        "keys", [["a" * (MOST_CHARACTERS + 1)], ["(a)" * 20_000, "(a)" * 20_000 + "b"]]
+    )
+    def test_what_takes_long_to_compile_is_refused(self, keys, monkeypatch):
+        """A file of 16 MB may hold a million keys, which take minutes to compile."""
+        monkeypatch.setattr(name_patterns, "_compile", None)
+        with pytest.raises(
+            ValueError, match=r"at most 100,000 characters together, got 1[02]0,001"
+        ):
+            NamePatterns(dict.fromkeys(keys, 1))
 
 
 class TestFact:

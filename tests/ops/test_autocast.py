@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -38,7 +39,7 @@ def step(function, tensors, half=None):
         with autocast(half):
             y = function(**copies)
     y.float().sin().sum().backward()  # outside the context, as in a training loop
-    return y.detach(), {name: t.grad for name, t in copies.items()}
+    return y.detach(), {name: t.grad for name, t in copies.items() if t is not None}
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -67,6 +68,8 @@ WAYS = {
 
 def plain(x, weight, bias, down, core, up):
     """torch's own operators."""
+    if core is None:
+        return F.linear(x, weight, bias) + (x @ down) @ up.flatten(0, 1).T
     t = torch.matmul(x @ down, core.unsqueeze(1).flatten(0, 1))  # [G, M, Rb]
     return F.linear(x, weight, bias) + torch.matmul(t, up.mT).transpose(0, 1).flatten(1)
 
@@ -129,6 +132,23 @@ def test_merged_adds_the_increment_in_float32(half):
         twice_error += (F.linear(x, twice, bias).double() - exact).square().sum()
     assert found_error <= 1.01**2 * once_error
     assert found_error < 0.95**2 * twice_error
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_error_budget_where_all_else_is_in_the_other_half_precision(half, way):
+    """Weight and factors in bfloat16 beside float16 rows, and the reverse. Without a core nothing
+    is wide before it meets the rows, and a sum in bfloat16 would cost them three bits."""
+    other = HALVES[1 - HALVES.index(half)]
+    shape = replace(SHAPE, core=False)
+    tensors = operands(shape, torch.float32, frozen_dtype=other, factor_dtype=other)
+
+    exact_y, exact = step(reference.low_rank_linear, cast(tensors, torch.float64))
+    torch_y, torchs = step(plain, tensors, half)
+    y, grads = step(WAYS[way], tensors, half)
+    assert_within_budget(
+        {"y": y, **grads}, {"y": torch_y, **torchs}, {"y": exact_y, **exact}, rounding=False
+    )
 
 
 def test_mixed_parameter_dtypes_are_welcome():

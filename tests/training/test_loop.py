@@ -125,6 +125,27 @@ def test_a_nan_loss_stops_before_the_update() -> None:
     assert torch.equal(model.weight, before)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_beyond_float_range_is_named(kind: Any) -> None:
+    """Torch refuses a factor that the parameters' dtype lacks, with an error of its own."""
+    model = torch.nn.Linear(5, 3)
+    batches = [(torch.randn(4, 5), torch.randint(3, (4,)))] * 2
+    optimizer = kind(model.parameters(), lr=1e39)
+    with pytest.raises(NonFiniteLossError, match="step is not finite in epoch 2, step 1"):
+        train_one_epoch(model, batches, optimizer, device="cpu", epoch=1)
+
+
+def test_another_error_of_the_optimizer_is_its_own() -> None:
+    class Fails(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            raise RuntimeError("another")
+
+    model = torch.nn.Linear(5, 3)
+    batch = (torch.randn(4, 5), torch.randint(3, (4,)))
+    with pytest.raises(RuntimeError, match=r"^another$"):
+        train_one_epoch(model, [batch], Fails(model.parameters()), device="cpu")
+
+
 class Poison(torch.optim.SGD):
     """Its step number `at` gives one number of every parameter a value."""
 

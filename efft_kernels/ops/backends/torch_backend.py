@@ -125,9 +125,11 @@ def unfold_grads(
 
 
 def merge_weight(weight: Tensor, down: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + B·down^T, [N, K], added in the widest of the weight's, the factors' and B's dtype, then
-    rounded once."""
-    wide = torch.promote_types(torch.promote_types(weight.dtype, down.dtype), b.dtype)
+    """W + B·down^T, [N, K], added in the widest of the weight's, the factors', B's and the rows'
+    dtype, then rounded once: all in bfloat16, the sum would cost float16 rows three bits."""
+    wide = dtype
+    for tensor in (weight, down, b):
+        wide = torch.promote_types(wide, tensor.dtype)
     return torch.addmm(weight.to(wide), b.to(wide), down.to(wide).t()).to(dtype)
 
 
