@@ -67,8 +67,7 @@ CHAINED = tuple(
         "TestAttach",
     )
 )
-# Module → the tests that are about it, files or classes of them; these alone are run. Not
-# training/ranks.py, whose tests start processes of their own that would not have the fault.
+# Module → the tests that are about it, files or classes of them; these alone are run.
 FILES: dict[str, tuple[str, ...]] = {
     "adapters/adapter.py": (
         "adapters/test_adapter.py",
@@ -341,6 +340,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "training/test_rank_batches.py",
         "training/test_updates.py::test_an_image_that_does_not_count_has_no_loss",
     ),
+    "training/ranks.py": ("training/test_rank_sessions.py",),
     "training/run.py": ("training/test_run.py",),
     "training/run_folder.py": ("training/test_run_folder.py",),
     "training/settings.py": ("training/test_run_folder.py", "training/test_run.py"),
