@@ -17,6 +17,7 @@ from efft_kernels.ops import dispatch  # noqa: E402
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
 from efft_kernels.ops.backends.fallback import padded_rank  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device, tuning  # noqa: E402
+from efft_kernels.ops.backends.triton.forward import out_of_reach  # noqa: E402
 
 H200 = device.Device("NVIDIA_H200", 90, 132, 227 * 1024)
 A100 = device.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
@@ -121,6 +122,11 @@ assert dispatch._select_backend("triton", x, problem).NAME == "triton"
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_the_highest_rank():
+    assert not out_of_reach(1, 1, 1, 128)
+    assert out_of_reach(1, 1, 1, 129)
 
 
 @pytest.mark.parametrize(

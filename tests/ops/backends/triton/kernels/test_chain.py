@@ -8,6 +8,9 @@ import torch
 from efft_kernels.ops.backends.triton.configs import PassConfig
 from efft_kernels.ops.backends.triton.gather import launch_gather
 from efft_kernels.ops.backends.triton.merge_stack import launch_merge_stack
+from efft_kernels.ops.backends.triton.pair_grad import launch_pair_grad
+from efft_kernels.ops.backends.triton.reduce import launch_reduce
+from efft_kernels.ops.backends.triton.tuning import cdiv
 from efft_kernels.testing.error_budget import assert_within_budget
 
 M, C, RA = 37, 41, 5
@@ -29,6 +32,8 @@ def test_gather(copy, config, dtype, device):
     whole, s, d_b = launch_gather(slices, b, p, copy=copy, config=config)
     dy = torch.cat(slices, 1)
     assert torch.equal(whole, dy) if copy else whole is None
+    assert s.shape == (3 * cdiv(C, config.block_c), M, 16)
+    assert d_b.shape == (config.programs, 3 * C, 16)
     found = {"s": s.sum(0)[:, :RA], "d_b": d_b.sum(0)[:, :RA]}
     plain = {"s": dy @ b, "d_b": dy.T @ p}
     exact = {"s": dy.double() @ b.double(), "d_b": dy.double().T @ p.double()}
@@ -37,17 +42,58 @@ def test_gather(copy, config, dtype, device):
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "LayerScale"])
 def test_merge_stack(scaled, dtype, device):
-    """Two layers of a weight that no tile divides."""
+    """Two layers of a weight of several tiles each way, none of them whole but the first."""
     torch.manual_seed(0)
-    weight, b, down = (
-        make(2, *s, dtype=dtype, device=device) for s in ((71, C), (71, RA), (C, RA))
-    )
-    gamma = 1 + make(2, 71, dtype=torch.float32, device=device) / 2 if scaled else None
+    n, k = 131, 71
+    weight, b, down = (make(2, *s, dtype=dtype, device=device) for s in ((n, k), (n, RA), (k, RA)))
+    gamma = 1 + make(2, n, dtype=torch.float32, device=device) / 2 if scaled else None
     found = launch_merge_stack(weight, b, down, gamma)
     if gamma is None:
-        gamma = torch.ones(2, 71, device=device)
+        gamma = torch.ones(2, n, device=device)
     plain = torch.baddbmm((weight * gamma[:, :, None]).to(dtype), b, down.mT)
     wide = weight.double() * gamma.double()[:, :, None]
     exact = torch.baddbmm(wide, b.double(), down.double().mT)
     assert found.dtype == dtype
     assert_within_budget({"w": found}, {"w": plain}, {"w": exact})
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("k", "n"), [(C, 71), (64, 128), (64, C)], ids=str)
+def test_pair_grad(k, n, config, dtype, device):
+    """More rows than all programs take at once, and columns that blocks divide or do not."""
+    torch.manual_seed(0)
+    m = 2 * M
+    x, dy, down, b = (
+        make(*s, dtype=dtype, device=device) for s in ((m, k), (m, n), (k, RA), (n, RA))
+    )
+    d_down, d_b = launch_pair_grad(x, dy, down, b, config=config)
+    assert d_down.shape == (config.programs, k, 16) and d_b.shape == (config.programs, n, 16)
+
+    def products(x, dy, down, b):
+        p, s = (x @ down).to(dtype).to(x.dtype), (dy @ b).to(dtype).to(x.dtype)
+        return {"d_down": x.T @ s, "d_b": dy.T @ p}
+
+    operands = x, dy, down, b
+    found = {"d_down": d_down.sum(0)[:, :RA], "d_b": d_b.sum(0)[:, :RA]}
+    assert_within_budget(found, products(*operands), products(*(t.double() for t in operands)))
+
+
+@pytest.mark.parametrize("left_out", [None, 1])
+@pytest.mark.parametrize("few", [0, 2])
+def test_reduce(few, left_out, dtype, device):
+    """Up to five sums, of sizes of their own."""
+    generator = torch.Generator().manual_seed(0)
+    sums = []
+    for parts, rows, padded, cols in (
+        (1, 3, 16, 5),
+        (70, 11, 16, 16),
+        (5, 29, 32, 17),
+        (131, 2, 16, 1),
+        (3, 23, 64, 33),
+    ):
+        partial = torch.randint(-2, 3, (parts, rows, padded), generator=generator).to(device)
+        out = torch.full((rows, cols), torch.nan, dtype=dtype, device=device)
+        sums.append((partial.float(), None if len(sums) == left_out else out))
+    launch_reduce(sums, few=few)
+    for partial, out in sums:
+        assert out is None or torch.equal(out.float(), partial.sum(0)[:, : out.shape[1]])
