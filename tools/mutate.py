@@ -268,16 +268,21 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/backends/triton/test_backend.py",
         "ops/test_dispatch.py::test_nothing_to_multiply_is_out_of_reach",
     ),
-    "ops/backends/triton/act.py": (f"{KERNELS}/test_act.py",),
+    "ops/backends/triton/act.py": (
+        f"{KERNELS}/test_act.py",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
+    ),
     "ops/backends/triton/backward.py": (
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
         f"{KERNELS}/test_operands.py::test_only_what_is_needed",
-        f"{KERNELS}/test_ranks.py::test_every_rank",
+        f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
         f"{KERNELS}/test_budget.py::test_no_rows",
         f"{KERNELS}/test_operands.py::test_the_same_sizes_at_any_address",
-        f"{KERNELS}/test_operands.py::test_every_layout",
     ),
-    "ops/backends/triton/chain.py": (f"{KERNELS}/test_chain_steps.py",),
+    "ops/backends/triton/chain.py": (
+        "ops/backends/triton/test_chain.py",
+        f"{KERNELS}/test_chain_steps.py::test_is_the_step_of_plain_torch",
+    ),
     "ops/backends/triton/configs.py": (
         "ops/backends/triton/test_backend.py",
         "ops/backends/triton/test_launch_cache.py",
@@ -288,43 +293,45 @@ FILES: dict[str, tuple[str, ...]] = {
     "ops/backends/triton/epilogue.py": (
         f"{KERNELS}/test_operands.py::test_an_infinity_stays_an_infinity_in_its_row",
         f"{KERNELS}/test_operands.py::test_float64_factors_beside_half_precision_rows",
-        f"{KERNELS}/test_ranks.py::test_every_rank",
         f"{KERNELS}/test_exact.py::test_slices_of_any_size",
     ),
     "ops/backends/triton/factors.py": (
         f"{KERNELS}/test_operands.py::test_slices_of_up_with_rows_between_them",
-        f"{KERNELS}/test_operands.py::test_every_layout",
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
-        f"{KERNELS}/test_ranks.py::test_every_rank",
-        f"{KERNELS}/test_exact.py::test_slices_of_any_size",
+        f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
+        f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
     ),
     "ops/backends/triton/fold.py": (
-        f"{KERNELS}/test_ranks.py",
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
+        f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
         f"{KERNELS}/test_operands.py::test_float64_factors_beside_half_precision_rows",
         f"{KERNELS}/test_operands.py::test_an_infinity_stays_an_infinity_in_its_row",
     ),
     "ops/backends/triton/forward.py": (
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
-        f"{KERNELS}/test_ranks.py",
+        f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
+        f"{KERNELS}/test_ranks.py::test_a_rank_beyond_the_kernels_runs_in_torch",
         f"{KERNELS}/test_budget.py::test_no_rows",
         f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
         f"{KERNELS}/test_operands.py::test_the_same_sizes_at_any_address",
     ),
-    "ops/backends/triton/gather.py": (f"{KERNELS}/test_chain.py::test_gather",),
+    "ops/backends/triton/gather.py": (
+        f"{KERNELS}/test_chain.py::test_gather",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
+    ),
     "ops/backends/triton/gemm.py": (
         f"{KERNELS}/test_gemm.py",
-        f"{KERNELS}/test_budget.py::test_every_number_of_rows",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
         f"{KERNELS}/test_budget.py::test_sizes_that_blocks_divide",
         f"{KERNELS}/test_operands.py::test_an_infinity_stays_an_infinity_in_its_row",
     ),
     "ops/backends/triton/keep.py": (f"{KERNELS}/test_keep.py",),
     "ops/backends/triton/launch_cache.py": ("ops/backends/triton/test_launch_cache.py",),
-    "ops/backends/triton/limits.py": (f"{KERNELS}/test_ranks.py",),
+    "ops/backends/triton/limits.py": ("ops/backends/triton/test_backend.py",),
     "ops/backends/triton/merge.py": (
+        f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
+        f"{KERNELS}/test_operands.py::test_slices_of_up_with_rows_between_them",
         f"{KERNELS}/test_ranks.py::test_every_rank",
-        f"{KERNELS}/test_exact.py::test_slices_of_any_size",
-        f"{KERNELS}/test_operands.py::test_every_layout",
     ),
     "ops/backends/triton/merge_stack.py": (
         f"{KERNELS}/test_chain.py::test_merge_stack",
@@ -333,19 +340,20 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "ops/backends/triton/norm.py": (f"{KERNELS}/test_norm.py",),
     "ops/backends/triton/pair_grad.py": (
-        f"{KERNELS}/test_chain_steps.py::test_is_the_step_of_plain_torch",
+        f"{KERNELS}/test_chain.py::test_pair_grad",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
     ),
     "ops/backends/triton/reduce.py": (
+        f"{KERNELS}/test_chain.py::test_reduce",
         f"{KERNELS}/test_exact.py::test_a_program_adds_to_its_own_partial_sums",
-        f"{KERNELS}/test_chain_steps.py::test_is_the_step_of_plain_torch",
     ),
     "ops/backends/triton/remake.py": (f"{KERNELS}/test_remake.py",),
     "ops/backends/triton/thin.py": (
         f"{KERNELS}/test_exact.py::test_a_program_adds_to_its_own_partial_sums",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
         f"{KERNELS}/test_operands.py::test_an_infinity_in_dy_stays_in_its_column",
         f"{KERNELS}/test_operands.py::test_gradients_of_any_magnitude_in_float16",
         f"{KERNELS}/test_budget.py::test_every_number_of_rows",
-        f"{KERNELS}/test_ranks.py::test_every_rank",
     ),
     "ops/backends/triton/tuning.py": (
         "ops/backends/triton/test_backend.py",
@@ -847,6 +855,98 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if rank > 16 and config.block_c > 128:  # spills at ranks of 17 to 31",
         "129",
     ): "blocks are powers of two",
+}
+# Of the kernels, by the same three; and why what a masked load gives instead is of no account.
+_DROPPED = "what lies outside is not stored"
+_MEETS_ZERO = "what lies outside is multiplied by zero, or not stored"
+_KERNELS: dict[tuple[str, str, str], str] = {
+    ("keep", '{"num_warps": 4},', "5"): "warps change the time alone",
+    ("remake", "_BLOCK_M, _BLOCK_C, _NUM_WARPS = 8, 256, 4", "5"): "warps change the time alone",
+    ("merge_stack", "_CONFIG = (64, 64, 4)  # rows, columns, warps", "5"): (
+        "warps change the time alone"
+    ),
+    ("reduce", "_WARPS = 4", "5"): "warps change the time alone",
+    (
+        "norm",
+        "inside = in_m[:, None] if K % BLOCK_C == 0 else in_m[:, None] & in_c",
+        "K * BLOCK_C",
+    ): "spares a mask",
+    ("norm", "ra = 1 if down is None else down.shape[1]", "2"): "of a factor that is not there",
+    ("norm", "ra = 1 if s is None else s.shape[1]", "2"): "of a factor that is not there",
+    ("norm", "rb = 1 if up is None else up.shape[1]", "2"): "of a factor that is not there",
+    ("act", "ra = 1 if down is None else down.shape[1]", "2"): "of a factor that is not there",
+    ("act", "ra = 1 if s is None else s.shape[1]", "2"): "of a factor that is not there",
+    ("act", "rb = 1 if up is None else up.shape[1]", "2"): "of a factor that is not there",
+    (
+        "chain",
+        "MAX_WIDTH = 2048  # of the stream: the norm's kernels go over a row in one unrolled loop",
+        "2049",
+    ): "bounds the time of compilation: the kernels take any width",
+    (
+        "remake",
+        "x = tl.load(x_ptr + offs_m[:, None] * stride_x_m + offs_c[None, :], mask=inside,"
+        " other=0.0)",
+        "0.5",
+    ): _DROPPED,
+    ("remake", "mean = tl.load(mean_ptr + offs_m, mask=in_m, other=0.0).to(tl.float32)", "0.5"): (
+        _DROPPED
+    ),
+    ("remake", "rstd = tl.load(rstd_ptr + offs_m, mask=in_m, other=0.0).to(tl.float32)", "0.5"): (
+        _DROPPED
+    ),
+    (
+        "remake",
+        "y *= tl.load(weight_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)[None, :]",
+        "0.5",
+    ): _DROPPED,
+    (
+        "remake",
+        "y += tl.load(bias_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)[None, :]",
+        "0.5",
+    ): _DROPPED,
+    (
+        "merge_stack",
+        "weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)",
+        "0.5",
+    ): _DROPPED,
+    (
+        "merge_stack",
+        "gamma = tl.load(gamma_ptr + first * N + offs_n, mask=offs_n < N, other=0.0)",
+        "0.5",
+    ): _DROPPED,
+    ("act", "da = tl.load(dout_ptr + offs, mask=inside, other=0.0).to(tl.float32)", "0.5"): (
+        _MEETS_ZERO
+    ),
+    (
+        "norm",
+        "return tl.load(ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "norm",
+        "z = tl.load(z_ptr + offs, mask=in_m[:, None] & in_c, other=0.0).to(tl.float32)",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "norm",
+        "z = tl.load(z_ptr + offs_m[:, None] * K + offs_c[None, :], mask=inside, other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "gather",
+        "p = tl.load(p_ptr + offs_m[:, None] * ra + offs_a[None, :], mask=in_p, other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "pair_grad",
+        "tall = tl.load(tall_ptr + offs_m[:, None] * C + offs_c[None, :], mask=inside, other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    ("gather", "dy = tl.load(dy_ptrs, mask=inside, other=0.0)", "0.5"): _MEETS_ZERO,
+}
+EQUIVALENT |= {
+    (f"ops/backends/triton/{name}.py", before, after): why
+    for (name, before, after), why in _KERNELS.items()
 }
 
 Tests = dict[str, tuple[float, set[int]]]  # by name: seconds, and the lines that ran
