@@ -274,6 +274,7 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "ops/backends/triton/backward.py": (
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
+        f"{KERNELS}/test_operands.py::test_a_backward_of_columns_first_and_one_without_x",
         f"{KERNELS}/test_operands.py::test_only_what_is_needed",
         f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
         f"{KERNELS}/test_budget.py::test_no_rows",
@@ -311,6 +312,8 @@ FILES: dict[str, tuple[str, ...]] = {
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
         f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
         f"{KERNELS}/test_ranks.py::test_a_rank_beyond_the_kernels_runs_in_torch",
+        "ops/backends/triton/test_backend.py::test_what_runs_in_torch",
+        "ops/backends/triton/test_backend.py::test_off_16_bytes_p_is_a_pass_of_its_own",
         f"{KERNELS}/test_budget.py::test_no_rows",
         f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
         f"{KERNELS}/test_operands.py::test_the_same_sizes_at_any_address",
@@ -942,6 +945,14 @@ _KERNELS: dict[tuple[str, str, str], str] = {
         "tall = tl.load(tall_ptr + offs_m[:, None] * C + offs_c[None, :], mask=inside, other=0.0)",
         "0.5",
     ): _MEETS_ZERO,
+    (
+        "backward",
+        "strided=any(t is not None and rows(t) is not t for t in (dy, x, p)),",
+        "t is not None or rows(t) is not t",
+    ): "spares what rows finds to do nothing",
+    ("forward", "return buffer if ra == rank_a else buffer[:, :ra]", "ra != rank_a"): (
+        "whole, the buffer gets zeros beyond the rank, which nothing reads"
+    ),
     ("gather", "dy = tl.load(dy_ptrs, mask=inside, other=0.0)", "0.5"): _MEETS_ZERO,
 }
 EQUIVALENT |= {

@@ -64,9 +64,9 @@ def test_how_many_launches_a_call_takes(ranks, factors, device, recorded):
     *tensors, dy = operands_and_dy(s, torch.float16, factor_dtype=factor_dtype, device=device)
     x, weight, _, down, core, up = tensors
 
-    def forward(strategy):
+    def forward(strategy, save_p=True):
         recorded.clear()
-        backend.forward(*tensors, save_p=True, strategy=strategy)
+        backend.forward(*tensors, save_p=save_p, strategy=strategy)
         return [launch.name for launch in recorded]
 
     def backward(strategy, needs=FACTORS_AND_X):
@@ -78,8 +78,11 @@ def test_how_many_launches_a_call_takes(ranks, factors, device, recorded):
     high = max(ranks) > 32
     copied = ["fold"] if high or s.Ra not in (16, 32) or factors == "float32" else []
     folds = ["fold", "fold"] if high else []
-    assert forward("fused") == [*(folds or copied), "gemm"]
-    assert forward("split") == [*folds[:1], "thin", *folds[1:], "gemm"]
+    for save_p in (True, False):
+        assert forward("fused", save_p) == [*(folds or copied), "gemm"]
+        assert forward("split", save_p) == [*folds[:1], "thin", *folds[1:], "gemm"]
+    assert forward("merged") == [*folds[:1], "thin", "merge"]
+    assert forward("merged", save_p=False) == ["merge"]
     for strategy in ("fused", "split"):
         assert backward(strategy) == [
             *folds[:1],
