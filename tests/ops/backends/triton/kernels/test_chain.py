@@ -78,22 +78,25 @@ def test_pair_grad(k, n, config, dtype, device):
     assert_within_budget(found, products(*operands), products(*(t.double() for t in operands)))
 
 
-@pytest.mark.parametrize("left_out", [None, 1])
-@pytest.mark.parametrize("few", [0, 2])
-def test_reduce(few, left_out, dtype, device):
-    """Up to five sums, of sizes of their own."""
+@pytest.mark.parametrize("few", range(6))
+@pytest.mark.parametrize("left_out", ["", "partial", "out"])
+def test_reduce(left_out, few, device, recorded):
+    """Up to five sums, of sizes of their own, `few` of them in wider blocks."""
     generator = torch.Generator().manual_seed(0)
     sums = []
-    for parts, rows, padded, cols in (
-        (1, 3, 16, 5),
-        (70, 11, 16, 16),
-        (5, 29, 32, 17),
-        (131, 2, 16, 1),
-        (3, 23, 64, 33),
+    for i, (parts, rows, padded, cols) in enumerate(
+        [(1, 11, 16, 5), (70, 11, 16, 16), (5, 7, 32, 17), (67, 11, 16, 1), (3, 5, 64, 33)]
     ):
-        partial = torch.randint(-2, 3, (parts, rows, padded), generator=generator).to(device)
+        partial = torch.randint(-2, 3, (parts, rows, padded), generator=generator)
+        dtype = torch.float16 if i % 2 else torch.float32
         out = torch.full((rows, cols), torch.nan, dtype=dtype, device=device)
-        sums.append((partial.float(), None if len(sums) == left_out else out))
-    launch_reduce(sums, few=few)
-    for partial, out in sums:
-        assert out is None or torch.equal(out.float(), partial.sum(0)[:, : out.shape[1]])
+        sums.append((partial.to(device, torch.float32), out))
+    if left_out:
+        partial, out = sums[3]
+        sums[3] = (None, out) if left_out == "partial" else (partial, None)
+    launch_reduce(sums, **({"few": few} if few else {}))
+    programs = 0
+    for i, (partial, out) in enumerate(sums[:3] + sums[3 + bool(left_out) :]):
+        assert torch.equal(out.float(), partial.sum(0)[:, : out.shape[1]])
+        programs += cdiv(partial[0].numel(), 128 if i < few else 64)
+    assert recorded[-1].grid == (programs, 1, 1)
