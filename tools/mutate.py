@@ -348,6 +348,7 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "ops/backends/triton/reduce.py": (
         f"{KERNELS}/test_chain.py::test_reduce",
+        "ops/backends/triton/test_chain.py",
         f"{KERNELS}/test_exact.py::test_a_program_adds_to_its_own_partial_sums",
     ),
     "ops/backends/triton/remake.py": (f"{KERNELS}/test_remake.py",),
@@ -953,6 +954,32 @@ _KERNELS: dict[tuple[str, str, str], str] = {
     ("forward", "return buffer if ra == rank_a else buffer[:, :ra]", "ra != rank_a"): (
         "whole, the buffer gets zeros beyond the rank, which nothing reads"
     ),
+    ("reduce", "TILE = tl.constexpr(4096)  # and its loads at a time", "4097"): (
+        "the same whole number of parts"
+    ),
+    ("reduce", "elif pid < end_4:", "pid <= end_4"): "the grid ends there",
+    ("reduce", "rows: int = 0", "1"): "of a sum that is not there",
+    ("reduce", "cols: int = 1", "2"): "of a sum that is not there",
+    ("reduce", "padded_cols: int = 16", "17"): "of a sum that is not there",
+    ("reduce", "for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):", "False"): (
+        "made from one another"
+    ),
+    ("thin", "tall = tl.load(tall_ptrs, mask=in_m[:, None], other=0.0)", "0.5"): _MEETS_ZERO,
+    (
+        "thin",
+        "tall = tl.load(tall_ptrs, mask=in_m[:, None] & in_c[None, :], other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    ("epilogue", "t = tl.load(p_ptrs + offs_b[None, :], mask=in_p, other=0.0)", "0.5"): (
+        _MEETS_ZERO
+    ),
+    ("epilogue", "t = tl.where(in_b[None, :], t_acc, 0.0).to(dtype)", "0.5"): _MEETS_ZERO,
+    ("epilogue", "other=0.0,", "0.5"): _MEETS_ZERO,
+    (
+        "epilogue",
+        "p_block = tl.load(p_ptrs + offs_a[None, :], mask=in_m[:, None] & in_a, other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
     ("gather", "dy = tl.load(dy_ptrs, mask=inside, other=0.0)", "0.5"): _MEETS_ZERO,
 }
 EQUIVALENT |= {
