@@ -303,6 +303,7 @@ FILES: dict[str, tuple[str, ...]] = {
         f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
     ),
     "ops/backends/triton/fold.py": (
+        f"{KERNELS}/test_chain.py::test_fold",
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
         f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
         f"{KERNELS}/test_operands.py::test_float64_factors_beside_half_precision_rows",
@@ -980,6 +981,12 @@ _KERNELS: dict[tuple[str, str, str], str] = {
         "p_block = tl.load(p_ptrs + offs_a[None, :], mask=in_m[:, None] & in_a, other=0.0)",
         "0.5",
     ): _MEETS_ZERO,
+    (
+        "gemm",
+        "a = tl.load(a_ptrs, mask=(offs_i < shape.I - i)[None, :], other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    ("gemm", "stride_p_m=0 if p is None else p.stride(0),", "1"): "of a P that is not there",
     ("gather", "dy = tl.load(dy_ptrs, mask=inside, other=0.0)", "0.5"): _MEETS_ZERO,
 }
 EQUIVALENT |= {

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from efft_kernels.ops.backends.triton.configs import PassConfig
+from efft_kernels.ops.backends.triton.fold import launch_fold
 from efft_kernels.ops.backends.triton.gather import launch_gather
 from efft_kernels.ops.backends.triton.merge_stack import launch_merge_stack
 from efft_kernels.ops.backends.triton.pair_grad import launch_pair_grad
@@ -76,6 +77,23 @@ def test_pair_grad(k, n, config, dtype, device):
     operands = x, dy, down, b
     found = {"d_down": d_down.sum(0)[:, :RA], "d_b": d_b.sum(0)[:, :RA]}
     assert_within_budget(found, products(*operands), products(*(t.double() for t in operands)))
+
+
+@pytest.mark.parametrize("cores", [False, True], ids=["", "cores"])
+def test_fold(cores, dtype, device):
+    """Three slices, each with its own up: whole numbers, and zeros beyond the rank."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randint(-2, 3, size, generator=generator).to(device, dtype)
+
+    up, core = draw(3, 23, 5), draw(3, 7, 5) if cores else None
+    b = up if core is None else torch.einsum("gnb,gab->gna", up, core)
+    expected = torch.nn.functional.pad(b.flatten(0, 1), (0, 16 - b.shape[2]))
+    assert torch.equal(launch_fold(up, core, dtype), expected)
+    folded = draw(3, 23, 16)
+    found = launch_fold(folded, None, dtype)
+    assert found.shape == (69, 16) and found.data_ptr() == folded.data_ptr()
 
 
 @pytest.mark.parametrize("few", range(6))
