@@ -296,12 +296,7 @@ FILES: dict[str, tuple[str, ...]] = {
         f"{KERNELS}/test_operands.py::test_float64_factors_beside_half_precision_rows",
         f"{KERNELS}/test_exact.py::test_slices_of_any_size",
     ),
-    "ops/backends/triton/factors.py": (
-        f"{KERNELS}/test_operands.py::test_slices_of_up_with_rows_between_them",
-        f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
-        f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
-        f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
-    ),
+    "ops/backends/triton/factors.py": ("ops/backends/triton/test_factors.py",),
     "ops/backends/triton/fold.py": (
         f"{KERNELS}/test_chain.py::test_fold",
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
