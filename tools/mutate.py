@@ -327,11 +327,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "ops/backends/triton/keep.py": (f"{KERNELS}/test_keep.py",),
     "ops/backends/triton/launch_cache.py": ("ops/backends/triton/test_launch_cache.py",),
     "ops/backends/triton/limits.py": ("ops/backends/triton/test_backend.py",),
-    "ops/backends/triton/merge.py": (
-        f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
-        f"{KERNELS}/test_operands.py::test_slices_of_up_with_rows_between_them",
-        f"{KERNELS}/test_ranks.py::test_every_rank",
-    ),
+    "ops/backends/triton/merge.py": (f"{KERNELS}/test_chain.py::test_merge",),
     "ops/backends/triton/merge_stack.py": (
         f"{KERNELS}/test_chain.py::test_merge_stack",
         f"{KERNELS}/test_chain_steps.py::test_merges_from_the_weights_as_they_are_stored",

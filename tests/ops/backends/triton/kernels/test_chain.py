@@ -8,6 +8,7 @@ import torch
 from efft_kernels.ops.backends.triton.configs import PassConfig
 from efft_kernels.ops.backends.triton.fold import launch_fold
 from efft_kernels.ops.backends.triton.gather import launch_gather
+from efft_kernels.ops.backends.triton.merge import launch_merge
 from efft_kernels.ops.backends.triton.merge_stack import launch_merge_stack
 from efft_kernels.ops.backends.triton.pair_grad import launch_pair_grad
 from efft_kernels.ops.backends.triton.reduce import launch_reduce
@@ -94,6 +95,24 @@ def test_fold(cores, dtype, device):
     folded = draw(3, 23, 16)
     found = launch_fold(folded, None, dtype)
     assert found.shape == (69, 16) and found.data_ptr() == folded.data_ptr()
+
+
+@pytest.mark.parametrize("cores", [False, True], ids=["", "cores"])
+@pytest.mark.parametrize(("n", "k", "ra"), [(37, 41, 19), (64, 80, 16)], ids=str)
+def test_merge(n, k, ra, cores, device):
+    """Three slices of several tiles each way, of whole numbers, that lie apart."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randint(-2, 3, size, generator=generator).to(device, torch.float16)
+
+    weight, down = draw(3 * n, k + 3)[:, :k], draw(ra, k).t()
+    core = draw(3, 5, ra).mT if cores else None
+    up = draw(3, n + 2, 5 if cores else ra)[:, :n]
+    b = up if core is None else torch.einsum("gnb,gab->gna", up, core)
+    found = launch_merge(weight, down, core, up, torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, weight.float() + b.flatten(0, 1).float() @ down.float().t())
 
 
 @pytest.mark.parametrize("few", range(6))
