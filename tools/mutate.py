@@ -978,6 +978,11 @@ _KERNELS: dict[tuple[str, str, str], str] = {
         "0.5",
     ): _MEETS_ZERO,
     ("gemm", "stride_p_m=0 if p is None else p.stride(0),", "1"): "of a P that is not there",
+    (
+        "chain",
+        'cache = self._cache("merge", b, weight.shape, weight.dtype, gamma is None)',
+        "gamma is not None",
+    ): "the same two keys, exchanged",
     ("gather", "dy = tl.load(dy_ptrs, mask=inside, other=0.0)", "0.5"): _MEETS_ZERO,
 }
 EQUIVALENT |= {

@@ -13,7 +13,7 @@ from efft_kernels.ops.backends.triton.chain import Configs, TritonSteps, configs
 from efft_kernels.ops.backends.triton.configs import PassConfig
 from efft_kernels.ops.backends.triton.launch_cache import CachedLaunch
 from efft_kernels.ops.backends.triton.norm import NormConfig
-from efft_kernels.ops.backends.triton.reduce import MOST_SUMS
+from efft_kernels.ops.backends.triton.reduce import MOST_SUMS, NARROW
 
 
 @pytest.fixture
@@ -70,9 +70,10 @@ def test_more_sums_than_a_launch_takes(launched):
     steps = TritonSteps(configs_for(64, 3, None))
     waiting = sums(torch.float32, MOST_SUMS + 2)
     steps.finish(waiting)
-    assert not waiting and [
-        dict(zip(launch.kernel.arg_names[-len(launch.arguments) :], launch.arguments, strict=True))[
-            "parts_2"
-        ]
+    assert not waiting
+    first, second = (
+        dict(zip(launch.kernel.arg_names[-len(launch.arguments) :], launch.arguments, strict=True))
         for launch in launched
-    ] == [5, 0]
+    )
+    assert (first["parts_2"], second["parts_2"]) == (5, 0)
+    assert first["BLOCK_0"] == second["BLOCK_0"] == NARROW  # of many parts
