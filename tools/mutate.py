@@ -327,7 +327,10 @@ FILES: dict[str, tuple[str, ...]] = {
     "ops/backends/triton/keep.py": (f"{KERNELS}/test_keep.py",),
     "ops/backends/triton/launch_cache.py": ("ops/backends/triton/test_launch_cache.py",),
     "ops/backends/triton/limits.py": ("ops/backends/triton/test_backend.py",),
-    "ops/backends/triton/merge.py": (f"{KERNELS}/test_chain.py::test_merge",),
+    "ops/backends/triton/merge.py": (
+        f"{KERNELS}/test_chain.py::test_merge",
+        f"{KERNELS}/test_chain.py::test_tiles_of_a_merge",
+    ),
     "ops/backends/triton/merge_stack.py": (
         f"{KERNELS}/test_chain.py::test_merge_stack",
         f"{KERNELS}/test_chain_steps.py::test_merges_from_the_weights_as_they_are_stored",
@@ -983,6 +986,12 @@ _KERNELS: dict[tuple[str, str, str], str] = {
         'cache = self._cache("merge", b, weight.shape, weight.dtype, gamma is None)',
         "gamma is not None",
     ): "the same two keys, exchanged",
+    (
+        "merge",
+        "weight_ptr + rows[:, None] * stride_weight_n + offs_k[None, :], mask=inside, other=0.0",
+        "0.5",
+    ): _DROPPED,
+    ("merge", "other=0.0,", "0.5"): _MEETS_ZERO,
     ("gather", "dy = tl.load(dy_ptrs, mask=inside, other=0.0)", "0.5"): _MEETS_ZERO,
 }
 EQUIVALENT |= {

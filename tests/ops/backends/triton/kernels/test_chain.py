@@ -115,6 +115,14 @@ def test_merge(n, k, ra, cores, device):
     assert torch.equal(found, weight.float() + b.flatten(0, 1).float() @ down.float().t())
 
 
+@pytest.mark.parametrize(("between", "tiles"), [(0, 4), (16, 4), (3, 8)])
+def test_tiles_of_a_merge(between, tiles, device, recorded):
+    """Narrow where rows of the weight are not aligned."""
+    weight = torch.ones(64, 64 + between, device=device)[:, :64]
+    launch_merge(weight, weight[:, :16], None, weight[None, :, :16], torch.float32)
+    assert recorded[-1].grid == (tiles, 1, 1)
+
+
 @pytest.mark.parametrize("few", range(6))
 @pytest.mark.parametrize("left_out", ["", "partial", "out"])
 def test_reduce(left_out, few, device, recorded):
