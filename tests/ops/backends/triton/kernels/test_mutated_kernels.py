@@ -54,7 +54,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_where_the_kernel_has_run(written: Path) -> None:
     """Its test makes the module by itself, which no fault in memory reaches."""
     written.write_text(BY_PATH.format(path=str(written.parents[1] / "sums.py")) + TEST)
-    faults = mutate.faults_of("sums.py")
+    faults = [fault for fault in mutate.faults_of("sums.py") if fault.line > 8]
     assert {(fault.line, fault.after) for fault in faults} > PASSING
     survivors = mutate.try_all("sums.py", faults)
     assert survivors is not None
