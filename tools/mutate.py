@@ -305,11 +305,11 @@ FILES: dict[str, tuple[str, ...]] = {
         f"{KERNELS}/test_operands.py::test_an_infinity_stays_an_infinity_in_its_row",
     ),
     "ops/backends/triton/forward.py": (
+        "ops/backends/triton/test_backend.py::test_what_runs_in_torch",
+        "ops/backends/triton/test_backend.py::test_off_16_bytes_p_is_a_pass_of_its_own",
         f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
         f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
         f"{KERNELS}/test_ranks.py::test_a_rank_beyond_the_kernels_runs_in_torch",
-        "ops/backends/triton/test_backend.py::test_what_runs_in_torch",
-        "ops/backends/triton/test_backend.py::test_off_16_bytes_p_is_a_pass_of_its_own",
         f"{KERNELS}/test_budget.py::test_no_rows",
         f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
         f"{KERNELS}/test_operands.py::test_the_same_sizes_at_any_address",
@@ -342,8 +342,8 @@ FILES: dict[str, tuple[str, ...]] = {
         f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
     ),
     "ops/backends/triton/reduce.py": (
-        f"{KERNELS}/test_chain.py::test_reduce",
         "ops/backends/triton/test_chain.py",
+        f"{KERNELS}/test_chain.py::test_reduce",
         f"{KERNELS}/test_exact.py::test_a_program_adds_to_its_own_partial_sums",
     ),
     "ops/backends/triton/remake.py": (f"{KERNELS}/test_remake.py",),

@@ -62,6 +62,9 @@ def test_a_backward_of_columns_first_and_one_without_x(device):
     dx, *_, d_up = backward(dy, x, p, ("x", "down", "up"))
     found, *_, found_up = backward(across(dy), across(x), across(p), ("x", "down", "up"))
     assert torch.equal(found, dx) and torch.equal(found_up, d_up)
+    for wanted in ("weight", "bias"):
+        found = backward(dy, x, p, (wanted,))
+        assert [NAMES[i] for i, grad in enumerate(found) if grad is not None] == [wanted]
     for rows in (dy, across(dy)):
         assert torch.equal(backward(rows, None, None, ("x",))[0], dx)
         assert torch.equal(backward(rows, None, p, ("up",))[5], d_up)
