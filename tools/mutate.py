@@ -12,6 +12,9 @@ that has not imported the package yet. Nothing is written to the sources. Faults
 of FILES, or --sample 0 tries every one. A fault that passes is printed as a diff; one that cannot
 change any result belongs in EQUIVALENT, with the reason.
 
+A file with tests in KERNELS has all its tests run in Triton's interpreter, which has to be chosen
+before torch loads Triton: those files come last, in processes that start anew.
+
 Not here: mutmut and cosmic-ray start a process and import torch for every fault, ten seconds each.
 """
 
@@ -25,6 +28,7 @@ import gc
 import importlib.abc
 import importlib.util
 import itertools
+import linecache
 import multiprocessing
 import os
 import random
@@ -32,7 +36,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -50,6 +54,7 @@ LONG = 10.0  # seconds of a test that is not run for every fault
 NOWHERE = -1  # a line that no test runs
 OTHERS = 20.0  # seconds of tests in which a line did not run, where there are some in which it did
 
+KERNELS = "ops/backends/triton/kernels"
 CHAINED = tuple(
     f"adapters/test_chained.py::{name}"
     for name in (
@@ -67,8 +72,7 @@ CHAINED = tuple(
         "TestAttach",
     )
 )
-# Module → the tests that are about it, files or classes of them; these alone are run. Not
-# training/ranks.py, whose tests start processes of their own that would not have the fault.
+# Module → the tests that are about it, files or classes of them; these alone are run.
 FILES: dict[str, tuple[str, ...]] = {
     "adapters/adapter.py": (
         "adapters/test_adapter.py",
@@ -264,6 +268,22 @@ FILES: dict[str, tuple[str, ...]] = {
         "ops/backends/triton/test_backend.py",
         "ops/test_dispatch.py::test_nothing_to_multiply_is_out_of_reach",
     ),
+    "ops/backends/triton/act.py": (
+        f"{KERNELS}/test_act.py",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
+    ),
+    "ops/backends/triton/backward.py": (
+        f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
+        f"{KERNELS}/test_operands.py::test_a_backward_of_columns_first_and_one_without_x",
+        f"{KERNELS}/test_operands.py::test_only_what_is_needed",
+        f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
+        f"{KERNELS}/test_budget.py::test_no_rows",
+        f"{KERNELS}/test_operands.py::test_the_same_sizes_at_any_address",
+    ),
+    "ops/backends/triton/chain.py": (
+        "ops/backends/triton/test_chain.py",
+        f"{KERNELS}/test_chain_steps.py::test_is_the_step_of_plain_torch",
+    ),
     "ops/backends/triton/configs.py": (
         "ops/backends/triton/test_backend.py",
         "ops/backends/triton/test_launch_cache.py",
@@ -271,7 +291,69 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "ops/backends/triton/cost.py": ("ops/test_cost_model.py",),
     "ops/backends/triton/device.py": ("ops/backends/triton/test_backend.py",),
+    "ops/backends/triton/epilogue.py": (
+        f"{KERNELS}/test_operands.py::test_an_infinity_stays_an_infinity_in_its_row",
+        f"{KERNELS}/test_operands.py::test_float64_factors_beside_half_precision_rows",
+        f"{KERNELS}/test_exact.py::test_slices_of_any_size",
+    ),
+    "ops/backends/triton/factors.py": ("ops/backends/triton/test_factors.py",),
+    "ops/backends/triton/fold.py": (
+        f"{KERNELS}/test_chain.py::test_fold",
+        f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
+        f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
+        f"{KERNELS}/test_operands.py::test_float64_factors_beside_half_precision_rows",
+        f"{KERNELS}/test_operands.py::test_an_infinity_stays_an_infinity_in_its_row",
+    ),
+    "ops/backends/triton/forward.py": (
+        "ops/backends/triton/test_backend.py::test_what_runs_in_torch",
+        "ops/backends/triton/test_backend.py::test_off_16_bytes_p_is_a_pass_of_its_own",
+        f"{KERNELS}/test_launches.py::test_how_many_launches_a_call_takes",
+        f"{KERNELS}/test_ranks.py::test_rb_has_no_limit",
+        f"{KERNELS}/test_ranks.py::test_a_rank_beyond_the_kernels_runs_in_torch",
+        f"{KERNELS}/test_budget.py::test_no_rows",
+        f"{KERNELS}/test_operands.py::test_a_bias_of_any_stride",
+        f"{KERNELS}/test_operands.py::test_the_same_sizes_at_any_address",
+    ),
+    "ops/backends/triton/gather.py": (
+        f"{KERNELS}/test_chain.py::test_gather",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
+    ),
+    "ops/backends/triton/gemm.py": (
+        f"{KERNELS}/test_gemm.py",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
+        f"{KERNELS}/test_budget.py::test_sizes_that_blocks_divide",
+        f"{KERNELS}/test_operands.py::test_an_infinity_stays_an_infinity_in_its_row",
+    ),
+    "ops/backends/triton/keep.py": (f"{KERNELS}/test_keep.py",),
     "ops/backends/triton/launch_cache.py": ("ops/backends/triton/test_launch_cache.py",),
+    "ops/backends/triton/limits.py": ("ops/backends/triton/test_backend.py",),
+    "ops/backends/triton/merge.py": (
+        f"{KERNELS}/test_chain.py::test_merge",
+        f"{KERNELS}/test_chain.py::test_tiles_of_a_merge",
+    ),
+    "ops/backends/triton/merge_stack.py": (
+        f"{KERNELS}/test_chain.py::test_merge_stack",
+        f"{KERNELS}/test_chain_steps.py::test_merges_from_the_weights_as_they_are_stored",
+        f"{KERNELS}/test_chain_steps.py::test_merges_each_layer_from_its_own_weight",
+    ),
+    "ops/backends/triton/norm.py": (f"{KERNELS}/test_norm.py",),
+    "ops/backends/triton/pair_grad.py": (
+        f"{KERNELS}/test_chain.py::test_pair_grad",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
+    ),
+    "ops/backends/triton/reduce.py": (
+        "ops/backends/triton/test_chain.py",
+        f"{KERNELS}/test_chain.py::test_reduce",
+        f"{KERNELS}/test_exact.py::test_a_program_adds_to_its_own_partial_sums",
+    ),
+    "ops/backends/triton/remake.py": (f"{KERNELS}/test_remake.py",),
+    "ops/backends/triton/thin.py": (
+        f"{KERNELS}/test_exact.py::test_a_program_adds_to_its_own_partial_sums",
+        f"{KERNELS}/test_launches.py::test_whole_blocks_take_no_masks",
+        f"{KERNELS}/test_operands.py::test_an_infinity_in_dy_stays_in_its_column",
+        f"{KERNELS}/test_operands.py::test_gradients_of_any_magnitude_in_float16",
+        f"{KERNELS}/test_budget.py::test_every_number_of_rows",
+    ),
     "ops/backends/triton/tuning.py": (
         "ops/backends/triton/test_backend.py",
         "ops/backends/triton/test_launch_cache.py",
@@ -341,6 +423,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "training/test_rank_batches.py",
         "training/test_updates.py::test_an_image_that_does_not_count_has_no_loss",
     ),
+    "training/ranks.py": ("training/test_rank_sessions.py",),
     "training/run.py": ("training/test_run.py",),
     "training/run_folder.py": ("training/test_run_folder.py",),
     "training/settings.py": ("training/test_run_folder.py", "training/test_run.py"),
@@ -772,6 +855,149 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "129",
     ): "blocks are powers of two",
 }
+# Of the kernels, by the same three; and why what a masked load gives instead is of no account.
+_DROPPED = "what lies outside is not stored"
+_MEETS_ZERO = "what lies outside is multiplied by zero, or not stored"
+_KERNELS: dict[tuple[str, str, str], str] = {
+    ("keep", '{"num_warps": 4},', "5"): "warps change the time alone",
+    ("remake", "_BLOCK_M, _BLOCK_C, _NUM_WARPS = 8, 256, 4", "5"): "warps change the time alone",
+    ("merge_stack", "_CONFIG = (64, 64, 4)  # rows, columns, warps", "5"): (
+        "warps change the time alone"
+    ),
+    ("reduce", "_WARPS = 4", "5"): "warps change the time alone",
+    (
+        "norm",
+        "inside = in_m[:, None] if K % BLOCK_C == 0 else in_m[:, None] & in_c",
+        "K * BLOCK_C",
+    ): "spares a mask",
+    ("norm", "ra = 1 if down is None else down.shape[1]", "2"): "of a factor that is not there",
+    ("norm", "ra = 1 if s is None else s.shape[1]", "2"): "of a factor that is not there",
+    ("norm", "rb = 1 if up is None else up.shape[1]", "2"): "of a factor that is not there",
+    ("act", "ra = 1 if down is None else down.shape[1]", "2"): "of a factor that is not there",
+    ("act", "ra = 1 if s is None else s.shape[1]", "2"): "of a factor that is not there",
+    ("act", "rb = 1 if up is None else up.shape[1]", "2"): "of a factor that is not there",
+    (
+        "chain",
+        "MAX_WIDTH = 2048  # of the stream: the norm's kernels go over a row in one unrolled loop",
+        "2049",
+    ): "bounds the time of compilation: the kernels take any width",
+    (
+        "remake",
+        "x = tl.load(x_ptr + offs_m[:, None] * stride_x_m + offs_c[None, :], mask=inside,"
+        " other=0.0)",
+        "0.5",
+    ): _DROPPED,
+    ("remake", "mean = tl.load(mean_ptr + offs_m, mask=in_m, other=0.0).to(tl.float32)", "0.5"): (
+        _DROPPED
+    ),
+    ("remake", "rstd = tl.load(rstd_ptr + offs_m, mask=in_m, other=0.0).to(tl.float32)", "0.5"): (
+        _DROPPED
+    ),
+    (
+        "remake",
+        "y *= tl.load(weight_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)[None, :]",
+        "0.5",
+    ): _DROPPED,
+    (
+        "remake",
+        "y += tl.load(bias_ptr + offs_c, mask=in_c, other=0.0).to(tl.float32)[None, :]",
+        "0.5",
+    ): _DROPPED,
+    (
+        "merge_stack",
+        "weight = tl.load(weight_ptr + offs, mask=inside, other=0.0).to(tl.float32)",
+        "0.5",
+    ): _DROPPED,
+    (
+        "merge_stack",
+        "gamma = tl.load(gamma_ptr + first * N + offs_n, mask=offs_n < N, other=0.0)",
+        "0.5",
+    ): _DROPPED,
+    ("act", "da = tl.load(dout_ptr + offs, mask=inside, other=0.0).to(tl.float32)", "0.5"): (
+        _MEETS_ZERO
+    ),
+    (
+        "norm",
+        "return tl.load(ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "norm",
+        "z = tl.load(z_ptr + offs, mask=in_m[:, None] & in_c, other=0.0).to(tl.float32)",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "norm",
+        "z = tl.load(z_ptr + offs_m[:, None] * K + offs_c[None, :], mask=inside, other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "gather",
+        "p = tl.load(p_ptr + offs_m[:, None] * ra + offs_a[None, :], mask=in_p, other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "pair_grad",
+        "tall = tl.load(tall_ptr + offs_m[:, None] * C + offs_c[None, :], mask=inside, other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "backward",
+        "strided=any(t is not None and rows(t) is not t for t in (dy, x, p)),",
+        "t is not None or rows(t) is not t",
+    ): "spares what rows finds to do nothing",
+    ("forward", "return buffer if ra == rank_a else buffer[:, :ra]", "ra != rank_a"): (
+        "whole, the buffer gets zeros beyond the rank, which nothing reads"
+    ),
+    ("reduce", "TILE = tl.constexpr(4096)  # and its loads at a time", "4097"): (
+        "the same whole number of parts"
+    ),
+    ("reduce", "elif pid < end_4:", "pid <= end_4"): "the grid ends there",
+    ("reduce", "rows: int = 0", "1"): "of a sum that is not there",
+    ("reduce", "cols: int = 1", "2"): "of a sum that is not there",
+    ("reduce", "padded_cols: int = 16", "17"): "of a sum that is not there",
+    ("reduce", "for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):", "False"): (
+        "made from one another"
+    ),
+    ("thin", "tall = tl.load(tall_ptrs, mask=in_m[:, None], other=0.0)", "0.5"): _MEETS_ZERO,
+    (
+        "thin",
+        "tall = tl.load(tall_ptrs, mask=in_m[:, None] & in_c[None, :], other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    ("epilogue", "t = tl.load(p_ptrs + offs_b[None, :], mask=in_p, other=0.0)", "0.5"): (
+        _MEETS_ZERO
+    ),
+    ("epilogue", "t = tl.where(in_b[None, :], t_acc, 0.0).to(dtype)", "0.5"): _MEETS_ZERO,
+    ("epilogue", "other=0.0,", "0.5"): _MEETS_ZERO,
+    (
+        "epilogue",
+        "p_block = tl.load(p_ptrs + offs_a[None, :], mask=in_m[:, None] & in_a, other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    (
+        "gemm",
+        "a = tl.load(a_ptrs, mask=(offs_i < shape.I - i)[None, :], other=0.0)",
+        "0.5",
+    ): _MEETS_ZERO,
+    ("gemm", "stride_p_m=0 if p is None else p.stride(0),", "1"): "of a P that is not there",
+    (
+        "chain",
+        'cache = self._cache("merge", b, weight.shape, weight.dtype, gamma is None)',
+        "gamma is not None",
+    ): "the same two keys, exchanged",
+    (
+        "merge",
+        "weight_ptr + rows[:, None] * stride_weight_n + offs_k[None, :], mask=inside, other=0.0",
+        "0.5",
+    ): _DROPPED,
+    ("merge", "other=0.0,", "0.5"): _MEETS_ZERO,
+    ("gather", "dy = tl.load(dy_ptrs, mask=inside, other=0.0)", "0.5"): _MEETS_ZERO,
+}
+EQUIVALENT |= {
+    (f"ops/backends/triton/{name}.py", before, after): why
+    for (name, before, after), why in _KERNELS.items()
+}
 
 Tests = dict[str, tuple[float, set[int]]]  # by name: seconds, and the lines that ran
 Steps = tuple[tuple[str, int], ...]  # field, and index in a list or -1, from the module to a node
@@ -920,7 +1146,7 @@ class _FromMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.path = PACKAGE / fault.file
         parts = ("efft_kernels", *Path(fault.file).with_suffix("").parts)
         self.name = ".".join(parts).removesuffix(".__init__")
-        self.code = compile(fault.tree, str(self.path), "exec")
+        self.source = ast.unparse(fault.tree)
 
     def find_spec(
         self, fullname: str, path: object = None, target: object = None
@@ -930,7 +1156,10 @@ class _FromMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(self.code, module.__dict__)
+        # Triton takes a kernel's source, not its code.
+        lines = self.source.splitlines(keepends=True)
+        linecache.cache[str(self.path)] = (len(self.source), None, lines, str(self.path))
+        exec(compile(self.source, str(self.path), "exec"), module.__dict__)
 
 
 class _Warm:
@@ -1055,12 +1284,33 @@ def _is_same(code: CodeType, other: CodeType) -> bool:
     return own(code) == own(other)
 
 
+def _as_it_runs(tree: ast.Module) -> ast.Module:
+    """A module; in the interpreter with the functions that Triton makes of its kernels, whose first
+    line is that of `def`."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return tree
+    from triton.runtime.interpreter import FunctionRewriter
+
+    tree = copy.deepcopy(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and is_kernel(node):
+            node.decorator_list = []
+            FunctionRewriter.ast_transformer.visit(node)
+    return ast.fix_missing_locations(tree)
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    """Whether Triton takes it from Python, be it to launch or for another kernel to call."""
+    return any("triton.jit" in ast.unparse(each) for each in function.decorator_list)
+
+
 def _swaps(fault: Fault, live: dict[_Place, list[FunctionType]]) -> _Swaps | None:
     """The functions that a fault changes, with the code that they then have; None where it changes
     what runs at import, or which variables a function has from around it, or where two functions
     stand in one place."""
     path = str(PACKAGE / fault.file)
-    before, after = (list(_codes(compile(t, path, "exec"))) for t in (fault.module, fault.tree))
+    modules = (_as_it_runs(tree) for tree in (fault.module, fault.tree))
+    before, after = (list(_codes(compile(module, path, "exec"))) for module in modules)
     places = [_place(code) for code, _ in after]
     if [_place(code) for code, _ in before] != places:
         return None
@@ -1166,6 +1416,44 @@ def passes(fault: Fault, tests: Tests) -> bool:
     return process.exitcode == 0
 
 
+def is_interpreted(file: str) -> bool:
+    """Whether a file's tests run in Triton's interpreter."""
+    return any(test.startswith(KERNELS) for test in FILES[file])
+
+
+def load() -> None:
+    """What the tests import is loaded once, before the forks."""
+    import hypothesis  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    assert not any(name.partition(".")[0] == "efft_kernels" for name in sys.modules)
+
+
+def try_files(
+    of_files: Mapping[str, Sequence[Fault]], jobs: int
+) -> Iterator[tuple[str, list[Fault] | None]]:
+    """(file, what `try_all` says of it), so many files at a time."""
+    for interpreted in (False, True):
+        own = [file for file in of_files if is_interpreted(file) == interpreted]
+        if not own:
+            continue
+        # Processes, not threads: a fork of a thread is no main thread to those who ask.
+        if interpreted:
+            os.environ["TRITON_INTERPRET"] = "1"
+            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), load)
+        else:
+            load()
+            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"))
+        try:
+            results = pool.map(try_all, own, [of_files[file] for file in own])
+            yield from zip(own, results, strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def draw(faults: Sequence[Fault], count: int, seed: int) -> list[Fault]:
     """`count` of the faults, or all for 0, as many of each file as its share."""
     if not count or count >= len(faults):
@@ -1192,13 +1480,6 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="append the score of each file to this one")
     options = parser.parse_args()
     commit = present_commit()
-    import hypothesis  # noqa: F401  what the tests import is loaded once, before the forks
-    import timm  # noqa: F401
-    import torch
-
-    torch.set_num_threads(1)
-    gc.freeze()
-    assert not any(name.partition(".")[0] == "efft_kernels" for name in sys.modules)
     everything = [fault for file in options.only for fault in faults_of(file)]
     if options.lines is not None:
         lines = set().union(*options.lines)
@@ -1211,25 +1492,18 @@ def main() -> None:
         file: list(faults)
         for file, faults in itertools.groupby(chosen, key=lambda fault: fault.file)
     }
-    # Processes, not threads: a fork of a thread is no main thread to those who ask.
-    forks = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(options.jobs, forks) as pool:
-        results = pool.map(try_all, of_files, of_files.values())
-        for file, survivors in zip(of_files, results, strict=True):
-            if survivors is None:
-                pool.shutdown(cancel_futures=True)
-                named = " ".join(FILES[file])
-                sys.exit(
-                    f"error: without a fault the tests of {file} fail or take too long: {named}"
-                )
-            for fault in survivors:
-                print(f"passes: {fault}")
-            tried = len(of_files[file])
-            print(f"{file}: {tried - len(survivors)} of {tried}", flush=True)
-            if options.csv is not None:
-                numbers = [options.seed, file, tried, tried - len(survivors)]
-                append_score(options.csv, commit, numbers)
-            passed += len(survivors)
+    for file, survivors in try_files(of_files, options.jobs):
+        if survivors is None:
+            named = " ".join(FILES[file])
+            sys.exit(f"error: without a fault the tests of {file} fail or take too long: {named}")
+        for fault in survivors:
+            print(f"passes: {fault}")
+        tried = len(of_files[file])
+        print(f"{file}: {tried - len(survivors)} of {tried}", flush=True)
+        if options.csv is not None:
+            numbers = [options.seed, file, tried, tried - len(survivors)]
+            append_score(options.csv, commit, numbers)
+        passed += len(survivors)
     caught = len(chosen) - passed
     score = 100 * caught / len(chosen)
     print(f"{caught} of {len(chosen)} caught, {score:.1f} %, {time.monotonic() - start:.0f} s")

@@ -7,6 +7,7 @@ in the store that the processes share, and end without a word.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import warnings
@@ -111,7 +112,7 @@ class _Session:
 
 
 _session: _Session | None = None
-_sessions = 0
+_sessions = itertools.count()
 
 
 @contextmanager
@@ -125,8 +126,8 @@ def session(*, fsdp: bool = False) -> Iterator[Ranks]:
         ValueError: fsdp without torchrun.
         OtherRankError: in place of what this process met because another had failed.
     """
-    global _session, _sessions
-    under_torchrun = set(os.environ) >= _VARIABLES
+    global _session
+    under_torchrun = _VARIABLES.issubset(os.environ)
     if not under_torchrun or (os.environ["WORLD_SIZE"] == "1" and not fsdp):
         require("fsdp", not fsdp, "left out without torchrun", fsdp)
         yield ALONE
@@ -135,8 +136,7 @@ def session(*, fsdp: bool = False) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     ranks = Ranks(rank, world, int(os.environ.get("LOCAL_RANK", rank)), fsdp)
-    _sessions += 1
-    _session = _Session(ranks, store, f"efft_kernels/error/{_sessions}")
+    _session = _Session(ranks, store, f"efft_kernels/error/{next(_sessions)}")
     try:
         with warnings.catch_warnings():
             # Of DDP, about a parameter with an axis of length 1; nothing depends on it.

@@ -48,6 +48,7 @@ class _Steps(NamedTuple):
     tensors cost the host a tenth of a microsecond each.
     """
 
+    ra: int
     in_torch: bool = False
     frozen: bool = False  # d_weight or d_bias is wanted
     strided: bool = False  # rows of dY, x or P have to be copied
@@ -55,7 +56,6 @@ class _Steps(NamedTuple):
     folded: bool = False  # core and up are folded first
     pad_down: bool = False  # down is brought to rows of the padded rank first
     s: _Shape = None  # [M, padded rank]
-    ra: int = 0
     grad: bool = False  # the pass over dY also gives d_core and d_up, both if one is wanted
     d_b: _Shape = None  # d_core and d_up come from it
     d_down: _Shape = None
@@ -77,7 +77,7 @@ def _steps(
     need_x, need_weight, need_bias, need_down, need_core, need_up = needs
     m, (n, k), ra = dy.shape[0], weight.shape, down.shape[1]
     if out_of_reach(m, n, k, ra):
-        return _Steps(in_torch=True)
+        return _Steps(ra, in_torch=True)
     rank_a = padded_rank(ra)
     need_core = need_core and core is not None
     grad = need_core or need_up
@@ -86,13 +86,13 @@ def _steps(
     needs_s = need_down or grad or (need_x and not (compute_s or merged))
     padded = not read_in_place(down, up)
     return _Steps(
+        ra,
         frozen=need_weight or need_bias,
         strided=any(t is not None and rows(t) is not t for t in (dy, x, p)),
         dx=None if not need_x else "fused" if compute_s else "merged" if merged else "split",
         folded=compute_s or (padded and needs_s),
         pad_down=padded,
         s=(m, rank_a) if needs_s else None,
-        ra=ra,
         grad=grad,
         d_b=(n, ra) if grad and padded and core is not None else None,
         d_down=tuple(down.shape) if need_down else None,

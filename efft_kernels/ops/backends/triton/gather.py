@@ -84,7 +84,7 @@ def launch_gather(
     b: Tensor,  # [3·C, Ra]
     p: Tensor,  # [M, Ra]
     *,
-    copy: bool = True,
+    copy: bool,
     config: PassConfig,
     cache: CallCache | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -99,9 +99,10 @@ def launch_gather(
         dY [M, 3·C] or None, partial sums of S [column parts, M, RA] and of d_B [row parts, 3·C, RA]
         in float32.
     """
-    m, c = slices[0].shape
-    launch, s_size, d_b_size = once(cache, "gather", _prepare_gather, slices[0], b, config)
-    out = slices[0].new_empty(m, 3 * c) if copy else None
+    first, _, _ = slices
+    m, c = first.shape
+    launch, s_size, d_b_size = once(cache, "gather", _prepare_gather, first, b, config)
+    out = first.new_empty(m, 3 * c) if copy else None
     s = b.new_empty(s_size, dtype=torch.float32)
     d_b = b.new_empty(d_b_size, dtype=torch.float32)
     launch((*slices, b, p), (out, s, d_b))

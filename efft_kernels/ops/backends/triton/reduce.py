@@ -19,8 +19,8 @@ from .launch_cache import CachedLaunch, CallCache, once
 
 MOST_SUMS = 5  # of a launch
 _WARPS = 4
-# Elements of a program where there are few parts and where there are many, and its loads at a time.
-WIDE, NARROW, TILE = (tl.constexpr(size) for size in (128, 64, 4096))
+WIDE, NARROW = 128, 64  # elements of a program where there are few parts, and where there are many
+TILE = tl.constexpr(4096)  # and its loads at a time
 _COUNTS = [f"{name}_{i}" for name in ("parts", "end") for i in range(MOST_SUMS)]
 
 
@@ -97,7 +97,11 @@ def _reduce_kernel(
     COLS_2: tl.constexpr,
     COLS_3: tl.constexpr,
     COLS_4: tl.constexpr,
-    FEW: tl.constexpr,  # sums of few parts, the first ones
+    BLOCK_0: tl.constexpr,  # elements of a program
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_3: tl.constexpr,
+    BLOCK_4: tl.constexpr,
 ):
     """Up to five sums in one launch, one after the other in the grid. A program adds up as many
     loads for each sum: WIDE elements of few parts, or NARROW ones of more parts at a time.
@@ -113,8 +117,8 @@ def _reduce_kernel(
                 rows_0,
                 cols_0,
                 COLS_0,
-                WIDE if 0 < FEW else NARROW,
-                TILE // (WIDE if 0 < FEW else NARROW),
+                BLOCK_0,
+                TILE // BLOCK_0,
             )
     elif pid < end_1:
         if partial_1_ptr is not None:
@@ -126,8 +130,8 @@ def _reduce_kernel(
                 rows_1,
                 cols_1,
                 COLS_1,
-                WIDE if 1 < FEW else NARROW,
-                TILE // (WIDE if 1 < FEW else NARROW),
+                BLOCK_1,
+                TILE // BLOCK_1,
             )
     elif pid < end_2:
         if partial_2_ptr is not None:
@@ -139,8 +143,8 @@ def _reduce_kernel(
                 rows_2,
                 cols_2,
                 COLS_2,
-                WIDE if 2 < FEW else NARROW,
-                TILE // (WIDE if 2 < FEW else NARROW),
+                BLOCK_2,
+                TILE // BLOCK_2,
             )
     elif pid < end_3:
         if partial_3_ptr is not None:
@@ -152,8 +156,8 @@ def _reduce_kernel(
                 rows_3,
                 cols_3,
                 COLS_3,
-                WIDE if 3 < FEW else NARROW,
-                TILE // (WIDE if 3 < FEW else NARROW),
+                BLOCK_3,
+                TILE // BLOCK_3,
             )
     elif pid < end_4:
         if partial_4_ptr is not None:
@@ -165,8 +169,8 @@ def _reduce_kernel(
                 rows_4,
                 cols_4,
                 COLS_4,
-                WIDE if 4 < FEW else NARROW,
-                TILE // (WIDE if 4 < FEW else NARROW),
+                BLOCK_4,
+                TILE // BLOCK_4,
             )
 
 
@@ -192,6 +196,7 @@ class _SumSize(NamedTuple):
     rows: int = 0
     cols: int = 1
     padded_cols: int = 16
+    block: int = NARROW
     programs: int = 0
 
     @classmethod
@@ -199,15 +204,15 @@ class _SumSize(NamedTuple):
         cols, padded_cols = out.shape[-1], partial.shape[-1]
         rows = out.numel() // cols
         parts = partial.numel() // (rows * padded_cols)
-        return cls(parts, rows, cols, padded_cols, tuning.cdiv(rows * padded_cols, block))
+        programs = tuning.cdiv(rows * padded_cols, block)
+        return cls(parts, rows, cols, padded_cols, block, programs)
 
 
 def _prepare_reduce(sums: Sequence[tuple[Tensor, Tensor]], few: int) -> CachedLaunch:
-    blocks = [(WIDE if i < few else NARROW).value for i in range(len(sums))]
-    sizes = [_SumSize.of(*pair, block) for pair, block in zip(sums, blocks, strict=True)]
+    sizes = [_SumSize.of(*pair, WIDE if i < few else NARROW) for i, pair in enumerate(sums)]
     sizes += [_SumSize()] * (MOST_SUMS - len(sizes))
     ends = itertools.accumulate(size.programs for size in sizes)
-    arguments = {"FEW": few}
+    arguments: dict[str, int] = {}
     for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         arguments |= {
             f"parts_{i}": size.parts,
@@ -215,6 +220,7 @@ def _prepare_reduce(sums: Sequence[tuple[Tensor, Tensor]], few: int) -> CachedLa
             f"cols_{i}": size.cols,
             f"end_{i}": end,
             f"COLS_{i}": size.padded_cols,
+            f"BLOCK_{i}": size.block,
         }
     grid = (sum(size.programs for size in sizes),)
     return CachedLaunch(_reduce_kernel, grid, {"num_warps": _WARPS}, **arguments)

@@ -17,6 +17,7 @@ from efft_kernels.ops import dispatch  # noqa: E402
 from efft_kernels.ops.backends import triton as backend  # noqa: E402
 from efft_kernels.ops.backends.fallback import padded_rank  # noqa: E402
 from efft_kernels.ops.backends.triton import configs, device, tuning  # noqa: E402
+from efft_kernels.ops.backends.triton.forward import on_16_bytes, out_of_reach  # noqa: E402
 
 H200 = device.Device("NVIDIA_H200", 90, 132, 227 * 1024)
 A100 = device.Device("NVIDIA_A100_SXM4_80GB", 80, 108, 163 * 1024)
@@ -121,6 +122,21 @@ assert dispatch._select_backend("triton", x, problem).NAME == "triton"
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_what_runs_in_torch():
+    assert not out_of_reach(1, 1, 1, 128)
+    assert out_of_reach(1, 1, 1, 129)
+    assert all(out_of_reach(*sizes, 1) for sizes in ((0, 1, 1), (1, 0, 1), (1, 1, 0)))
+
+
+def test_off_16_bytes_p_is_a_pass_of_its_own():
+    storage = torch.zeros(32, dtype=torch.float16)
+    assert on_16_bytes("fused", storage, storage[8:]) == "fused"
+    assert on_16_bytes("merged", storage[1:]) == "merged"
+    for start in (1, 2, 4):
+        for operands in ((storage[start:], storage), (storage, storage[start:])):
+            assert on_16_bytes("fused", *operands) == "split"
 
 
 @pytest.mark.parametrize(

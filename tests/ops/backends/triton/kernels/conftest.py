@@ -3,7 +3,7 @@
 On a CUDA device they run there, bfloat16 included. With TRITON_INTERPRET=1 they run on the CPU in
 float32 and float16, as ../test_interpreter.py runs every file here. Elsewhere there is nothing to
 collect. Every buffer that the launchers allocate starts as NaN, so a tile that nothing writes
-cannot pass.
+cannot pass, and in the interpreter no kernel touches what lies beyond its tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,57 @@ def _language_patched_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", replace_once)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _within_the_tensors() -> Iterator[None]:
+    """In the interpreter whatever a kernel reads or writes lies in one of the launch's tensors: a
+    mask that is one too wide need not change a result."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store = builder.create_masked_load, builder.create_masked_store
+    take = executor._init_args_hst
+    tensors: list[
+        tuple[int, int]
+    ] = []  # of the launch: the first address, and that behind the last
+
+    def take_and_note(self: Any, *given: Any) -> Any:
+        found = take(self, *given)
+        tensors[:] = [_addresses(t) for t in found[0] if torch.is_tensor(t) and t.numel()]
+        return found
+
+    def check(ptrs: Any, mask: Any) -> None:
+        chosen = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)
+        addresses = ptrs.data[chosen]
+        if addresses.size:
+            first, last = addresses.min(), addresses.max()
+            behind = last + ptrs.get_element_ty().primitive_bitwidth // 8
+            if not any(start <= first and behind <= end for start, end in tensors):
+                raise IndexError("a kernel reads or writes beyond its tensors")
+
+    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        check(ptrs, mask)
+        return load(self, ptrs, mask, *rest, **named)
+
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_init_args_hst", take_and_note)
+        patch.setattr(builder, "create_masked_load", checked_load)
+        patch.setattr(builder, "create_masked_store", checked_store)
+        yield
+
+
+def _addresses(tensor: torch.Tensor) -> tuple[int, int]:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
 @pytest.fixture(params=dispatch.STRATEGIES)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.compiler import CompilationError
+from triton.runtime.errors import InterpreterError
 
 from efft_kernels.ops.backends.triton.act import ActConfig, launch_act_bwd, launch_act_fwd
+from efft_kernels.ops.backends.triton.tuning import cdiv
 from efft_kernels.testing.error_budget import assert_within_budget
 
 M, C, RA, RB = 37, 41, 5, 3
@@ -88,6 +91,7 @@ def check(o, act, bias, thin, down, config):
     )
     found = {"h": got.h, "a": got.a}
     if down:
+        assert got.p.shape == ((M, RA) if config.parts == 1 else (config.parts, M, 16))
         found["p"] = got.p if got.p.dim() == 2 else got.p.sum(0)[:, :RA]
     assert (got.h is o["y"]) == (not bias and not thin)
     terms = bias, thin, down
@@ -99,8 +103,11 @@ def check(o, act, bias, thin, down, config):
     back = launch_act_bwd(o["dout"], got.h, *factors, *thin_pair, act=act, config=config)
     found = {"dh": back.dh}
     if thin:
+        assert back.q.shape == (cdiv(C, config.block_c), M, 16)
+        assert back.d_up.shape == (config.parts, C, 16)
         found |= {"q": back.q.sum(0)[:, :RB], "d_up": back.d_up.sum(0)[:, :RB]}
     if down:
+        assert back.d_down.shape == (config.parts, C, 16)
         found["d_down"] = back.d_down.sum(0)[:, :RA]
     assert_within_budget(
         found,
@@ -138,6 +145,12 @@ def test_large_values_stay_finite(dtype, device):
         )
         expected = torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]], device=device, dtype=dtype)
         torch.testing.assert_close(back.dh, expected, atol=1e-6, rtol=0)
+
+
+def test_another_activation(device):
+    h = torch.ones(3, 5, device=device)
+    with pytest.raises((InterpreterError, CompilationError)):
+        launch_act_fwd(h, None, None, None, None, act="relu", config=CONFIGS[0])
 
 
 def test_complete_da(dtype, device):

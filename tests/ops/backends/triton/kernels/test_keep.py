@@ -26,3 +26,17 @@ def test_rates_at_the_ends(dtype, device):
     seed = torch.tensor(3, device=device)
     assert launch_keep(seed, 50, 7, 0.0, dtype).all()
     assert not launch_keep(seed, 50, 7, 1 - 2.0**-40, dtype).any()
+
+
+def test_the_last_number_that_is_dropped(dtype, device):
+    """The number of one entry, found bit by bit, is the largest rate that keeps it."""
+    seed, number = torch.tensor(5, device=device), 0
+
+    def kept(least):
+        return launch_keep(seed, 3, 2, least / 2**31, dtype)[2, 1].item()
+
+    for bit in reversed(range(31)):
+        number += int(kept(number + 2**bit)) << bit
+    for least, is_kept in ((number, 1), (number + 1, 0)):
+        mask = keep_mask(seed.cpu(), 3, 2, least / 2**31, dtype)
+        assert mask[2, 1] == kept(least) == is_kept

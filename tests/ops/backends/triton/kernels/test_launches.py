@@ -9,7 +9,10 @@ import torch
 
 from efft_kernels.ops import cost_model
 from efft_kernels.ops.backends import triton as backend
-from efft_kernels.ops.backends.triton import cost, launch_cache
+from efft_kernels.ops.backends.triton import act, cost, gather, gemm, launch_cache, pair_grad
+from efft_kernels.ops.backends.triton import thin as thin_pass
+from efft_kernels.ops.backends.triton.act import ActConfig
+from efft_kernels.ops.backends.triton.configs import GemmConfig, PassConfig
 from efft_kernels.ops.backends.triton.tuning import cdiv, pass_config
 from efft_kernels.testing.operands import Shape, operands_and_dy
 from efft_kernels.testing.results import backend_results, results_within_budget
@@ -61,9 +64,9 @@ def test_how_many_launches_a_call_takes(ranks, factors, device, recorded):
     *tensors, dy = operands_and_dy(s, torch.float16, factor_dtype=factor_dtype, device=device)
     x, weight, _, down, core, up = tensors
 
-    def forward(strategy):
+    def forward(strategy, save_p=True):
         recorded.clear()
-        backend.forward(*tensors, save_p=True, strategy=strategy)
+        backend.forward(*tensors, save_p=save_p, strategy=strategy)
         return [launch.name for launch in recorded]
 
     def backward(strategy, needs=FACTORS_AND_X):
@@ -75,8 +78,11 @@ def test_how_many_launches_a_call_takes(ranks, factors, device, recorded):
     high = max(ranks) > 32
     copied = ["fold"] if high or s.Ra not in (16, 32) or factors == "float32" else []
     folds = ["fold", "fold"] if high else []
-    assert forward("fused") == [*(folds or copied), "gemm"]
-    assert forward("split") == [*folds[:1], "thin", *folds[1:], "gemm"]
+    for save_p in (True, False):
+        assert forward("fused", save_p) == [*(folds or copied), "gemm"]
+        assert forward("split", save_p) == [*folds[:1], "thin", *folds[1:], "gemm"]
+    assert forward("merged") == [*folds[:1], "thin", "merge"]
+    assert forward("merged", save_p=False) == ["merge"]
     for strategy in ("fused", "split"):
         assert backward(strategy) == [
             *folds[:1],
@@ -108,3 +114,27 @@ def test_what_a_call_remembers_is_its_own(device):
     backend_results(backend, plain, "fused")
     # Forward and backward of each, but the backward does not see the bias.
     assert len(launch_cache._calls) == found == (2 * 4 - 1) * len(backend.STRATEGIES)
+
+
+@pytest.mark.parametrize("size", [64, 65])
+def test_whole_blocks_take_no_masks(size, device):
+    """A mask that is not needed takes registers and time, and changes no result."""
+    x, thin = (torch.ones(37, n, device=device) for n in (size, 5))
+    down, wide = (torch.ones(size, n, device=device) for n in (5, size))
+    config, act_config = PassConfig(16, 16, 2, 4, 1), ActConfig(16, 16, 2, 4, 1)
+    gemm_config = GemmConfig(16, 16, 16, 2, 4, 1)
+    launches = [
+        gather._prepare_gather(x, down, config)[0],
+        act._prepare_act_fwd(x, x, None, down, "gelu", act_config)[0],
+        act._prepare_act_bwd(x, thin, None, "gelu", act_config)[0],
+        pair_grad._prepare(x, x, down, config)[0],
+        thin_pass._prepare_thin(x, down, None, thin, None, config).launch,
+        thin_pass._prepare_tall_grad(x, thin, config).launch,
+        gemm._prepare_gemm(x, wide, None, None, down, thin, 5, False, True, gemm_config).launch,
+    ]
+    found = []
+    for launch in launches:
+        names = launch.kernel.arg_names[-len(launch.arguments) :]
+        named = dict(zip(names, launch.arguments, strict=True))
+        found += [value for name, value in named.items() if name.startswith("EVEN")]
+    assert found == [size == 64] * 8

@@ -13,6 +13,7 @@ from efft_kernels.ops.backends.triton.norm import (
     launch_norm_down_grad,
     launch_norm_fwd,
 )
+from efft_kernels.ops.backends.triton.tuning import cdiv
 from efft_kernels.testing.error_budget import assert_within_budget, relative_error
 
 M, K, RA, RB = 37, 41, 5, 3
@@ -117,6 +118,8 @@ def test_backward(rms, config, dtype, device):
     got = launch_norm_bwd(o["dout"], *saved, o["down"], o["residual"], config=config)
     apart = launch_norm_down_grad(*saved, config=PassConfig(16, 32, 2, 4, 1))
     plain, exact = plain_backward(o, o["x"], rms), plain_backward(doubled(o), o["x"].double(), rms)
+    assert got.d_down.shape == (config.programs or cdiv(M, config.block_m), K, 16)
+    assert apart.shape == (2, K, 16)
     for partial in (got.d_down, apart):
         found = {"dz": got.dz, "d_down": partial.sum(0)[:, :RA]}
         assert_within_budget(found, plain, exact)
@@ -154,6 +157,13 @@ def test_only_what_is_given(dtype, device):
         o["dout"], o["x"], got.mean, got.rstd, None, None, None, None, None, config=BACKWARD[0]
     )
     assert back.d_down is None
+    d_down = launch_norm_down_grad(
+        o["x"], got.mean, got.rstd, None, None, o["s"], config=PassConfig(16, 32, 2, 4, 1)
+    )
+    out = torch.nn.functional.layer_norm(o["x"].double(), (K,), eps=EPS)
+    plain = {"d_down": got.out.T @ o["s"]}
+    exact = {"d_down": out.T @ o["s"].double()}
+    assert_within_budget({"d_down": d_down.sum(0)[:, :RA]}, plain, exact)
     x = o["x"].double().requires_grad_()
     (exact,) = torch.autograd.grad(
         torch.nn.functional.layer_norm(x, (K,), eps=EPS), x, o["dout"].double()

@@ -47,6 +47,29 @@ def test_every_layout(layout, strategy, device):
     assert_same_bits(got, expected)
 
 
+def test_a_backward_of_columns_first_and_one_without_x(device):
+    *tensors, dy = operands_and_dy(SMALL, torch.float32, device=device)
+    x, weight, _, down, core, up = tensors
+    p = x @ down
+
+    def backward(dy, x, p, needs):
+        needs = tuple(name in needs for name in NAMES)
+        return backend.backward(dy, x, weight, p, down, core, up, needs=needs, strategy="split")
+
+    def across(t):
+        return t.t().contiguous().t()
+
+    dx, *_, d_up = backward(dy, x, p, ("x", "down", "up"))
+    found, *_, found_up = backward(across(dy), across(x), across(p), ("x", "down", "up"))
+    assert torch.equal(found, dx) and torch.equal(found_up, d_up)
+    for wanted in ("weight", "bias"):
+        found = backward(dy, x, p, (wanted,))
+        assert [NAMES[i] for i, grad in enumerate(found) if grad is not None] == [wanted]
+    for rows in (dy, across(dy)):
+        assert torch.equal(backward(rows, None, None, ("x",))[0], dx)
+        assert torch.equal(backward(rows, None, p, ("up",))[5], d_up)
+
+
 def test_slices_of_up_with_rows_between_them(strategy, device):
     """Without a core: what lies between is no slice's."""
     shape = Shape(M=37, K=41, n=23, core=False, shared=False)

@@ -30,3 +30,11 @@ def test_remake(m, k, affine, across, dtype, device):
     assert found.dtype == dtype and found.is_contiguous()
     plain = normalised(torch.float32).to(dtype)
     assert_within_budget({"x": found}, {"x": plain}, {"x": normalised(torch.float64)})
+
+
+def test_rows_of_a_wider_matrix_are_not_copied(device, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "contiguous", None)
+    wide, ones = torch.ones(37, 44, device=device), torch.ones(37, device=device)
+    x = wide[:, 1:42]
+    found = launch_remake(x, 0 * ones, ones, None, None)
+    assert torch.equal(found, x)
