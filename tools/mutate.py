@@ -663,11 +663,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "2.5",
     ): "the rest is one image, mixed with itself",
     (
-        "training/run_folder.py",
-        "path.unlink(missing_ok=True)",
-        "False",
-    ): "but for another process that removes the same file at that moment",
-    (
         "ops/chains.py",
         "pairs = zip(kind.biases, gammas, strict=True)",
         "False",

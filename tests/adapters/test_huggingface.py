@@ -448,7 +448,7 @@ def test_inference_mode(randomize, images, projections):
     expected = output(model, images)
     with torch.inference_mode():
         found = output(model, images)
-    assert len(projections) == 2 * DEPTH
+    assert len(projections) == DEPTH  # where nobody counts writes in place, P is not shared
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
