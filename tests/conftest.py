@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ hypothesis.settings.register_profile(
     "efft", deadline=None, derandomize=True, database=None, max_examples=60
 )
 hypothesis.settings.load_profile("efft")
+# Processes that a test starts by "forkserver" need not import these once more, for 4 s each.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["efft_kernels.training.run"])
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

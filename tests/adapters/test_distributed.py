@@ -266,7 +266,7 @@ def test_on_one_process(name, tmp_path):
 def failures(tmp_path_factory):
     """What failed in each process, by the check's name: two processes run all of them once."""
     folder = tmp_path_factory.mktemp("distributed")
-    mp.spawn(worker, (folder,), nprocs=WORLD)
+    mp.start_processes(worker, (folder,), nprocs=WORLD, start_method="forkserver")
     return [json.loads((folder / f"found.{rank}").read_text()) for rank in range(WORLD)]
 
 

@@ -31,7 +31,7 @@ from efft_kernels.training.ranks import ALONE, Ranks, session
 from efft_kernels.training.run import fit, prepare
 from efft_kernels.training.settings import TrainSettings
 
-pytestmark = pytest.mark.slow  # three processes import all
+pytestmark = pytest.mark.slow  # two more processes
 WORLD = 2
 WITH_FSDP2 = ("efft2", "fact_tt", "lora", "full")
 
@@ -293,7 +293,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         for _ in range(1 + len(FAILURES))
     ]
     try:
-        mp.spawn(worker, (root, [store.port for store in stores]), nprocs=WORLD)
+        mp.start_processes(
+            worker,
+            (root, [store.port for store in stores]),
+            nprocs=WORLD,
+            start_method="forkserver",
+        )
     except mp.ProcessRaisedException as error:
         return root, str(error)
     return root, ""
