@@ -26,7 +26,13 @@ from torch import Tensor
 from .backends import cpp_backend
 from .backends.torch_backend import thin_grad
 from .checks import HALF_DTYPES
-from .dispatch import available_backends, has_tangent, launch_context, requested_backend
+from .dispatch import (
+    available_backends,
+    has_tangent,
+    is_batched,
+    launch_context,
+    requested_backend,
+)
 from .schemas import OPERANDS, STRATEGY_CODES, needs_code
 
 # How csrc makes rows of x by itself, as in csrc/codes.h; from a recipe of another code x is made
@@ -176,12 +182,14 @@ def _has_kernel(source: Source, kept: Sequence[Tensor | None], s: Tensor) -> boo
     return (
         source.recipe.code != PLAIN
         and s.device.type == "cpu"
-        and not (source.recipe.moved and source.recipe.row_index(_sizes(kept[0])) is None)
+        and s.dtype in cpp_backend.DTYPES
         and not torch.is_grad_enabled()
         and not has_tangent(s)
+        and not is_batched(s)
         and requested_backend("auto") in ("auto", "cpp")
         and available_backends()["cpp"] is None
-        and all(t is None or (t.dtype in cpp_backend.DTYPES and _in_memory(t)) for t in (*kept, s))
+        and all(t is None or (t.dtype in cpp_backend.DTYPES and _in_memory(t)) for t in kept)
+        and not (source.recipe.moved and source.recipe.row_index(_sizes(kept[0])) is None)
     )
 
 

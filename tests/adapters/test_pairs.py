@@ -287,6 +287,30 @@ def accumulated(model, images):
     return y
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("vit_tiny_patch16_224", METHOD),
+        ("vit_tiny_patch16_224", FacTTT(rank=2, dropout=0.3)),  # on x·down·core
+        ("swin_tiny_patch4_window7_224", FacTTT(rank=2, dropout=0.3)),
+        ("ViTForImageClassification", METHOD),  # q, k and v share x·down
+    ],
+    ids=["EFFT2", "dropout", "dropout, windows", "shared"],
+)
+def test_many_gradients_at_once(name, method):
+    model, images = build(name)
+    adapter = adapt(model, method, "pairs")
+    y = forward(model, images)
+    rows = torch.randn(3, *y.shape, dtype=y.dtype)
+    trained = list(adapter.parameters())
+
+    def gradients(dy, **options):
+        return torch.autograd.grad(y, trained, dy, retain_graph=True, **options)
+
+    found = gradients(rows, is_grads_batched=True)
+    compare(found, map(torch.stack, zip(*map(gradients, rows), strict=True)))
+
+
 def in_two_halves(model, images):
     return torch.cat([forward(model, half) for half in images.chunk(2)])
 
