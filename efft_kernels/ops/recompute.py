@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .backends import cpp_backend
 from .backends.torch_backend import thin_grad
@@ -112,6 +113,11 @@ def find(x: Tensor) -> Source | None:
     return Source(recipe, tuple(graph.kept), graph.attached) if graph.computes else None
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything to compare: not on the meta device, and not in a fake tensor."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
 def kept_for(x: Tensor | None, source: Source | None) -> tuple[Tensor | None, ...]:
     """What a node saves in order to have x [M, K] in its backward."""
     return (x,) if source is None else source.kept
@@ -182,6 +188,7 @@ def _has_kernel(source: Source, kept: Sequence[Tensor | None], s: Tensor) -> boo
     return (
         source.recipe.code != PLAIN
         and s.device.type == "cpu"
+        and type(s) is Tensor  # a subclass has operators of its own, a fake one no values
         and s.dtype in cpp_backend.DTYPES
         and not torch.is_grad_enabled()
         and not has_tangent(s)
@@ -530,7 +537,7 @@ def _normalise(
     """LayerNorm over the last `dims` dims, from its statistics."""
     if torch.is_grad_enabled() and x.requires_grad:
         mean, rstd = _statistics(x, rstd, dims)
-    elif x.is_cuda and dims == 1 and x.dtype != torch.float64 and (kernel := _triton()):
+    elif x.is_cuda and dims == 1 and x.dtype != torch.float64 and (kernel := _kernel_for(x)):
         rows = x.reshape(-1, x.shape[-1])
         return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
     centred = (x - mean).mul_(rstd)
@@ -541,9 +548,14 @@ def _normalise(
     return (centred if bias is None else centred + bias).to(x.dtype)
 
 
+def _kernel_for(x: Tensor) -> Callable[..., Tensor] | None:
+    """The kernel that does it in one pass; a fake tensor has no memory to give to it."""
+    return None if isinstance(x, FakeTensor) else _triton()
+
+
 @cache
 def _triton() -> Callable[..., Tensor] | None:
-    """The kernel that does it in one pass, where Triton can run."""
+    """That kernel, where Triton can run."""
     if available_backends()["triton"] is not None:
         return None
     from .backends.triton.remake import launch_remake
