@@ -609,8 +609,10 @@ class FusedEFFTLinear(nn.Linear):
         source = recompute.find(x) if self.remakes_input else None
         if source is not None:
             known = self._recipes.get(source.recipe)
+            if known is None and not recompute.has_values(x):
+                known = True  # what is asked for is shapes and memory, as they will be
             # A look at the values would break the capture of a CUDA graph.
-            if known is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            elif known is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 known = self._recipes[source.recipe] = source.makes(x)
             source = source if known else None
         self.input_from = "kept" if source is None else source.recipe.kind

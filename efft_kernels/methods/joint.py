@@ -194,7 +194,7 @@ def keep_graph(compute: Compute, *inputs: Tensor) -> tuple[Tensor, ...]:
     Raises:
         RuntimeError: in backward, when an input has been changed in place since.
     """
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with _without_autocast(inputs[0].device):
         if torch.compiler.is_compiling():
             return compute(*inputs)
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
@@ -227,7 +227,7 @@ class _KeptGraph(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return None, *(None for _ in needs)
         again = torch.is_grad_enabled()  # create_graph: a second derivative goes through the inputs
-        with torch.autocast(ctx.inputs[0].device.type, enabled=False):
+        with _without_autocast(ctx.inputs[0].device):
             if again:
                 sources, outputs = ctx.inputs, ctx.compute(*ctx.inputs)
             else:
@@ -245,6 +245,13 @@ class _KeptGraph(torch.autograd.Function):
                 )
             )
         return None, *(next(found) if need else None for need in needs)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Meta tensors have no autocast, and torch raises for them."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _graph_of(

@@ -20,7 +20,7 @@ from .backends.chain_steps import Norm, TorchSteps, aten
 from .backends.fallback import too_old
 from .chain_passes import Attention, Engine, Frozen
 from .checks import HALF_DTYPES, autocast_enabled
-from .dispatch import available_backends, has_tangent, launch_context, requested_backend
+from .dispatch import available_backends, has_tangent, is_batched, launch_context, requested_backend
 
 MAX_RANK = 128  # that the kernels take
 
@@ -253,7 +253,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        if _is_batched(dy):
+        if is_batched(dy):
             raise RuntimeError(
                 "chained blocks take no batched gradients (is_grads_batched, vectorize): attach the"
                 " adapter with fuse='pairs'"
@@ -294,9 +294,3 @@ def _take_kept(ctx: Any) -> tuple[Tensor, Frozen, list[Any]]:
     except RuntimeError:  # cleared
         ctx.packed.clear()
     return x, frozen, packed
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether a vmap is at work on it, the one of autograd's batched gradients included."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)

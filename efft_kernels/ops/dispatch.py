@@ -179,6 +179,12 @@ def has_tangent(dy: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(dy).tangent is not None
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a vmap is at work on it, the one of autograd's batched gradients included."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def _empty_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty((0,)) if grad is None else grad
 

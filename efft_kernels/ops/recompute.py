@@ -22,11 +22,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .backends import cpp_backend
 from .backends.torch_backend import thin_grad
 from .checks import HALF_DTYPES
-from .dispatch import available_backends, has_tangent, launch_context, requested_backend
+from .dispatch import (
+    available_backends,
+    has_tangent,
+    is_batched,
+    launch_context,
+    requested_backend,
+)
 from .schemas import OPERANDS, STRATEGY_CODES, needs_code
 
 # How csrc makes rows of x by itself, as in csrc/codes.h; from a recipe of another code x is made
@@ -106,6 +113,11 @@ def find(x: Tensor) -> Source | None:
     return Source(recipe, tuple(graph.kept), graph.attached) if graph.computes else None
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything to compare: not on the meta device, and not in a fake tensor."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
 def kept_for(x: Tensor | None, source: Source | None) -> tuple[Tensor | None, ...]:
     """What a node saves in order to have x [M, K] in its backward."""
     return (x,) if source is None else source.kept
@@ -176,12 +188,15 @@ def _has_kernel(source: Source, kept: Sequence[Tensor | None], s: Tensor) -> boo
     return (
         source.recipe.code != PLAIN
         and s.device.type == "cpu"
-        and not (source.recipe.moved and source.recipe.row_index(_sizes(kept[0])) is None)
+        and type(s) is Tensor  # a subclass has operators of its own, a fake one no values
+        and s.dtype in cpp_backend.DTYPES
         and not torch.is_grad_enabled()
         and not has_tangent(s)
+        and not is_batched(s)
         and requested_backend("auto") in ("auto", "cpp")
         and available_backends()["cpp"] is None
-        and all(t is None or (t.dtype in cpp_backend.DTYPES and _in_memory(t)) for t in (*kept, s))
+        and all(t is None or (t.dtype in cpp_backend.DTYPES and _in_memory(t)) for t in kept)
+        and not (source.recipe.moved and source.recipe.row_index(_sizes(kept[0])) is None)
     )
 
 
@@ -522,7 +537,7 @@ def _normalise(
     """LayerNorm over the last `dims` dims, from its statistics."""
     if torch.is_grad_enabled() and x.requires_grad:
         mean, rstd = _statistics(x, rstd, dims)
-    elif x.is_cuda and dims == 1 and x.dtype != torch.float64 and (kernel := _triton()):
+    elif x.is_cuda and dims == 1 and x.dtype != torch.float64 and (kernel := _kernel_for(x)):
         rows = x.reshape(-1, x.shape[-1])
         return kernel(rows, mean.view(-1), rstd.view(-1), weight, bias).view(x.shape)
     centred = (x - mean).mul_(rstd)
@@ -533,9 +548,14 @@ def _normalise(
     return (centred if bias is None else centred + bias).to(x.dtype)
 
 
+def _kernel_for(x: Tensor) -> Callable[..., Tensor] | None:
+    """The kernel that does it in one pass; a fake tensor has no memory to give to it."""
+    return None if isinstance(x, FakeTensor) else _triton()
+
+
 @cache
 def _triton() -> Callable[..., Tensor] | None:
-    """The kernel that does it in one pass, where Triton can run."""
+    """That kernel, where Triton can run."""
     if available_backends()["triton"] is not None:
         return None
     from .backends.triton.remake import launch_remake

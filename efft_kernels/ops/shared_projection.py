@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
-from .checks import autocast_enabled, to_autocast_dtype
+from .checks import autocast_enabled, to_autocast_dtype, without_autocast
 from .dispatch import requested_backend
 from .recompute import Source, down_grad
 
@@ -110,14 +110,14 @@ class _Projection(torch.autograd.Function):
     ) -> Tensor:
         ctx.source = source
         ctx.save_for_backward(down, *source.kept)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return torch.mm(x, down.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
         down, *kept = ctx.saved_tensors
         need_x, need_down, _ = ctx.needs_input_grad
-        with torch.autocast(dp.device.type, enabled=False):
+        with without_autocast(dp.device):
             dx = torch.mm(dp, down.to(dp.dtype).t()) if need_x else None
             d_down = down_grad(kept, ctx.source, dp, down.dtype) if need_down else None
         return dx, d_down, None
@@ -157,7 +157,7 @@ class _LinearPlusProjected(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, p, core, up)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             b = fold(core, up, p.dtype).to(p.dtype)
             y = F.linear(x, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
             # Traced by Dynamo (torch 2.11), an output updated in place would get no gradient; and a
@@ -170,7 +170,7 @@ class _LinearPlusProjected(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, p, core, up = ctx.saved_tensors
         need_x, need_weight, need_bias, need_p, need_core, need_up = ctx.needs_input_grad
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             dx = torch.mm(dy, weight.to(dy.dtype)) if need_x else None
             d_weight = mm_into(dy.t(), x, weight.dtype) if need_weight else None
             d_bias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -287,6 +288,30 @@ def accumulated(model, images):
     return y
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("vit_tiny_patch16_224", METHOD),
+        ("vit_tiny_patch16_224", FacTTT(rank=2, dropout=0.3)),  # on x·down·core
+        ("swin_tiny_patch4_window7_224", FacTTT(rank=2, dropout=0.3)),
+        ("ViTForImageClassification", METHOD),  # q, k and v share x·down
+    ],
+    ids=["EFFT2", "dropout", "dropout, windows", "shared"],
+)
+def test_many_gradients_at_once(name, method):
+    model, images = build(name)
+    adapter = adapt(model, method, "pairs")
+    y = forward(model, images)
+    rows = torch.randn(3, *y.shape, dtype=y.dtype)
+    trained = list(adapter.parameters())
+
+    def gradients(dy, **options):
+        return torch.autograd.grad(y, trained, dy, retain_graph=True, **options)
+
+    found = gradients(rows, is_grads_batched=True)
+    compare(found, map(torch.stack, zip(*map(gradients, rows), strict=True)))
+
+
 def in_two_halves(model, images):
     return torch.cat([forward(model, half) for half in images.chunk(2)])
 
@@ -350,6 +375,46 @@ def test_nothing_is_kept_where_nothing_trains():
         forward(model.eval(), images)
         adapter.unmerge()
     assert kept == []
+
+
+def fake(model, images):
+    """A model's step in a mode in which tensors have shapes alone, as one asks for memory."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    state = {name: mode.from_tensor(t) for name, t in model.state_dict(keep_vars=True).items()}
+    with mode:
+        y = torch.func.functional_call(model, state, (mode.from_tensor(images),))
+        y = y if isinstance(y, torch.Tensor) else y[-1]
+        y.sum().backward()
+
+
+def meta(model, images):
+    """A step of a copy without memory."""
+    forward(copy.deepcopy(model).to("meta"), images.to("meta")).sum().backward()
+
+
+@pytest.mark.parametrize("run", [fake, meta])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("vit_tiny_patch16_224", METHOD),
+        ("swin_tiny_patch4_window7_224", FacTTT(rank=2, dropout=0.3)),
+        ("ViTForImageClassification", METHOD),
+    ],
+    ids=["EFFT2", "dropout, windows", "shared"],
+)
+def test_tensors_without_values(name, method, run):
+    """They cannot tell whether x is made again, and leave nothing behind for those that can."""
+    model, images = build(name)
+    twin = copy.deepcopy(model)
+    adapter = adapt(model, method, "pairs")
+    adapt(twin, method, "off")
+    run(model, images)
+    assert not any(layer._recipes for layer in adapter.layers().values())
+    if run is fake:
+        assert {row["input"] for row in adapter.describe().rows} > {"kept"}
+    compare(step(model, images), step(twin, images))
+    run(model, images)
+    compare(step(model, images), step(twin, images))
 
 
 def test_detach_gives_plain_linears():

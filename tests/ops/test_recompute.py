@@ -164,6 +164,8 @@ def test_the_kernel_that_makes_a_norm_on_a_gpu(monkeypatch):
         return rows * 1
 
     monkeypatch.setattr(recompute, "_triton", lambda: kernel)
+    assert recompute._kernel_for(torch.ones(1)) is kernel
+    monkeypatch.setattr(recompute, "_kernel_for", lambda x: kernel)
     with FakeTensorMode(), torch.no_grad():
         for shape, dims, dtype in (
             ((2, 3, K), 1, torch.float32),
@@ -176,10 +178,12 @@ def test_the_kernel_that_makes_a_norm_on_a_gpu(monkeypatch):
             assert recompute._normalise(x, mean, rstd, weight, bias, dims).shape == x.shape
         shapes = [(6, K), (6,), (6,), (K,), (K,)]
         assert called == [[(shape, torch.float32) for shape in shapes]]
-        monkeypatch.setattr(recompute, "_triton", lambda: None)
+        monkeypatch.undo()  # as memory is asked for: no kernel is given a tensor without any
+        monkeypatch.setattr(recompute, "_triton", lambda: kernel)
         x = torch.empty(2, K, device="cuda")
         statistic = torch.empty(2, 1, device="cuda")
         assert recompute._normalise(x, statistic, statistic, None, None, 1).shape == x.shape
+        assert len(called) == 1
 
 
 @pytest.mark.parametrize("reason", [None, "no Triton"])
