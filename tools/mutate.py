@@ -524,7 +524,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "the role alone tells which matrices a linear stacks",
     (
         "methods/joint.py",
-        "with torch.autocast(ctx.inputs[0].device.type, enabled=False):",
+        "with _without_autocast(ctx.inputs[0].device):",
         "1",
     ): "all inputs are on one device",
     (
