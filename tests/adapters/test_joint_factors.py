@@ -770,6 +770,13 @@ class TestKeepGraph:
         x.sum().backward()
         assert torch.equal(a.grad, b) and b.grad is None
 
+    def test_on_the_meta_device(self):
+        """It has no autocast."""
+        a = torch.ones(3, device="meta", requires_grad=True)
+        (x,) = keep_graph(lambda a: (a * 2,), a)
+        x.sum().backward()
+        assert x.is_meta and a.grad.shape == (3,)
+
     def test_one_of_several_outputs(self):
         a, b = (torch.randn(3, requires_grad=True) for _ in range(2))
         x, _ = keep_graph(lambda a, b: (a * 2, b * 3), a, b)
