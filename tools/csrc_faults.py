@@ -185,7 +185,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/ops.cpp", "rows = torch::stable::contiguous(x);", "rows = x;"),
     ),
     "ops/test_recompute.py": (
-        Fault("cpu/made_rows.h", "from = index[first + i];", "from = index[i];"),
+        Fault("cpu/made_rows.h", ": index[first + i];", ": index[i];"),
         Fault("cpu/made_rows.h", "std::fill_n(row, K, T(0));", ""),
         Fault(
             "cpu/made_rows.h",

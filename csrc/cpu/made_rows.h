@@ -83,16 +83,9 @@ struct MadeRows {
 
   // Rows of x in `scratch`, or the matrix itself where x is kept as it is.
   Rows<T> rows(int64_t first, int64_t count, int64_t K, T* scratch) const {
-    if (index == nullptr) {
-      const Rows<T> given = rows_of(kept, first, count, K, scratch);
-      if (made_by == kPlain) return given;
-      for (int64_t i = 0; i < count; ++i) {
-        make(given.data + i * given.stride, first + i, scratch + i * K, K);
-      }
-      return {scratch, K};
-    }
+    if (made_by == kPlain) return rows_of(kept, first, count, K, scratch);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t from = index[first + i];
+      const int64_t from = index == nullptr ? first + i : index[first + i];
       T* const row = scratch + i * K;
       if (from < 0) {
         std::fill_n(row, K, T(0));

@@ -30,6 +30,16 @@ _MODULES = "modules."
 _BUFFERS = "buffers."
 _CHECKSUM = "sha256"
 
+# What json and the checks of a method or a baseline raise on a header that is another text.
+UNREADABLE = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
 
 def factor_key(name: str) -> str:
     """The key of a factor, from its name in the bank."""
@@ -131,14 +141,7 @@ def read_header(
             modules_to_train=_names(metadata["modules_to_train"]),
             base_shapes={name: tuple(map(int, shape)) for name, shape in shapes.items()},
         )
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:  # whatever json and the methods' checks raise on another text
+    except UNREADABLE as error:
         raise ValueError(
             f"{argument} must be an adapter file with a readable header, got {path}:"
             f" {' '.join(str(error).splitlines())}"

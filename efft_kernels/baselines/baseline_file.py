@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..adapters.adapter_file import Header, read_adapter_file
+from ..adapters.adapter_file import UNREADABLE, Header, read_adapter_file
 from .base import Baseline
 from .registry import baseline_from_config
 
@@ -50,14 +50,7 @@ def read_baseline_file(
         baseline: Any = baseline_from_config(json.loads(metadata["method"]))
         shapes = json.loads(metadata["base_shapes"])
         shapes = {name: tuple(map(int, shape)) for name, shape in shapes.items()}
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"path must be a baseline's file with a readable header, got {path}:"
             f" {' '.join(str(error).splitlines())}"

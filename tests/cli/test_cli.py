@@ -284,22 +284,32 @@ def test_control_c_while_the_package_is_loaded_is_one_line(tmp_path: Path, ignor
         "except BaseException:\n    raise ImportError('torch') from None\n"
         "import os; os._exit(7)\n"
     )
+    code = "from efft_kernels.cli import main; main()"
+    ended = interrupted(code, "loading", first_on_path=str(tmp_path), ignored=ignored)
+    assert ended == ((7, "") if ignored else (130, "error: interrupted\n"))
+
+
+def interrupted(
+    code: str, says: str, first_on_path: str = "", ignored: bool = False
+) -> tuple[int, str]:
+    """The exit code and stderr of `doctor`, which gets Ctrl-C when it has said this."""
     # Said either way: what a background job starts inherits that it is ignored.
     handler = "signal.SIG_IGN" if ignored else "signal.default_int_handler"
-    setting = f"import signal; signal.signal(signal.SIGINT, {handler}); "
+    setting = f"import signal; signal.signal(signal.SIGINT, {handler})\n"
+    path = os.pathsep.join(filter(None, (first_on_path, str(Path(__file__).parents[2]))))
     starting = subprocess.Popen(
-        [sys.executable, "-c", f"{setting}from efft_kernels.cli import main; main()", "doctor"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"},
+        [sys.executable, "-c", setting + code, "doctor"],
+        env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     with starting:
         assert starting.stdout is not None
-        assert starting.stdout.readline() == "loading\n"
+        assert starting.stdout.readline() == f"{says}\n"
         starting.send_signal(signal.SIGINT)
         _, errors = starting.communicate()
-    assert (starting.returncode, errors) == ((7, "") if ignored else (130, "error: interrupted\n"))
+    return starting.returncode, errors
 
 
 PARSES = """
@@ -317,18 +327,7 @@ main()
 
 def test_interrupted_while_arguments_are_parsed() -> None:
     """Typer would end without a word; it takes as long as a tenth of a second."""
-    starting = subprocess.Popen(
-        [sys.executable, "-c", PARSES, "doctor"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with starting:
-        assert starting.stdout is not None
-        assert starting.stdout.readline() == "parsing\n"
-        starting.send_signal(signal.SIGINT)
-        _, errors = starting.communicate()
-    assert (starting.returncode, errors) == (130, "error: interrupted\n")
+    assert interrupted(PARSES, "parsing") == (130, "error: interrupted\n")
 
 
 @pytest.mark.parametrize("command", INNER)
@@ -337,21 +336,25 @@ def test_a_command_that_runs_can_clean_up(
 ) -> None:
     """Within it Ctrl-C is an exception."""
     inner, arguments = INNER[command]
-    before = signal.getsignal(signal.SIGINT)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's
     seen = []
 
-    def interrupted(*args: object, **kwargs: object) -> None:
+    def stopped(*args: object, **kwargs: object) -> None:
         seen.append(signal.getsignal(signal.SIGINT))
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(inner, interrupted)
+    monkeypatch.setattr(inner, stopped)
     names = ["analyse", "subspace"] if command == "analyse" else [command]
     monkeypatch.setattr(sys, "argv", ["efft-kernels", *names, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert (ended.value.code, seen) == (130, [signal.default_int_handler])
     assert "error: interrupted" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before
+    assert after is signal.default_int_handler
 
 
 def test_the_console_script_runs_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

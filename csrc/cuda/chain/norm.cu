@@ -190,7 +190,8 @@ cudaError_t launch_norm(const NormArguments& a, cudaStream_t stream) {
                                   a.rank, a.eps};
   const dim3 grid(static_cast<unsigned>(a.programs));
   const int warps = static_cast<int>(a.width / kChainCols);
-  return for_width<false>(a.width, [&]<int kThreads, int kStages>() {
+  return for_width(a.width, [&]<int kThreads>() {
+    constexpr int kStages = norm_stages<false>(kThreads);
     const int smem = norm_smem<false>(warps, kStages);
     constexpr int most = norm_smem<false>(kThreads / 32, kStages);
     return a.dtype == Dtype::kHalf

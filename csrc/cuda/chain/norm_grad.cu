@@ -213,7 +213,8 @@ cudaError_t launch_norm_grad(const NormGradArguments& a, cudaStream_t stream) {
                                       a.rank};
   const dim3 grid(static_cast<unsigned>(a.programs));
   const int warps = static_cast<int>(a.width / kChainCols);
-  return for_width<true>(a.width, [&]<int kThreads, int kStages>() {
+  return for_width(a.width, [&]<int kThreads>() {
+    constexpr int kStages = norm_stages<true>(kThreads);
     const int smem = norm_smem<true>(warps, kStages);
     constexpr int most = norm_smem<true>(kThreads / 32, kStages);
     return a.dtype == Dtype::kHalf

@@ -59,12 +59,11 @@ __device__ __forceinline__ T thin_at(const void* thin, int64_t row, int64_t rows
   return row < rows && r < rank ? static_cast<const T*>(thin)[row * rank + r] : from_float<T>(0.0f);
 }
 
-// `launch.operator()<threads, stages>()` for rows of `width`.
-template <bool kGrad, class Launch>
+// `launch.operator()<threads>()`, the most that rows of `width` may take.
+template <class Launch>
 cudaError_t for_width(int64_t width, const Launch& launch) {
-  if (chain_threads(width) <= kChainFewThreads)
-    return launch.template operator()<kChainFewThreads, norm_stages<kGrad>(kChainFewThreads)>();
-  return launch.template operator()<kChainMostThreads, norm_stages<kGrad>(kChainMostThreads)>();
+  return chain_threads(width) <= kChainFewThreads ? launch.template operator()<kChainFewThreads>()
+                                                  : launch.template operator()<kChainMostThreads>();
 }
 
 }  // namespace efft_kernels::cuda
