@@ -128,17 +128,27 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         # pack.h: the weight beyond one step of the inner dimension
         Fault("cpu/pack.h", "read_row(w, n0 + n + i, k0 + k,", "read_row(w, n0 + n + i, k,"),
         Fault("cpu/pack.h", "thin_in + (k + i) * width", "thin_in + i * width"),
-        # product.h: the main product and what is fused into it
-        Fault("cpu/product.h", "fused.thin, !first);", "fused.thin, true);"),
-        Fault("cpu/product.h", "!first && r < count", "first && r < count"),
-        Fault("cpu/product.h", "last && fused.d_down_t != nullptr", "fused.d_down_t != nullptr"),
+        # product.h, tiling.h: the main product's ranges, tiles and steps
+        Fault("cpu/product.h", "k > 0 && r < count", "k == 0 && r < count"),
+        Fault("cpu/product.h", "k + kDepth >= w.inner && tail.data", "tail.data"),
+        Fault("cpu/product.h", "k == 0 && bias != nullptr", "bias != nullptr"),
+        Fault("cpu/product.h", "scratch + (first - begin) * w.inner", "scratch + first * w.inner"),
+        Fault("cpu/product.h", "(begin + tile.first) * w.columns", "tile.first * w.columns"),
+        Fault("cpu/product.h", "out, begin + tile.first + row,", "out, tile.first + row,"),
+        Fault("cpu/product.h", "std::min(M, begin + range_rows)", "begin + range_rows"),
+        Fault("cpu/tiling.h", "std::min(height_, rows_ - first)", "height_"),
+        Fault("cpu/tiling.h", "std::min(across_, padded_ - column)", "across_"),
+        Fault("cpu/tiling.h", "i / high_ * across_", "i / high_ * kPanel<T>"),
         # factors.h: the fold and the chain rule through it
         Fault("cpu/factors.h", "to, g != set)", "to, false)"),
         Fault("cpu/factors.h", "G * Ra * thin.rb * sizeof(T)", "Ra * thin.rb * sizeof(T)"),
         # forward.h, backward.h: blocks, slots and what is wanted
-        Fault("cpu/forward.h", "if (args.p || !merge)", "if (!merge)"),
-        Fault("cpu/forward.h", "if (args.p || !merge)", "if (args.p)"),
+        Fault("cpu/forward.h", "make_p = args.p || !merge", "make_p = !merge"),
+        Fault("cpu/forward.h", "make_p = args.p || !merge", "make_p = args.p ? true : false"),
+        Fault("cpu/forward.h", "make_p || product.a_scratch != nullptr", "make_p"),
         Fault("cpu/backward.h", "args.d_down || (args.dx && !merge)", "args.d_down"),
+        Fault("cpu/backward.h", "width, s, n > 0);", "width, s, true);"),
+        Fault("cpu/backward.h", "clear(memory.d_b_t, slot, args.N);", ""),
         Fault("cpu/backward.h", "for (int64_t slot = 0; slot", "for (int64_t slot = 1; slot"),
         Fault("cpu/backward.h", "(slot * Ra + r + i) * padded", "(slot * Ra + r) * padded"),
         # storage.h, ops.cpp: what the operands are
@@ -175,12 +185,10 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/ops.cpp", "require(mean && rstd,", "require(mean || rstd,"),
     ),
     "ops/test_mixed_batch.py": (
-        Fault(
-            "cpu/mixed_batch.h",
-            "units * (slot + 1) / args.slots",
-            "units / args.slots * (slot + 1)",
-        ),
-        Fault("cpu/mixed_batch.h", "memory.tail + task * tail_size}", "memory.tail}"),
+        Fault("cpu/mixed_batch.h", "(item + 1) * args.rows - begin}", "(item + 1) * args.rows}"),
+        Fault("cpu/mixed_batch.h", "(begin + row) / args.rows;", "row / args.rows;"),
+        Fault("cpu/mixed_batch.h", "first + rows) - row;", "begin + rows) - row;"),
+        Fault("cpu/mixed_batch.h", "args.task_of_item[item] * tail_size", "0 * tail_size"),
         Fault("cpu/ops.cpp", "args.task_of_item[item] >= 0 && ", ""),
         Fault("cpu/ops.cpp", "rows = torch::stable::contiguous(x);", "rows = x;"),
     ),

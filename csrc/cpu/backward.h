@@ -3,14 +3,14 @@
 
 #include "factors.h"
 #include "made_rows.h"
-#include "row_blocks.h"
+#include "product.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
 template <class T>
 struct BackwardWorkspace {
   PaddedFactors<T> factors;
-  RowBlocks<T> blocks;
+  Product<T> product;
   MadeRows<T> made;
   T* tail = nullptr;
   T* x = nullptr;         // [slots, kBlockRows, K], where x is made or not stored in T
@@ -24,10 +24,11 @@ struct BackwardWorkspace {
 
   BackwardWorkspace(Arena<T>& arena, const Backward& args)
       : factors(arena, args.factors, args.N, args.K),
-        blocks(arena, args.dy, args.dx, args.M, args.N, args.K, factors.width, args.slots),
+        product(arena, args.dy, args.dx, args.weight, false, args.M, args.N, args.K, factors.width,
+                args.threads),
         made(arena, args) {
     const int64_t rows = args.slots * kBlockRows;
-    if (args.dx) tail = arena.take(args.factors.Ra * blocks.packed.padded);
+    if (args.dx) tail = arena.take(args.factors.Ra * round_up(args.K, kLanes<T>));
     if (args.d_core || args.d_up) {
       p = arena.take(rows * factors.width);
       d_b_t = arena.take(args.slots * args.factors.Ra * round_up(args.N, kLanes<T>));
@@ -84,62 +85,70 @@ void reduce_slots(const Partial<T> (&partials)[2], int64_t slots, int64_t Ra, in
   });
 }
 
+// S = dY·B of a block of rows, where `s` is not null, and the slot's sums d_B += dY^T·P and
+// d_down += x^T·S, where they are wanted. dY is read in steps that stay in cache for both.
+template <class T>
+void thin_products(const Backward& args, const BackwardWorkspace<T>& memory, int64_t slot,
+                   int64_t first, int64_t rows, Rows<T> dy, T* s) {
+  const int64_t Ra = args.factors.Ra, width = memory.factors.width;
+  T* p = nullptr;
+  if (memory.d_b_t != nullptr) {
+    p = memory.p + slot * kBlockRows * width;
+    read_padded(args.p, first, rows, Ra, p, width);
+  }
+  const int64_t N = round_up(args.N, kLanes<T>);
+  for (int64_t n = 0; n < args.N; n += kDepth) {
+    const int64_t depth = std::min(kDepth, args.N - n);
+    const Rows<T> slice{dy.data + n, dy.stride};
+    if (s != nullptr) {
+      thin_product(slice, rows, depth, memory.factors.b + n * width, width, s, n > 0);
+    }
+    if (p != nullptr) {
+      add_transposed_product<T>({p, width}, Ra, slice, depth, rows,
+                                memory.d_b_t + slot * Ra * N + n, N);
+    }
+  }
+  if (memory.d_down_t == nullptr) return;
+  const int64_t K = round_up(args.K, kLanes<T>);
+  T* scratch = memory.x == nullptr ? nullptr : memory.x + slot * kBlockRows * args.K;
+  add_transposed_product<T>({s, width}, Ra, memory.made.rows(first, rows, args.K, scratch), args.K,
+                            rows, memory.d_down_t + slot * Ra * K, K);
+}
+
 template <class T>
 void backward(const Backward& args) {
   BackwardWorkspace<T> memory = allocate<BackwardWorkspace, T>(args);
   PaddedFactors<T>& factors = memory.factors;
-  const RowBlocks<T>& blocks = memory.blocks;
+  Product<T>& product = memory.product;
   const bool merge = args.strategy == kMerged;
   const int64_t Ra = args.factors.Ra, width = factors.width;
 
   fold(args.factors, args.N, args.K, factors);
   memory.made.read_norm(args.K);
-  FusedThinProducts<T> shared;
-  shared.rank = Ra;
-  shared.width = width;
+  Tail<T> tail;
   if (args.dx) {
-    const Tail<T> tail = pack_tail(factors.down, width, Ra, args.K, memory.tail);
-    pack(args.weight, false, merge ? factors.b : nullptr, width, tail, blocks.packed);
-    if (!merge) shared.tail = tail;
+    tail = pack_tail(factors.down, width, Ra, args.K, memory.tail);
+    if (merge) product.w.merge(factors.b, width, std::exchange(tail, {}));
   }
-  if (args.d_down || (args.dx && !merge)) shared.thin_in = factors.b;
-
+  const bool make_s = args.d_down || (args.dx && !merge);
+  const auto clear = [&](T* sums, int64_t slot, int64_t columns) {
+    const int64_t count = Ra * round_up(columns, kLanes<T>);
+    if (sums != nullptr) std::memset(sums + slot * count, 0, count * sizeof(T));
+  };
   parallel_each(args.slots, [&](int64_t slot) {
-    const int64_t row = slot * kBlockRows;
-    T* x_scratch = memory.x == nullptr ? nullptr : memory.x + row * args.K;
-    T* p = memory.p == nullptr ? nullptr : memory.p + row * width;
-    FusedThinProducts<T> fused = shared;
-    fused.thin = blocks.thin(slot);
-    fused.p = p;
-    const auto zeroed = [&](T* partial, int64_t columns) {
-      if (partial == nullptr) return partial;
-      const int64_t count = Ra * round_up(columns, kLanes<T>);
-      std::memset(partial + slot * count, 0, count * sizeof(T));
-      return partial + slot * count;
-    };
-    fused.d_b_t = zeroed(memory.d_b_t, args.N);
-    fused.d_down_t = zeroed(memory.d_down_t, args.K);
-    each_block(args.M, slot, args.slots, [&](int64_t first, int64_t rows) {
-      const Rows<T> dy = blocks.load(slot, first, rows);
-      if (fused.d_b_t != nullptr) read_padded(args.p, first, rows, Ra, p, width);
-      if (fused.d_down_t != nullptr) fused.x = memory.made.rows(first, rows, args.K, x_scratch);
-      if (args.dx) {
-        blocks.run_block(slot, first, rows, dy, fused);
-        return;
-      }
-      // No main product to fuse the thin ones into.
-      if (fused.thin_in != nullptr) {
-        thin_product(dy, rows, args.N, fused.thin_in, width, fused.thin);
-      }
-      if (fused.d_b_t != nullptr) {
-        add_transposed_product<T>({p, width}, Ra, dy, args.N, rows, fused.d_b_t,
-                                  round_up(args.N, kLanes<T>));
-      }
-      if (fused.d_down_t != nullptr) {
-        add_transposed_product<T>({fused.thin, width}, Ra, fused.x, args.K, rows, fused.d_down_t,
-                                  round_up(args.K, kLanes<T>));
-      }
+    clear(memory.d_b_t, slot, args.N);
+    clear(memory.d_down_t, slot, args.K);
+  });
+
+  product.each_range([&](int64_t begin, int64_t end) {
+    parallel_each(args.slots, [&](int64_t slot) {
+      each_block(begin, end, slot, args.slots, [&](int64_t first, int64_t rows) {
+        const Rows<T> dy = product.load(begin, first, rows);
+        T* s = make_s ? product.thin_of(begin, first) : nullptr;
+        thin_products(args, memory, slot, first, rows, dy, s);
+      });
     });
+    if (args.dx) product.run(begin, end, [&](int64_t) { return TailOfRows<T>{tail, end}; });
   });
 
   reduce_slots<T>({{memory.d_down_t, memory.d_down, memory.d_down == nullptr ? 0 : args.K},

@@ -8,14 +8,18 @@
 namespace efft_kernels::cpu::EFFT_ISA {
 
 // Rows of w in a packed step: a panel of 384 × 48 floats is read from the second-level cache while
-// its row block is in the first. A step is one chain of sums; without fused multiply-adds, which
+// its rows of `a` are in the first. A step is one chain of sums; without fused multiply-adds, which
 // the baseline does not have, so long a chain would err more than the budget allows.
 constexpr int64_t kDepth = kChain;
-// Rows of a block: its rows of one packed step, 200 × 384 floats, stay in a second-level cache
-// beside a panel, and every panel is read from further away once per block.
-constexpr int64_t kBlockRows = 200;
 template <class T>
 constexpr int64_t kPanel = kVectors * kLanes<T>;
+// Panels of a tile of `out`, at most: a packed step of them, 384 × 192 floats, stays in a
+// second-level cache. They read the same rows of `a`, which are in the first.
+constexpr int64_t kTilePanels = EFFT_VECTOR_BYTES == 16 ? 16 : 4;
+// Rows of a tile, at most: with more, its part of `out` pushes the packed step out.
+constexpr int64_t kTileRows = 400;
+// Rows of a block of the thin products, which read it more than once.
+constexpr int64_t kBlockRows = 200;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -49,17 +53,17 @@ void parallel_each(int64_t count, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// The rows of slot `slot` of `slots`, in blocks of at most kBlockRows; all but the last are a
-// multiple of kRows.
+// The rows begin .. end of slot `slot` of `slots`, in blocks of at most kBlockRows; all but the
+// last are a multiple of kRows.
 template <class F>
-void each_block(int64_t M, int64_t slot, int64_t slots, const F& body) {
-  const int64_t per_slot = round_up((M + slots - 1) / slots, kRows);
-  const int64_t begin = std::min(M, slot * per_slot);
-  const int64_t end = std::min(M, begin + per_slot);
-  if (begin == end) return;
-  const int64_t blocks = (end - begin + kBlockRows - 1) / kBlockRows;
-  const int64_t step = round_up((end - begin + blocks - 1) / blocks, kRows);
-  for (int64_t i = begin; i < end; i += step) body(i, std::min(step, end - i));
+void each_block(int64_t begin, int64_t end, int64_t slot, int64_t slots, const F& body) {
+  const int64_t per_slot = round_up((end - begin + slots - 1) / slots, kRows);
+  const int64_t first = std::min(end, begin + slot * per_slot);
+  const int64_t last = std::min(end, first + per_slot);
+  if (first == last) return;
+  const int64_t blocks = (last - first + kBlockRows - 1) / kBlockRows;
+  const int64_t step = round_up((last - first + blocks - 1) / blocks, kRows);
+  for (int64_t i = first; i < last; i += step) body(i, std::min(step, last - i));
 }
 
 }  // namespace efft_kernels::cpu::EFFT_ISA

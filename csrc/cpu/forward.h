@@ -2,46 +2,49 @@
 #pragma once
 
 #include "factors.h"
-#include "row_blocks.h"
+#include "product.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
 template <class T>
 struct ForwardWorkspace {
   PaddedFactors<T> factors;
-  RowBlocks<T> blocks;
+  Product<T> product;
   T* tail;
 
   ForwardWorkspace(Arena<T>& arena, const Forward& args)
       : factors(arena, args.factors, args.N, args.K),
-        blocks(arena, args.x, args.y, args.M, args.K, args.N, factors.width, args.slots),
-        tail(arena.take(args.factors.Ra * blocks.packed.padded)) {}
+        product(arena, args.x, args.y, args.weight, true, args.M, args.K, args.N, factors.width,
+                args.threads),
+        tail(arena.take(args.factors.Ra * round_up(args.N, kLanes<T>))) {}
 };
 
 template <class T>
 void forward(const Forward& args) {
   ForwardWorkspace<T> memory = allocate<ForwardWorkspace, T>(args);
   PaddedFactors<T>& factors = memory.factors;
-  RowBlocks<T>& blocks = memory.blocks;
+  Product<T>& product = memory.product;
   const bool merge = args.strategy == kMerged;
   const int64_t Ra = args.factors.Ra, width = factors.width;
 
   fold(args.factors, args.N, args.K, factors);
   const Tail<T> tail = pack_tail(factors.b, width, Ra, args.N, memory.tail);
-  pack(args.weight, true, merge ? factors.down : nullptr, width, tail, blocks.packed);
-  blocks.read_bias(args.bias);
+  if (merge) product.w.merge(factors.down, width, tail);
+  product.read_bias(args.bias);
 
-  FusedThinProducts<T> shared;
-  shared.width = width;
-  if (args.p || !merge) shared.thin_in = factors.down;
-  if (!merge) shared.tail = tail;
-  parallel_each(args.slots, [&](int64_t slot) {
-    FusedThinProducts<T> fused = shared;
-    fused.thin = blocks.thin(slot);
-    each_block(args.M, slot, args.slots, [&](int64_t first, int64_t rows) {
-      blocks.run_block(slot, first, rows, blocks.load(slot, first, rows), fused);
-      if (args.p) write_padded(args.p, first, rows, Ra, fused.thin, width);
+  const bool make_p = args.p || !merge;
+  product.each_range([&](int64_t begin, int64_t end) {
+    const bool before = make_p || product.a_scratch != nullptr;
+    parallel_each(before ? args.slots : 0, [&](int64_t slot) {
+      each_block(begin, end, slot, args.slots, [&](int64_t first, int64_t rows) {
+        const Rows<T> x = product.load(begin, first, rows);
+        if (!make_p) return;
+        T* p = product.thin_of(begin, first);
+        thin_product(x, rows, args.K, factors.down, width, p);
+        if (args.p) write_padded(args.p, first, rows, Ra, p, width);
+      });
     });
+    product.run(begin, end, [&](int64_t) { return TailOfRows<T>{merge ? Tail<T>{} : tail, end}; });
   });
 }
 

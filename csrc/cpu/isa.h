@@ -41,7 +41,8 @@ struct Forward {
   Matrix y;  // [M, N], contiguous
   Matrix p;  // [M, Ra], contiguous; null: P is not wanted
   Strategy strategy = kMerged;
-  int64_t slots = 1;  // row ranges that run at the same time
+  int64_t slots = 1;    // parts of the rows for the thin products, each with sums of its own
+  int64_t threads = 1;  // that take the tiles of the main product
 };
 
 // A LayerNorm's statistics and affine map; weight and bias are null where it has none.
@@ -70,6 +71,7 @@ struct Backward {
   Matrix d_up;    // like up, contiguous
   Strategy strategy = kMerged;
   int64_t slots = 1;
+  int64_t threads = 1;
 };
 
 // y = x·W^T + bias + x·down[t]·b[t]^T for every item of `rows` rows, t = task_of_item[item].
@@ -83,6 +85,7 @@ struct MixedBatch {
   const int64_t* task_of_item;  // [items], each in [0, tasks)
   Matrix y;                     // [items·rows, N], contiguous
   int64_t slots = 1;
+  int64_t threads = 1;
 };
 
 struct Kernels {

@@ -82,30 +82,22 @@ EFFT_INLINE void interval(Vec<T> (&acc)[ROWS][VECTORS], const T*& a, int64_t row
 // acc += term.a·term.b for a panel b, whose rows follow each other, and an `a` read along its rows.
 template <class T, int ROWS, int VECTORS>
 EFFT_INLINE void accumulate_with_prefetch(Vec<T> (&acc)[ROWS][VECTORS], const Term<T>& term,
-                                          Prefetch prefetch, int64_t ldc) {
+                                          const Prefetch& prefetch, int64_t ldc) {
   constexpr int64_t kPanelRow = VECTORS * kLanes<T>;
   const T* a = term.a;
   const T* b = term.b;
   const T* out = static_cast<const T*>(prefetch.out);
-  const T* x = static_cast<const T*>(prefetch.x);
   int vector = 0;
   int64_t k = 0;
   for (; k + 2 * kPrefetchInterval <= term.depth; k += 2 * kPrefetchInterval) {
-    for (int64_t line = 0; line < 2 * prefetch.panel_lines; ++line) {
-      __builtin_prefetch(prefetch.panel, 0, 2);
-      prefetch.panel += kCacheLine;
-    }
-    __builtin_prefetch(prefetch.row, 0, 2);
-    prefetch.row += kCacheLine;
+    prefetch.a->prefetch(prefetch.a_lines);
+    prefetch.w->prefetch(prefetch.w_lines);
     interval<T, ROWS, VECTORS>(acc, a, term.row, b);
     __builtin_prefetch(out, 1, 3);
-    __builtin_prefetch(x, 0, 2);
     out += kLanes<T>;
-    x += kLanes<T>;
     if (++vector == VECTORS) {
       vector = 0;
       out += ldc - kPanelRow;
-      x += prefetch.x_stride - kPanelRow;
     }
     interval<T, ROWS, VECTORS>(acc, a, term.row, b);
   }

@@ -108,14 +108,16 @@ struct FactorTensors {
   }
 };
 
-// Row ranges, each with partial sums of its own: a multiple of the threads and at least eight where
-// the rows suffice. A range reads every panel of the weight, which fewer than 48 rows do not repay.
+int64_t threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
+
+// Parts of the rows, each with partial sums of its own, which take time to add up: a multiple of
+// the threads, and four where the rows suffice for parts of 48.
 int64_t slots_for(int64_t rows) {
-  const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-  const int64_t most = (std::max<int64_t>(threads, 8) + threads - 1) / threads * threads;
+  const int64_t at_once = threads();
+  const int64_t most = (std::max<int64_t>(at_once, 4) + at_once - 1) / at_once * at_once;
   const int64_t fitting = std::clamp<int64_t>(rows / 48, 1, most);
-  return fitting < threads ? std::clamp<int64_t>(rows / 16, 1, threads)
-                           : fitting / threads * threads;
+  return fitting < at_once ? std::clamp<int64_t>(rows / 16, 1, at_once)
+                           : fitting / at_once * at_once;
 }
 
 Strategy strategy_of(int64_t code) {
@@ -154,6 +156,7 @@ std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Ten
   if (save_p) args.p = matrix_of(p);
   args.strategy = strategy_of(strategy);
   args.slots = slots_for(args.M);
+  args.threads = threads();
   kernels().forward(args, x.scalar_type() == ScalarType::Double);
   return {y, p};
 }
@@ -246,6 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
     if (need_up) args.d_up = matrix_of(d_up);
     args.strategy = strategy_of(strategy);
     args.slots = slots_for(args.M);
+    args.threads = threads();
     kernels().backward(args, dy.scalar_type() == ScalarType::Double);
   }
   const auto handed_over = [](const Tensor& gradient, const Tensor& like) {
@@ -317,6 +321,7 @@ Tensor native_tasks_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
   args.b = matrix_of(folded);
   args.y = matrix_of(y);
   args.slots = slots_for(args.items * args.rows);
+  args.threads = threads();
   kernels().mixed_batch_forward(args, x.scalar_type() == ScalarType::Double);
   return y;
 }

@@ -1,34 +1,10 @@
-// The weight in the order in which the product reads it.
+// Parts of the weight in the order in which the product reads them.
 #pragma once
 
 #include "blocking.h"
 #include "microkernel.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
-
-// w [inner, columns] in panels: for every step of kDepth rows, for every panel of kPanel columns,
-// the panel's rows one after another.
-template <class T>
-struct Packed {
-  int64_t inner = 0;
-  int64_t columns = 0;
-  int64_t padded = 0;  // columns in whole vectors
-  T* body = nullptr;
-
-  Packed() = default;
-  Packed(Arena<T>& arena, int64_t inner, int64_t columns)
-      : inner(inner), columns(columns), padded(round_up(columns, kLanes<T>)) {
-    body = arena.take(inner * padded);
-  }
-  // Register blocks of a product with `rows` rows, for each of the packed steps.
-  int64_t blocks(int64_t rows) const {
-    return (rows + kRows - 1) / kRows * ((padded + kPanel<T> - 1) / kPanel<T>);
-  }
-  int64_t panel_columns(int64_t j) const { return std::min(kPanel<T>, padded - j); }
-  T* panel(int64_t step, int64_t depth, int64_t j) const {
-    return body + step * padded + j * depth;
-  }
-};
 
 // out [depth, width] = the transpose of w[n0 .. n0 + columns, k0 .. k0 + depth], zero beyond
 // `columns`.
@@ -112,36 +88,53 @@ Tail<T> pack_tail(const T* thin_out, int64_t width, int64_t rank, int64_t column
   return {rank, out};
 }
 
-// Packs w, [columns, inner] if `transposed` else [inner, columns], adding thin_in·thin_out^T where
-// thin_in, of `width` columns, is not null.
+// w [inner, columns] as the product reads it, w += thin_in·thin_out^T where thin_in is not null.
 template <class T>
-void pack(const Matrix& w, bool transposed, const T* thin_in, int64_t width,
-          const Tail<T>& thin_out, const Packed<T>& packed) {
-  const int64_t panels = (packed.padded + kPanel<T> - 1) / kPanel<T>;
-  const int64_t steps = (packed.inner + kDepth - 1) / kDepth;
-  parallel_each(panels, [&](int64_t panel) {
-    const int64_t j = panel * kPanel<T>;
-    const int64_t across = packed.panel_columns(j);
-    const int64_t valid = std::min(across, packed.columns - j);
-    for (int64_t s = 0; s < steps; ++s) {
-      const int64_t k = s * kDepth;
-      const int64_t depth = std::min(kDepth, packed.inner - k);
-      T* out = packed.panel(k, depth, j);
+struct Weight {
+  Matrix matrix;  // [columns, inner] if `transposed`, else [inner, columns]
+  bool transposed = false;
+  int64_t inner = 0;
+  int64_t columns = 0;
+  const T* thin_in = nullptr;  // [inner, width]
+  int64_t width = 0;
+  Tail<T> thin_out = {};
+
+  void merge(const T* in, int64_t in_width, const Tail<T>& out) {
+    thin_in = in;
+    width = in_width;
+    thin_out = out;
+  }
+
+  // Rows k .. k + depth of columns j .. j + across, where they lie.
+  Lines lines(int64_t k, int64_t depth, int64_t j, int64_t across) const {
+    if (matrix.column_stride != 1) return {};
+    const int64_t size = size_of(matrix.dtype), row_bytes = matrix.row_stride * size;
+    const char* data = static_cast<const char*>(matrix.data);
+    if (transposed) return {data + j * row_bytes + k * size, row_bytes, across, depth * size};
+    return {data + k * row_bytes + j * size, row_bytes, depth, across * size};
+  }
+
+  // Rows k .. k + depth of columns j .. j + across, in panels of kPanel columns: each panel's rows
+  // one after another, zero beyond the last column.
+  void pack(int64_t k, int64_t depth, int64_t j, int64_t across, T* out) const {
+    for (const int64_t end = j + across; j < end; j += kPanel<T>) {
+      const int64_t panel = std::min(kPanel<T>, end - j);
+      const int64_t valid = std::min(panel, columns - j);
       if (transposed) {
-        pack_transposed(w, j, valid, across, k, depth, out);
+        pack_transposed(matrix, j, valid, panel, k, depth, out);
       } else {
-        pack_rows(w, j, valid, across, k, depth, out);
+        pack_rows(matrix, j, valid, panel, k, depth, out);
       }
-      if (thin_in == nullptr) continue;
-      for (int64_t i = 0; i < depth; i += kRows) {
+      for (int64_t i = 0; thin_in != nullptr && i < depth; i += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, depth - i);
-        const Term<T> low_rank{thin_in + (k + i) * width, width, thin_out.panel(j), across,
+        const Term<T> low_rank{thin_in + (k + i) * width, width, thin_out.panel(j), panel,
                                thin_out.rank};
-        block_fn<T>(rows, across / kLanes<T>)(low_rank, Term<T>{}, out + i * across, across,
-                                              nullptr, true, Prefetch{});
+        block_fn<T>(rows, panel / kLanes<T>)(low_rank, Term<T>{}, out + i * panel, panel, nullptr,
+                                             true, Prefetch{});
       }
+      out += panel * depth;
     }
-  });
-}
+  }
+};
 
 }  // namespace efft_kernels::cpu::EFFT_ISA

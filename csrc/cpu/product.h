@@ -1,31 +1,29 @@
-// The main product over a block of rows, with the thin products fused into it.
+// out = a·w + bias + thin·thin_out^T, what the forward, the backward and the mixed batch share.
+// Forward and dX are the same function:
+//
+//   forward   y  = x·W^T + bias + P·B^T,   P = x·down    a=x,  w=W^T, thin_in=down, thin_out=B
+//   backward  dX = dY·W + S·down^T,        S = dY·B      a=dY, w=W,   thin_in=B,    thin_out=down
+//
+// The rows are taken in ranges. In each, the caller first makes thin = a·thin_in, and what else
+// reads `a`, in blocks of rows; then follow the tiles of `out`. A thread packs the part of w that
+// a tile reads, a step of kDepth rows at a time, into memory that stays in its cache, and
+// prefetches the next part meanwhile: so w is read once and never written.
 #pragma once
 
 #include "pack.h"
 #include "thin.h"
+#include "tiling.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
-// Thin products over the same rows as the main product a·w, made in steps of kDepth columns of `a`
-// while these are in cache. A product whose result is null is left out.
+// Rows up to `end` of a range have the same thin_out, in panels.
 template <class T>
-struct FusedThinProducts {
-  int64_t rank = 0;   // Ra
-  int64_t width = 0;  // of thin matrices' rows: Ra padded
-
-  const T* thin_in = nullptr;  // [inner, width]: down in the forward, B in the backward
-  T* thin = nullptr;           // [rows, width] = a·thin_in: P in the forward, S in the backward
-  Tail<T> tail = {};           // out += thin·tail
-
-  // The backward's, where a = dY and out = dX.
-  const T* p = nullptr;   // [rows, width]
-  T* d_b_t = nullptr;     // [Ra, inner padded] += p^T·a
-  Rows<T> x = {};         // [rows, columns]
-  T* d_down_t = nullptr;  // [Ra, columns padded] += thin^T·x
+struct TailOfRows {
+  Tail<T> tail;
+  int64_t end;
 };
 
-// Where the product of a block of rows is stored. Rows have room for the packed weight's padded
-// columns where `padded`, else for its columns alone.
+// Rows that a tile is stored in. They have room for the tile's whole vectors where `padded`.
 template <class T>
 struct OutputBlock {
   T* data;
@@ -33,92 +31,182 @@ struct OutputBlock {
   bool padded;
 };
 
-// out = a·w + bias + thin·tail, and the fused products. The `next_rows` rows that follow a's in
-// memory are prefetched, since the next block reads them.
 template <class T>
-void product(Rows<T> a, int64_t rows, int64_t next_rows, const Packed<T>& packed, const T* bias,
-             const FusedThinProducts<T>& fused, const OutputBlock<T>& out) {
-  T edge[kRows * kPanel<T>];
-  const int64_t width = fused.width;
-  const int64_t step_depth = std::min(kDepth, packed.inner);
-  const int64_t blocks = (rows + kRows - 1) / kRows;
-  const int64_t intervals = blocks * ((step_depth + kPrefetchInterval - 1) / kPrefetchInterval);
-  const int64_t panel_bytes = step_depth * kPanel<T> * sizeof(T);
-  const int64_t panel_lines = (panel_bytes / kCacheLine + intervals - 1) / intervals;
-  for (int64_t k = 0; k < packed.inner; k += kDepth) {
-    const int64_t depth = std::min(kDepth, packed.inner - k);
-    const bool first = k == 0;
-    const bool last = k + kDepth >= packed.inner;
-    const Rows<T> slice{a.data + k, a.stride};
+struct Product {
+  Matrix a;    // [M, inner]
+  Matrix out;  // [M, columns], contiguous; null where it is not wanted
+  Weight<T> w;
+  int64_t M, width, threads;
+  int64_t range_rows;        // of a range, at most
+  const T* bias = nullptr;   // in bias_memory, once it has been read
+  T* bias_memory = nullptr;  // [padded columns]
+  T* a_scratch = nullptr;    // [range_rows, inner], where `a` is not stored in T
+  T* thin = nullptr;         // [range_rows, width]
+  T* packed = nullptr;       // [threads, kDepth, kTilePanels·kPanel]
+  T* out_scratch = nullptr;  // [threads, kTileRows, kTilePanels·kPanel], where `out` is not in T
 
-    // Thin products with this slice of a.
-    if (fused.thin_in != nullptr) {
-      thin_product(slice, rows, depth, fused.thin_in + k * width, width, fused.thin, !first);
-    }
-    if (fused.d_b_t != nullptr) {
-      add_transposed_product<T>({fused.p, width}, fused.rank, slice, depth, rows, fused.d_b_t + k,
-                                round_up(packed.inner, kLanes<T>));
-    }
-    const bool with_d_down = last && fused.d_down_t != nullptr;
-    PrefetchCursor<T> upcoming =
-        last ? PrefetchCursor<T>({a.data + rows * a.stride, a.stride}, next_rows, step_depth,
-                                 packed.blocks(rows))
-             : PrefetchCursor<T>({slice.data + depth, slice.stride}, rows,
-                                 std::min(kDepth, packed.inner - k - depth), packed.blocks(rows));
+  static constexpr int64_t kTileColumns = kTilePanels * kPanel<T>;
 
-    // Main product, a panel of w at a time.
-    for (int64_t j = 0; j < packed.padded; j += kPanel<T>) {
-      const int64_t across = packed.panel_columns(j);
-      const int64_t valid = std::min(across, packed.columns - j);
-      const bool direct = out.padded || valid == across;
-      const T* panel = packed.panel(k, depth, j);
-      const T* start = first && bias != nullptr ? bias + j : nullptr;
-      const char* next_panel = reinterpret_cast<const char*>(panel + across * depth);
-      for (int64_t i = 0; i < rows; i += kRows) {
-        const int64_t count = std::min<int64_t>(kRows, rows - i);
-        const Term<T> main{slice.data + i * a.stride, a.stride, panel, across, depth};
-        const Term<T> low_rank = last && fused.tail.data != nullptr
-                                     ? Term<T>{fused.thin + i * width, width, fused.tail.panel(j),
-                                               across, fused.tail.rank}
-                                     : Term<T>{};
-        T* to = out.data + i * out.stride + j;
-        if (count == kRows && across == kPanel<T> && direct) {
-          Prefetch prefetch;
-          prefetch.panel =
-              next_panel + i / kRows * (depth / kPrefetchInterval) * panel_lines * kCacheLine;
-          prefetch.panel_lines = panel_lines;
-          prefetch.row = upcoming.next(prefetch.panel);
-          prefetch.out = i + kRows < rows ? to + kRows * out.stride : out.data + j + across;
-          prefetch.x = prefetch.out;
-          prefetch.x_stride = out.stride;
-          if (with_d_down) {
-            prefetch.x = fused.x.data + i * fused.x.stride + j + across;
-            prefetch.x_stride = fused.x.stride;
+  Product(Arena<T>& arena, const Matrix& a, const Matrix& out, const Matrix& weight,
+          bool transposed, int64_t M, int64_t inner, int64_t columns, int64_t width,
+          int64_t threads)
+      : a(a),
+        out(out),
+        w{weight, transposed, inner, columns},
+        M(M),
+        width(width),
+        threads(threads) {
+    // A range's rows are read from the last-level cache for most of the tiles.
+    const int64_t limit = std::max<int64_t>(2048, 256 * threads);
+    const int64_t ranges = std::max<int64_t>((M + limit - 1) / limit, 1);
+    range_rows = round_up((M + ranges - 1) / ranges, kRows);
+    if (!is_direct<T>(a)) a_scratch = arena.take(range_rows * inner);
+    thin = arena.take(range_rows * width);
+    if (!out) return;
+    bias_memory = arena.take(round_up(columns, kLanes<T>));
+    packed = arena.take(threads * kDepth * kTileColumns);
+    if (!is_direct<T>(out)) out_scratch = arena.take(threads * kTileRows * kTileColumns);
+  }
+
+  void read_bias(const Matrix& from) {
+    if (!from) return;
+    read_padded(from, 0, 1, w.columns, bias_memory, round_up(w.columns, kLanes<T>));
+    bias = bias_memory;
+  }
+
+  // body(begin, end) for every range of rows.
+  template <class F>
+  void each_range(const F& body) const {
+    for (int64_t begin = 0; begin < M; begin += range_rows) {
+      body(begin, std::min(M, begin + range_rows));
+    }
+  }
+
+  // Rows of `a` of the range that starts at `begin`: where they lie, or in T for the tiles, too.
+  Rows<T> load(int64_t begin, int64_t first, int64_t rows) const {
+    T* scratch = a_scratch == nullptr ? nullptr : a_scratch + (first - begin) * w.inner;
+    return rows_of(a, first, rows, w.inner, scratch);
+  }
+
+  // `thin` of row `first` of the range that starts at `begin`.
+  T* thin_of(int64_t begin, int64_t first) const { return thin + (first - begin) * width; }
+
+  // The range's rows of `out`. tail_of(row) is the TailOfRows of a row of the range; a tail without
+  // data adds nothing.
+  template <class TailOf>
+  void run(int64_t begin, int64_t end, const TailOf& tail_of) const {
+    const Tiling<T> tiles(end - begin, w.columns, threads);
+    const Rows<T> rows = a_scratch != nullptr
+                             ? Rows<T>{a_scratch, w.inner}
+                             : rows_of(a, begin, end - begin, w.inner, static_cast<T*>(nullptr));
+    std::atomic<int64_t> next{0};
+    parallel_each(std::min(threads, tiles.count()), [&](int64_t worker) {
+      T* const memory = packed + worker * kDepth * kTileColumns;
+      int64_t i = next.fetch_add(1);
+      while (i < tiles.count()) {
+        const Tile tile = tiles[i];
+        // Known a step before the tile ends, so that its part of w can be prefetched.
+        const auto following = [&] {
+          i = next.fetch_add(1);
+          return i < tiles.count() ? tiles[i] : Tile{};
+        };
+        if (out_scratch == nullptr) {
+          T* data = static_cast<T*>(out.data) + (begin + tile.first) * w.columns + tile.column;
+          run_tile(tile, rows, tail_of, {data, w.columns, false}, memory, following);
+        } else {
+          T* data = out_scratch + worker * kTileRows * kTileColumns;
+          run_tile(tile, rows, tail_of, {data, tile.across, true}, memory, following);
+          for (int64_t row = 0; row < tile.rows; ++row) {
+            write_row(out, begin + tile.first + row, tile.column, data + row * tile.across,
+                      std::min(tile.across, w.columns - tile.column));
           }
-          block_entry<T, kRows, kVectors, true>(main, low_rank, to, out.stride, start, !first,
+        }
+      }
+    });
+  }
+
+ private:
+  template <class TailOf, class Following>
+  void run_tile(const Tile& tile, Rows<T> rows, const TailOf& tail_of, const OutputBlock<T>& to,
+                T* memory, const Following& following) const {
+    for (int64_t k = 0; k < w.inner; k += kDepth) {
+      const int64_t depth = std::min(kDepth, w.inner - k);
+      const bool last = k + kDepth >= w.inner;
+      w.pack(k, depth, tile.column, tile.across, memory);
+      const Tile upcoming = last ? following() : tile;
+      const int64_t next_k = last ? 0 : k + kDepth;
+      Lines next_w =
+          w.lines(next_k, std::min(kDepth, w.inner - next_k), upcoming.column, upcoming.across);
+      for (int64_t i = tile.first; i < tile.first + tile.rows;) {
+        const TailOfRows<T> of_rows = tail_of(i);
+        const int64_t end = std::min(tile.first + tile.rows, of_rows.end);
+        run_step(tile, rows, i, end, k, depth, of_rows.tail, to, memory, next_w);
+        i = end;
+      }
+    }
+  }
+
+  // A packed step of a tile for rows first .. end of the range.
+  void run_step(const Tile& tile, Rows<T> rows, int64_t first, int64_t end, int64_t k,
+                int64_t depth, const Tail<T>& tail, const OutputBlock<T>& to, const T* memory,
+                Lines& next_w) const {
+    constexpr int64_t panel = kPanel<T>;
+    T edge[kRows * panel];
+    const int64_t panels = (tile.across + panel - 1) / panel;
+    const int64_t pairs = std::max<int64_t>(depth / (2 * kPrefetchInterval), 1);
+    const int64_t blocks = (end - first + kRows - 1) / kRows * panels;
+    const bool with_tail = k + kDepth >= w.inner && tail.data != nullptr;
+    Lines next_a;
+    Prefetch prefetch;
+    prefetch.a = &next_a;
+    prefetch.w = &next_w;
+    prefetch.w_lines = (next_w.left() + blocks * pairs - 1) / (blocks * pairs);
+    for (int64_t i = first; i < end; i += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, end - i);
+      const T* a_rows = rows.data + i * rows.stride + k;
+      next_a = Lines(a_rows + kRows * rows.stride, rows.stride * sizeof(T),
+                     std::min<int64_t>(kRows, end - i - count), depth * sizeof(T));
+      prefetch.a_lines = (next_a.left() + panels * pairs - 1) / (panels * pairs);
+      for (int64_t j = 0; j < tile.across; j += panel) {
+        const int64_t across = std::min(panel, tile.across - j);
+        const int64_t valid = std::min(across, w.columns - tile.column - j);
+        const Term<T> main{a_rows, rows.stride, memory + j * depth, across, depth};
+        const Term<T> low_rank = with_tail ? Term<T>{thin + i * width, width,
+                                                     tail.panel(tile.column + j), across, tail.rank}
+                                           : Term<T>{};
+        const T* start = k == 0 && bias != nullptr ? bias + tile.column + j : nullptr;
+        T* block = to.data + (i - tile.first) * to.stride + j;
+        const bool direct = to.padded || valid == across;
+        if (count == kRows && across == panel && direct) {
+          prefetch.out = j + across < tile.across ? block + panel : block + kRows * to.stride - j;
+          block_entry<T, kRows, kVectors, true>(main, low_rank, block, to.stride, start, k > 0,
                                                 prefetch);
           continue;
         }
         const BlockFn<T> run = block_fn<T>(count, across / kLanes<T>);
         if (direct) {
-          run(main, low_rank, to, out.stride, start, !first, Prefetch{});
+          run(main, low_rank, block, to.stride, start, k > 0, Prefetch{});
           continue;
         }
-        for (int64_t r = 0; !first && r < count; ++r) {
-          std::memcpy(edge + r * across, to + r * out.stride, valid * sizeof(T));
+        for (int64_t r = 0; k > 0 && r < count; ++r) {
+          std::memcpy(edge + r * across, block + r * to.stride, valid * sizeof(T));
         }
-        run(main, low_rank, edge, across, start, !first, Prefetch{});
+        run(main, low_rank, edge, across, start, k > 0, Prefetch{});
         for (int64_t r = 0; r < count; ++r) {
-          std::memcpy(to + r * out.stride, edge + r * across, valid * sizeof(T));
+          std::memcpy(block + r * to.stride, edge + r * across, valid * sizeof(T));
         }
-      }
-      if (with_d_down) {
-        add_transposed_product<T>({fused.thin, width}, fused.rank,
-                                  {fused.x.data + j, fused.x.stride}, valid, rows,
-                                  fused.d_down_t + j, packed.padded);
       }
     }
   }
+};
+
+// The arrays of Workspace<T> in the calling thread's memory, which grows to what they take.
+template <template <class> class Workspace, class T, class Arguments>
+Workspace<T> allocate(const Arguments& args) {
+  Arena<T> measure(nullptr);
+  Workspace<T>{measure, args};
+  Arena<T> arena(static_cast<T*>(workspace(measure.used() * sizeof(T))));
+  return {arena, args};
 }
 
 }  // namespace efft_kernels::cpu::EFFT_ISA

@@ -21,6 +21,10 @@ EFFT_INLINE uint16_t to_bf16(float value) {
   return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
+EFFT_INLINE int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : (dtype == DType::kFloat32 ? 4 : 2);
+}
+
 template <class T, class S>
 EFFT_INLINE T widen(S value) {
   if constexpr (std::is_same_v<S, uint16_t>) {

@@ -6,7 +6,9 @@ import functools
 import itertools
 import json
 import math
+import re
 import timeit
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,9 +266,9 @@ def test_arithmetic_on_a_cpu(wb, b):
     M, K, N, r = 1009, 71, 37, 5
     problem = Problem(M, K, N, 1, r, True, wb, b, "cpu")
     product = 2 * M * N * K
-    pack = ("pack", 0, N * K * (wb + max(4, b)), 0)
+    pack = ("pack", 0, N * K * wb, 0)
     gemm = ("gemm", product, b * (M * (N + K) + N * K), 0)
-    merge = ("merge", 2 * N * K * r, 0, 0)
+    merge = ("merge", 3 * 2 * N * K * r, 0, 0)  # in each of three tiles' rows
 
     def thin(columns):
         return ("thin", 2 * M * columns * r, 0, 0)
@@ -540,7 +542,7 @@ def test_what_is_explained_is_the_backend_that_auto_takes():
     assert backend("H100", torch.bfloat16) == backend("H100", torch.float16) == "cuda"
     assert backend("H100", torch.float32) == "triton"
     assert backend("CPU", torch.float32) == "cpp"
-    assert explain(197, 1024, 4096, device="CPU", dtype=torch.float32).backend == "torch"
+    assert explain(197, 1024, 4096, device="CPU", dtype=torch.float32).backend == "cpp"
     assert backend("H100", torch.bfloat16, backend="triton") == "triton"
 
 
@@ -645,21 +647,16 @@ def test_under_autocast_cuda_casts_and_computes_p_in_the_loop(sizes):
     assert min(predicted, key=predicted.__getitem__) == "fused"
 
 
-def test_packing_pays_where_it_was_measured_to():
-    """A large float32 weight and few rows go to plain torch, everything else to the C++ kernels."""
-    large = cost_model.Problem(197, 1024, 4096, 1, 16, True, 4, 4, "cpu")
-    assert not cpp_backend.preferred(large)
-    assert not cpp_backend.preferred(large._replace(M=511))
-    assert cpp_backend.preferred(large._replace(M=512))
-    assert cpp_backend.preferred(large._replace(compute_bytes=2))
-    base = large._replace(K=1024, N=2560)
-    assert cpp_backend.preferred(base)
-    assert not cpp_backend.preferred(base._replace(N=2561))
-    assert cpp_backend.preferred(base._replace(M=128))
-    assert not cpp_backend.preferred(base._replace(M=127))
-    small = large._replace(M=1, K=1024, N=1024)
-    assert cpp_backend.preferred(small)
-    assert not cpp_backend.preferred(small._replace(K=1025))
+def test_the_cpp_kernels_are_preferred_at_every_size():
+    large = cost_model.Problem(1, 1280, 5120, 1, 16, True, 4, 4, "cpu")
+    assert cpp_backend.preferred(large)
+    assert cpp_backend.preferred(large._replace(M=10**6, K=1, N=1, compute_bytes=2))
+
+
+def test_rows_of_a_tile_are_the_kernels_own():
+    source = Path(__file__).parents[2] / "csrc" / "cpu" / "blocking.h"
+    (rows,) = re.findall(r"kTileRows = (\d+);", source.read_text())
+    assert int(rows) == cpp_backend.TILE_ROWS
 
 
 def test_devices_stand_to_each_other_as_their_datasheets_do():

@@ -37,7 +37,8 @@ def one_by_one(x, weight, bias, down, b, index):
     return torch.stack([item @ w.T + bias for item, w in zip(x, merged, strict=True)])
 
 
-# Beyond a block of rows (200), a packed step (384) and a panel (48), and below all of them.
+# Beyond a block of rows (200), a tile's (400), a range's (2,048), a packed step (384) and a panel
+# (48), and below all of them; items that such a block ends within, and of one row.
 # (items, rows, K, N, tasks, Ra)
 SHAPES = [
     (7, 11, 13, 17, 3, 5),
@@ -45,6 +46,8 @@ SHAPES = [
     (3, 211, 401, 53, 2, 17),
     (5, 197, 48, 96, 5, 16),
     (2, 431, 30, 101, 4, 130),
+    (90, 23, 5, 50, 3, 2),
+    (411, 1, 7, 9, 4, 3),
 ]
 
 

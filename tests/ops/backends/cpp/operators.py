@@ -22,8 +22,10 @@ assert cpp_backend.unavailable() is None, "what was built can be loaded"
 GRADS = ("dx", "d_weight", "d_bias", "d_down", "d_core", "d_up")
 ALL = (True, False, False, True, True, True)  # those that the operator makes
 # Compiled in csrc/cpu: a step of the inner dimension, rows of a block, columns of a panel (float32
-# and float64, for each instruction set), rows of a task of the fold.
+# and float64, for each instruction set), rows of a task of the fold; and rows of a tile and of a
+# range of rows, columns of a tile.
 DEPTH, BLOCK_ROWS, PANELS, CHUNK = 384, 200, (4, 8, 12, 24, 48), 512
+TILE_ROWS, RANGE_ROWS, TILE_COLUMNS = cpp_backend.TILE_ROWS, 2048, (48, 64, 96, 128, 192)
 
 
 FORMS = {

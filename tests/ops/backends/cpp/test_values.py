@@ -22,7 +22,10 @@ from .operators import (
     FORMS,
     NAMES,
     PANELS,
+    RANGE_ROWS,
     TALL,
+    TILE_COLUMNS,
+    TILE_ROWS,
     WIDE,
     Shape,
     backward,
@@ -65,9 +68,10 @@ def test_beyond_every_block(shape, dtypes, strategy, threads):
     assert_exact(cast(integers(shape, bound=1), *dtypes), strategy)
 
 
-ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1)
-COLUMNS = (1, 2, 3, *(p + d for p in PANELS for d in (-1, 0, 1)), 95, 96, 97, DEPTH - 1, DEPTH,
-           DEPTH + 1, 2 * DEPTH, CHUNK + 1)  # fmt: skip
+ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33,
+        *(n + d for n in (BLOCK_ROWS, TILE_ROWS, RANGE_ROWS) for d in (-1, 0, 1)))  # fmt: skip
+COLUMNS = (1, 2, 3, *(n + d for n in (*PANELS, *TILE_COLUMNS, DEPTH) for d in (-1, 0, 1)),
+           2 * DEPTH, CHUNK + 1)  # fmt: skip
 RANKS = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 97, 127, 128, 129, 130)
 EDGES = [
     *(Shape(M=M, bias=False) for M in ROWS),
@@ -81,7 +85,9 @@ EDGES = [
     Shape(M=2, K=5003, n=1),
     Shape(M=2, K=2, n=5003),
     Shape(M=5, K=3, n=2, G=101),
-    # so wide that the thin products take fewer rows than a block has, and the fewest
+    # several tiles each way, in two steps, and ranges of which the last is cut off
+    Shape(M=2 * TILE_ROWS + 9, K=DEPTH + 5, n=401, G=1, Ra=3, Rb=2),
+    Shape(M=2 * RANGE_ROWS + 31, K=53, n=67, G=1, Ra=3, Rb=2),
     Shape(M=BLOCK_ROWS + 33, K=1451, n=1511, G=1, Ra=3, Rb=2),
     Shape(M=37, K=20011, n=3, G=1),
     Shape(M=37, K=3, n=20011, G=1),
