@@ -139,6 +139,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/tiling.h", "std::min(height_, rows_ - first)", "height_"),
         Fault("cpu/tiling.h", "std::min(across_, padded_ - column)", "across_"),
         Fault("cpu/tiling.h", "i / high_ * across_", "i / high_ * kPanel<T>"),
+        # pairs.h: bfloat16 two at a time
+        Fault("cpu/pairs.h", "load_halves(below) << 16", "load_halves(row) << 16"),
+        Fault("cpu/pairs.h", "if (2 * i < across)", "if (i < across)"),
+        Fault("cpu/pairs.h", "n + i >= columns || across < 2 * lanes", "n + i >= columns"),
+        Fault("cpu/pairs.h", "row += 2 * w.row_stride;", "row += w.row_stride;"),
+        Fault("cpu/pack.h", "DType::kFloat64 && inner % 2 == 0", "DType::kFloat64"),
+        Fault("cpu/product.h", "slot * block_rows : first - begin", "first - begin"),
         # factors.h: the fold and the chain rule through it
         Fault("cpu/factors.h", "to, g != set)", "to, false)"),
         Fault("cpu/factors.h", "G * Ra * thin.rb * sizeof(T)", "Ra * thin.rb * sizeof(T)"),
@@ -163,7 +170,18 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/ops.cpp", "i < count; i = next", "i + 1 < count; i = next"),
     ),
     "ops/backends/cpp/test_numerics.py": (
-        Fault("cpu/storage.h", "0x7fffu + ((bits >> 16) & 1u)", "0x8000u"),
+        Fault(
+            "cpu/storage.h",
+            "bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;\n  return",
+            "bits + 0x8000u) >> 16;\n  return",
+        ),
+        Fault(
+            "cpu/storage.h",
+            "bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;\n  const",
+            "bits + 0x8000u) >> 16;\n  const",
+        ),
+        Fault("cpu/storage.h", "(rounded & kept) | (0x7fc0u & ~kept)", "rounded"),
+        Fault("cpu/product.h", "w.in_pairs() && !merged", "w.in_pairs()"),
         Fault("cpu/storage.h", "value != value ? 0x7fc0u : rounded", "rounded"),
         Fault(
             "cpu/ops.cpp",

@@ -36,6 +36,7 @@ from efft_kernels.testing.operands import LAYOUTS, NAMES, Shape, operands_and_dy
 
 ISA_VARIABLE = "EFFT_KERNELS_CPU_ISA"
 ISAS: dict[str, Callable[[], bool]] = {
+    "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
     "avx512": torch.cpu._is_avx512_supported,
     "avx2": torch.cpu._is_avx2_supported,
     "baseline": lambda: True,

@@ -25,7 +25,7 @@ struct BackwardWorkspace {
   BackwardWorkspace(Arena<T>& arena, const Backward& args)
       : factors(arena, args.factors, args.N, args.K),
         product(arena, args.dy, args.dx, args.weight, false, args.M, args.N, args.K, factors.width,
-                args.threads),
+                args.slots, args.threads, args.strategy == kMerged),
         made(arena, args) {
     const int64_t rows = args.slots * kBlockRows;
     if (args.dx) tail = arena.take(args.factors.Ra * round_up(args.K, kLanes<T>));
@@ -142,11 +142,12 @@ void backward(const Backward& args) {
 
   product.each_range([&](int64_t begin, int64_t end) {
     parallel_each(args.slots, [&](int64_t slot) {
-      each_block(begin, end, slot, args.slots, [&](int64_t first, int64_t rows) {
-        const Rows<T> dy = product.load(begin, first, rows);
-        T* s = make_s ? product.thin_of(begin, first) : nullptr;
-        thin_products(args, memory, slot, first, rows, dy, s);
-      });
+      each_block(begin, end, slot, args.slots, product.block_rows,
+                 [&](int64_t first, int64_t rows) {
+                   const Rows<T> dy = product.load(slot, begin, first, rows);
+                   T* s = make_s ? product.thin_of(begin, first) : nullptr;
+                   thin_products(args, memory, slot, first, rows, dy, s);
+                 });
     });
     if (args.dx) product.run(begin, end, [&](int64_t) { return TailOfRows<T>{tail, end}; });
   });

@@ -20,6 +20,8 @@ constexpr int64_t kTilePanels = EFFT_VECTOR_BYTES == 16 ? 16 : 4;
 constexpr int64_t kTileRows = 400;
 // Rows of a block of the thin products, which read it more than once.
 constexpr int64_t kBlockRows = 200;
+// Numbers of such a block where its rows are made for it.
+constexpr int64_t kBlockNumbers = 96 * 1024;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -53,15 +55,16 @@ void parallel_each(int64_t count, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// The rows begin .. end of slot `slot` of `slots`, in blocks of at most kBlockRows; all but the
-// last are a multiple of kRows.
+// The rows begin .. end of slot `slot` of `slots`, in blocks of at most `most` rows, a multiple of
+// kRows; all blocks but the last are one, too.
 template <class F>
-void each_block(int64_t begin, int64_t end, int64_t slot, int64_t slots, const F& body) {
+void each_block(int64_t begin, int64_t end, int64_t slot, int64_t slots, int64_t most,
+                const F& body) {
   const int64_t per_slot = round_up((end - begin + slots - 1) / slots, kRows);
   const int64_t first = std::min(end, begin + slot * per_slot);
   const int64_t last = std::min(end, first + per_slot);
   if (first == last) return;
-  const int64_t blocks = (last - first + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = (last - first + most - 1) / most;
   const int64_t step = round_up((last - first + blocks - 1) / blocks, kRows);
   for (int64_t i = first; i < last; i += step) body(i, std::min(step, last - i));
 }

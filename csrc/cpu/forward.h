@@ -15,7 +15,7 @@ struct ForwardWorkspace {
   ForwardWorkspace(Arena<T>& arena, const Forward& args)
       : factors(arena, args.factors, args.N, args.K),
         product(arena, args.x, args.y, args.weight, true, args.M, args.K, args.N, factors.width,
-                args.threads),
+                args.slots, args.threads, args.strategy == kMerged),
         tail(arena.take(args.factors.Ra * round_up(args.N, kLanes<T>))) {}
 };
 
@@ -36,13 +36,14 @@ void forward(const Forward& args) {
   product.each_range([&](int64_t begin, int64_t end) {
     const bool before = make_p || product.a_scratch != nullptr;
     parallel_each(before ? args.slots : 0, [&](int64_t slot) {
-      each_block(begin, end, slot, args.slots, [&](int64_t first, int64_t rows) {
-        const Rows<T> x = product.load(begin, first, rows);
-        if (!make_p) return;
-        T* p = product.thin_of(begin, first);
-        thin_product(x, rows, args.K, factors.down, width, p);
-        if (args.p) write_padded(args.p, first, rows, Ra, p, width);
-      });
+      each_block(begin, end, slot, args.slots, product.block_rows,
+                 [&](int64_t first, int64_t rows) {
+                   const Rows<T> x = product.load(slot, begin, first, rows);
+                   if (!make_p) return;
+                   T* p = product.thin_of(begin, first);
+                   thin_product(x, rows, args.K, factors.down, width, p);
+                   if (args.p) write_padded(args.p, first, rows, Ra, p, width);
+                 });
     });
     product.run(begin, end, [&](int64_t) { return TailOfRows<T>{merge ? Tail<T>{} : tail, end}; });
   });

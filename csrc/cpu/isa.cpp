@@ -15,15 +15,16 @@ namespace {
 constexpr int64_t kHugePage = 1 << 21;
 
 const Kernels& choose() {
-  const Kernels* all[] = {&kAvx512, &kAvx2, &kBaseline};
+  const Kernels* all[] = {&kAvx512Bf16, &kAvx512, &kAvx2, &kBaseline};
   const char* asked = std::getenv("EFFT_KERNELS_CPU_ISA");
   for (const Kernels* candidate : all) {
     if (asked != nullptr && std::string(asked) != candidate->name) continue;
     if (candidate->supported()) return *candidate;
   }
-  throw std::runtime_error(std::string("EFFT_KERNELS_CPU_ISA must be avx512, avx2 or baseline and "
-                                       "run on this processor, got ") +
-                           asked);
+  throw std::runtime_error(
+      std::string("EFFT_KERNELS_CPU_ISA must be avx512_bf16, avx512, avx2 or baseline and "
+                  "run on this processor, got ") +
+      asked);
 }
 
 }  // namespace

@@ -97,12 +97,14 @@ struct Kernels {
   void (*mixed_batch_forward)(const MixedBatch&, bool wide);
 };
 
+extern const Kernels kAvx512Bf16;
 extern const Kernels kAvx512;
 extern const Kernels kAvx2;
 extern const Kernels kBaseline;
 
-// The best of the three that this processor runs; EFFT_KERNELS_CPU_ISA=avx512|avx2|baseline picks
-// another (for tests). Throws std::runtime_error for a name that is unknown or does not run here.
+// The best of the four that this processor runs; EFFT_KERNELS_CPU_ISA=
+// avx512_bf16|avx512|avx2|baseline picks another (for tests). Throws std::runtime_error for a name
+// that is unknown or does not run here.
 const Kernels& kernels();
 
 // Runs f(context, begin, end) over [0, count) in torch's thread pool.

@@ -1,36 +1,62 @@
 // The register block: ROWS × VECTORS accumulators over a common inner dimension.
 #pragma once
 
+#include "pairs.h"
 #include "prefetch.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
+// What a step of the inner dimension takes of a row of b: a number, or a Pair. `Sum` is the type of
+// the sums, `Scalar` that of the numbers in `a`, kNumbers of which a step takes.
+template <class E>
+struct Element {
+  using Sum = E;
+  using Scalar = E;
+  static constexpr int64_t kNumbers = 1;
+};
+template <>
+struct Element<Pair> {
+  using Sum = float;
+  using Scalar = uint16_t;
+  static constexpr int64_t kNumbers = 2;
+};
+template <class E>
+using Sum = typename Element<E>::Sum;
+template <class E>
+using Scalar = typename Element<E>::Scalar;
+
 // acc[i][j] += a[i·row]·b[j·lanes ...]
-template <class T, int ROWS, int VECTORS>
-EFFT_INLINE void step(Vec<T> (&acc)[ROWS][VECTORS], const T* a, int64_t row, const T* b) {
-  Vec<T> bv[VECTORS];
+template <class E, int ROWS, int VECTORS>
+EFFT_INLINE void step(Vec<Sum<E>> (&acc)[ROWS][VECTORS], const Scalar<E>* a, int64_t row,
+                      const E* b) {
+  if constexpr (std::is_same_v<E, Pair>) {
+    step_of_pairs<ROWS, VECTORS>(acc, a, row, b);
+  } else {
+    Vec<E> bv[VECTORS];
 #pragma GCC unroll 8
-  for (int j = 0; j < VECTORS; ++j) bv[j] = load(b + j * kLanes<T>);
+    for (int j = 0; j < VECTORS; ++j) bv[j] = load(b + j * kLanes<E>);
 #pragma GCC unroll 32
-  for (int i = 0; i < ROWS; ++i) {
-    const Vec<T> av = broadcast(a[i * row]);
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec<E> av = broadcast(a[i * row]);
 #pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] += av * bv[j];
+      for (int j = 0; j < VECTORS; ++j) acc[i][j] += av * bv[j];
+    }
   }
 }
 
 // acc += a·b for a [ROWS, depth], its rows `row` apart, and b [depth, VECTORS·lanes], its rows ldb
 // apart. A block of few accumulators runs two sums at once, since one sum's additions would wait
 // for each other.
-template <class T, int ROWS, int VECTORS>
-EFFT_INLINE void accumulate(Vec<T> (&acc)[ROWS][VECTORS], const T* a, int64_t row, const T* b,
-                            int64_t ldb, int64_t depth) {
+template <class E, int ROWS, int VECTORS>
+EFFT_INLINE void accumulate(Vec<Sum<E>> (&acc)[ROWS][VECTORS], const Scalar<E>* a, int64_t row,
+                            const E* b, int64_t ldb, int64_t depth) {
+  constexpr int64_t numbers = Element<E>::kNumbers;
   if constexpr (2 * ROWS * VECTORS <= kAccumulators) {
-    Vec<T> odd[ROWS][VECTORS] = {};
+    Vec<Sum<E>> odd[ROWS][VECTORS] = {};
     for (; depth >= 2; depth -= 2) {
-      step<T, ROWS, VECTORS>(acc, a, row, b);
-      step<T, ROWS, VECTORS>(odd, a + 1, row, b + ldb);
-      a += 2;
+      step<E, ROWS, VECTORS>(acc, a, row, b);
+      step<E, ROWS, VECTORS>(odd, a + numbers, row, b + ldb);
+      a += 2 * numbers;
       b += 2 * ldb;
     }
 #pragma GCC unroll 32
@@ -40,18 +66,18 @@ EFFT_INLINE void accumulate(Vec<T> (&acc)[ROWS][VECTORS], const T* a, int64_t ro
     }
   }
   for (; depth > 0; --depth) {
-    step<T, ROWS, VECTORS>(acc, a, row, b);
-    a += 1;
+    step<E, ROWS, VECTORS>(acc, a, row, b);
+    a += numbers;
     b += ldb;
   }
 }
 
-// One operand pair of a block: c += a·b.
-template <class T>
+// One product of a block: c += a·b, in `depth` steps.
+template <class E>
 struct Term {
-  const T* a;
+  const Scalar<E>* a;
   int64_t row;
-  const T* b;
+  const E* b;
   int64_t ldb;
   int64_t depth;
 };
@@ -63,74 +89,77 @@ constexpr int64_t kChain = EFFT_VECTOR_BYTES == 16 ? 128 : 384;
 // The steps between two prefetches, with a panel b, whose lines come into the first-level cache
 // kAhead steps before they are read: the processor's own prefetcher is late for them. One step a
 // loop: where the compiler sees several, it moves accumulators about.
-template <class T, int ROWS, int VECTORS>
-EFFT_INLINE void interval(Vec<T> (&acc)[ROWS][VECTORS], const T*& a, int64_t row, const T*& b) {
+template <class E, int ROWS, int VECTORS>
+EFFT_INLINE void interval(Vec<Sum<E>> (&acc)[ROWS][VECTORS], const Scalar<E>*& a, int64_t row,
+                          const E*& b) {
   constexpr int64_t kAhead = 6;
-  constexpr int64_t kPanelRow = VECTORS * kLanes<T>;
+  constexpr int64_t kPanelRow = VECTORS * kLanes<Sum<E>>;
 #pragma GCC unroll 1
   for (int64_t k = 0; k < kPrefetchInterval; ++k) {
 #pragma GCC unroll 4
     for (int64_t byte = 0; byte < VECTORS * EFFT_VECTOR_BYTES; byte += kCacheLine) {
       __builtin_prefetch(reinterpret_cast<const char*>(b + kAhead * kPanelRow) + byte, 0, 3);
     }
-    step<T, ROWS, VECTORS>(acc, a, row, b);
-    a += 1;
+    step<E, ROWS, VECTORS>(acc, a, row, b);
+    a += Element<E>::kNumbers;
     b += kPanelRow;
   }
 }
 
 // acc += term.a·term.b for a panel b, whose rows follow each other, and an `a` read along its rows.
-template <class T, int ROWS, int VECTORS>
-EFFT_INLINE void accumulate_with_prefetch(Vec<T> (&acc)[ROWS][VECTORS], const Term<T>& term,
+template <class E, int ROWS, int VECTORS>
+EFFT_INLINE void accumulate_with_prefetch(Vec<Sum<E>> (&acc)[ROWS][VECTORS], const Term<E>& term,
                                           const Prefetch& prefetch, int64_t ldc) {
-  constexpr int64_t kPanelRow = VECTORS * kLanes<T>;
-  const T* a = term.a;
-  const T* b = term.b;
-  const T* out = static_cast<const T*>(prefetch.out);
+  constexpr int64_t kPanelRow = VECTORS * kLanes<Sum<E>>;
+  const Scalar<E>* a = term.a;
+  const E* b = term.b;
+  const Sum<E>* out = static_cast<const Sum<E>*>(prefetch.out);
   int vector = 0;
   int64_t k = 0;
   for (; k + 2 * kPrefetchInterval <= term.depth; k += 2 * kPrefetchInterval) {
     prefetch.a->prefetch(prefetch.a_lines);
     prefetch.w->prefetch(prefetch.w_lines);
-    interval<T, ROWS, VECTORS>(acc, a, term.row, b);
+    interval<E, ROWS, VECTORS>(acc, a, term.row, b);
     __builtin_prefetch(out, 1, 3);
-    out += kLanes<T>;
+    out += kLanes<Sum<E>>;
     if (++vector == VECTORS) {
       vector = 0;
       out += ldc - kPanelRow;
     }
-    interval<T, ROWS, VECTORS>(acc, a, term.row, b);
+    interval<E, ROWS, VECTORS>(acc, a, term.row, b);
   }
   for (; k < term.depth; ++k) {
-    step<T, ROWS, VECTORS>(acc, a, term.row, b);
-    a += 1;
+    step<E, ROWS, VECTORS>(acc, a, term.row, b);
+    a += Element<E>::kNumbers;
     b += kPanelRow;
   }
 }
 
 // c [ROWS, VECTORS·lanes] = first.a·first.b + second.a·second.b + bias (+ c if `add`). With
 // PREFETCH `first` is one chain, and its b a panel.
-template <class T, int ROWS, int VECTORS, bool PREFETCH = false>
-EFFT_INLINE void block(const Term<T>& first, const Term<T>& second, T* c, int64_t ldc,
-                       const T* bias, bool add, const Prefetch& prefetch) {
+template <class E, int ROWS, int VECTORS, bool PREFETCH = false>
+EFFT_INLINE void block(const Term<E>& first, const Term<Sum<E>>& second, Sum<E>* c, int64_t ldc,
+                       const Sum<E>* bias, bool add, const Prefetch& prefetch) {
   for (int64_t k = 0;; k += kChain) {
     const bool last = PREFETCH || k + kChain >= first.depth;
-    Vec<T> acc[ROWS][VECTORS] = {};
+    Vec<Sum<E>> acc[ROWS][VECTORS] = {};
     if constexpr (PREFETCH) {
-      accumulate_with_prefetch<T, ROWS, VECTORS>(acc, first, prefetch, ldc);
+      accumulate_with_prefetch<E, ROWS, VECTORS>(acc, first, prefetch, ldc);
     } else {
-      accumulate<T, ROWS, VECTORS>(acc, first.a + k, first.row, first.b + k * first.ldb, first.ldb,
+      accumulate<E, ROWS, VECTORS>(acc, first.a + k * Element<E>::kNumbers, first.row,
+                                   first.b + k * first.ldb, first.ldb,
                                    std::min(kChain, first.depth - k));
     }
     if (last) {
-      accumulate<T, ROWS, VECTORS>(acc, second.a, second.row, second.b, second.ldb, second.depth);
+      accumulate<Sum<E>, ROWS, VECTORS>(acc, second.a, second.row, second.b, second.ldb,
+                                        second.depth);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
-      const Vec<T> start = bias != nullptr ? load(bias + j * kLanes<T>) : Vec<T>{};
+      const Vec<Sum<E>> start = bias != nullptr ? load(bias + j * kLanes<Sum<E>>) : Vec<Sum<E>>{};
 #pragma GCC unroll 32
       for (int i = 0; i < ROWS; ++i) {
-        T* to = c + i * ldc + j * kLanes<T>;
+        Sum<E>* to = c + i * ldc + j * kLanes<Sum<E>>;
         store(to, (add ? load(to) : start) + acc[i][j]);
       }
     }
@@ -139,35 +168,35 @@ EFFT_INLINE void block(const Term<T>& first, const Term<T>& second, T* c, int64_
   }
 }
 
-template <class T>
-using BlockFn = void (*)(const Term<T>&, const Term<T>&, T*, int64_t, const T*, bool,
+template <class E>
+using BlockFn = void (*)(const Term<E>&, const Term<Sum<E>>&, Sum<E>*, int64_t, const Sum<E>*, bool,
                          const Prefetch&);
 
-template <class T, int ROWS, int VECTORS, bool PREFETCH = false>
-__attribute__((noinline)) void block_entry(const Term<T>& first, const Term<T>& second, T* c,
-                                           int64_t ldc, const T* bias, bool add,
+template <class E, int ROWS, int VECTORS, bool PREFETCH = false>
+__attribute__((noinline)) void block_entry(const Term<E>& first, const Term<Sum<E>>& second,
+                                           Sum<E>* c, int64_t ldc, const Sum<E>* bias, bool add,
                                            const Prefetch& prefetch) {
-  block<T, ROWS, VECTORS, PREFETCH>(first, second, c, ldc, bias, add, prefetch);
+  block<E, ROWS, VECTORS, PREFETCH>(first, second, c, ldc, bias, add, prefetch);
 }
 
-template <class T, int VECTORS, int... I>
-BlockFn<T> block_of_rows(int64_t rows, std::integer_sequence<int, I...>) {
-  static constexpr BlockFn<T> table[] = {block_entry<T, I + 1, VECTORS>...};
+template <class E, int VECTORS, int... I>
+BlockFn<E> block_of_rows(int64_t rows, std::integer_sequence<int, I...>) {
+  static constexpr BlockFn<E> table[] = {block_entry<E, I + 1, VECTORS>...};
   return table[rows - 1];
 }
 
 // The block for 1 to kRows rows and 1 to kVectors vectors, without prefetches.
-template <class T>
-BlockFn<T> block_fn(int64_t rows, int64_t vectors) {
+template <class E>
+BlockFn<E> block_fn(int64_t rows, int64_t vectors) {
   constexpr auto all = std::make_integer_sequence<int, kRows>{};
   switch (vectors) {
     case 1:
-      return block_of_rows<T, 1>(rows, all);
+      return block_of_rows<E, 1>(rows, all);
     case 2:
-      return block_of_rows<T, 2>(rows, all);
+      return block_of_rows<E, 2>(rows, all);
     default:
       static_assert(kVectors <= 3);
-      return block_of_rows<T, kVectors>(rows, all);
+      return block_of_rows<E, kVectors>(rows, all);
   }
 }
 

@@ -14,7 +14,7 @@ struct MixedBatchWorkspace {
 
   MixedBatchWorkspace(Arena<T>& arena, const MixedBatch& args)
       : product(arena, args.x, args.y, args.weight, true, args.items * args.rows, args.K, args.N,
-                round_up(args.Ra, kLanes<T>), args.threads),
+                round_up(args.Ra, kLanes<T>), args.slots, args.threads, false),
         down(arena.take(args.tasks * args.K * product.width)),
         b(arena.take(args.tasks * args.N * product.width)),
         tail(arena.take(args.tasks * args.Ra * round_up(args.N, kLanes<T>))) {}
@@ -35,17 +35,18 @@ void mixed_batch_forward(const MixedBatch& args) {
 
   product.each_range([&](int64_t begin, int64_t end) {
     parallel_each(args.slots, [&](int64_t slot) {
-      each_block(begin, end, slot, args.slots, [&](int64_t first, int64_t rows) {
-        const Rows<T> x = product.load(begin, first, rows);
-        for (int64_t row = first; row < first + rows;) {
-          const int64_t item = row / args.rows;
-          const int64_t count = std::min((item + 1) * args.rows, first + rows) - row;
-          thin_product<T>({x.data + (row - first) * x.stride, x.stride}, count, args.K,
-                          down + args.task_of_item[item] * args.K * width, width,
-                          product.thin_of(begin, row));
-          row += count;
-        }
-      });
+      each_block(begin, end, slot, args.slots, product.block_rows,
+                 [&](int64_t first, int64_t rows) {
+                   const Rows<T> x = product.load(slot, begin, first, rows);
+                   for (int64_t row = first; row < first + rows;) {
+                     const int64_t item = row / args.rows;
+                     const int64_t count = std::min((item + 1) * args.rows, first + rows) - row;
+                     thin_product<T>({x.data + (row - first) * x.stride, x.stride}, count, args.K,
+                                     down + args.task_of_item[item] * args.K * width, width,
+                                     product.thin_of(begin, row));
+                     row += count;
+                   }
+                 });
     });
     product.run(begin, end, [&](int64_t row) {
       const int64_t item = (begin + row) / args.rows;

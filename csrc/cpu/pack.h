@@ -105,6 +105,11 @@ struct Weight {
     thin_out = out;
   }
 
+  // Whether it can be packed in Pairs.
+  bool in_pairs() const {
+    return matrix.column_stride == 1 && matrix.dtype != DType::kFloat64 && inner % 2 == 0;
+  }
+
   // Rows k .. k + depth of columns j .. j + across, where they lie.
   Lines lines(int64_t k, int64_t depth, int64_t j, int64_t across) const {
     if (matrix.column_stride != 1) return {};
@@ -115,24 +120,48 @@ struct Weight {
   }
 
   // Rows k .. k + depth of columns j .. j + across, in panels of kPanel columns: each panel's rows
-  // one after another, zero beyond the last column.
-  void pack(int64_t k, int64_t depth, int64_t j, int64_t across, T* out) const {
+  // one after another, zero beyond the last column; of Pairs, the pairs of rows.
+  template <class E>
+  void pack(int64_t k, int64_t depth, int64_t j, int64_t across, E* out) const {
     for (const int64_t end = j + across; j < end; j += kPanel<T>) {
       const int64_t panel = std::min(kPanel<T>, end - j);
-      const int64_t valid = std::min(panel, columns - j);
-      if (transposed) {
-        pack_transposed(matrix, j, valid, panel, k, depth, out);
-      } else {
-        pack_rows(matrix, j, valid, panel, k, depth, out);
-      }
-      for (int64_t i = 0; thin_in != nullptr && i < depth; i += kRows) {
-        const int64_t rows = std::min<int64_t>(kRows, depth - i);
-        const Term<T> low_rank{thin_in + (k + i) * width, width, thin_out.panel(j), panel,
-                               thin_out.rank};
-        block_fn<T>(rows, panel / kLanes<T>)(low_rank, Term<T>{}, out + i * panel, panel, nullptr,
-                                             true, Prefetch{});
-      }
-      out += panel * depth;
+      pack_panel(k, depth, j, panel, out);
+      out += panel * (depth / Element<E>::kNumbers);
+    }
+  }
+
+ private:
+  void pack_panel(int64_t k, int64_t depth, int64_t j, int64_t panel, T* out) const {
+    const int64_t valid = std::min(panel, columns - j);
+    if (transposed) {
+      pack_transposed(matrix, j, valid, panel, k, depth, out);
+    } else {
+      pack_rows(matrix, j, valid, panel, k, depth, out);
+    }
+    for (int64_t i = 0; thin_in != nullptr && i < depth; i += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, depth - i);
+      const Term<T> low_rank{thin_in + (k + i) * width, width, thin_out.panel(j), panel,
+                             thin_out.rank};
+      block_fn<T>(rows, panel / kLanes<T>)(low_rank, Term<T>{}, out + i * panel, panel, nullptr,
+                                           true, Prefetch{});
+    }
+  }
+
+  void pack_panel(int64_t k, int64_t depth, int64_t j, int64_t panel, Pair* out) const {
+    if (matrix.dtype == DType::kFloat32) {
+      pack_pairs<float>(k, depth, j, panel, out);
+    } else {
+      pack_pairs<uint16_t>(k, depth, j, panel, out);
+    }
+  }
+
+  template <class S>
+  void pack_pairs(int64_t k, int64_t depth, int64_t j, int64_t panel, Pair* out) const {
+    const int64_t valid = std::min(panel, columns - j);
+    if (transposed) {
+      pack_pairs_transposed<S>(matrix, j, valid, panel, k, depth, out);
+    } else {
+      pack_pairs_rows<S>(matrix, j, valid, panel, k, depth, out);
     }
   }
 };

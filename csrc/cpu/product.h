@@ -37,30 +37,43 @@ struct Product {
   Matrix out;  // [M, columns], contiguous; null where it is not wanted
   Weight<T> w;
   int64_t M, width, threads;
-  int64_t range_rows;        // of a range, at most
-  const T* bias = nullptr;   // in bias_memory, once it has been read
-  T* bias_memory = nullptr;  // [padded columns]
-  T* a_scratch = nullptr;    // [range_rows, inner], where `a` is not stored in T
-  T* thin = nullptr;         // [range_rows, width]
-  T* packed = nullptr;       // [threads, kDepth, kTilePanels·kPanel]
+  // Whether the tiles read `a` as it is stored, in bfloat16, and w rounded to it. Where w is merged
+  // that would round the low-rank term away.
+  bool in_pairs;
+  int64_t range_rows;               // of a range, at most
+  int64_t block_rows = kBlockRows;  // of a block of the thin products, at most
+  const T* bias = nullptr;          // in bias_memory, once it has been read
+  T* bias_memory = nullptr;         // [padded columns]
+  T* a_scratch = nullptr;  // [range_rows or slots·block_rows, inner], where `a` is not stored in T
+  T* thin = nullptr;       // [range_rows, width]
+  T* packed = nullptr;     // [threads, kDepth, kTilePanels·kPanel], of Pairs where `in_pairs`
   T* out_scratch = nullptr;  // [threads, kTileRows, kTilePanels·kPanel], where `out` is not in T
 
   static constexpr int64_t kTileColumns = kTilePanels * kPanel<T>;
 
   Product(Arena<T>& arena, const Matrix& a, const Matrix& out, const Matrix& weight,
-          bool transposed, int64_t M, int64_t inner, int64_t columns, int64_t width,
-          int64_t threads)
+          bool transposed, int64_t M, int64_t inner, int64_t columns, int64_t width, int64_t slots,
+          int64_t threads, bool merged)
       : a(a),
         out(out),
         w{weight, transposed, inner, columns},
         M(M),
         width(width),
-        threads(threads) {
+        threads(threads),
+        in_pairs(kPairs && std::is_same_v<T, float> && a.dtype == DType::kBFloat16 &&
+                 a.column_stride == 1 && w.in_pairs() && !merged) {
     // A range's rows are read from the last-level cache for most of the tiles.
     const int64_t limit = std::max<int64_t>(2048, 256 * threads);
     const int64_t ranges = std::max<int64_t>((M + limit - 1) / limit, 1);
     range_rows = round_up((M + ranges - 1) / ranges, kRows);
-    if (!is_direct<T>(a)) a_scratch = arena.take(range_rows * inner);
+    if (in_pairs) {
+      // Rows in T are made anew for each block, and stay in cache only if they are few.
+      block_rows = std::clamp<int64_t>(kBlockNumbers / std::max(inner, columns) / kRows * kRows,
+                                       kRows, kBlockRows);
+      a_scratch = arena.take(slots * block_rows * inner);
+    } else if (!is_direct<T>(a)) {
+      a_scratch = arena.take(range_rows * inner);
+    }
     thin = arena.take(range_rows * width);
     if (!out) return;
     bias_memory = arena.take(round_up(columns, kLanes<T>));
@@ -82,9 +95,11 @@ struct Product {
     }
   }
 
-  // Rows of `a` of the range that starts at `begin`: where they lie, or in T for the tiles, too.
-  Rows<T> load(int64_t begin, int64_t first, int64_t rows) const {
-    T* scratch = a_scratch == nullptr ? nullptr : a_scratch + (first - begin) * w.inner;
+  // A block of rows of `a` of the range that starts at `begin`, for the slot's thin products: where
+  // they lie, or in T; which are the tiles', too, unless these are `in_pairs`.
+  Rows<T> load(int64_t slot, int64_t begin, int64_t first, int64_t rows) const {
+    const int64_t row = in_pairs ? slot * block_rows : first - begin;
+    T* scratch = a_scratch == nullptr ? nullptr : a_scratch + row * w.inner;
     return rows_of(a, first, rows, w.inner, scratch);
   }
 
@@ -95,13 +110,24 @@ struct Product {
   // data adds nothing.
   template <class TailOf>
   void run(int64_t begin, int64_t end, const TailOf& tail_of) const {
+    if constexpr (kPairs && std::is_same_v<T, float>) {
+      if (in_pairs) {
+        const uint16_t* data = static_cast<const uint16_t*>(a.data) + begin * a.row_stride;
+        return run_tiles<Pair>(begin, end, {data, a.row_stride}, tail_of);
+      }
+    }
+    const bool direct = a_scratch == nullptr;
+    const T* data = direct ? static_cast<const T*>(a.data) + begin * a.row_stride : a_scratch;
+    run_tiles<T>(begin, end, {data, direct ? a.row_stride : w.inner}, tail_of);
+  }
+
+ private:
+  template <class E, class TailOf>
+  void run_tiles(int64_t begin, int64_t end, Rows<Scalar<E>> rows, const TailOf& tail_of) const {
     const Tiling<T> tiles(end - begin, w.columns, threads);
-    const Rows<T> rows = a_scratch != nullptr
-                             ? Rows<T>{a_scratch, w.inner}
-                             : rows_of(a, begin, end - begin, w.inner, static_cast<T*>(nullptr));
     std::atomic<int64_t> next{0};
     parallel_each(std::min(threads, tiles.count()), [&](int64_t worker) {
-      T* const memory = packed + worker * kDepth * kTileColumns;
+      E* const memory = reinterpret_cast<E*>(packed + worker * kDepth * kTileColumns);
       int64_t i = next.fetch_add(1);
       while (i < tiles.count()) {
         const Tile tile = tiles[i];
@@ -112,10 +138,10 @@ struct Product {
         };
         if (out_scratch == nullptr) {
           T* data = static_cast<T*>(out.data) + (begin + tile.first) * w.columns + tile.column;
-          run_tile(tile, rows, tail_of, {data, w.columns, false}, memory, following);
+          run_tile<E>(tile, rows, tail_of, {data, w.columns, false}, memory, following);
         } else {
           T* data = out_scratch + worker * kTileRows * kTileColumns;
-          run_tile(tile, rows, tail_of, {data, tile.across, true}, memory, following);
+          run_tile<E>(tile, rows, tail_of, {data, tile.across, true}, memory, following);
           for (int64_t row = 0; row < tile.rows; ++row) {
             write_row(out, begin + tile.first + row, tile.column, data + row * tile.across,
                       std::min(tile.across, w.columns - tile.column));
@@ -125,52 +151,54 @@ struct Product {
     });
   }
 
- private:
-  template <class TailOf, class Following>
-  void run_tile(const Tile& tile, Rows<T> rows, const TailOf& tail_of, const OutputBlock<T>& to,
-                T* memory, const Following& following) const {
-    for (int64_t k = 0; k < w.inner; k += kDepth) {
-      const int64_t depth = std::min(kDepth, w.inner - k);
-      const bool last = k + kDepth >= w.inner;
+  template <class E, class TailOf, class Following>
+  void run_tile(const Tile& tile, Rows<Scalar<E>> rows, const TailOf& tail_of,
+                const OutputBlock<T>& to, E* memory, const Following& following) const {
+    constexpr int64_t numbers = kDepth * Element<E>::kNumbers;
+    for (int64_t k = 0; k < w.inner; k += numbers) {
+      const int64_t depth = std::min(numbers, w.inner - k);
+      const bool last = k + numbers >= w.inner;
       w.pack(k, depth, tile.column, tile.across, memory);
       const Tile upcoming = last ? following() : tile;
-      const int64_t next_k = last ? 0 : k + kDepth;
+      const int64_t next_k = last ? 0 : k + numbers;
       Lines next_w =
-          w.lines(next_k, std::min(kDepth, w.inner - next_k), upcoming.column, upcoming.across);
+          w.lines(next_k, std::min(numbers, w.inner - next_k), upcoming.column, upcoming.across);
       for (int64_t i = tile.first; i < tile.first + tile.rows;) {
         const TailOfRows<T> of_rows = tail_of(i);
         const int64_t end = std::min(tile.first + tile.rows, of_rows.end);
-        run_step(tile, rows, i, end, k, depth, of_rows.tail, to, memory, next_w);
+        run_step<E>(tile, rows, i, end, k, depth, of_rows.tail, to, memory, next_w);
         i = end;
       }
     }
   }
 
   // A packed step of a tile for rows first .. end of the range.
-  void run_step(const Tile& tile, Rows<T> rows, int64_t first, int64_t end, int64_t k,
-                int64_t depth, const Tail<T>& tail, const OutputBlock<T>& to, const T* memory,
+  template <class E>
+  void run_step(const Tile& tile, Rows<Scalar<E>> rows, int64_t first, int64_t end, int64_t k,
+                int64_t depth, const Tail<T>& tail, const OutputBlock<T>& to, const E* memory,
                 Lines& next_w) const {
     constexpr int64_t panel = kPanel<T>;
     T edge[kRows * panel];
     const int64_t panels = (tile.across + panel - 1) / panel;
-    const int64_t pairs = std::max<int64_t>(depth / (2 * kPrefetchInterval), 1);
+    const int64_t steps = depth / Element<E>::kNumbers;
+    const int64_t prefetches = std::max<int64_t>(steps / (2 * kPrefetchInterval), 1);
     const int64_t blocks = (end - first + kRows - 1) / kRows * panels;
-    const bool with_tail = k + kDepth >= w.inner && tail.data != nullptr;
+    const bool with_tail = k + depth == w.inner && tail.data != nullptr;
     Lines next_a;
     Prefetch prefetch;
     prefetch.a = &next_a;
     prefetch.w = &next_w;
-    prefetch.w_lines = (next_w.left() + blocks * pairs - 1) / (blocks * pairs);
+    prefetch.w_lines = (next_w.left() + blocks * prefetches - 1) / (blocks * prefetches);
     for (int64_t i = first; i < end; i += kRows) {
       const int64_t count = std::min<int64_t>(kRows, end - i);
-      const T* a_rows = rows.data + i * rows.stride + k;
-      next_a = Lines(a_rows + kRows * rows.stride, rows.stride * sizeof(T),
-                     std::min<int64_t>(kRows, end - i - count), depth * sizeof(T));
-      prefetch.a_lines = (next_a.left() + panels * pairs - 1) / (panels * pairs);
+      const Scalar<E>* a_rows = rows.data + i * rows.stride + k;
+      next_a = Lines(a_rows + kRows * rows.stride, rows.stride * sizeof(Scalar<E>),
+                     std::min<int64_t>(kRows, end - i - count), depth * sizeof(Scalar<E>));
+      prefetch.a_lines = (next_a.left() + panels * prefetches - 1) / (panels * prefetches);
       for (int64_t j = 0; j < tile.across; j += panel) {
         const int64_t across = std::min(panel, tile.across - j);
         const int64_t valid = std::min(across, w.columns - tile.column - j);
-        const Term<T> main{a_rows, rows.stride, memory + j * depth, across, depth};
+        const Term<E> main{a_rows, rows.stride, memory + j * steps, across, steps};
         const Term<T> low_rank = with_tail ? Term<T>{thin + i * width, width,
                                                      tail.panel(tile.column + j), across, tail.rank}
                                            : Term<T>{};
@@ -179,11 +207,11 @@ struct Product {
         const bool direct = to.padded || valid == across;
         if (count == kRows && across == panel && direct) {
           prefetch.out = j + across < tile.across ? block + panel : block + kRows * to.stride - j;
-          block_entry<T, kRows, kVectors, true>(main, low_rank, block, to.stride, start, k > 0,
+          block_entry<E, kRows, kVectors, true>(main, low_rank, block, to.stride, start, k > 0,
                                                 prefetch);
           continue;
         }
-        const BlockFn<T> run = block_fn<T>(count, across / kLanes<T>);
+        const BlockFn<E> run = block_fn<E>(count, across / kLanes<T>);
         if (direct) {
           run(main, low_rank, block, to.stride, start, k > 0, Prefetch{});
           continue;

@@ -9,3 +9,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif

@@ -25,6 +25,25 @@ EFFT_INLINE int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : (dtype == DType::kFloat32 ? 4 : 2);
 }
 
+// As many numbers of 16 bits as a vector has of 32.
+typedef uint16_t Halves __attribute__((vector_size(EFFT_VECTOR_BYTES / 2)));
+typedef uint16_t UnalignedHalves
+    __attribute__((vector_size(EFFT_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(EFFT_VECTOR_BYTES)));
+
+EFFT_INLINE Words load_halves(const uint16_t* from) {
+  return __builtin_convertvector(*reinterpret_cast<const UnalignedHalves*>(from), Words);
+}
+
+// to_bf16 of a vector.
+EFFT_INLINE void store_bf16(uint16_t* to, Vec<float> value) {
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words kept = (Words)(value == value);
+  const Words result = (rounded & kept) | (0x7fc0u & ~kept);
+  *reinterpret_cast<UnalignedHalves*>(to) = __builtin_convertvector(result, Halves);
+}
+
 template <class T, class S>
 EFFT_INLINE T widen(S value) {
   if constexpr (std::is_same_v<S, uint16_t>) {
@@ -78,7 +97,11 @@ void write_row(const Matrix& matrix, int64_t i, int64_t j, const T* row, int64_t
     }
     case DType::kBFloat16: {
       uint16_t* out = static_cast<uint16_t*>(matrix.data) + offset;
-      for (int64_t k = 0; k < count; ++k) out[k] = to_bf16(static_cast<float>(row[k]));
+      int64_t k = 0;
+      if constexpr (std::is_same_v<T, float>) {
+        for (; k + kLanes<T> <= count; k += kLanes<T>) store_bf16(out + k, load(row + k));
+      }
+      for (; k < count; ++k) out[k] = to_bf16(static_cast<float>(row[k]));
       return;
     }
   }

@@ -647,10 +647,20 @@ def test_under_autocast_cuda_casts_and_computes_p_in_the_loop(sizes):
     assert min(predicted, key=predicted.__getitem__) == "fused"
 
 
-def test_the_cpp_kernels_are_preferred_at_every_size():
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_cpp_kernels_are_preferred_at_every_size(amx, monkeypatch):
+    """But in bfloat16 beside a library with AMX, which multiplies several times as fast."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    cpp_backend._library_has_amx.cache_clear()
     large = cost_model.Problem(1, 1280, 5120, 1, 16, True, 4, 4, "cpu")
     assert cpp_backend.preferred(large)
-    assert cpp_backend.preferred(large._replace(M=10**6, K=1, N=1, compute_bytes=2))
+    assert cpp_backend.preferred(large._replace(M=10**6, K=1, N=1, compute_bytes=8))
+    assert cpp_backend.preferred(large._replace(compute_bytes=2)) is not amx
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    cpp_backend._library_has_amx.cache_clear()
+    assert cpp_backend.preferred(large._replace(compute_bytes=2))
+    monkeypatch.undo()
+    cpp_backend._library_has_amx.cache_clear()
 
 
 def test_rows_of_a_tile_are_the_kernels_own():

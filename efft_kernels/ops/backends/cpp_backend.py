@@ -5,9 +5,15 @@ A thread packs the part of the frozen weight that a tile reads into memory that 
 Either the low-rank product takes r more steps of the inner loop (`split`: [x|P]·[W|B]^T), or its
 sum with the weight is formed while packing, in the accumulation dtype and never rounded to the
 storage dtype (`merged`).
+
+A bfloat16 x or dY goes into the product as it is, two numbers at a time, where the processor has
+AVX512_BF16: then W is rounded to bfloat16, as torch does under autocast (`split` alone), and sums
+are float32.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,14 +50,21 @@ def out_of_reach(problem: Problem) -> bool:
 
 
 def preferred(problem: Problem) -> bool:
-    """Whether this backend is faster than plain torch: always.
+    """Whether this backend is faster than plain torch: always, but for bfloat16 beside a library
+    that has AMX for it.
 
-    Time over plain torch's, forward and backward, float32, two threads of an AMD EPYC with AVX-512,
-    weights of 0.1 to 6.5 million elements: 0.45 to 0.9 from 8 rows on, 0.6 to 1.0 for one row. In
-    bfloat16 it is several times as fast as a library without AMX. `python -m benchmarks.operators`
-    measures it anew.
+    Time over plain torch's, forward and backward, float32, two threads of an AMD EPYC, weights of
+    0.1 to 6.5 million elements: 0.45 to 0.9 from 8 rows on, 0.6 to 1.0 for one row. In bfloat16 it
+    multiplies with AVX512_BF16, as the library does, and takes 0.9 to 1.0 of plain torch's time;
+    without that the library is several times slower. AMX, which is several times as fast, was not
+    measured. `python -m benchmarks.operators` measures it anew.
     """
-    return True
+    return problem.compute_bytes != 2 or not _library_has_amx()
+
+
+@cache
+def _library_has_amx() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def excluded(problem: Problem, strategy: str) -> str | None:

@@ -24,6 +24,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 HERE_RUNS = {
+    "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
     "avx512": torch.cpu._is_avx512_supported,
     "avx2": torch.cpu._is_avx2_supported,
     "baseline": lambda: True,
@@ -80,6 +81,7 @@ def test_an_unknown_instruction_set_is_an_error():
     done = python("-c", CALLS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        f"{ISA_VARIABLE} must be avx512, avx2 or baseline and run on this processor, got {isa}"
+        f"{ISA_VARIABLE} must be avx512_bf16, avx512, avx2 or baseline "
+        f"and run on this processor, got {isa}"
         for isa in WRONG
     ]
