@@ -130,7 +130,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/pack.h", "thin_in + (k + i) * width", "thin_in + i * width"),
         # product.h, tiling.h: the main product's ranges, tiles and steps
         Fault("cpu/product.h", "k > 0 && r < count", "k == 0 && r < count"),
-        Fault("cpu/product.h", "k + kDepth >= w.inner && tail.data", "tail.data"),
+        Fault("cpu/product.h", "k + depth == w.inner && tail.data", "tail.data"),
         Fault("cpu/product.h", "k == 0 && bias != nullptr", "bias != nullptr"),
         Fault("cpu/product.h", "scratch + (first - begin) * w.inner", "scratch + first * w.inner"),
         Fault("cpu/product.h", "(begin + tile.first) * w.columns", "tile.first * w.columns"),
@@ -153,7 +153,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/forward.h", "make_p = args.p || !merge", "make_p = !merge"),
         Fault("cpu/forward.h", "make_p = args.p || !merge", "make_p = args.p ? true : false"),
         Fault("cpu/forward.h", "make_p || product.a_scratch != nullptr", "make_p"),
-        Fault("cpu/backward.h", "args.d_down || (args.dx && !merge)", "args.d_down"),
+        Fault("cpu/backward.h", "args.d_down || (args.dx && !merge)", "bool(args.d_down)"),
         Fault("cpu/backward.h", "width, s, n > 0);", "width, s, true);"),
         Fault("cpu/backward.h", "clear(memory.d_b_t, slot, args.N);", ""),
         Fault("cpu/backward.h", "for (int64_t slot = 0; slot", "for (int64_t slot = 1; slot"),
