@@ -132,7 +132,6 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/product.h", "k > 0 && r < count", "k == 0 && r < count"),
         Fault("cpu/product.h", "k + depth == w.inner && tail.data", "tail.data"),
         Fault("cpu/product.h", "k == 0 && bias != nullptr", "bias != nullptr"),
-        Fault("cpu/product.h", "scratch + (first - begin) * w.inner", "scratch + first * w.inner"),
         Fault("cpu/product.h", "(begin + tile.first) * w.columns", "tile.first * w.columns"),
         Fault("cpu/product.h", "out, begin + tile.first + row,", "out, tile.first + row,"),
         Fault("cpu/product.h", "std::min(M, begin + range_rows)", "begin + range_rows"),
