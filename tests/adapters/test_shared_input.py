@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import EFFT2, Adapter, attach
 from efft_kernels.ops import layer as ops_layer
+from efft_kernels.ops.shared_projection import SharedInput
 
 D = 12
 X = torch.linspace(-1, 1, 2 * 5 * D, dtype=torch.float64).sin().view(2, 5, D)
@@ -226,9 +227,29 @@ def test_checkpointed(models, use_reentrant):
     close(*results)
 
 
-def test_compiled(models):
+def test_compiled(models, shared_calls):
+    """Nothing is shared in a graph, which could not hold it under checkpointing."""
     results = []
     for model in models:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         results.append(torch.autograd.grad(compiled(X).tanh().sum(), factors(model)))
     close(*results)
+    assert not shared_calls
+
+
+def test_a_graph_leaves_what_is_shared_alone(monkeypatch):
+    """What an eager forward around it has opened, that forward closes."""
+    shared = SharedInput()
+    for compiling, opened in ((True, False), (False, True), (True, True), (False, True)):
+        monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda now=compiling: now)
+        shared.open(None, ())
+        assert shared.active is opened
+        assert shared.serves(X, "auto", "auto") is not compiling
+    held = shared.projection(X, torch.ones(D, 2, dtype=X.dtype))
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    shared.open(None, ())
+    shared.close(None, (), None)
+    assert shared.active and shared._held[2] is held
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: False)
+    shared.close(None, (), None)
+    assert not shared.active and shared._held is None
