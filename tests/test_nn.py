@@ -658,7 +658,9 @@ class TestFactorBank:
         adapter.bank.reset_parameters()
         assert not any(delta.any() for delta in adapter.delta_weights().values())
 
-    def test_in_a_graph_of_blocks_factors_are_found_by_their_place(self, make_vit, randomize):
+    def test_in_a_graph_of_blocks_factors_are_found_by_their_place(
+        self, make_vit, randomize, monkeypatch
+    ):
         adapter = attach(make_vit(), EFFT2(rank=3), targets=["attn.qkv", "mlp.fc2"])
         randomize(adapter)
         bank, site, asked = adapter.bank, "blocks.1.attn.qkv", []
@@ -671,12 +673,13 @@ class TestFactorBank:
 
         group.factors_at, group.factors = ask("place"), ask("name")
         for traced, kinds in ((False, ["place"]), (True, ["place", "name"])):
-            bank.joint_factors.traced = traced  # all blocks in one graph
+            # Whether all blocks are in one graph.
+            monkeypatch.setattr(type(bank.joint_factors), "traced", traced)
             for tensor, its in zip(bank.factors_in_graph(place, False), expected, strict=True):
                 torch.testing.assert_close(tensor, its)
             assert asked == kinds
         assert bank.calls._was_traced(site) and not bank.calls._was_traced("blocks.1.mlp.fc2")
-        bank.joint_factors.traced = False
+        monkeypatch.setattr(type(bank.joint_factors), "traced", False)
         found["place"] = lambda *of: None  # as where the cores are elsewhere
         assert torch.equal(bank.factors_in_graph(place, False).down, expected.down)
         assert asked[2:] == ["place", "name"]

@@ -14,9 +14,11 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
 from .base import FactorGroup, Factors
 
@@ -60,15 +62,30 @@ class _Held:
         )
 
 
-class JointFactors:
-    """The factors of whole groups, between `open` and `close`.
+_traced: WeakSet[TracingContext] = WeakSet()  # the traces that a model's own forward is part of
 
-    Attributes:
-        traced: whether the model's own forward is being traced, into a graph for all blocks.
-    """
+
+def _note_traced() -> None:
+    """Called while a model's own forward is traced. Kept beside the trace: a graph under activation
+    checkpointing may write to no object that was there before."""
+    context = TracingContext.try_get()
+    if context is not None:
+        _traced.add(context)
+
+
+def _is_noted() -> bool:
+    return TracingContext.try_get() in _traced
+
+
+# As torch.compiler.assume_constant_result does, without importing Dynamo.
+_note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_noted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class JointFactors:
+    """The factors of whole groups, between `open` and `close`."""
 
     def __init__(self) -> None:
-        self.traced = False
         # One attribute, so that a thread never takes what another one's forward holds.
         self._now: tuple[object, dict[tuple[FactorGroup, bool], _Held]] | None = None
 
@@ -91,13 +108,21 @@ class JointFactors:
 
     def open(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
-        self._now = None if torch.compiler.is_compiling() else (_circumstances(), {})
-        self.traced = torch.compiler.is_dynamo_compiling()
+        if torch.compiler.is_dynamo_compiling():
+            _note_traced()
+        else:
+            self._now = None if torch.compiler.is_compiling() else (_circumstances(), {})
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model; runs after an exception too."""
-        self._now = None
-        self.traced = False
+        if not torch.compiler.is_dynamo_compiling():
+            self._now = None
+
+    @property
+    def traced(self) -> bool:
+        """Whether a graph is being traced that a model's own forward is part of, with all its
+        blocks."""
+        return _is_noted()
 
     def get(self, group: FactorGroup, site: str, dropout: bool) -> Factors | None:
         """The operands for one site, or None where it should ask the group for its own.

@@ -165,3 +165,18 @@ def _sharing(model):
     found = [m for m in model.modules() if getattr(m, "shared_input", None) is not None]
     assert len(found) == 3 * len(model.layers)
     return found
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_model_inside_a_checkpoint(make_vit, randomize):
+    """In one graph, which still takes slices of the cores, as for all blocks at once."""
+    model = make_vit(dtype=torch.float64)
+    randomize(attach(model, EFFT2(rank=2, dropout=0.0), strict=True))
+    backend = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(
+        lambda x: checkpoint(model, x, use_reentrant=False), fullgraph=True, backend=backend
+    )
+    equal(gradients(model, run), gradients(model, model))
+    (graph,) = backend.graphs
+    targets = [str(n.target) for m in graph.modules() for n in m.graph.nodes]
+    assert "linear" in " ".join(targets) and "index_select" not in targets

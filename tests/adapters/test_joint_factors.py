@@ -13,6 +13,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._guards import TracingContext, tracing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -940,6 +941,21 @@ def test_nothing_is_traced_before_a_forward_and_after_it(models, images, compile
     run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     run(images)
     assert model.factor_bank.joint_factors.traced is False
+
+
+def test_a_trace_is_told_by_itself_of_the_models_forward(models, monkeypatch):
+    """The model's objects stay as they are, and another trace does not know of it."""
+    held = models()[0].factor_bank.joint_factors
+    held._now = now = object()
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    with tracing(TracingContext(None)):
+        assert held.traced is False
+        held.open(None, ())
+        assert held.traced is True
+        held.close(None, (), None)
+        with tracing(TracingContext(None)):
+            assert held.traced is False
+    assert vars(held) == {"_now": now}
 
 
 def test_streams_are_those_of_a_groups_first_parameter(monkeypatch):
