@@ -4,8 +4,7 @@ Separate query, key and value linears of one aggregated group read the same x, w
 fused qkv. The first of them to see x projects it and the others take the result. What is shared
 lives only while the attention module's own forward runs: hooks on that module open and close it.
 A graph of torch.compile shares nothing: under activation checkpointing it may write to no object
-that was there before. Nothing is lost: on a CPU a compiled step of four layers of ViT-S over 8
-images took 0.61 s with linears that each make their own P, and 0.63 s with one P for three.
+that was there before.
 
 With B = stack_g up[g]·core[g]^T and dY = dL/dy:
 
