@@ -141,7 +141,8 @@ void backward(const Backward& args) {
   });
 
   product.each_range([&](int64_t begin, int64_t end) {
-    parallel_each(args.slots, [&](int64_t slot) {
+    const bool before = make_s || memory.d_b_t != nullptr || product.a_scratch != nullptr;
+    parallel_each(before ? args.slots : 0, [&](int64_t slot) {
       each_block(begin, end, slot, args.slots, product.block_rows,
                  [&](int64_t first, int64_t rows) {
                    const Rows<T> dy = product.load(slot, begin, first, rows);
@@ -149,7 +150,7 @@ void backward(const Backward& args) {
                    thin_products(args, memory, slot, first, rows, dy, s);
                  });
     });
-    if (args.dx) product.run(begin, end, [&](int64_t) { return TailOfRows<T>{tail, end}; });
+    if (args.dx) product.run(begin, end, [&](int64_t) { return TailOfRows<T>{tail, end - begin}; });
   });
 
   reduce_slots<T>({{memory.d_down_t, memory.d_down, memory.d_down == nullptr ? 0 : args.K},

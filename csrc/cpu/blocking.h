@@ -13,11 +13,15 @@ namespace efft_kernels::cpu::EFFT_ISA {
 constexpr int64_t kDepth = kChain;
 template <class T>
 constexpr int64_t kPanel = kVectors * kLanes<T>;
-// Panels of a tile of `out`, at most: a packed step of them, 384 × 192 floats, stays in a
-// second-level cache. They read the same rows of `a`, which are in the first.
+// Panels of a tile of `out`, at most: a packed step of them, 384 × 192 floats (AVX-512), 384 × 96
+// (AVX2) or 128 × 128 (the baseline, whose panels are narrow), stays in a second-level cache. They
+// read the same rows of `a`, which are in the first.
 constexpr int64_t kTilePanels = EFFT_VECTOR_BYTES == 16 ? 16 : 4;
 // Rows of a tile, at most: with more, its part of `out` pushes the packed step out.
 constexpr int64_t kTileRows = 400;
+// Rows of a range, at most, and more where there are more threads: they are read from the
+// last-level cache for most of the tiles. Numbers of a range that is copied.
+constexpr int64_t kRangeRows = 2048, kRangeRowsPerThread = 256, kRangeNumbers = int64_t{1} << 24;
 // Rows of a block of the thin products, which read it more than once.
 constexpr int64_t kBlockRows = 200;
 // Numbers of such a block where its rows are made for it.

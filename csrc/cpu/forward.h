@@ -45,7 +45,8 @@ void forward(const Forward& args) {
                    if (args.p) write_padded(args.p, first, rows, Ra, p, width);
                  });
     });
-    product.run(begin, end, [&](int64_t) { return TailOfRows<T>{merge ? Tail<T>{} : tail, end}; });
+    product.run(begin, end,
+                [&](int64_t) { return TailOfRows<T>{merge ? Tail<T>{} : tail, end - begin}; });
   });
 }
 

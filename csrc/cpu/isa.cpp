@@ -47,7 +47,8 @@ void* workspace(int64_t bytes) {
     memory.reset(std::aligned_alloc(kHugePage, rounded));
     if (memory == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-    // A request that may be refused: the panels of a weight lie on hundreds of small pages.
+    // A request that may be refused: these parts are read over and over from hundreds of small
+    // pages.
     madvise(memory.get(), rounded, MADV_HUGEPAGE);
 #endif
     held = rounded;

@@ -31,7 +31,8 @@ struct Factors {
 // y = x·W^T + bias + P·B^T, P = x·down, B = stack_g up[g]·core[g]^T.
 //
 //   kSplit   [x|P]·[W|B]^T: r more steps of the inner loop for every row of x
-//   kMerged  W + B·down^T, formed while W is packed: r steps for every row of W
+//   kMerged  W + B·down^T, formed while W is packed: r steps for every row of W, for each tile's
+//   rows
 struct Forward {
   int64_t M = 0, N = 0, K = 0;
   Matrix x;       // [M, K]

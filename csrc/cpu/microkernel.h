@@ -45,29 +45,14 @@ EFFT_INLINE void step(Vec<Sum<E>> (&acc)[ROWS][VECTORS], const Scalar<E>* a, int
 }
 
 // acc += a·b for a [ROWS, depth], its rows `row` apart, and b [depth, VECTORS·lanes], its rows ldb
-// apart. A block of few accumulators runs two sums at once, since one sum's additions would wait
-// for each other.
+// apart. The steps are summed one after another whatever the block's size, so that a row's result
+// does not depend on the rows beside it.
 template <class E, int ROWS, int VECTORS>
 EFFT_INLINE void accumulate(Vec<Sum<E>> (&acc)[ROWS][VECTORS], const Scalar<E>* a, int64_t row,
                             const E* b, int64_t ldb, int64_t depth) {
-  constexpr int64_t numbers = Element<E>::kNumbers;
-  if constexpr (2 * ROWS * VECTORS <= kAccumulators) {
-    Vec<Sum<E>> odd[ROWS][VECTORS] = {};
-    for (; depth >= 2; depth -= 2) {
-      step<E, ROWS, VECTORS>(acc, a, row, b);
-      step<E, ROWS, VECTORS>(odd, a + numbers, row, b + ldb);
-      a += 2 * numbers;
-      b += 2 * ldb;
-    }
-#pragma GCC unroll 32
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] += odd[i][j];
-    }
-  }
   for (; depth > 0; --depth) {
     step<E, ROWS, VECTORS>(acc, a, row, b);
-    a += numbers;
+    a += Element<E>::kNumbers;
     b += ldb;
   }
 }

@@ -110,8 +110,9 @@ struct FactorTensors {
 
 int64_t threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
 
-// Parts of the rows, each with partial sums of its own, which take time to add up: a multiple of
-// the threads, and four where the rows suffice for parts of 48.
+// Parts of the rows, each with partial sums of its own, which take time to add up: where the rows
+// suffice for parts of 48, a multiple of the threads, at least four; else parts of 16, at most one
+// a thread.
 int64_t slots_for(int64_t rows) {
   const int64_t at_once = threads();
   const int64_t most = (std::max<int64_t>(at_once, 4) + at_once - 1) / at_once * at_once;

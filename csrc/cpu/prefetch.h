@@ -9,7 +9,7 @@ namespace efft_kernels::cpu::EFFT_ISA {
 constexpr int64_t kCacheLine = 64;
 // Steps of the inner dimension between two prefetches.
 constexpr int64_t kPrefetchInterval = 8;
-// Rows between a load and its prefetch where each row of a transposed operand is on another line.
+// Rows between a load and its prefetch where each row of an operand is on other lines.
 constexpr int64_t kPrefetchRows = 8;
 
 // The cache lines of some rows, prefetched a few at a time.

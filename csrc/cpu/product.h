@@ -7,7 +7,10 @@
 // The rows are taken in ranges. In each, the caller first makes thin = a·thin_in, and what else
 // reads `a`, in blocks of rows; then follow the tiles of `out`. A thread packs the part of w that
 // a tile reads, a step of kDepth rows at a time, into memory that stays in its cache, and
-// prefetches the next part meanwhile: so w is read once and never written.
+// prefetches the next part meanwhile: so w is read once for the rows of a tile, and not written.
+//
+// Numbers are summed in the same order in every block, so a row of `out` has the same bits whatever
+// rows are beside it and however many threads there are.
 #pragma once
 
 #include "pack.h"
@@ -16,7 +19,7 @@
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
-// Rows up to `end` of a range have the same thin_out, in panels.
+// Rows of a range up to its row `end` have the same thin_out, in panels.
 template <class T>
 struct TailOfRows {
   Tail<T> tail;
@@ -46,8 +49,9 @@ struct Product {
   T* bias_memory = nullptr;         // [padded columns]
   T* a_scratch = nullptr;  // [range_rows or slots·block_rows, inner], where `a` is not stored in T
   T* thin = nullptr;       // [range_rows, width]
-  T* packed = nullptr;     // [threads, kDepth, kTilePanels·kPanel], of Pairs where `in_pairs`
-  T* out_scratch = nullptr;  // [threads, kTileRows, kTilePanels·kPanel], where `out` is not in T
+  int64_t packed_size = 0, out_size = 0;
+  T* packed = nullptr;       // [threads, packed_size]: a step of a tile, of Pairs where `in_pairs`
+  T* out_scratch = nullptr;  // [threads, out_size]: a tile of `out`, where it is not stored in T
 
   static constexpr int64_t kTileColumns = kTilePanels * kPanel<T>;
 
@@ -62,8 +66,10 @@ struct Product {
         threads(threads),
         in_pairs(kPairs && std::is_same_v<T, float> && a.dtype == DType::kBFloat16 &&
                  a.column_stride == 1 && w.in_pairs() && !merged) {
-    // A range's rows are read from the last-level cache for most of the tiles.
-    const int64_t limit = std::max<int64_t>(2048, 256 * threads);
+    int64_t limit = std::max(kRangeRows, kRangeRowsPerThread * threads);
+    if (!is_direct<T>(a) && !in_pairs) {
+      limit = std::min(limit, std::max(kRangeRows / 2, kRangeNumbers / inner));
+    }
     const int64_t ranges = std::max<int64_t>((M + limit - 1) / limit, 1);
     range_rows = round_up((M + ranges - 1) / ranges, kRows);
     if (in_pairs) {
@@ -76,9 +82,13 @@ struct Product {
     }
     thin = arena.take(range_rows * width);
     if (!out) return;
-    bias_memory = arena.take(round_up(columns, kLanes<T>));
-    packed = arena.take(threads * kDepth * kTileColumns);
-    if (!is_direct<T>(out)) out_scratch = arena.take(threads * kTileRows * kTileColumns);
+    const int64_t padded = round_up(columns, kLanes<T>);
+    const int64_t tile_columns = std::min(kTileColumns, padded);
+    bias_memory = arena.take(padded);
+    packed_size = std::min(kDepth, inner) * tile_columns;
+    packed = arena.take(threads * packed_size);
+    out_size = std::min(kTileRows, range_rows) * tile_columns;
+    if (!is_direct<T>(out)) out_scratch = arena.take(threads * out_size);
   }
 
   void read_bias(const Matrix& from) {
@@ -106,8 +116,8 @@ struct Product {
   // `thin` of row `first` of the range that starts at `begin`.
   T* thin_of(int64_t begin, int64_t first) const { return thin + (first - begin) * width; }
 
-  // The range's rows of `out`. tail_of(row) is the TailOfRows of a row of the range; a tail without
-  // data adds nothing.
+  // Rows begin .. end of `out`, the range that was loaded. Tiles and tail_of count rows from its
+  // first: tail_of(row) is that row's TailOfRows; a tail without data adds nothing.
   template <class TailOf>
   void run(int64_t begin, int64_t end, const TailOf& tail_of) const {
     if constexpr (kPairs && std::is_same_v<T, float>) {
@@ -127,7 +137,7 @@ struct Product {
     const Tiling<T> tiles(end - begin, w.columns, threads);
     std::atomic<int64_t> next{0};
     parallel_each(std::min(threads, tiles.count()), [&](int64_t worker) {
-      E* const memory = reinterpret_cast<E*>(packed + worker * kDepth * kTileColumns);
+      E* const memory = reinterpret_cast<E*>(packed + worker * packed_size);
       int64_t i = next.fetch_add(1);
       while (i < tiles.count()) {
         const Tile tile = tiles[i];
@@ -140,7 +150,7 @@ struct Product {
           T* data = static_cast<T*>(out.data) + (begin + tile.first) * w.columns + tile.column;
           run_tile<E>(tile, rows, tail_of, {data, w.columns, false}, memory, following);
         } else {
-          T* data = out_scratch + worker * kTileRows * kTileColumns;
+          T* data = out_scratch + worker * out_size;
           run_tile<E>(tile, rows, tail_of, {data, tile.across, true}, memory, following);
           for (int64_t row = 0; row < tile.rows; ++row) {
             write_row(out, begin + tile.first + row, tile.column, data + row * tile.across,

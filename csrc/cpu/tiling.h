@@ -48,7 +48,7 @@ class Tiling {
   }
 
  private:
-  static constexpr int64_t kPacking = 24;
+  static constexpr int64_t kPacking = 24;  // measured on an AMD EPYC
 
   int64_t rows_, padded_;
   int64_t height_ = 0, across_ = 0;  // of a tile that is not at the edge

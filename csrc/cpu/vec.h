@@ -24,8 +24,6 @@ constexpr int64_t kLanes = EFFT_VECTOR_BYTES / sizeof(T);
 // Rows and vectors of the register block of the main product.
 constexpr int kRows = EFFT_ROWS;
 constexpr int kVectors = EFFT_VECTORS;
-// Vectors of accumulators that a block may hold.
-constexpr int kAccumulators = kRows * kVectors;
 
 template <class T>
 EFFT_INLINE Vec<T> load(const T* p) {

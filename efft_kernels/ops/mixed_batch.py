@@ -1,7 +1,7 @@
 """The operator with many factors: every item of a batch with those of its own task.
 
 y[i] = x[i]·W^T + bias + x[i]·down[t]·b[t]^T for item i of task t = task_of_item[i]: the frozen
-product runs once over the whole batch, and the base weight is read once.
+product runs once over the whole batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def tasks_linear(
         down: [tasks, K, Ra].
         b: [tasks, N, Ra], the fold of core and up.
         task_of_item: [items], int64 in [0, tasks).
-        backend: as in `low_rank_linear`; 'cpp' is one pass over x, all others two batched products
+        backend: as in `low_rank_linear`; 'cpp' is one operator, all others two batched products
             on top of the library's.
 
     Returns:

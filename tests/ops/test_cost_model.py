@@ -267,7 +267,7 @@ def test_arithmetic_on_a_cpu(wb, b):
     problem = Problem(M, K, N, 1, r, True, wb, b, "cpu")
     product = 2 * M * N * K
     pack = ("pack", 0, N * K * wb, 0)
-    gemm = ("gemm", product, b * (M * (N + K) + N * K), 0)
+    gemm = ("gemm", product, b * M * (N + K), 0)
     merge = ("merge", 3 * 2 * N * K * r, 0, 0)  # in each of three tiles' rows
 
     def thin(columns):
@@ -286,7 +286,7 @@ def test_arithmetic_on_a_cpu(wb, b):
     assert found(cpp_backend, "merged", backward=True) == [pack, merge, gemm, thin(N), *tall]
 
     def library(columns):
-        return ("library gemm", product, gemm[2], b * M * columns)
+        return ("library gemm", product, b * (M * (N + K) + N * K), b * M * columns)
 
     def pass_over(columns):
         return ("thin product", 2 * M * columns * r, b * M * columns, 0)
@@ -649,11 +649,14 @@ def test_under_autocast_cuda_casts_and_computes_p_in_the_loop(sizes):
 
 @pytest.mark.parametrize("amx", [False, True])
 def test_the_cpp_kernels_are_preferred_at_every_size(amx, monkeypatch):
-    """But in bfloat16 beside a library with AMX, which multiplies several times as fast."""
+    """But for one row of a large weight, and in bfloat16 beside a library with AMX."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     cpp_backend._library_has_amx.cache_clear()
-    large = cost_model.Problem(1, 1280, 5120, 1, 16, True, 4, 4, "cpu")
+    large = cost_model.Problem(2, 1280, 5120, 1, 16, True, 4, 4, "cpu")
     assert cpp_backend.preferred(large)
+    assert not cpp_backend.preferred(large._replace(M=1))
+    assert not cpp_backend.preferred(large._replace(M=1, K=1024, N=1025))
+    assert cpp_backend.preferred(large._replace(M=1, K=1024, N=1024))
     assert cpp_backend.preferred(large._replace(M=10**6, K=1, N=1, compute_bytes=8))
     assert cpp_backend.preferred(large._replace(compute_bytes=2)) is not amx
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)

@@ -76,6 +76,18 @@ def test_operands_of_any_strides(backend):
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(bool(native_library.not_built("_native")), reason="not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 9, 50, 197])
+def test_an_item_has_the_same_bits_wherever_it_is(rows, dtype):
+    x, weight, bias, down, b, _ = operands(1, rows, 400, 101, 2, 16, dtype)
+    index = torch.zeros(1000 // rows, dtype=torch.int64)
+    same = x.expand(len(index), -1, -1)
+    y = tasks_linear(same, weight, bias, down, b, index, backend="cpp")
+    assert torch.equal(y, y[:1].expand_as(y))
+    assert torch.equal(y[:1], tasks_linear(x, weight, bias, down, b, index[:1], backend="cpp"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_budget(dtype, backend):

@@ -50,16 +50,19 @@ def out_of_reach(problem: Problem) -> bool:
 
 
 def preferred(problem: Problem) -> bool:
-    """Whether this backend is faster than plain torch: always, but for bfloat16 beside a library
-    that has AMX for it.
+    """Whether this backend is faster than plain torch: always, but for one row of a large weight,
+    and for bfloat16 beside a library that has AMX for it.
 
     Time over plain torch's, forward and backward, float32, two threads of an AMD EPYC, weights of
-    0.1 to 6.5 million elements: 0.45 to 0.9 from 8 rows on, 0.6 to 1.0 for one row. In bfloat16 it
+    0.1 to 6.5 million elements: 0.45 to 0.9 from 8 rows on. One row takes 0.6 to 1.0 where the
+    weight comes from memory, and up to twice as long where it is in cache. In bfloat16 it
     multiplies with AVX512_BF16, as the library does, and takes 0.9 to 1.0 of plain torch's time;
     without that the library is several times slower. AMX, which is several times as fast, was not
     measured. `python -m benchmarks.operators` measures it anew.
     """
-    return problem.compute_bytes != 2 or not _library_has_amx()
+    if problem.compute_bytes == 2:
+        return not _library_has_amx()
+    return problem.M > 1 or problem.N * problem.K <= 1 << 20
 
 
 @cache
@@ -82,7 +85,7 @@ def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:
     b = problem.compute_bytes
     inner, columns = (N, K) if problem.backward else (K, N)
     pack = Launch("pack", 0, N * K * problem.weight_bytes)
-    library = Launch("gemm", 2 * M * N * K, (M * (N + K) + N * K) * b)
+    library = Launch("gemm", 2 * M * N * K, M * (N + K) * b)
     thin = [Launch("thin", 2 * M * inner * r, 0)]
     if problem.backward:
         thin += [Launch("tall", 2 * M * N * r, 0), Launch("tall", 2 * M * K * r, M * K * b)]

@@ -210,3 +210,16 @@ def test_one_backend_for_every_caller(strategy):
     y.backward(t["dy"])
     assert torch.equal(y, right["y"]) and torch.equal(leaves["x"].grad, right["dx"])
     assert all(torch.equal(leaves[name].grad, right[f"d_{name}"]) for name in FACTORS)
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[2]], ids=name_of)
+def test_a_row_has_the_same_bits_in_every_batch(dtypes, strategy, threads):
+    """y, P and dX are summed in the same order whatever rows are beside a row."""
+    shape = Shape(M=TILE_ROWS + 77, K=DEPTH + 20, n=67, G=3, Ra=16, Rb=5)
+    t = cast(reals(shape), *dtypes)
+    right = both(t, t["dy"], strategy)
+    for first, rows in ((0, 1), (0, 9), (3, 13), (BLOCK_ROWS - 3, 50), (TILE_ROWS - 5, 82)):
+        some = {name: t[name][first : first + rows] for name in ("x", "dy")}
+        found = both(t | some, some["dy"], strategy)
+        for name in ("y", "p", "dx"):
+            assert torch.equal(found[name], right[name][first : first + rows]), (name, first)
