@@ -51,8 +51,8 @@ def low_rank_linear_with_dropout(
             1 / (1 - p).
         backend: as in `low_rank_linear`. A compiled backend makes x·weight^T, x·down and dY·weight;
             the mask stands between its thin products, so the others are torch's. 'auto' takes one
-            for bfloat16 on the CPU, where it is faster than a library without AMX, and library
-            GEMMs elsewhere. 'reference' keeps the mask and leaves the gradients to torch.
+            on the CPU, where it is faster than the library, and library GEMMs elsewhere.
+            'reference' keeps the mask and leaves the gradients to torch.
         source: what the backward makes x from; None where it keeps x.
 
     Returns:
@@ -79,7 +79,7 @@ def low_rank_linear_with_dropout(
     if transformed or backend == "reference":
         y = _reference(flat, weight, bias, down, core, up, seed, p)
     else:
-        if backend == "auto" and not (flat.device.type == "cpu" and flat.dtype == torch.bfloat16):
+        if backend == "auto" and flat.device.type != "cpu":
             backend = "torch"
         y = _LowRankLinearWithDropout.apply(
             flat, weight, bias, down, core, up, seed, p, backend, source

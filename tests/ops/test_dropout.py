@@ -747,10 +747,12 @@ class TestBackends:
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name].double(), tensor, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("preferred", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_compiled_backend_makes_the_large_products(self, dtype, monkeypatch):
-        """Of a backend asked for by name, and by itself where the library is slow."""
+    def test_a_compiled_backend_makes_the_large_products(self, dtype, preferred, monkeypatch):
+        """Of a backend asked for by name, and by itself where the library is slower."""
         needs_backend("cpp")
+        monkeypatch.setattr(cpp_backend, "preferred", lambda problem: preferred)
         called = []
         for name in ("forward", "backward"):
             real = getattr(cpp_backend, name)
@@ -765,7 +767,7 @@ class TestBackends:
         low_rank_linear_with_dropout(**t, p=0.5, backend="cpp").sum().backward()
         assert called == ["forward", "backward"]
         low_rank_linear_with_dropout(**t, p=0.5).sum().backward()
-        assert len(called) == (4 if dtype == torch.bfloat16 else 2)
+        assert len(called) == (4 if preferred else 2)
 
     @pytest.mark.parametrize("backend", ["cpp", "triton", "cuda"])
     def test_what_cannot_run_is_named(self, backend):
