@@ -343,7 +343,7 @@ def short_summary(whole: Sequence[Row], steps: Sequence[Row]) -> str:
     on_cpu = [
         group
         for key, group in timed_groups(whole).items()
-        if is_cpu(key[0]) and key[1] == SHOWN_ON_CPU
+        if is_cpu(key[0]) and key[1:3] == (SHOWN_ON_CPU, "float32")
     ]
     cpu = max(on_cpu, key=lambda group: max(row["timestamp"] for row in group))
     last = max(steps, key=lambda row: str(row["timestamp"]))["device"]

@@ -207,6 +207,21 @@ def test_pages_show_what_the_csvs_give() -> None:
         assert tables.with_section(page, section) == page, f"{path.name} is stale: `make tables`"
 
 
+def test_readme_shows_float32_on_a_cpu() -> None:
+    """Whatever dtype was measured last."""
+    whole, steps = map(csv_rows.read_rows, (csv_rows.WHOLE_MODEL_CSV, csv_rows.STEP_CSV))
+    later = [
+        row
+        | {
+            "dtype": "bfloat16",
+            "ratio_to_floor": "9.99",
+            "timestamp": "2999" + row["timestamp"][4:],
+        }
+        for row in whole
+    ]
+    assert tables.short_summary([*whole, *later], steps) == tables.short_summary(whole, steps)
+
+
 def test_pictures_come_from_rows_alone(
     tmp_path: Path, whole: list[dict[str, Any]], operators: list[dict[str, Any]]
 ) -> None:
