@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
 
+from .. import functions
 from .base import FactorGroup, Factors
 
 Compute = Callable[..., tuple[Tensor, ...]]
@@ -223,7 +224,7 @@ def keep_graph(compute: Compute, *inputs: Tensor) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
             return compute(*inputs)
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            return _KeptGraph.apply(compute, *inputs)  # type: ignore[no-any-return]
+            return functions.apply(_KeptGraph, compute, *inputs)  # type: ignore[no-any-return]
         return compute(*inputs)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
+from .. import functions
 from . import chain_passes
 from .backends.chain_steps import Norm, TorchSteps, aten
 from .backends.fallback import too_old
@@ -225,7 +226,7 @@ def run_stacks(x: Tensor, frozen: Frozen, factors: Sequence[Tensor], engine: Eng
         frozen, factors: what `scaled` returns, the factors being differentiable.
         engine: what it runs with.
     """
-    return _Chain.apply(x, *factors, frozen, engine)  # type: ignore[no-any-return]
+    return functions.apply(_Chain, x, *factors, frozen, engine)  # type: ignore[no-any-return]
 
 
 class _Chain(torch.autograd.Function):

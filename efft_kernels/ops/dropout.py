@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import functions
 from . import checks, dispatch, reference
 from .backends.torch_backend import mm_into, thin_grad
 from .dropout_mask import keep_mask, new_seed
@@ -81,8 +82,8 @@ def low_rank_linear_with_dropout(
     else:
         if backend == "auto" and flat.device.type != "cpu":
             backend = "torch"
-        y = _LowRankLinearWithDropout.apply(
-            flat, weight, bias, down, core, up, seed, p, backend, source
+        y = functions.apply(
+            _LowRankLinearWithDropout, flat, weight, bias, down, core, up, seed, p, backend, source
         )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])
 

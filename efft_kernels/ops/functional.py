@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import register_decomposition
 
+from .. import functions
 from . import checks, dispatch, eager_entry, reference
 from .backends.torch_backend import backward as backward_in_torch
 from .backends.torch_backend import fold
@@ -114,7 +115,9 @@ def run(
         or (core is not None and core.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        y = _LowRankLinear.apply(flat, weight, bias, down, core, up, backend, strategy, source)
+        y = functions.apply(
+            _LowRankLinear, flat, weight, bias, down, core, up, backend, strategy, source
+        )
     else:
         y, _ = torch.ops.efft_kernels.low_rank_linear_fwd(
             flat, weight, bias, down, core, up, False, backend, strategy

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import functions
 from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
 from .checks import autocast_enabled, to_autocast_dtype, without_autocast
 from .dispatch import requested_backend
@@ -98,7 +99,7 @@ def project(x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
     x = to_autocast_dtype(x)
     if source is None:
         return torch.matmul(x, down.to(x.dtype))
-    p: Tensor = _Projection.apply(x.reshape(-1, x.shape[-1]), down, source)
+    p: Tensor = functions.apply(_Projection, x.reshape(-1, x.shape[-1]), down, source)
     return p.view(*x.shape[:-1], down.shape[1])
 
 
@@ -144,7 +145,9 @@ def linear_plus_projected(
         [..., N] in p's dtype.
     """
     flat = x.reshape(-1, x.shape[-1]).to(p.dtype)
-    y = _LinearPlusProjected.apply(flat, weight, bias, p.reshape(-1, p.shape[-1]), core, up)
+    y = functions.apply(
+        _LinearPlusProjected, flat, weight, bias, p.reshape(-1, p.shape[-1]), core, up
+    )
     return y.reshape(*x.shape[:-1], y.shape[1])
 
 
