@@ -110,6 +110,11 @@ struct FactorTensors {
 
 int64_t threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
 
+// For the tiles of a product: waking a thread takes as long as 2^16 multiplications.
+int64_t threads_for(int64_t M, int64_t inner, int64_t columns) {
+  return std::clamp<int64_t>(M * inner * columns >> 16, 1, threads());
+}
+
 // Parts of the rows, each with partial sums of its own, which take time to add up: where the rows
 // suffice for parts of 48, a multiple of the threads, at least four; else parts of 16, at most one
 // a thread.
@@ -157,7 +162,7 @@ std::tuple<Tensor, Tensor> native_fwd(Tensor x, Tensor weight, std::optional<Ten
   if (save_p) args.p = matrix_of(p);
   args.strategy = strategy_of(strategy);
   args.slots = slots_for(args.M);
-  args.threads = threads();
+  args.threads = threads_for(args.M, args.K, args.N);
   kernels().forward(args, x.scalar_type() == ScalarType::Double);
   return {y, p};
 }
@@ -250,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(
     if (need_up) args.d_up = matrix_of(d_up);
     args.strategy = strategy_of(strategy);
     args.slots = slots_for(args.M);
-    args.threads = threads();
+    args.threads = threads_for(args.M, args.N, args.K);
     kernels().backward(args, dy.scalar_type() == ScalarType::Double);
   }
   const auto handed_over = [](const Tensor& gradient, const Tensor& like) {
@@ -322,7 +327,7 @@ Tensor native_tasks_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
   args.b = matrix_of(folded);
   args.y = matrix_of(y);
   args.slots = slots_for(args.items * args.rows);
-  args.threads = threads();
+  args.threads = threads_for(args.items * args.rows, args.K, args.N);
   kernels().mixed_batch_forward(args, x.scalar_type() == ScalarType::Double);
   return y;
 }

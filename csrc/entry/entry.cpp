@@ -208,9 +208,8 @@ OptionalTensor try_run(py::handle x_argument, py::handle weight, py::handle bias
   if (choice.native) t.x = with_contiguous_rows(t.x);
   const bool frozen_in_training = needs != 0 && !(needs & kNeedWeight);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  // Without it for every backend: torch takes the lock of each leaf here, and a thread that holds
-  // that lock may be waiting for the GIL (efft_kernels/functions.py).
-  const py::gil_scoped_release no_gil;
+  std::optional<py::gil_scoped_release> no_gil;
+  if (choice.native) no_gil.emplace();
   if (choice.cast_weight && frozen_in_training) t.weight = t.weight.to(t.x.scalar_type());
   Tensor y = needs == 0 ? std::get<0>(run_forward(choice, t, false))
                         : run_with_node(choice, t, needs, source);
