@@ -33,6 +33,8 @@ bench: $(STAMP) ## what the adapter costs on this CPU; let nothing else run
 	  --impl torch:auto cpp:auto auto peft --modes fwd+bwd --seconds 60
 	$(BIN)/python -m benchmarks.whole_model --models vit_tiny_patch16_224:8 vit_base_patch16_224:2 \
 	  swin_tiny_patch4_window7_224:4 vit_small_patch16_224:8 --seconds 20 --memory-batches 1 2 4
+	$(BIN)/python -m benchmarks.whole_model --models vit_tiny_patch16_224:8 vit_base_patch16_224:2 \
+	  swin_tiny_patch4_window7_224:4 vit_small_patch16_224:8 --memory-only
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.tables
 

@@ -170,9 +170,16 @@ def whole_model_summary(rows: Sequence[Row]) -> Lines:
 
 
 def memory_summary(rows: Sequence[Row]) -> Lines:
-    """One table per kind of CPU: a line per implementation, a column per model."""
+    """One table per kind of CPU: a line per implementation, a column per model.
+
+    Of rows without times: what was resident while times were taken was partly chance.
+    """
     groups: dict[str, dict[tuple[str, ...], dict[str, Row]]] = {}
-    measured = (r for r in rows if r["peak_mem_mb"] and r["saved_mib"] and is_cpu(r["device"]))
+    measured = (
+        r
+        for r in rows
+        if r["peak_mem_mb"] and r["saved_mib"] and not r["ms_p50"] and is_cpu(r["device"])
+    )
     for row in last_comparisons(measured, WHOLE_KEY):
         case = tuple(row[c] for c in ("model", "dtype", "batch", "r"))
         groups.setdefault(row["device"], {}).setdefault(case, {})[row["impl"]] = row

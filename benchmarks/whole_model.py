@@ -9,8 +9,10 @@ everywhere. The floor is the frozen backbone with the gradient flowing to its fi
 Before anything is timed, every implementation of a method has to match float64 in logits and in all
 factor gradients within twice the error of plain torch; one that does not gets no row. All are then
 timed in interleaved rounds, and the ratios to the floor are medians over the rounds. saved_mib is
-what autograd keeps for the backward, peak_mem_mb by how much a whole step raises what is resident.
---profile then says, in turn for all of them, which of torch's operators a step's time goes to.
+what autograd keeps for the backward. peak_mem_mb is by how much a whole step raises what is
+resident (on a GPU: allocated); on a CPU only --memory-only has it, without times, for it needs
+another malloc. --profile then says, in turn for all of them, which of torch's operators a step's
+time goes to.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from .lib.rows import (
     append_rows,
     provenance,
 )
-from .lib.timing import Timings, interleave, peak_mem_mb
+from .lib.timing import Timings, give_back_what_is_freed, interleave, peak_mem_mb
 from .peers import COMPILED, FLOOR, Peer
 
 # On two cores a step of each takes 0.2 to 2 s.
@@ -210,10 +212,12 @@ def bench_model(
     seconds: float = 60.0,
     fewest_rounds: int = 3,
     timed: bool = True,
+    resident: bool = False,
     profile: Path | None = None,
 ) -> list[Row]:
-    """Rows of one model: the floor first; without `timed` only what each needs of memory. With
-    `profile` each one's operators are appended to that CSV."""
+    """Rows of one model: the floor first; without `timed` only what each needs of memory, on a CPU
+    what is resident only with `resident`, in a process that has called `give_back_what_is_freed`.
+    With `profile` each one's operators are appended to that CSV."""
     base = make_base(name, device)
     batch = draw_batch(base, images, device)
     candidates = [peers.build(impl, base, rank) for impl in dict.fromkeys((FLOOR, *impls))]
@@ -239,7 +243,8 @@ def bench_model(
     steps = {peer.name: step_of(peer, *batch, amp) for peer in candidates}
     # The warm-up, too.
     losses = {impl: float(step()) for impl, step in steps.items()}
-    memory = {impl: peak_mem_mb(step, device == "cuda") for impl, step in steps.items()}
+    cuda = device == "cuda"
+    memory = {impl: peak_mem_mb(step, cuda) for impl, step in steps.items() if cuda or resident}
     timings = None
     if timed:
         timings = interleave(
@@ -344,6 +349,8 @@ def main() -> None:
     amp_name = arguments.amp or ("bfloat16" if arguments.device == "cuda" else "none")
     amp = None if amp_name == "none" else torch.bfloat16
     console = Console(width=None if sys.stdout.isatty() else 130)
+    if arguments.memory_only:
+        give_back_what_is_freed()
     for entry in arguments.models:
         name, _, images = entry.partition(":")
         rows = bench_model(
@@ -356,6 +363,7 @@ def main() -> None:
             compiled=() if arguments.compile is None else arguments.compile or COMPILABLE,
             seconds=arguments.seconds,
             timed=not arguments.memory_only,
+            resident=arguments.memory_only,
             profile=arguments.profile,
         )
         append_rows(arguments.out, WHOLE_MODEL_COLUMNS, rows)

@@ -6,7 +6,8 @@ Each is one changed expression in a copy of the project (tools/csrc_faults.py li
 test that is to notice each). Those of csrc/cuda go into the programs of tests/csrc/, which run on a
 plain CPU, the kernels on the model of a multiprocessor. Those of csrc/cpu and csrc/entry go into
 the library that the tests load: one file of it is compiled again without most optimisations, of the
-kernels for one instruction set. The sources themselves are not touched, and hold nothing for it.
+kernels for the fault's instruction set. What this processor cannot run is not tried, and counted as
+such. The sources themselves are not touched, and hold nothing for it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .csrc_faults import FAULTS, Fault
+import torch
+
+from .csrc_faults import FAULTS, PAIRS, Fault
 from .mutate import ROOT, append_score, present_commit
 
 BUILD = ROOT / "build" / "native"
 LIBRARIES = {"cpu": "_native", "entry": "_autograd"}  # by the folder of csrc
-INSTRUCTION_SET = "baseline"  # of csrc/cpu's kernels: compiled in 3 seconds, and runs everywhere
+RUNS_HERE = {"baseline": lambda: True, PAIRS: torch.cpu._is_avx512_bf16_supported}
 SECONDS = 900.0  # a fault may make a loop endless; a program is compiled in less
 
 
@@ -64,25 +68,34 @@ class Copy:
         )
         return {made.name: _Library(self.folder, made) for made in of_the_copy.libraries}
 
-    def noticed(self, fault: Fault | None, test: str) -> bool:
-        """Whether the test fails; without a fault, from libraries that were made in the same way.
+    def fails_without(self, faults: Iterable[Fault], test: str) -> bool:
+        """Whether the test fails with no fault, in libraries made as those with one are.
+
+        Raises:
+            RuntimeError: as `noticed`.
+        """
+        for isa in sorted({fault.isa for fault in faults}):
+            for unit in sorted({unit_of(fault) for fault in faults if fault.isa == isa}):
+                if library := self._library_of(unit):
+                    library.rebuild(unit, kept=True)
+            if self._fails(test, isa):
+                return True
+        return False
+
+    def noticed(self, fault: Fault, test: str) -> bool:
+        """Whether the test fails.
 
         Raises:
             RuntimeError: a source does not compile, which would tell nothing of the test; or there
                 is no such test.
         """
-        if fault is None:
-            for file in sorted({unit_of(fault.file) for fault in FAULTS[test]}):
-                if library := self._library_of(file):
-                    library.rebuild(file, kept=True)
-            return self._fails(test)
         path, library = self.folder / "csrc" / fault.file, self._library_of(fault.file)
         right = path.read_text()
         path.write_text(replaced(fault, right))
         try:
             if library:
-                library.rebuild(fault.file)
-            return self._fails(test)
+                library.rebuild(unit_of(fault))
+            return self._fails(test, fault.isa)
         finally:
             path.write_text(right)
             if library:
@@ -92,7 +105,7 @@ class Copy:
         name = LIBRARIES.get(folder_of(file))
         return None if name is None else self.libraries[name]
 
-    def _fails(self, test: str) -> bool:
+    def _fails(self, test: str, isa: str) -> bool:
         options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *arguments_of(test)],
@@ -101,7 +114,7 @@ class Copy:
             | {
                 "PYTHONPATH": str(self.folder),
                 "OMP_NUM_THREADS": "1",
-                "EFFT_KERNELS_CPU_ISA": INSTRUCTION_SET,
+                "EFFT_KERNELS_CPU_ISA": isa,
                 "TMPDIR": str(self.folder),
             },
             stdout=subprocess.PIPE,
@@ -134,9 +147,9 @@ class _Library:
             for item in self.made.objects
         }
 
-    def rebuild(self, file: str, kept: bool = False) -> None:
-        """Compile what a changed file is part of, and link. `kept`: for all links to come."""
-        unit = self.folder / "csrc" / unit_of(file)
+    def rebuild(self, name: str, kept: bool = False) -> None:
+        """Compile a file of csrc, and link. `kept`: for all links to come."""
+        unit = self.folder / "csrc" / name
         (command,) = (item.command for item in self.made.objects if item.source == unit)
         target = self.folder / f"{unit.stem}.{'right' if kept else 'wrong'}.o"
         if kept and self.objects[unit] == target:
@@ -172,10 +185,10 @@ def folder_of(file: str) -> str:
     return file.partition("/")[0]
 
 
-def unit_of(file: str) -> str:
-    """What is compiled for a file of csrc: itself, or the kernels that a header is part of."""
-    kernels = file.startswith("cpu/") and file.endswith(".h")
-    return f"cpu/isa_{INSTRUCTION_SET}.cpp" if kernels else file
+def unit_of(fault: Fault) -> str:
+    """What is compiled for it: the file itself, or the kernels that a header is part of."""
+    kernels = fault.file.startswith("cpu/") and fault.file.endswith(".h")
+    return f"cpu/isa_{fault.isa}.cpp" if kernels else fault.file
 
 
 def arguments_of(test: str) -> list[str]:
@@ -220,14 +233,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder).resolve())
         for test in options.only:
-            if copy.noticed(None, test):
+            here = [fault for fault in FAULTS[test] if RUNS_HERE[fault.isa]()]
+            if len(here) < len(FAULTS[test]):
+                print(f"not tried by {test}: {len(FAULTS[test]) - len(here)} that do not run here")
+            if copy.fails_without(here, test):
                 sys.exit(f"error: without a fault {test} fails")
-            for part, group in itertools.groupby(FAULTS[test], lambda fault: folder_of(fault.file)):
-                faults = list(group)
-                survivors = [fault for fault in faults if not copy.noticed(fault, test)]
-                for fault in survivors:
-                    print(f"passes: {fault.file}\n  - {fault.right}\n  + {fault.wrong}")
-                noticed = len(faults) - len(survivors)
+            for part, group in itertools.groupby(here, lambda fault: folder_of(fault.file)):
+                faults, noticed = list(group), 0
+                for fault in faults:
+                    if copy.noticed(fault, test):
+                        noticed += 1
+                    else:
+                        print(
+                            f"passes: {fault.file}\n  - {fault.right}\n  + {fault.wrong}",
+                            flush=True,
+                        )
                 name = f"csrc/{part} by {test if test.endswith('.py') else f'test_{test}'}"
                 print(f"{name}: {noticed} of {len(faults)}", flush=True)
                 if options.csv is not None:

@@ -95,6 +95,18 @@ def peak_mem_mb(call: Callable[[], object], cuda: bool) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def give_back_what_is_freed() -> None:
+    """From here on this process maps every block of 128 KiB or more for itself and unmaps it when
+    it is freed (glibc; a step is slower for it).
+
+    By default glibc raises that limit to the largest block ever freed, up to 32 MiB, and what a
+    step frees stays resident in the gaps of its heap: by chance 50 to 100 MiB more or less.
+    """
+    of_mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(of_mmap_threshold, 128 * 1024)
+
+
 def _peak_resident_mb(call: Callable[[], object]) -> float:
     """The same on a CPU, from a heap that has given back what it does not hold."""
     clear = Path("/proc/self/clear_refs")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +128,19 @@ def test_a_wrong_peer_gets_no_row(
         assert float(row["saved_mib"]) > 0 and int(row["rounds"]) >= 3
     assert float(rows[0]["ratio_to_floor"]) == 1.0
     assert float(rows[1]["err_ratio"]) <= 2
+
+
+def test_a_step_s_resident_memory_is_what_the_backward_keeps(tmp_path: Path) -> None:
+    out = tmp_path / "memory.csv"
+    command = [sys.executable, "-m", "benchmarks.whole_model", "--memory-only"]
+    command += ["--models", "vit_tiny_patch16_224:4", "--impls", "EFFT2", peers.PEFT_LORA]
+    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=600)
+    frozen, ours, peft = read_rows(out)
+    for row in (frozen, ours, peft):
+        assert not row["ms_p50"]
+        assert float(row["peak_mem_mb"]) == pytest.approx(float(row["saved_mib"]), rel=0.15)
+    assert float(ours["peak_mem_mb"]) <= 1.07 * float(frozen["peak_mem_mb"])
+    assert float(peft["peak_mem_mb"]) >= 1.4 * float(frozen["peak_mem_mb"])
 
 
 def test_gradients_are_ordered_by_name() -> None:

@@ -173,6 +173,13 @@ def test_a_gpu_s_rows_get_their_own_table(whole: list[dict[str, Any]]) -> None:
     assert "NVIDIA H200" in page and "| 99 |" in page and "not measured" in page
 
 
+def test_what_is_resident_is_of_rows_without_times(whole: list[dict[str, Any]]) -> None:
+    cpu = [row | {"peak_mem_mb": "77"} for row in whole if row["ms_p50"]]
+    assert cpu and tables.memory_summary(cpu) == []
+    untimed = [row | {"ms_p50": "", "saved_mib": "70"} for row in cpu]
+    assert "70 (1.00×), 77 (1.00×)" in "\n".join(tables.memory_summary([*untimed, *cpu]))
+
+
 def test_a_gpu_s_steps_are_a_table_with_a_column_for_every_mode() -> None:
     shared = dict.fromkeys(csv_rows.STEP_COLUMNS, "") | {
         "model": "vit_base_patch16_224", "dtype": "bfloat16 autocast", "frozen_dtype": "float32",

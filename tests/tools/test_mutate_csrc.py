@@ -19,6 +19,8 @@ def test_faults_and_their_tests_are_those_of_today(test: str) -> None:
     for fault in FAULTS[test]:
         source = (mutate_csrc.ROOT / "csrc" / fault.file).read_text()
         assert mutate_csrc.replaced(fault, source) != source
+        assert fault.isa in mutate_csrc.RUNS_HERE
+        assert (mutate_csrc.ROOT / "csrc" / mutate_csrc.unit_of(fault)).is_file()
     if test.endswith(".py"):
         assert (mutate_csrc.ROOT / "tests" / test).is_file()
     else:
@@ -59,12 +61,12 @@ def small_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mutate_csr
 
 
 def test_what_is_noticed(small_project: mutate_csrc.Copy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def noticed(fault: Fault | None) -> bool:
+    def noticed(fault: Fault) -> bool:
         found = small_project.noticed(fault, "ops/test_size.py")
         assert (small_project.folder / "csrc" / "cuda" / "size.h").read_text() == SIZE
         return found
 
-    assert not noticed(None)
+    assert not small_project.fails_without(FAULTS["ops/test_size.py"], "ops/test_size.py")
     assert noticed(Fault("cuda/size.h", "= 4", "= 5"))
     assert noticed(Fault("cuda/size.h", "4", "crash"))
     with pytest.raises(RuntimeError, match="unreadable"):
