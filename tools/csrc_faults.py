@@ -135,7 +135,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         # product.h, tiling.h: the main product's ranges, tiles and steps
         Fault("cpu/product.h", "k > 0 && r < count", "k == 0 && r < count"),
         Fault("cpu/product.h", "k + depth == w.inner && tail.data", "tail.data"),
-        Fault("cpu/product.h", "k == 0 && bias != nullptr", "bias != nullptr"),
+        Fault("cpu/microkernel.h", "bias != nullptr ? load", "false ? load"),
         Fault("cpu/product.h", "(begin + tile.first) * w.columns", "tile.first * w.columns"),
         Fault("cpu/product.h", "out, begin + tile.first + row,", "out, tile.first + row,"),
         Fault("cpu/product.h", "std::min(M, begin + range_rows)", "begin + range_rows"),
@@ -147,7 +147,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/pairs.h", "if (2 * i < across)", "if (i < across)", PAIRS),
         Fault("cpu/pairs.h", "n + i >= columns || across < 2 * lanes", "n + i >= columns", PAIRS),
         Fault("cpu/pairs.h", "row += 2 * w.row_stride;", "row += w.row_stride;", PAIRS),
-        Fault("cpu/pack.h", "DType::kFloat64 && inner % 2 == 0", "DType::kFloat64"),
+        Fault("cpu/pack.h", "DType::kFloat64 && inner % 2 == 0", "DType::kFloat64", PAIRS),
         Fault("cpu/product.h", "slot * block_rows : first", "slot : first", PAIRS),
         # factors.h: the fold and the chain rule through it
         Fault("cpu/factors.h", "to, g != set)", "to, false)"),

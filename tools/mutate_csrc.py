@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +37,10 @@ from .mutate import ROOT, append_score, present_commit
 BUILD = ROOT / "build" / "native"
 LIBRARIES = {"cpu": "_native", "entry": "_autograd"}  # by the folder of csrc
 RUNS_HERE = {"baseline": lambda: True, PAIRS: torch.cpu._is_avx512_bf16_supported}
-SECONDS = 900.0  # a fault may make a loop endless; a program is compiled in less
+SECONDS = 900.0  # that a test may take without a fault
+# A fault may make a loop endless: it has so many times as long as the test takes without, and these
+# seconds.
+TIMES, AT_LEAST = 5.0, 30.0
 
 
 class Copy:
@@ -44,6 +48,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.limits: dict[tuple[str, str], float] = {}  # seconds, by test and instruction set
         unwanted = shutil.ignore_patterns("__pycache__", "*.so")
         for name in ("csrc", "tests", "efft_kernels"):
             shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
@@ -78,8 +83,10 @@ class Copy:
             for unit in sorted({unit_of(fault) for fault in faults if fault.isa == isa}):
                 if library := self._library_of(unit):
                     library.rebuild(unit, kept=True)
+            start = time.monotonic()
             if self._fails(test, isa):
                 return True
+            self.limits[test, isa] = AT_LEAST + TIMES * (time.monotonic() - start)
         return False
 
     def noticed(self, fault: Fault, test: str) -> bool:
@@ -123,7 +130,7 @@ class Copy:
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=SECONDS)
+            output, _ = process.communicate(timeout=self.limits.get((test, isa), SECONDS))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()

@@ -120,7 +120,7 @@ EFFT_INLINE void accumulate_with_prefetch(Vec<Sum<E>> (&acc)[ROWS][VECTORS], con
   }
 }
 
-// c [ROWS, VECTORS·lanes] = first.a·first.b + second.a·second.b + bias (+ c if `add`). With
+// c [ROWS, VECTORS·lanes] = first.a·first.b + second.a·second.b + (c if `add`, else bias). With
 // PREFETCH `first` is one chain, and its b a panel.
 template <class E, int ROWS, int VECTORS, bool PREFETCH = false>
 EFFT_INLINE void block(const Term<E>& first, const Term<Sum<E>>& second, Sum<E>* c, int64_t ldc,

@@ -212,7 +212,7 @@ struct Product {
         const Term<T> low_rank = with_tail ? Term<T>{thin + i * width, width,
                                                      tail.panel(tile.column + j), across, tail.rank}
                                            : Term<T>{};
-        const T* start = k == 0 && bias != nullptr ? bias + tile.column + j : nullptr;
+        const T* start = bias != nullptr ? bias + tile.column + j : nullptr;
         T* block = to.data + (i - tile.first) * to.stride + j;
         const bool direct = to.padded || valid == across;
         if (count == kRows && across == panel && direct) {

@@ -133,7 +133,8 @@ def test_infinities_come_out_as_of_torch(strategy):
 
 
 def test_bfloat16_is_rounded_once_to_nearest_even(strategy):
-    """1 + 2^-9 and its neighbours: ties go to even, a float32 sum is not cut off."""
+    """1 + 2^-9 and its neighbours: ties go to even, a float32 sum is not cut off. In columns enough
+    for a vector, and some beyond it."""
     for terms, right in (
         ((1, 2**-9), 1.0), ((1, 2**-8), 1.0), ((1, 2**-8, 2**-12), 1 + 2**-7),
         ((1 + 2**-7, 2**-8), 1 + 2**-6), ((-1, -(2**-8), -(2**-12)), -1 - 2**-7),
@@ -141,21 +142,21 @@ def test_bfloat16_is_rounded_once_to_nearest_even(strategy):
     ):  # fmt: skip
         t = {
             "x": torch.tensor([terms], dtype=BF16),
-            "weight": torch.ones(1, len(terms), dtype=BF16),
+            "weight": torch.ones(19, len(terms), dtype=BF16),
             "bias": None,
             "down": torch.zeros(len(terms), 1, dtype=BF16),
             "core": None,
-            "up": torch.zeros(1, 1, 1, dtype=BF16),
+            "up": torch.zeros(1, 19, 1, dtype=BF16),
         }
-        assert forward(t, strategy)[0].item() == right
+        assert forward(t, strategy)[0].tolist() == [[right] * 19]
 
 
 def test_every_nan_stays_one_in_bfloat16(strategy):
     """Rounded like a number, one whose bits are all set would carry into its sign, and come out as
     zero."""
-    t = cast(integers(Shape(M=2, G=1, n=3), bound=1), BF16, F32)
+    t = cast(integers(Shape(M=2, G=1, n=3 * 7), bound=1), BF16, F32)
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
-    t["bias"] = bits.view(F32)
+    t["bias"] = bits.view(F32).repeat(7)
     assert forward(t, strategy)[0].isnan().all()
 
 

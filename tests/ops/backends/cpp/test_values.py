@@ -104,6 +104,39 @@ def test_every_size_around_a_block(strategy, wide):
             raise AssertionError(f"{shape}: {error}") from error
 
 
+@pytest.mark.parametrize("threads", [5], indirect=True)
+@pytest.mark.parametrize("columns", [123, 267])
+def test_tiles_of_several_panels(columns, strategy, threads):
+    """Which these numbers of columns, rows and threads make, each for two instruction sets; where
+    threads can be even, tiles are as narrow as they can be."""
+    for shape in (
+        Shape(M=397, K=170, n=columns, G=1, Ra=3, Rb=2),
+        Shape(M=397, K=columns, n=170, G=1, Ra=3, Rb=2),
+    ):
+        assert_exact(cast(integers(shape, bound=1), F32), strategy)
+
+
+# Inner dimensions of whole pairs, around a square of them (32 numbers) and a step (two a level).
+EVEN = (2, 4, 30, 32, 34, 62, 64, 66, 98, *(2 * DEPTH + d for d in (-2, 0, 2, 34)))
+PAIRS = [
+    *(Shape(M=13, K=K, n=50, G=1, Ra=3, Rb=2) for K in EVEN),
+    *(Shape(M=13, K=50, n=n, G=1, Ra=3, Rb=2) for n in EVEN),
+    *(Shape(M=13, K=K, n=66, G=1, core=False, bias=False) for K in (33, 65, 2 * DEPTH + 1)),
+    # many tiles both ways, blocks and slots of the thin products, and ranges
+    Shape(M=2 * BLOCK_ROWS + 11, K=2 * DEPTH + 34, n=398, G=1, Ra=3, Rb=2),
+    Shape(M=2 * RANGE_ROWS + 31, K=54, n=68, G=1, Ra=3, Rb=2),
+]
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (BF16, F32, F32)], ids=name_of)
+def test_bfloat16_at_every_edge_of_pairs(dtypes, strategy, threads):
+    for shape in PAIRS:
+        try:
+            assert_exact(cast(integers(shape, bound=1), *dtypes), strategy)
+        except AssertionError as error:
+            raise AssertionError(f"{shape}: {error}") from error
+
+
 def with_nan(t, *pads):
     """A view of t's values in a buffer whose other elements are NaN."""
     return torch.nn.functional.pad(t, pads, value=torch.nan)
