@@ -144,8 +144,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/tiling.h", "i / high_ * across_", "i / high_ * kPanel<T>"),
         # pairs.h: bfloat16 two at a time
         Fault("cpu/pairs.h", "load_halves(below) << 16", "load_halves(row) << 16", PAIRS),
-        Fault("cpu/pairs.h", "if (2 * i < across)", "if (i < across)", PAIRS),
-        Fault("cpu/pairs.h", "n + i >= columns || across < 2 * lanes", "n + i >= columns", PAIRS),
+        Fault("cpu/pairs.h", "if (2 * i < across)", "if (2 * i + 2 < across)", PAIRS),
         Fault("cpu/pairs.h", "row += 2 * w.row_stride;", "row += w.row_stride;", PAIRS),
         Fault("cpu/pack.h", "DType::kFloat64 && inner % 2 == 0", "DType::kFloat64", PAIRS),
         Fault("cpu/product.h", "slot * block_rows : first", "slot : first", PAIRS),
