@@ -37,9 +37,14 @@ def _load(name: str) -> tuple[Implementation | None, str | None]:
     return (module, None) if reason is None else (None, reason)
 
 
+def why_not(name: str) -> str | None:
+    """Why the backend cannot run here; None where it can."""
+    return _load(name)[1]
+
+
 def available_backends() -> dict[str, str | None]:
     """Every backend's name with None where it can run here, else the reason why not."""
-    return {name: None if name == "reference" else _load(name)[1] for name in BACKENDS}
+    return {name: None if name == "reference" else why_not(name) for name in BACKENDS}
 
 
 def _check_name(name: str, source: str) -> str:

@@ -1,8 +1,9 @@
 """Linears that share x and down: P = x·down once, and y = x·W^T + bias + P·B^T in each of them.
 
 Separate query, key and value linears of one aggregated group read the same x, where timm has one
-fused qkv. The first of them to see x projects it and the others take the result. What is shared
-lives only while the attention module's own forward runs: hooks on that module open and close it.
+fused qkv. The first of them to see x gives the others its down, with the entries that are dropped
+in training, and in plain torch it projects x and the others take the result. What is shared lives
+only while the attention module's own forward runs: hooks on that module open and close it.
 A graph of torch.compile shares nothing: under activation checkpointing it may write to no object
 that was there before.
 
@@ -24,44 +25,63 @@ from torch import Tensor
 from .. import functions
 from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
 from .checks import autocast_enabled, to_autocast_dtype, without_autocast
-from .dispatch import requested_backend
+from .dispatch import requested_backend, why_not
 from .recompute import Source, down_grad
 
 
 class SharedInput:
-    """P = x·down of the linears of one attention module, between `open` and `close`."""
+    """down and P = x·down of the linears of one attention module, between `open` and `close`."""
 
     def __init__(self) -> None:
         self.active = False
-        # x, what P of this very tensor may differ by, and P.
+        # x, what P of this very tensor may differ by, and P, or in the second the `down` of it.
         self._held: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+        self._down: tuple[Tensor, tuple[object, ...], Tensor] | None = None
 
     def open(self, module: torch.nn.Module, args: Any) -> None:
         """Forward pre-hook of the attention module."""
         if not torch.compiler.is_dynamo_compiling():
-            self.active, self._held = True, None
+            self.active, self._held, self._down = True, None, None
 
     def close(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the attention module; runs after an exception too."""
         if not torch.compiler.is_dynamo_compiling():
-            self.active, self._held = False, None
+            self.active, self._held, self._down = False, None, None
 
     def serves(self, x: Tensor, backend: str, strategy: str) -> bool:
-        """Whether a linear should take P from here: only in plain torch or on the CPU, as a fused
-        kernel computes P along with its own product.
+        """Whether a linear should take P from here: only in plain torch, since a fused kernel
+        computes P along with its own product, for less than a second pass over y takes.
 
         Args:
             x: the linear's input.
             backend, strategy: as the linear's owner set them.
         """
-        if torch.compiler.is_dynamo_compiling() or not self.active or strategy != "auto":
+        if strategy != "auto" or not self._can_tell(x):
+            return False
+        backend = requested_backend(backend)
+        if backend == "auto" and x.device.type == "cpu" and why_not("cpp") is not None:
+            return True
+        return backend == "torch"
+
+    def _can_tell(self, x: Tensor) -> bool:
+        """Whether it can be told here that another linear reads the same x."""
+        if torch.compiler.is_dynamo_compiling() or not self.active:
             return False
         if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
             return False
-        if not torch.compiler.is_compiling() and x.is_inference():
-            return False  # nobody counts what is written to it in place
-        backend = requested_backend(backend)
-        return backend == "torch" or (backend == "auto" and x.device.type == "cpu")
+        # Nobody counts what is written in place to a tensor of inference mode.
+        return torch.compiler.is_compiling() or not x.is_inference()
+
+    def down_for(self, x: Tensor, down: Tensor) -> Tensor:
+        """The `down` of the first linear that read x, for all that do: one mask of dropped entries,
+        as of one fused qkv. Any backend takes it."""
+        if not self._can_tell(x):
+            return down
+        state, held = _circumstances(x), self._down
+        if held is not None and held[0] is x and held[1] == state:
+            return held[2]
+        self._down = x, state, down
+        return down
 
     def projection(self, x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
         """P of x: the one at hand where x is the very tensor it was made from, under the same

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from efft_kernels import EFFT1, Adapter, attach
+from efft_kernels import EFFT1, Adapter, attach, use_backend
 from efft_kernels.methods import Method
 from efft_kernels.ops import chains
 from efft_kernels.testing.cpu_chain import cpu_engine
+
+
+@pytest.fixture
+def in_torch() -> Iterator[None]:
+    """Plain torch, where separate q, k and v share one x·down."""
+    with use_backend("torch"):
+        yield
 
 
 @pytest.fixture

@@ -148,6 +148,7 @@ class TestHuggingFacesOwn:
         other = gradients(plain, plain, seed=2)
         assert all(not torch.allclose(a, b) for a, b in zip(other, expected, strict=True))
 
+    @pytest.mark.usefixtures("in_torch")
     def test_between_graph_breaks(self, of_hugging_face):
         """A hook that no graph takes leaves several graphs, and what is between them eager."""
         model = of_hugging_face("ViT", EFFT2(rank=2, dropout=0.3))

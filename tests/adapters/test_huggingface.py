@@ -23,6 +23,7 @@ from efft_kernels import (
     LoRA,
     attach,
     load,
+    use_backend,
 )
 from efft_kernels.methods.tensor_train import TensorTrainGroup
 from efft_kernels.ops import shared_projection
@@ -90,7 +91,7 @@ def images():
 
 
 @pytest.fixture
-def projections(monkeypatch):
+def projections(monkeypatch, in_torch):
     """The x's that were multiplied by `down` for several linears."""
     seen = []
 
@@ -258,6 +259,7 @@ def test_another_x_is_projected_anew(randomize, projections):
         torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11, msg=name)
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_x_changed_in_place_is_projected_anew(randomize):
     class Shifting(nn.Module):
         def __init__(self):
@@ -293,6 +295,7 @@ class TestDropout:
         assert (first - second).abs().max() > 1e-3 and (first - quiet).abs().max() > 1e-3
         assert len(projections) == DEPTH * 4
 
+    @pytest.mark.usefixtures("in_torch")
     def test_of_factors_is_unbiased(self, randomize):
         model, adapter = adapted("vit", EFFT2(rank=2, dropout=0.3, scale=1.0))
         randomize(adapter)
@@ -368,6 +371,7 @@ def assert_nothing_is_held(model):
         assert not any(isinstance(value, torch.Tensor | tuple) for value in vars(shared).values())
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_nothing_is_held_between_forwards(randomize, images):
     model, adapter = adapted("vit", METHODS[1])
     randomize(adapter)
@@ -440,6 +444,19 @@ def test_merged_needs_no_projection(randomize, images, projections):
     adapter.merge()
     output(model, images)
     assert not projections
+
+
+def test_the_cpu_s_kernels_share_nothing(randomize, images, monkeypatch):
+    """They make x·down along with the rest, in less time than a second pass over y takes."""
+    model, adapter = adapted("vit", METHODS[1])
+    randomize(adapter)
+    with use_backend("torch"):
+        expected = output(model, images)
+    monkeypatch.setattr(shared_projection, "project", None)
+    torch.testing.assert_close(output(model, images), expected, rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(shared_projection, "why_not", lambda name: f"{name} is not built")
+    with pytest.raises(TypeError):
+        output(model, images)
 
 
 def test_inference_mode(randomize, images, projections):

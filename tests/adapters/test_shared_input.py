@@ -13,6 +13,8 @@ from efft_kernels import EFFT2, Adapter, attach
 from efft_kernels.ops import layer as ops_layer
 from efft_kernels.ops.shared_projection import SharedInput
 
+pytestmark = pytest.mark.usefixtures("in_torch")
+
 D = 12
 X = torch.linspace(-1, 1, 2 * 5 * D, dtype=torch.float64).sin().view(2, 5, D)
 

@@ -10,8 +10,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efft_kernels import reference, use_backend
-from efft_kernels.ops import recompute
+from efft_kernels import available_backends, reference, use_backend
+from efft_kernels.ops import recompute, shared_projection
 from efft_kernels.ops.shared_projection import SharedInput, linear_plus_projected, project
 from efft_kernels.testing.operands import Shape, cast, forms, leaves, operands
 
@@ -248,28 +248,37 @@ class TestSharedInput:
     @pytest.fixture
     def shared(self):
         shared = SharedInput()
-        assert not serves(shared)
+        assert not serves(shared, backend="torch")
         shared.open(None, ())
         return shared
 
-    def test_serves_plain_torch_and_the_cpu_while_it_is_open(self, shared):
-        assert serves(shared) is True and serves(shared, backend="torch") is True
+    def test_serves_plain_torch_while_it_is_open(self, shared, monkeypatch):
+        assert serves(shared, backend="torch") is True
+        assert serves(shared) is (available_backends()["cpp"] is not None)
+        monkeypatch.setattr(shared_projection, "why_not", lambda name: f"{name} is not built")
+        assert serves(shared) is True
         elsewhere = torch.empty(2, 3, device="meta")
         assert serves(shared, elsewhere, "torch") is True
         for refused in (
             serves(shared, elsewhere),
             serves(shared, backend="cpp"),
             serves(shared, strategy="split"),
-            torch.func.vmap(lambda x: x + serves(shared, x))(torch.zeros(2, 3)).any().item(),
+            torch.func.vmap(lambda x: x + serves(shared, x, "torch"))(torch.zeros(2, 3))
+            .any()
+            .item(),
         ):
             assert refused is False
         with use_backend("reference"):
             assert not serves(shared)
+        with use_backend("torch"):
+            assert serves(shared)
         seen = []
-        torch.jit.trace(lambda x: seen.append(serves(shared, x)) or x, X, check_trace=False)
+        torch.jit.trace(
+            lambda x: seen.append(serves(shared, x, "torch")) or x, X, check_trace=False
+        )
         assert seen == [False]
         shared.close(None, (), None)
-        assert serves(shared) is False
+        assert serves(shared, backend="torch") is False
 
     def test_p_is_made_once_for_one_x(self, shared):
         x, down = operands(SHAPE)["x"], operands(SHAPE)["down"]
@@ -281,11 +290,30 @@ class TestSharedInput:
         x.mul_(2)
         close(shared.projection(x, down), 2 * p)
         with torch.inference_mode():
-            assert serves(shared, x) and not serves(shared, x.clone())  # which nobody counts
+            assert serves(shared, x, "torch") and not serves(
+                shared, x.clone(), "torch"
+            )  # which nobody counts
             p = shared.projection(x, down)
             assert shared.projection(x, down) is p
             x.mul_(2)
             close(shared.projection(x, down), 2 * p)
+
+    def test_the_first_down_is_that_of_all(self, shared):
+        x, first = operands(SHAPE)["x"], operands(SHAPE)["down"]
+        second = first.clone()
+        assert shared.down_for(x, first) is first and shared.down_for(x, second) is first
+        assert shared.down_for(x + 1, second) is second
+        assert shared.down_for(x, first) is first
+        x.mul_(2)
+        assert shared.down_for(x, second) is second and shared.down_for(x, first) is second
+        with torch.no_grad():
+            assert shared.down_for(x, first) is first
+        with torch.inference_mode():
+            clone = x.clone()  # what is written to it in place is not counted
+            assert shared.down_for(clone, first) is first
+            assert shared.down_for(clone, second) is second
+        shared.close(None, (), None)
+        assert shared.down_for(x, second) is second and shared._down is None
 
     @pytest.mark.parametrize("end", ["open", "close"])
     def test_p_is_let_go(self, shared, end):
