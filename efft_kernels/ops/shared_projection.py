@@ -65,12 +65,14 @@ class SharedInput:
 
     def _can_tell(self, x: Tensor) -> bool:
         """Whether it can be told here that another linear reads the same x."""
-        if torch.compiler.is_dynamo_compiling() or not self.active:
-            return False
-        if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-            return False
-        # Nobody counts what is written in place to a tensor of inference mode.
-        return torch.compiler.is_compiling() or not x.is_inference()
+        return (
+            not torch.compiler.is_dynamo_compiling()
+            and self.active
+            and not torch._C._are_functorch_transforms_active()
+            and not torch.jit.is_tracing()
+            # Nobody counts what is written in place to a tensor of inference mode.
+            and (torch.compiler.is_compiling() or not x.is_inference())
+        )
 
     def down_for(self, x: Tensor, down: Tensor) -> Tensor:
         """The `down` of the first linear that read x, for all that do: one mask of dropped entries,

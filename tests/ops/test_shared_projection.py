@@ -289,6 +289,10 @@ class TestSharedInput:
         assert again is not p
         x.mul_(2)
         close(shared.projection(x, down), 2 * p)
+        narrow = x.float()
+        for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", dtype):
+                assert shared.projection(narrow, down).dtype == dtype
         with torch.inference_mode():
             assert serves(shared, x, "torch") and not serves(
                 shared, x.clone(), "torch"
