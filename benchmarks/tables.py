@@ -190,8 +190,8 @@ def memory_summary(rows: Sequence[Row]) -> Lines:
         firsts = [next(iter(case.values())) for case in cases.values()]
         lines += [
             "Memory of a training step on a CPU: MiB that autograd keeps for the backward,"
-            " parameters apart, and by how many MiB the whole step raises what is resident, both"
-            " also over the frozen backbone's."
+            " parameters apart, and by how many MiB the whole step raises what is resident, under a"
+            " malloc that gives back what is freed; both also over the frozen backbone's."
             f" {where_and_when([row for case in cases.values() for row in case.values()])}.",
             "",
             *markdown(["", *map(whole_model_title, firsts)], cells),

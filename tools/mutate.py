@@ -199,6 +199,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "methods/joint.py": ("adapters/test_joint_factors.py",),
     "methods/kadaptation.py": ("methods/test_kadaptation.py", "methods/test_base.py"),
     "methods/lora.py": ("methods/test_lora.py", "methods/test_base.py"),
+    "methods/picked_rows.py": ("methods/test_picked_rows.py",),
     "methods/registry.py": ("methods/test_base.py", "methods/test_registry.py"),
     "methods/sharded.py": ("adapters/test_distributed.py::test_on_one_process",),
     "methods/tensor_train.py": (

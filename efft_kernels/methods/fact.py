@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import MHSA_ROLES, Method, Rank, Site, check_ranks, stage_rank, wide
+from .picked_rows import picked_rows
 from .registry import register_method
 from .tensor_train import (
     CoreIndex,
@@ -185,7 +186,7 @@ class TuckerGroup(TensorTrainGroup):
         return torch.einsum("nt,tab->nab", wide(self.P[first : first + count]), wide(self.core))
 
     def _picked_cores(self, indices: Tensor) -> Tensor:
-        return torch.einsum("nt,tab->nab", wide(self.P.index_select(0, indices)), wide(self.core))
+        return torch.einsum("nt,tab->nab", wide(picked_rows(self.P, indices)), wide(self.core))
 
     def _core_parameters(self) -> tuple[Tensor, ...]:
         return self.P, self.core

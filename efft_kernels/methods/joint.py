@@ -78,9 +78,19 @@ def _is_noted() -> bool:
     return TracingContext.try_get() in _traced
 
 
+def _is_traced_by_itself() -> bool:
+    """Called while a hook is traced: whether the trace is of the hook alone. torch.compile(model)
+    leaves the call of the hooks to Python, and traces each of them and `forward` by itself."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    code = InstructionTranslator.current_tx().output.root_tx.f_code
+    return code in (JointFactors.open.__code__, JointFactors.close.__code__)
+
+
 # As torch.compiler.assume_constant_result does, without importing Dynamo.
 _note_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_noted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_traced_by_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class JointFactors:
@@ -89,6 +99,7 @@ class JointFactors:
     def __init__(self) -> None:
         # One attribute, so that a thread never takes what another one's forward holds.
         self._now: tuple[object, dict[tuple[FactorGroup, bool], _Held]] | None = None
+        self._open = False  # between traces of `open` and `close` by themselves
 
     def __reduce__(self) -> Any:
         return JointFactors, ()
@@ -110,20 +121,25 @@ class JointFactors:
     def open(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
         if torch.compiler.is_dynamo_compiling():
-            _note_traced()
+            if _is_traced_by_itself():
+                self._open = True
+            else:
+                _note_traced()
         else:
             self._now = None if torch.compiler.is_compiling() else (_circumstances(), {})
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model; runs after an exception too."""
         if not torch.compiler.is_dynamo_compiling():
-            self._now = None
+            self._now, self._open = None, False
+        elif _is_traced_by_itself():
+            self._open = False
 
     @property
     def traced(self) -> bool:
         """Whether a graph is being traced that a model's own forward is part of, with all its
         blocks."""
-        return _is_noted()
+        return self._open or _is_noted()
 
     def get(self, group: FactorGroup, site: str, dropout: bool) -> Factors | None:
         """The operands for one site, or None where it should ask the group for its own.

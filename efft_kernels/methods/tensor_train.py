@@ -36,6 +36,7 @@ from .base import (
     wide,
 )
 from .joint import keep_graph
+from .picked_rows import picked_rows
 
 Draw = Callable[["TensorTrainGroup", nn.Parameter], None]
 
@@ -301,7 +302,7 @@ class TensorTrainGroup(FactorGroup):
 
     def _picked_cores(self, indices: Tensor) -> Tensor:
         """As `cores`, those of these indices."""
-        return self.core.index_select(0, indices)
+        return picked_rows(self.core, indices)
 
     def _core_parameters(self) -> tuple[Tensor, ...]:
         """What `_all_cores` takes."""

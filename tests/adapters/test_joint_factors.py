@@ -13,6 +13,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext, tracing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +33,7 @@ METHODS = [
     FacTTK(rank=3, layer_rank=4, dropout=0.0, learn_scale=True),
 ]
 EFFT = EFFT2(rank=3, dropout=0.0, scale=0.7)
+EFFT_4 = EFFT2(rank=4, dropout=0.0, scale=0.7)
 NOISY = EFFT2(rank=3, dropout=0.5, scale=0.7)
 
 
@@ -948,6 +950,7 @@ def test_a_trace_is_told_by_itself_of_the_models_forward(models, monkeypatch):
     held = models()[0].factor_bank.joint_factors
     held._now = now = object()
     monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    monkeypatch.setattr(joint, "_is_traced_by_itself", lambda: False)
     with tracing(TracingContext(None)):
         assert held.traced is False
         held.open(None, ())
@@ -955,7 +958,58 @@ def test_a_trace_is_told_by_itself_of_the_models_forward(models, monkeypatch):
         held.close(None, (), None)
         with tracing(TracingContext(None)):
             assert held.traced is False
-    assert vars(held) == {"_now": now}
+    assert vars(held) == {"_now": now, "_open": False}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_model_compiled_without_its_hooks_takes_slices(models, images):
+    """torch.compile(model) traces the hooks and the model's forward each by itself."""
+    model, _ = models()
+    held = model.factor_bank.joint_factors
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(2):
+        compiled(images).sum().backward()
+        assert held.traced is False
+    assert "pick_rows" not in "".join(graph.code for graph in backend.graphs)
+    assert sum("linear" in graph.code for graph in backend.graphs) == 1
+
+    with pytest.raises(RuntimeError, match="channels"):
+        compiled(images[:, :2])
+    assert held.traced is False
+    held._open = True
+    held.close(None, (), None)  # by Python, after a graph's open
+    assert held.traced is False
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    ("method", "whole"),
+    [(EFFT_4, True), (EFFT_4, False), (FacTTK(rank=4, dropout=0.0), False)],
+    ids=["model", "blocks", "blocks with FacT-TK"],
+)
+def test_what_inductor_compiles_for_a_cpu(make_vit, randomize, monkeypatch, method, whole):
+    """In torch 2.11 it puts a transposed gradient elsewhere where threads add it to picked rows."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "threads", 2)
+    model = make_vit(dtype=torch.float32, depth=2)
+    adapter = attach(model, method)
+    randomize(adapter)
+    x = torch.randn(2, 3, 8, 8)
+
+    def grads(run):
+        run(x).tanh().sum().backward()
+        found = [(name, p.grad) for name, p in adapter.named_parameters()]
+        model.zero_grad(set_to_none=True)
+        return found
+
+    expected = grads(model)
+    if not whole:
+        for block in model.blocks:
+            block.compile()
+    for (name, found), (_, right) in zip(
+        grads(torch.compile(model) if whole else model), expected, strict=True
+    ):
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4 * right.abs().max(), msg=name)
 
 
 def test_streams_are_those_of_a_groups_first_parameter(monkeypatch):

@@ -1,0 +1,82 @@
+"""Rows of a parameter by their indices, in a graph of torch.compile.
+
+On a CPU it is an operator of its own, which Inductor leaves alone: in torch 2.11 what it compiles
+for a CPU is wrong where the rows, or the gradients that are added to them, are transposed as well.
+It adds a transposed gradient elsewhere, without an error, and reads transposed rows by an index
+that it does not declare.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("efft_kernels", "FRAGMENT")
+_LIBRARY.define("pick_rows(Tensor rows, Tensor indices) -> Tensor")
+_LIBRARY.define("add_to_rows(Tensor grad, Tensor indices, SymInt count) -> Tensor")
+
+
+def picked_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """rows[indices], differentiable in `rows`.
+
+    Args:
+        rows: [T, ...].
+        indices: [n], int64, on the same device.
+
+    Returns:
+        [n, ...].
+    """
+    if rows.device.type == "cpu" and torch.compiler.is_dynamo_compiling():
+        picked: Tensor = torch.ops.efft_kernels.pick_rows(rows, indices)
+        return picked
+    return rows.index_select(0, indices)
+
+
+def _pick_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    return rows.index_select(0, indices)
+
+
+def _add_to_rows(grad: Tensor, indices: Tensor, count: int) -> Tensor:
+    """Zeros [count, ...] to which the gradients of the picked rows [n, ...] are added."""
+    return grad.new_zeros((count, *grad.shape[1:])).index_add_(0, indices, grad)
+
+
+def _pick_rows_fake(rows: Tensor, indices: Tensor) -> Tensor:
+    return rows.new_empty((indices.shape[0], *rows.shape[1:]))
+
+
+def _add_to_rows_fake(grad: Tensor, indices: Tensor, count: int) -> Tensor:
+    return grad.new_empty((count, *grad.shape[1:]))
+
+
+def _keep_for_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, indices = inputs
+    ctx.count = rows.shape[0]
+    ctx.save_for_backward(indices)
+
+
+def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    return torch.ops.efft_kernels.add_to_rows(grad, indices, ctx.count), None
+
+
+def _keep_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _sum_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (indices,) = ctx.saved_tensors
+    return torch.ops.efft_kernels.pick_rows(grad, indices), None, None
+
+
+for _name, _run, _fake, _keep, _grad in (
+    ("pick_rows", _pick_rows, _pick_rows_fake, _keep_for_rows, _rows_grad),
+    ("add_to_rows", _add_to_rows, _add_to_rows_fake, _keep_indices, _sum_grad),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"efft_kernels::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"efft_kernels::{_name}", _grad, setup_context=_keep, lib=_LIBRARY
+    )

@@ -1,0 +1,50 @@
+"""Rows picked by an operator of their own, in graphs of torch.compile on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from efft_kernels.methods.picked_rows import picked_rows
+
+INDICES = torch.tensor([4, 0, 4])
+ROWS = torch.linspace(-1, 1, 5 * 3 * 2, dtype=torch.float64).sin().view(5, 3, 2)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_they_are_those_rows_and_so_are_their_derivatives(turned: bool) -> None:
+    rows = (ROWS.mT if turned else ROWS).detach().requires_grad_()
+    picked = torch.ops.efft_kernels.pick_rows
+    assert torch.equal(picked(rows, INDICES), rows[INDICES])
+    assert torch.equal(picked_rows(rows, INDICES), rows[INDICES])
+    assert torch.autograd.gradcheck(lambda t: picked(t, INDICES), rows)
+    assert torch.autograd.gradgradcheck(lambda t: picked(t, INDICES), rows)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_operators_keep_what_torch_expects(turned: bool) -> None:
+    rows = (ROWS.mT if turned else ROWS).detach().requires_grad_()
+    opcheck(torch.ops.efft_kernels.pick_rows.default, (rows, INDICES))
+    grad = rows.detach()[:3].requires_grad_()
+    opcheck(torch.ops.efft_kernels.add_to_rows.default, (grad, INDICES, 7))
+
+
+def test_elsewhere_and_in_exported_programs_they_are_torch_s_own() -> None:
+    meta = torch.empty(5, 3, device="meta")
+    assert picked_rows(meta, INDICES.to("meta")).shape == (3, 3)
+
+    class Pick(torch.nn.Module):
+        def forward(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+            return picked_rows(rows, indices)
+
+    code = torch.export.export(Pick(), (ROWS, INDICES)).graph_module.code
+    assert "index_select" in code and "pick_rows" not in code
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    assert torch.equal(torch.compile(Pick(), backend=keep)(ROWS, INDICES), ROWS[INDICES])
+    assert "pick_rows" in graphs[0]
