@@ -558,6 +558,8 @@ class FusedEFFTLinear(nn.Linear):
             down, core, up = bank.factors_in_graph(self._place, self.training)
         else:
             down, core, up = bank.factors(self._site, self.training)
+        if self.shared_input is not None and tasks is None:
+            down = self.shared_input.down_for(input, down, self.training)
         source = None
         if tasks is None and torch.is_grad_enabled() and not torch.jit.is_tracing():
             source = self._source(input, down)

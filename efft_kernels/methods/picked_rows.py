@@ -3,7 +3,8 @@
 On a CPU it is an operator of its own, which Inductor leaves alone: in torch 2.11 what it compiles
 for a CPU is wrong where the rows, or the gradients that are added to them, are transposed as well.
 It adds a transposed gradient elsewhere, without an error, and reads transposed rows by an index
-that it does not declare.
+that it does not declare. Under transforms of torch.func, which would each need a rule of its own
+for the operator, the rows are sums over all that there are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("efft_kernels", "FRAGMENT")
 _LIBRARY.define("pick_rows(Tensor rows, Tensor indices) -> Tensor")
@@ -28,10 +30,22 @@ def picked_rows(rows: Tensor, indices: Tensor) -> Tensor:
     Returns:
         [n, ...].
     """
-    if rows.device.type == "cpu" and torch.compiler.is_dynamo_compiling():
-        picked: Tensor = torch.ops.efft_kernels.pick_rows(rows, indices)
-        return picked
-    return rows.index_select(0, indices)
+    if rows.device.type != "cpu" or not torch.compiler.is_dynamo_compiling():
+        return rows.index_select(0, indices)
+    if _is_transformed():
+        chosen = indices.unsqueeze(1) == torch.arange(rows.shape[0])
+        return torch.where(chosen.view(*chosen.shape, *(1,) * (rows.dim() - 1)), rows, 0.0).sum(1)
+    picked: Tensor = torch.ops.efft_kernels.pick_rows(rows, indices)
+    return picked
+
+
+def _is_transformed() -> bool:
+    """Called while a graph is traced."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# As torch.compiler.assume_constant_result does, without importing Dynamo.
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _pick_rows(rows: Tensor, indices: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def adapted_linear(
     Args:
         x: [..., K]; it, weight, bias, down, core and up are as in `low_rank_linear`.
         dropout: probability of dropping an entry of the rank-r activation x·down·core[g].
-        shared_input: where down and x·down are kept for the linears that read the same x.
+        shared_input: where x·down is kept for the linears that read the same x.
         task_of_row: [B], int64: the task of each row of the batch. `down` is then [tasks, K, Ra],
             `core` None, `up` [tasks, N, Ra], and there is no dropout.
         source: what the backward makes x from; None where it keeps x.
@@ -46,8 +46,6 @@ def adapted_linear(
     """
     if task_of_row is not None:
         return tasks_linear(x, weight, bias, down, up, task_of_row, backend=backend)
-    if shared_input is not None:
-        down = shared_input.down_for(x, down)
     if dropout:
         return low_rank_linear_with_dropout(
             x, weight, bias, down, core, up, dropout, backend=backend, source=source

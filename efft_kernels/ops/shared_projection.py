@@ -16,6 +16,7 @@ Autograd sums dP over the linears and takes d_down = x^T·ΣdP and dX += ΣdP·d
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class SharedInput:
 
     def __init__(self) -> None:
         self.active = False
-        # x, what P of this very tensor may differ by, and P, or in the second the `down` of it.
+        self._surroundings: object = None  # where `open` was called
+        # x, what P of this very tensor may differ by, and P; in the second its `down` in P's place.
         self._held: tuple[Tensor, tuple[object, ...], Tensor] | None = None
         self._down: tuple[Tensor, tuple[object, ...], Tensor] | None = None
 
@@ -42,6 +44,7 @@ class SharedInput:
         """Forward pre-hook of the attention module."""
         if not torch.compiler.is_dynamo_compiling():
             self.active, self._held, self._down = True, None, None
+            self._surroundings = _surroundings()
 
     def close(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the attention module; runs after an exception too."""
@@ -72,23 +75,30 @@ class SharedInput:
             and not torch.jit.is_tracing()
             # Nobody counts what is written in place to a tensor of inference mode.
             and (torch.compiler.is_compiling() or not x.is_inference())
+            and _surroundings() == self._surroundings
         )
 
-    def down_for(self, x: Tensor, down: Tensor) -> Tensor:
+    def down_for(self, x: Tensor, down: Tensor, training: bool) -> Tensor:
         """The `down` of the first linear that read x, for all that do: one mask of dropped entries,
-        as of one fused qkv. Any backend takes it."""
+        as of one fused qkv. Any backend takes it.
+
+        Args:
+            x: the linear's input.
+            down: the linear's own.
+            training: whether the linear is, and so has dropped some of it.
+        """
         if not self._can_tell(x):
             return down
-        state, held = _circumstances(x), self._down
+        state, held = (*_circumstances(x), training), self._down
         if held is not None and held[0] is x and held[1] == state:
             return held[2]
         self._down = x, state, down
         return down
 
     def projection(self, x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
-        """P of x: the one at hand where x is the very tensor it was made from, under the same
-        circumstances, else a new one."""
-        state = _circumstances(x)
+        """P of x: the one at hand where x and down are the very tensors it was made from, under the
+        same circumstances, else a new one."""
+        state = (*_circumstances(x), id(down))
         if self._held is not None:
             made_from, state_then, p = self._held
             if made_from is x and state_then == state:
@@ -96,6 +106,18 @@ class SharedInput:
         p = project(x, down, source)
         self._held = x, state, p
         return p
+
+
+def _surroundings() -> object:
+    """What has to be the same where the attention module is called and where its linears are. A
+    checkpointed part of it runs without gradients, or under hooks that take what it saves, and is
+    run again in backward, where nothing is open: its linears must do the same both times."""
+    return (
+        threading.get_ident(),
+        torch.is_grad_enabled(),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+        torch._C._current_graph_task_id(),
+    )
 
 
 def _circumstances(x: Tensor) -> tuple[object, ...]:

@@ -48,3 +48,22 @@ def test_elsewhere_and_in_exported_programs_they_are_torch_s_own() -> None:
 
     assert torch.equal(torch.compile(Pick(), backend=keep)(ROWS, INDICES), ROWS[INDICES])
     assert "pick_rows" in graphs[0]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_transforms_in_a_graph(backend: str) -> None:
+    weights = torch.arange(1.0, 19.0, dtype=torch.float64).view(3, 3, 2)
+
+    def total(rows: torch.Tensor) -> torch.Tensor:
+        return (picked_rows(rows, INDICES).sin() * weights).sum()
+
+    def transforms(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tangent = torch.func.jvp(total, (rows,), (rows.cos(),))[1]
+        each = torch.func.vmap(torch.func.grad(total))(torch.stack([rows, 2 * rows]))
+        return tangent, torch.func.grad(total)(rows), each
+
+    compiled = torch.compile(transforms, fullgraph=True, backend=backend)
+    for found, right in zip(compiled(ROWS), transforms(ROWS), strict=True):
+        assert right.abs().max() > 1
+        torch.testing.assert_close(found, right)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from efft_kernels import available_backends, reference, use_backend
 from efft_kernels.ops import recompute, shared_projection
@@ -294,9 +295,9 @@ class TestSharedInput:
             with torch.autocast("cpu", dtype):
                 assert shared.projection(narrow, down).dtype == dtype
         with torch.inference_mode():
-            assert serves(shared, x, "torch") and not serves(
-                shared, x.clone(), "torch"
-            )  # which nobody counts
+            shared.open(None, ())
+            assert serves(shared, x, "torch")
+            assert not serves(shared, x.clone(), "torch")  # which nobody counts
             p = shared.projection(x, down)
             assert shared.projection(x, down) is p
             x.mul_(2)
@@ -305,19 +306,45 @@ class TestSharedInput:
     def test_the_first_down_is_that_of_all(self, shared):
         x, first = operands(SHAPE)["x"], operands(SHAPE)["down"]
         second = first.clone()
-        assert shared.down_for(x, first) is first and shared.down_for(x, second) is first
-        assert shared.down_for(x + 1, second) is second
-        assert shared.down_for(x, first) is first
+
+        def of(x, down, training=True):
+            return shared.down_for(x, down, training)
+
+        assert of(x, first) is first and of(x, second) is first
+        assert of(x, second, training=False) is second  # nothing of it is dropped
+        assert of(x, first) is first and of(x + 1, second) is second
+        assert of(x, first) is first
         x.mul_(2)
-        assert shared.down_for(x, second) is second and shared.down_for(x, first) is second
-        with torch.no_grad():
-            assert shared.down_for(x, first) is first
+        assert of(x, second) is second and of(x, first) is second
         with torch.inference_mode():
+            shared.open(None, ())
             clone = x.clone()  # what is written to it in place is not counted
-            assert shared.down_for(clone, first) is first
-            assert shared.down_for(clone, second) is second
+            assert of(x, first) is first and of(x, second) is first
+            assert of(clone, second) is second
         shared.close(None, (), None)
-        assert shared.down_for(x, second) is second and shared._down is None
+        assert of(x, second) is second and shared._down is None
+
+    def test_p_is_of_one_down(self, shared):
+        x, down = operands(SHAPE)["x"], operands(SHAPE)["down"]
+        p = shared.projection(x, down)
+        close(shared.projection(x, 2 * down), 2 * p)
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_a_part_that_is_run_again_shares_nothing(self, shared, use_reentrant):
+        """Within the attention module: what is open in its forward is not in the second run."""
+        x, down = operands(SHAPE)["x"].requires_grad_(), operands(SHAPE)["down"]
+        seen = []
+
+        def part(x):
+            seen.append((shared.down_for(x, down, True) is down, serves(shared, x, "torch")))
+            return x.sin()
+
+        shared.down_for(x, down.clone(), True)
+        y = checkpoint(part, x, use_reentrant=use_reentrant)
+        assert serves(shared, x, "torch")
+        shared.close(None, (), None)
+        y.sum().backward()
+        assert seen == [(True, False)] * 2
 
     @pytest.mark.parametrize("end", ["open", "close"])
     def test_p_is_let_go(self, shared, end):
