@@ -50,6 +50,7 @@ class SharedInput:
         """Forward hook of the attention module; runs after an exception too."""
         if not torch.compiler.is_dynamo_compiling():
             self.active, self._held, self._down = False, None, None
+            self._surroundings = None
 
     def serves(self, x: Tensor, backend: str, strategy: str) -> bool:
         """Whether a linear should take P from here: only in plain torch, since a fused kernel
