@@ -57,14 +57,6 @@ def _add_to_rows(grad: Tensor, indices: Tensor, count: int) -> Tensor:
     return grad.new_zeros((count, *grad.shape[1:])).index_add_(0, indices, grad)
 
 
-def _pick_rows_fake(rows: Tensor, indices: Tensor) -> Tensor:
-    return rows.new_empty((indices.shape[0], *rows.shape[1:]))
-
-
-def _add_to_rows_fake(grad: Tensor, indices: Tensor, count: int) -> Tensor:
-    return grad.new_empty((count, *grad.shape[1:]))
-
-
 def _keep_for_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, indices = inputs
     ctx.count = rows.shape[0]
@@ -85,12 +77,11 @@ def _sum_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.efft_kernels.pick_rows(grad, indices), None, None
 
 
-for _name, _run, _fake, _keep, _grad in (
-    ("pick_rows", _pick_rows, _pick_rows_fake, _keep_for_rows, _rows_grad),
-    ("add_to_rows", _add_to_rows, _add_to_rows_fake, _keep_indices, _sum_grad),
+for _name, _run, _keep, _grad in (
+    ("pick_rows", _pick_rows, _keep_for_rows, _rows_grad),
+    ("add_to_rows", _add_to_rows, _keep_indices, _sum_grad),
 ):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"efft_kernels::{_name}", _fake, lib=_LIBRARY)
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # which runs on fake tensors, too
     torch.library.register_autograd(
         f"efft_kernels::{_name}", _grad, setup_context=_keep, lib=_LIBRARY
     )

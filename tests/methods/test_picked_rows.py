@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from efft_kernels.methods.picked_rows import picked_rows
+from efft_kernels.methods.picked_rows import _is_transformed, picked_rows
 
 INDICES = torch.tensor([4, 0, 4])
 ROWS = torch.linspace(-1, 1, 5 * 3 * 2, dtype=torch.float64).sin().view(5, 3, 2)
@@ -67,3 +67,12 @@ def test_transforms_in_a_graph(backend: str) -> None:
     for found, right in zip(compiled(ROWS), transforms(ROWS), strict=True):
         assert right.abs().max() > 1
         torch.testing.assert_close(found, right)
+
+
+def test_what_is_a_transform() -> None:
+    assert not _is_transformed()
+    with torch.autograd.forward_ad.dual_level():
+        assert _is_transformed()
+    seen = []
+    torch.func.vmap(lambda t: seen.append(_is_transformed()) or t)(ROWS)
+    assert seen == [True] and not _is_transformed()
