@@ -785,6 +785,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "False",
     ): "they are as many, whatever the call",
     (
+        "ops/shared_projection.py",
+        "torch._C._autograd._top_saved_tensors_default_hooks(False),",
+        "True",
+    ): "it differs while a graph is traced, where nothing is shared",
+    (
+        "methods/picked_rows.py",
+        "_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]",
+        "False",
+    ): "torch 2.11's Dynamo can read both from Python; the mark keeps them from being guarded",
+    (
         "ops/recompute.py",
         "hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)",
         "True",
