@@ -36,8 +36,8 @@ class SharedInput:
     def __init__(self) -> None:
         self.active = False
         self._surroundings: object = None  # where `open` was called
-        # x, what P of this very tensor may differ by, and P; in the second its `down` in P's place.
-        self._held: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+        # x, what differs for this very tensor, and what is shared: P, behind its down; or a down.
+        self._held: tuple[Tensor, Tensor, tuple[object, ...], Tensor] | None = None
         self._down: tuple[Tensor, tuple[object, ...], Tensor] | None = None
 
     def open(self, module: torch.nn.Module, args: Any) -> None:
@@ -99,13 +99,13 @@ class SharedInput:
     def projection(self, x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
         """P of x: the one at hand where x and down are the very tensors it was made from, under the
         same circumstances, else a new one."""
-        state = (*_circumstances(x), id(down))
+        state = _circumstances(x)
         if self._held is not None:
-            made_from, state_then, p = self._held
-            if made_from is x and state_then == state:
+            made_from, times, state_then, p = self._held
+            if made_from is x and times is down and state_then == state:
                 return p
         p = project(x, down, source)
-        self._held = x, state, p
+        self._held = x, down, state, p
         return p
 
 

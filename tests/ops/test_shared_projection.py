@@ -327,7 +327,8 @@ class TestSharedInput:
     def test_p_is_of_one_down(self, shared):
         x, down = operands(SHAPE)["x"], operands(SHAPE)["down"]
         p = shared.projection(x, down)
-        close(shared.projection(x, 2 * down), 2 * p)
+        for factor in (2, 3):  # the one before is held, or another might come to lie where it lay
+            close(shared.projection(x, factor * down), factor * p)
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_a_part_that_is_run_again_shares_nothing(self, shared, use_reentrant):
