@@ -244,7 +244,11 @@ def bench_model(
     # The warm-up, too.
     losses = {impl: float(step()) for impl, step in steps.items()}
     cuda = device == "cuda"
-    memory = {impl: peak_mem_mb(step, cuda) for impl, step in steps.items() if cuda or resident}
+    memory = {}
+    for peer in candidates if cuda or resident else ():
+        # Gradients of the step before would be there from the start, and freed at once.
+        peer.model.zero_grad(set_to_none=True)
+        memory[peer.name] = peak_mem_mb(steps[peer.name], cuda)
     timings = None
     if timed:
         timings = interleave(

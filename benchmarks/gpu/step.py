@@ -186,6 +186,8 @@ class Bench:
         if mode.endswith("graph"):
             call = captured(lambda: losses.append(step()))
         elif self.device == "cuda":
+            # Gradients of the step before would be there from the start, and freed at once.
+            peer.model.zero_grad(set_to_none=True)
             peak = f"{peak_mem_mb(step, True):.1f}"
         if peer.name == FLOOR:
             self._floors[mode] = call

@@ -133,14 +133,17 @@ def test_a_wrong_peer_gets_no_row(
 def test_a_step_s_resident_memory_is_what_the_backward_keeps(tmp_path: Path) -> None:
     out = tmp_path / "memory.csv"
     command = [sys.executable, "-m", "benchmarks.whole_model", "--memory-only"]
-    command += ["--models", "vit_tiny_patch16_224:4", "--impls", "EFFT2", peers.PEFT_LORA]
+    impls = ["EFFT2", peers.PEFT_LORA, "full fine-tuning"]
+    command += ["--models", "vit_tiny_patch16_224:4", "--impls", *impls]
     subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=600)
-    frozen, ours, peft = read_rows(out)
+    frozen, ours, peft, full = read_rows(out)
     for row in (frozen, ours, peft):
         assert not row["ms_p50"]
         assert float(row["peak_mem_mb"]) == pytest.approx(float(row["saved_mib"]), rel=0.15)
     assert float(ours["peak_mem_mb"]) <= 1.07 * float(frozen["peak_mem_mb"])
     assert float(peft["peak_mem_mb"]) >= 1.4 * float(frozen["peak_mem_mb"])
+    # 22 MiB less, were the gradients of the step before still there when it starts.
+    assert float(full["peak_mem_mb"]) >= 0.95 * float(full["saved_mib"])
 
 
 def test_gradients_are_ordered_by_name() -> None:
