@@ -147,7 +147,29 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/pairs.h", "if (2 * i < across)", "if (2 * i + 2 < across)", PAIRS),
         Fault("cpu/pairs.h", "row += 2 * w.row_stride;", "row += w.row_stride;", PAIRS),
         Fault("cpu/pack.h", "DType::kFloat64 && inner % 2 == 0", "DType::kFloat64", PAIRS),
-        Fault("cpu/product.h", "slot * block_rows : first", "slot : first", PAIRS),
+        Fault("cpu/pairs.h", "k + 1 < depth ? row + w", "true ? row + w", PAIRS),
+        Fault("cpu/pack.h", "(rank + 1) / 2 : rank", "rank / 2 : rank", PAIRS),
+        Fault("cpu/product.h", "w.inner <= kDepth * Element", "true || w.inner <= Element", PAIRS),
+        Fault(
+            "cpu/product.h",
+            "first * a.row_stride, a.row_stride};\n  }\n\n  // thin_in",
+            "0, a.row_stride};\n  }\n\n  // thin_in",
+            PAIRS,
+        ),
+        Fault("cpu/backward.h", "many + j * steps;", "many;", PAIRS),
+        Fault("cpu/made_rows.h", "out + j * steps + i / 2 * across", "out + i / 2 * across", PAIRS),
+        Fault(
+            "cpu/backward.h",
+            "across, args.N - j), across, first,",
+            "across, args.N - j), across, 0,",
+            PAIRS,
+        ),
+        Fault(
+            "cpu/backward.h",
+            "across, args.K - j), across, first,",
+            "across, args.K - j), across, 0,",
+            PAIRS,
+        ),
         # factors.h: the fold and the chain rule through it
         Fault("cpu/factors.h", "to, g != set)", "to, false)"),
         Fault("cpu/factors.h", "G * Ra * thin.rb * sizeof(T)", "Ra * thin.rb * sizeof(T)"),
@@ -184,6 +206,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         Fault("cpu/storage.h", "(rounded & kept) | (0x7fc0u & ~kept)", "rounded"),
         Fault("cpu/product.h", "w.in_pairs() && !merged", "w.in_pairs()", PAIRS),
+        Fault("cpu/product.h", "if (rank % 2 == 1) to[rank] = 0;", "", PAIRS),
         Fault("cpu/storage.h", "value != value ? 0x7fc0u : rounded", "rounded"),
         Fault(
             "cpu/ops.cpp",
@@ -208,7 +231,19 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cpu/mixed_batch.h", "(item + 1) * args.rows - begin}", "(item + 1) * args.rows}"),
         Fault("cpu/mixed_batch.h", "(begin + row) / args.rows;", "row / args.rows;"),
         Fault("cpu/mixed_batch.h", "first + rows) - row;", "begin + rows) - row;"),
-        Fault("cpu/mixed_batch.h", "args.task_of_item[item] * tail_size", "0 * tail_size"),
+        Fault(
+            "cpu/mixed_batch.h",
+            "task_of_item[item] * tail_numbers",
+            "task_of_item[0] * tail_numbers",
+        ),
+        Fault(
+            "cpu/mixed_batch.h",
+            "task_of_item[item] * thin_in_numbers",
+            "task_of_item[0] * thin_in_numbers",
+        ),
+        Fault(
+            "cpu/mixed_batch.h", "memory.thin_in + task * thin_in_numbers", "memory.thin_in", PAIRS
+        ),
         Fault("cpu/ops.cpp", "args.task_of_item[item] >= 0 && ", ""),
         Fault("cpu/ops.cpp", "rows = torch::stable::contiguous(x);", "rows = x;"),
     ),
@@ -222,6 +257,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         Fault("entry/node.cpp", "in_python = !rows.defined();", ""),
         Fault("cpu/made_rows.h", "row[k] += bias[k];", "(void)bias[k];"),
+        Fault("cpu/made_rows.h", "out + j * steps + i / 2 * across", "out + j * steps", PAIRS),
         Fault("cpu/made_rows.h", "0.797884561f", "0.79788f"),
         Fault("entry/node.cpp", "!(needs & kNeedWeight) &&", ""),
         Fault("entry/node.cpp", "    check_in_memory(source);", ""),

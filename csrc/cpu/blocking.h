@@ -24,8 +24,8 @@ constexpr int64_t kTileRows = 400;
 constexpr int64_t kRangeRows = 2048, kRangeRowsPerThread = 256, kRangeNumbers = int64_t{1} << 24;
 // Rows of a block of the thin products, which read it more than once.
 constexpr int64_t kBlockRows = 200;
-// Numbers of such a block where its rows are made for it.
-constexpr int64_t kBlockNumbers = 96 * 1024;
+// Numbers of such a block, in bfloat16, where its rows are made and paired as a whole.
+constexpr int64_t kPairedNumbers = 192 * 1024;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;

@@ -10,13 +10,15 @@ template <class T>
 struct ForwardWorkspace {
   PaddedFactors<T> factors;
   Product<T> product;
+  T* thin_in;
   T* tail;
 
   ForwardWorkspace(Arena<T>& arena, const Forward& args)
       : factors(arena, args.factors, args.N, args.K),
         product(arena, args.x, args.y, args.weight, true, args.M, args.K, args.N, factors.width,
-                args.slots, args.threads, args.strategy == kMerged),
-        tail(arena.take(args.factors.Ra * round_up(args.N, kLanes<T>))) {}
+                args.threads, args.strategy == kMerged),
+        thin_in(arena.take(product.in_pairs ? args.K / 2 * factors.width : 0)),
+        tail(arena.take(tail_size<T>(args.factors.Ra, args.N))) {}
 };
 
 template <class T>
@@ -28,7 +30,8 @@ void forward(const Forward& args) {
   const int64_t Ra = args.factors.Ra, width = factors.width;
 
   fold(args.factors, args.N, args.K, factors);
-  const Tail<T> tail = pack_tail(factors.b, width, Ra, args.N, memory.tail);
+  const Tail<T> tail = pack_tail(factors.b, width, Ra, args.N, product.in_pairs, memory.tail);
+  const T* thin_in = product.pack_thin_in(factors.down, memory.thin_in);
   if (merge) product.w.merge(factors.down, width, tail);
   product.read_bias(args.bias);
 
@@ -36,14 +39,14 @@ void forward(const Forward& args) {
   product.each_range([&](int64_t begin, int64_t end) {
     const bool before = make_p || product.a_scratch != nullptr;
     parallel_each(before ? args.slots : 0, [&](int64_t slot) {
-      each_block(begin, end, slot, args.slots, product.block_rows,
-                 [&](int64_t first, int64_t rows) {
-                   const Rows<T> x = product.load(slot, begin, first, rows);
-                   if (!make_p) return;
-                   T* p = product.thin_of(begin, first);
-                   thin_product(x, rows, args.K, factors.down, width, p);
-                   if (args.p) write_padded(args.p, first, rows, Ra, p, width);
-                 });
+      each_block(begin, end, slot, args.slots, kBlockRows, [&](int64_t first, int64_t rows) {
+        product.load(begin, first, rows);
+        if (!make_p) return;
+        product.make_thin(begin, first, rows, thin_in, Ra);
+        if (args.p) {
+          write_padded(args.p, first, rows, Ra, product.thin_of(begin, first), width);
+        }
+      });
     });
     product.run(begin, end,
                 [&](int64_t) { return TailOfRows<T>{merge ? Tail<T>{} : tail, end - begin}; });

@@ -2,7 +2,7 @@
 // compiler turns into vectors.
 #pragma once
 
-#include "storage.h"
+#include "blocking.h"
 
 namespace efft_kernels::cpu::EFFT_ISA {
 
@@ -94,6 +94,28 @@ struct MadeRows {
       }
     }
     return {scratch, K};
+  }
+
+  // Whether pairs of its rows can be taken from where they lie, a panel at a time.
+  bool in_panels() const {
+    return made_by == kPlain && kept.dtype == DType::kBFloat16 && kept.column_stride == 1;
+  }
+
+  // The same rows in pairs of rows, in panels [count / 2 rounded up, panel columns] one after
+  // another; `scratch` takes two rows in T.
+  template <class E>
+  void pair_rows(int64_t first, int64_t count, int64_t K, T* scratch, E* out) const {
+    const int64_t padded = round_up(K, kLanes<T>), steps = (count + 1) / 2;
+    for (int64_t i = 0; i < count; i += 2) {
+      const int64_t two = std::min<int64_t>(2, count - i);
+      const Rows<T> made = rows(first + i, two, K, scratch);
+      const Matrix pair{const_cast<T*>(made.data), kStored<T>, made.stride, 1};
+      for (int64_t j = 0; j < padded; j += kPanel<T>) {
+        const int64_t across = std::min(kPanel<T>, padded - j);
+        pack_pairs_rows<float>(pair, j, std::min(across, K - j), across, 0, two,
+                               out + j * steps + i / 2 * across);
+      }
+    }
   }
 
  private:

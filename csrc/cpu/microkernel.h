@@ -92,13 +92,13 @@ EFFT_INLINE void interval(Vec<Sum<E>> (&acc)[ROWS][VECTORS], const Scalar<E>*& a
 }
 
 // acc += term.a·term.b for a panel b, whose rows follow each other, and an `a` read along its rows.
-template <class E, int ROWS, int VECTORS>
+template <class E, int ROWS, int VECTORS, class Out>
 EFFT_INLINE void accumulate_with_prefetch(Vec<Sum<E>> (&acc)[ROWS][VECTORS], const Term<E>& term,
                                           const Prefetch& prefetch, int64_t ldc) {
   constexpr int64_t kPanelRow = VECTORS * kLanes<Sum<E>>;
   const Scalar<E>* a = term.a;
   const E* b = term.b;
-  const Sum<E>* out = static_cast<const Sum<E>*>(prefetch.out);
+  const Out* out = static_cast<const Out*>(prefetch.out);
   int vector = 0;
   int64_t k = 0;
   for (; k + 2 * kPrefetchInterval <= term.depth; k += 2 * kPrefetchInterval) {
@@ -121,31 +121,35 @@ EFFT_INLINE void accumulate_with_prefetch(Vec<Sum<E>> (&acc)[ROWS][VECTORS], con
 }
 
 // c [ROWS, VECTORS·lanes] = first.a·first.b + second.a·second.b + (c if `add`, else bias). With
-// PREFETCH `first` is one chain, and its b a panel.
-template <class E, int ROWS, int VECTORS, bool PREFETCH = false>
-EFFT_INLINE void block(const Term<E>& first, const Term<Sum<E>>& second, Sum<E>* c, int64_t ldc,
+// PREFETCH `first` is one chain, and its b a panel. A c in bfloat16 is written once: there `first`
+// is one chain, too, and nothing is added.
+template <class E, int ROWS, int VECTORS, bool PREFETCH, class Out>
+EFFT_INLINE void block(const Term<E>& first, const Term<E>& second, Out* c, int64_t ldc,
                        const Sum<E>* bias, bool add, const Prefetch& prefetch) {
   for (int64_t k = 0;; k += kChain) {
     const bool last = PREFETCH || k + kChain >= first.depth;
     Vec<Sum<E>> acc[ROWS][VECTORS] = {};
     if constexpr (PREFETCH) {
-      accumulate_with_prefetch<E, ROWS, VECTORS>(acc, first, prefetch, ldc);
+      accumulate_with_prefetch<E, ROWS, VECTORS, Out>(acc, first, prefetch, ldc);
     } else {
       accumulate<E, ROWS, VECTORS>(acc, first.a + k * Element<E>::kNumbers, first.row,
                                    first.b + k * first.ldb, first.ldb,
                                    std::min(kChain, first.depth - k));
     }
     if (last) {
-      accumulate<Sum<E>, ROWS, VECTORS>(acc, second.a, second.row, second.b, second.ldb,
-                                        second.depth);
+      accumulate<E, ROWS, VECTORS>(acc, second.a, second.row, second.b, second.ldb, second.depth);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
       const Vec<Sum<E>> start = bias != nullptr ? load(bias + j * kLanes<Sum<E>>) : Vec<Sum<E>>{};
 #pragma GCC unroll 32
       for (int i = 0; i < ROWS; ++i) {
-        Sum<E>* to = c + i * ldc + j * kLanes<Sum<E>>;
-        store(to, (add ? load(to) : start) + acc[i][j]);
+        Out* to = c + i * ldc + j * kLanes<Sum<E>>;
+        if constexpr (std::is_same_v<Out, Sum<E>>) {
+          store(to, (add ? load(to) : start) + acc[i][j]);
+        } else {
+          store_bf16(to, start + acc[i][j]);
+        }
       }
     }
     if (last) return;
@@ -153,35 +157,35 @@ EFFT_INLINE void block(const Term<E>& first, const Term<Sum<E>>& second, Sum<E>*
   }
 }
 
-template <class E>
-using BlockFn = void (*)(const Term<E>&, const Term<Sum<E>>&, Sum<E>*, int64_t, const Sum<E>*, bool,
+template <class E, class Out = Sum<E>>
+using BlockFn = void (*)(const Term<E>&, const Term<E>&, Out*, int64_t, const Sum<E>*, bool,
                          const Prefetch&);
 
-template <class E, int ROWS, int VECTORS, bool PREFETCH = false>
-__attribute__((noinline)) void block_entry(const Term<E>& first, const Term<Sum<E>>& second,
-                                           Sum<E>* c, int64_t ldc, const Sum<E>* bias, bool add,
+template <class E, int ROWS, int VECTORS, bool PREFETCH, class Out>
+__attribute__((noinline)) void block_entry(const Term<E>& first, const Term<E>& second, Out* c,
+                                           int64_t ldc, const Sum<E>* bias, bool add,
                                            const Prefetch& prefetch) {
   block<E, ROWS, VECTORS, PREFETCH>(first, second, c, ldc, bias, add, prefetch);
 }
 
-template <class E, int VECTORS, int... I>
-BlockFn<E> block_of_rows(int64_t rows, std::integer_sequence<int, I...>) {
-  static constexpr BlockFn<E> table[] = {block_entry<E, I + 1, VECTORS>...};
+template <class E, class Out, int VECTORS, int... I>
+BlockFn<E, Out> block_of_rows(int64_t rows, std::integer_sequence<int, I...>) {
+  static constexpr BlockFn<E, Out> table[] = {block_entry<E, I + 1, VECTORS, false, Out>...};
   return table[rows - 1];
 }
 
 // The block for 1 to kRows rows and 1 to kVectors vectors, without prefetches.
-template <class E>
-BlockFn<E> block_fn(int64_t rows, int64_t vectors) {
+template <class E, class Out = Sum<E>>
+BlockFn<E, Out> block_fn(int64_t rows, int64_t vectors) {
   constexpr auto all = std::make_integer_sequence<int, kRows>{};
   switch (vectors) {
     case 1:
-      return block_of_rows<E, 1>(rows, all);
+      return block_of_rows<E, Out, 1>(rows, all);
     case 2:
-      return block_of_rows<E, 2>(rows, all);
+      return block_of_rows<E, Out, 2>(rows, all);
     default:
       static_assert(kVectors <= 3);
-      return block_of_rows<E, kVectors>(rows, all);
+      return block_of_rows<E, Out, kVectors>(rows, all);
   }
 }
 

@@ -67,25 +67,47 @@ void pack_rows(const Matrix& w, int64_t j0, int64_t columns, int64_t width, int6
   }
 }
 
-// thin_out^T in the same panels: [rank, panel columns] each, one after another.
+// thin_out^T in the same panels: [steps, panel columns] each, one after another; a step is a row of
+// it, or of Pairs two.
 template <class T>
 struct Tail {
-  int64_t rank = 0;
+  int64_t steps = 0;
   const T* data = nullptr;
 
-  const T* panel(int64_t j) const { return data + j * rank; }
+  template <class E>
+  const E* panel(int64_t j) const {
+    static_assert(sizeof(E) == sizeof(T));
+    return reinterpret_cast<const E*>(data) + j * steps;
+  }
 };
 
-// thin_out is [columns, width], its first `rank` columns filled.
+// Numbers of T that a tail takes.
 template <class T>
-Tail<T> pack_tail(const T* thin_out, int64_t width, int64_t rank, int64_t columns, T* out) {
+int64_t tail_size(int64_t rank, int64_t columns) {
+  return rank * round_up(columns, kLanes<T>);
+}
+
+// thin_out is [columns, width], its first `rank` columns filled, the others zero; `in_pairs`, it is
+// rounded to bfloat16.
+template <class T>
+Tail<T> pack_tail(const T* thin_out, int64_t width, int64_t rank, int64_t columns, bool in_pairs,
+                  T* out) {
   const Matrix rows{const_cast<T*>(thin_out), kStored<T>, width, 1};
   const int64_t padded = round_up(columns, kLanes<T>);
+  const int64_t steps = in_pairs ? (rank + 1) / 2 : rank;
   for (int64_t j = 0; j < padded; j += kPanel<T>) {
     const int64_t across = std::min(kPanel<T>, padded - j);
-    pack_transposed(rows, j, std::min(across, columns - j), across, 0, rank, out + j * rank);
+    const int64_t valid = std::min(across, columns - j);
+    if constexpr (kCanPair<T>) {
+      if (in_pairs) {
+        pack_pairs_transposed<float>(rows, j, valid, across, 0, 2 * steps,
+                                     reinterpret_cast<Pair*>(out) + j * steps);
+        continue;
+      }
+    }
+    pack_transposed(rows, j, valid, across, 0, rank, out + j * steps);
   }
-  return {rank, out};
+  return {steps, out};
 }
 
 // w [inner, columns] as the product reads it, w += thin_in·thin_out^T where thin_in is not null.
@@ -140,8 +162,8 @@ struct Weight {
     }
     for (int64_t i = 0; thin_in != nullptr && i < depth; i += kRows) {
       const int64_t rows = std::min<int64_t>(kRows, depth - i);
-      const Term<T> low_rank{thin_in + (k + i) * width, width, thin_out.panel(j), panel,
-                             thin_out.rank};
+      const Term<T> low_rank{thin_in + (k + i) * width, width, thin_out.template panel<T>(j), panel,
+                             thin_out.steps};
       block_fn<T>(rows, panel / kLanes<T>)(low_rank, Term<T>{}, out + i * panel, panel, nullptr,
                                            true, Prefetch{});
     }

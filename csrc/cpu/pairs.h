@@ -52,8 +52,8 @@ EFFT_INLINE Words pair_up(const uint16_t* row, const uint16_t* below) {
   return load_halves(row) | load_halves(below) << 16;
 }
 
-// As pack_transposed and pack_rows of pack.h, for rows of an even `depth` and a w of S, float or
-// bfloat16, with unit column stride.
+// As pack_transposed and pack_rows of pack.h, for a w of S, float or bfloat16, with unit column
+// stride. Transposed, `depth` is even; else a row that has none below it is paired with zeros.
 template <class S>
 void pack_pairs_transposed(const Matrix& w, int64_t n0, int64_t columns, int64_t width, int64_t k0,
                            int64_t depth, Pair* out) {
@@ -89,17 +89,18 @@ void pack_pairs_rows(const Matrix& w, int64_t j0, int64_t columns, int64_t width
   constexpr int64_t lanes = kLanes<float>;
   const S* row = static_cast<const S*>(w.data) + k0 * w.row_stride + j0;
   for (int64_t k = 0; k < depth; k += 2) {
-    const S* below = row + w.row_stride;
+    const S* below = k + 1 < depth ? row + w.row_stride : nullptr;
     for (int64_t j = 0; j < width; j += kCacheLine / sizeof(S)) {
       __builtin_prefetch(row + kPrefetchRows * w.row_stride + j, 0, 3);
-      __builtin_prefetch(below + kPrefetchRows * w.row_stride + j, 0, 3);
+      __builtin_prefetch(row + (kPrefetchRows + 1) * w.row_stride + j, 0, 3);
     }
     for (int64_t j = 0; j < width; j += lanes) {
       S edge[2][lanes] = {};
-      const bool whole = j + lanes <= columns;
+      const int64_t valid = std::min(lanes, columns - j);
+      const bool whole = valid == lanes && below != nullptr;
       if (!whole) {
-        std::memcpy(edge[0], row + j, (columns - j) * sizeof(S));
-        std::memcpy(edge[1], below + j, (columns - j) * sizeof(S));
+        std::memcpy(edge[0], row + j, valid * sizeof(S));
+        if (below != nullptr) std::memcpy(edge[1], below + j, valid * sizeof(S));
       }
       const Words pairs = whole ? pair_up(row + j, below + j) : pair_up(edge[0], edge[1]);
       std::memcpy(out + j, &pairs, sizeof(pairs));
@@ -125,5 +126,8 @@ void pack_pairs_rows(const Matrix& w, int64_t j0, int64_t columns, int64_t width
                      int64_t depth, Pair* out);
 
 #endif
+
+template <class T>
+constexpr bool kCanPair = kPairs && std::is_same_v<T, float>;
 
 }  // namespace efft_kernels::cpu::EFFT_ISA

@@ -27,9 +27,9 @@ struct TailOfRows {
 };
 
 // Rows that a tile is stored in. They have room for the tile's whole vectors where `padded`.
-template <class T>
+template <class Out>
 struct OutputBlock {
-  T* data;
+  Out* data;
   int64_t stride;
   bool padded;
 };
@@ -40,23 +40,23 @@ struct Product {
   Matrix out;  // [M, columns], contiguous; null where it is not wanted
   Weight<T> w;
   int64_t M, width, threads;
-  // Whether the tiles read `a` as it is stored, in bfloat16, and w rounded to it. Where w is merged
-  // that would round the low-rank term away.
+  // Whether `a` is read as it is stored, in bfloat16, and w, thin_in, thin and thin_out rounded to
+  // it. Where w is merged that would round the low-rank term away.
   bool in_pairs;
-  int64_t range_rows;               // of a range, at most
-  int64_t block_rows = kBlockRows;  // of a block of the thin products, at most
-  const T* bias = nullptr;          // in bias_memory, once it has been read
-  T* bias_memory = nullptr;         // [padded columns]
-  T* a_scratch = nullptr;  // [range_rows or slots·block_rows, inner], where `a` is not stored in T
-  T* thin = nullptr;       // [range_rows, width]
+  int64_t range_rows;        // of a range, at most
+  const T* bias = nullptr;   // in bias_memory, once it has been read
+  T* bias_memory = nullptr;  // [padded columns]
+  T* a_scratch = nullptr;    // [range_rows, inner], where `a` is not stored in T, nor read in pairs
+  T* thin = nullptr;         // [range_rows, width]
+  uint16_t* thin_halves = nullptr;  // [range_rows, width]: thin in bfloat16, where `in_pairs`
   int64_t packed_size = 0, out_size = 0;
   T* packed = nullptr;       // [threads, packed_size]: a step of a tile, of Pairs where `in_pairs`
-  T* out_scratch = nullptr;  // [threads, out_size]: a tile of `out`, where it is not stored in T
+  T* out_scratch = nullptr;  // [threads, out_size]: a tile of `out`, else written at once
 
   static constexpr int64_t kTileColumns = kTilePanels * kPanel<T>;
 
   Product(Arena<T>& arena, const Matrix& a, const Matrix& out, const Matrix& weight,
-          bool transposed, int64_t M, int64_t inner, int64_t columns, int64_t width, int64_t slots,
+          bool transposed, int64_t M, int64_t inner, int64_t columns, int64_t width,
           int64_t threads, bool merged)
       : a(a),
         out(out),
@@ -64,23 +64,20 @@ struct Product {
         M(M),
         width(width),
         threads(threads),
-        in_pairs(kPairs && std::is_same_v<T, float> && a.dtype == DType::kBFloat16 &&
-                 a.column_stride == 1 && w.in_pairs() && !merged) {
+        in_pairs(kCanPair<T> && a.dtype == DType::kBFloat16 && a.column_stride == 1 &&
+                 w.in_pairs() && !merged) {
     int64_t limit = std::max(kRangeRows, kRangeRowsPerThread * threads);
     if (!is_direct<T>(a) && !in_pairs) {
       limit = std::min(limit, std::max(kRangeRows / 2, kRangeNumbers / inner));
     }
     const int64_t ranges = std::max<int64_t>((M + limit - 1) / limit, 1);
     range_rows = round_up((M + ranges - 1) / ranges, kRows);
+    thin = arena.take(range_rows * width);
     if (in_pairs) {
-      // Rows in T are made anew for each block, and stay in cache only if they are few.
-      block_rows = std::clamp<int64_t>(kBlockNumbers / std::max(inner, columns) / kRows * kRows,
-                                       kRows, kBlockRows);
-      a_scratch = arena.take(slots * block_rows * inner);
+      thin_halves = reinterpret_cast<uint16_t*>(arena.take(range_rows * width / 2));
     } else if (!is_direct<T>(a)) {
       a_scratch = arena.take(range_rows * inner);
     }
-    thin = arena.take(range_rows * width);
     if (!out) return;
     const int64_t padded = round_up(columns, kLanes<T>);
     const int64_t tile_columns = std::min(kTileColumns, padded);
@@ -88,7 +85,12 @@ struct Product {
     packed_size = std::min(kDepth, inner) * tile_columns;
     packed = arena.take(threads * packed_size);
     out_size = std::min(kTileRows, range_rows) * tile_columns;
-    if (!is_direct<T>(out)) out_scratch = arena.take(threads * out_size);
+    if (!is_direct<T>(out) && !writes_halves()) out_scratch = arena.take(threads * out_size);
+  }
+
+  // Whether the tiles write `out` in bfloat16 as they make it, which takes a single step.
+  bool writes_halves() const {
+    return in_pairs && out.dtype == DType::kBFloat16 && w.inner <= kDepth * Element<Pair>::kNumbers;
   }
 
   void read_bias(const Matrix& from) {
@@ -105,30 +107,75 @@ struct Product {
     }
   }
 
-  // A block of rows of `a` of the range that starts at `begin`, for the slot's thin products: where
-  // they lie, or in T; which are the tiles', too, unless these are `in_pairs`.
-  Rows<T> load(int64_t slot, int64_t begin, int64_t first, int64_t rows) const {
-    const int64_t row = in_pairs ? slot * block_rows : first - begin;
-    T* scratch = a_scratch == nullptr ? nullptr : a_scratch + row * w.inner;
-    return rows_of(a, first, rows, w.inner, scratch);
+  // Rows of `a` of the range that starts at `begin`, read for `rows_at` where they are not in T.
+  void load(int64_t begin, int64_t first, int64_t rows) const {
+    if (a_scratch == nullptr) return;
+    rows_of(a, first, rows, w.inner, a_scratch + (first - begin) * w.inner);
+  }
+
+  // Rows of `a` from `first` on, in T.
+  Rows<T> rows_at(int64_t begin, int64_t first) const {
+    if (a_scratch != nullptr) return {a_scratch + (first - begin) * w.inner, w.inner};
+    return {static_cast<const T*>(a.data) + first * a.row_stride, a.row_stride};
+  }
+
+  // The same where they are read in pairs.
+  Rows<uint16_t> halves_of(int64_t first) const {
+    return {static_cast<const uint16_t*>(a.data) + first * a.row_stride, a.row_stride};
+  }
+
+  // thin_in [inner, width] as the thin product reads it: itself, or pairs of its rows in `memory`.
+  const T* pack_thin_in(const T* thin_in, T* memory) const {
+    if constexpr (kCanPair<T>) {
+      if (in_pairs) {
+        const Matrix rows{const_cast<float*>(thin_in), DType::kFloat32, width, 1};
+        pack_pairs_rows<float>(rows, 0, width, width, 0, w.inner, reinterpret_cast<Pair*>(memory));
+        return memory;
+      }
+    }
+    return thin_in;
   }
 
   // `thin` of row `first` of the range that starts at `begin`.
   T* thin_of(int64_t begin, int64_t first) const { return thin + (first - begin) * width; }
 
+  // `thin` of these rows as the tiles read it, where they read it in pairs. A last column without a
+  // partner is paired with zeros: what lies there may be no number.
+  void round_thin(int64_t begin, int64_t first, int64_t rows, int64_t rank) const {
+    if constexpr (kCanPair<T>) {
+      const T* from = thin_of(begin, first);
+      uint16_t* to = thin_halves + (first - begin) * width;
+      for (int64_t i = 0; i < rows; ++i, from += width, to += width) {
+        write_row({to, DType::kBFloat16}, 0, 0, from, width);
+        if (rank % 2 == 1) to[rank] = 0;
+      }
+    }
+  }
+
+  // thin = a·thin_in, as pack_thin_in gave it, of rows that were loaded.
+  void make_thin(int64_t begin, int64_t first, int64_t rows, const T* thin_in, int64_t rank) const {
+    T* to = thin_of(begin, first);
+    if constexpr (kCanPair<T>) {
+      if (in_pairs) {
+        thin_product<Pair>(halves_of(first), rows, w.inner / 2,
+                           reinterpret_cast<const Pair*>(thin_in), width, to);
+        round_thin(begin, first, rows, rank);
+        return;
+      }
+    }
+    thin_product<T>(rows_at(begin, first), rows, w.inner, thin_in, width, to);
+  }
+
   // Rows begin .. end of `out`, the range that was loaded. Tiles and tail_of count rows from its
   // first: tail_of(row) is that row's TailOfRows; a tail without data adds nothing.
   template <class TailOf>
   void run(int64_t begin, int64_t end, const TailOf& tail_of) const {
-    if constexpr (kPairs && std::is_same_v<T, float>) {
+    if constexpr (kCanPair<T>) {
       if (in_pairs) {
-        const uint16_t* data = static_cast<const uint16_t*>(a.data) + begin * a.row_stride;
-        return run_tiles<Pair>(begin, end, {data, a.row_stride}, tail_of);
+        return run_tiles<Pair>(begin, end, halves_of(begin), tail_of);
       }
     }
-    const bool direct = a_scratch == nullptr;
-    const T* data = direct ? static_cast<const T*>(a.data) + begin * a.row_stride : a_scratch;
-    run_tiles<T>(begin, end, {data, direct ? a.row_stride : w.inner}, tail_of);
+    run_tiles<T>(begin, end, rows_at(begin, begin), tail_of);
   }
 
  private:
@@ -146,12 +193,21 @@ struct Product {
           i = next.fetch_add(1);
           return i < tiles.count() ? tiles[i] : Tile{};
         };
+        const int64_t at = (begin + tile.first) * w.columns + tile.column;
+        if constexpr (std::is_same_v<E, Pair>) {
+          if (writes_halves()) {
+            const OutputBlock<uint16_t> to{static_cast<uint16_t*>(out.data) + at, w.columns, false};
+            run_tile<E>(tile, rows, tail_of, to, memory, following);
+            continue;
+          }
+        }
         if (out_scratch == nullptr) {
-          T* data = static_cast<T*>(out.data) + (begin + tile.first) * w.columns + tile.column;
-          run_tile<E>(tile, rows, tail_of, {data, w.columns, false}, memory, following);
+          const OutputBlock<T> to{static_cast<T*>(out.data) + at, w.columns, false};
+          run_tile<E>(tile, rows, tail_of, to, memory, following);
         } else {
           T* data = out_scratch + worker * out_size;
-          run_tile<E>(tile, rows, tail_of, {data, tile.across, true}, memory, following);
+          const OutputBlock<T> to{data, tile.across, true};
+          run_tile<E>(tile, rows, tail_of, to, memory, following);
           for (int64_t row = 0; row < tile.rows; ++row) {
             write_row(out, begin + tile.first + row, tile.column, data + row * tile.across,
                       std::min(tile.across, w.columns - tile.column));
@@ -161,9 +217,9 @@ struct Product {
     });
   }
 
-  template <class E, class TailOf, class Following>
+  template <class E, class Out, class TailOf, class Following>
   void run_tile(const Tile& tile, Rows<Scalar<E>> rows, const TailOf& tail_of,
-                const OutputBlock<T>& to, E* memory, const Following& following) const {
+                const OutputBlock<Out>& to, E* memory, const Following& following) const {
     constexpr int64_t numbers = kDepth * Element<E>::kNumbers;
     for (int64_t k = 0; k < w.inner; k += numbers) {
       const int64_t depth = std::min(numbers, w.inner - k);
@@ -183,17 +239,23 @@ struct Product {
   }
 
   // A packed step of a tile for rows first .. end of the range.
-  template <class E>
+  template <class E, class Out>
   void run_step(const Tile& tile, Rows<Scalar<E>> rows, int64_t first, int64_t end, int64_t k,
-                int64_t depth, const Tail<T>& tail, const OutputBlock<T>& to, const E* memory,
+                int64_t depth, const Tail<T>& tail, const OutputBlock<Out>& to, const E* memory,
                 Lines& next_w) const {
     constexpr int64_t panel = kPanel<T>;
-    T edge[kRows * panel];
+    Out edge[kRows * panel];
     const int64_t panels = (tile.across + panel - 1) / panel;
     const int64_t steps = depth / Element<E>::kNumbers;
     const int64_t prefetches = std::max<int64_t>(steps / (2 * kPrefetchInterval), 1);
     const int64_t blocks = (end - first + kRows - 1) / kRows * panels;
     const bool with_tail = k + depth == w.inner && tail.data != nullptr;
+    const Scalar<E>* thin_rows;
+    if constexpr (std::is_same_v<E, Pair>) {
+      thin_rows = thin_halves;
+    } else {
+      thin_rows = thin;
+    }
     Lines next_a;
     Prefetch prefetch;
     prefetch.a = &next_a;
@@ -209,29 +271,30 @@ struct Product {
         const int64_t across = std::min(panel, tile.across - j);
         const int64_t valid = std::min(across, w.columns - tile.column - j);
         const Term<E> main{a_rows, rows.stride, memory + j * steps, across, steps};
-        const Term<T> low_rank = with_tail ? Term<T>{thin + i * width, width,
-                                                     tail.panel(tile.column + j), across, tail.rank}
-                                           : Term<T>{};
+        const Term<E> low_rank =
+            with_tail ? Term<E>{thin_rows + i * width, width,
+                                tail.template panel<E>(tile.column + j), across, tail.steps}
+                      : Term<E>{};
         const T* start = bias != nullptr ? bias + tile.column + j : nullptr;
-        T* block = to.data + (i - tile.first) * to.stride + j;
+        Out* block = to.data + (i - tile.first) * to.stride + j;
         const bool direct = to.padded || valid == across;
         if (count == kRows && across == panel && direct) {
           prefetch.out = j + across < tile.across ? block + panel : block + kRows * to.stride - j;
-          block_entry<E, kRows, kVectors, true>(main, low_rank, block, to.stride, start, k > 0,
-                                                prefetch);
+          block_entry<E, kRows, kVectors, true, Out>(main, low_rank, block, to.stride, start, k > 0,
+                                                     prefetch);
           continue;
         }
-        const BlockFn<E> run = block_fn<E>(count, across / kLanes<T>);
+        const BlockFn<E, Out> run = block_fn<E, Out>(count, across / kLanes<T>);
         if (direct) {
           run(main, low_rank, block, to.stride, start, k > 0, Prefetch{});
           continue;
         }
         for (int64_t r = 0; k > 0 && r < count; ++r) {
-          std::memcpy(edge + r * across, block + r * to.stride, valid * sizeof(T));
+          std::memcpy(edge + r * across, block + r * to.stride, valid * sizeof(Out));
         }
         run(main, low_rank, edge, across, start, k > 0, Prefetch{});
         for (int64_t r = 0; r < count; ++r) {
-          std::memcpy(block + r * to.stride, edge + r * across, valid * sizeof(T));
+          std::memcpy(block + r * to.stride, edge + r * across, valid * sizeof(Out));
         }
       }
     }

@@ -666,6 +666,30 @@ def test_the_cpp_kernels_are_preferred_at_every_size(amx, monkeypatch):
     cpp_backend._library_has_amx.cache_clear()
 
 
+@pytest.mark.parametrize("asked", [None, "avx512_bf16", "avx512"])
+@pytest.mark.parametrize("capable", [False, True])
+def test_in_pairs_the_cpp_kernels_never_merge(capable, asked, monkeypatch):
+    """`merged` multiplies bfloat16 in float32; where the kernels multiply it two numbers at a time,
+    many rows of a narrow weight, of which it is the faster one else, are split."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    monkeypatch.delenv(cpp_backend.ISA_VARIABLE, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(cpp_backend.ISA_VARIABLE, asked)
+    narrow = cost_model.Problem(12544, 96, 288, 1, 16, False, 4, 2, "cpu")
+    try:
+        cpp_backend._multiplies_pairs.cache_clear()
+        pairs = capable and asked != "avx512"
+        for backward in (False, True):
+            problem = narrow._replace(backward=backward)
+            predicted, excluded = cost_model.candidates(problem, cpp_backend)
+            assert set(predicted) == ({"split"} if pairs else {"split", "merged"})
+            assert set(excluded) == ({"merged"} if pairs else set())
+            _, excluded = cost_model.candidates(problem._replace(compute_bytes=4), cpp_backend)
+            assert excluded == {}
+    finally:
+        cpp_backend._multiplies_pairs.cache_clear()
+
+
 def test_rows_of_a_tile_are_the_kernels_own():
     source = Path(__file__).parents[2] / "csrc" / "cpu" / "blocking.h"
     (rows,) = re.findall(r"kTileRows = (\d+);", source.read_text())

@@ -6,13 +6,14 @@ Either the low-rank product takes r more steps of the inner loop (`split`: [x|P]
 sum with the weight is formed while packing, in the accumulation dtype and never rounded to the
 storage dtype (`merged`).
 
-A bfloat16 x or dY goes into the product as it is, two numbers at a time, where the processor has
-AVX512_BF16: then W is rounded to bfloat16, as torch does under autocast (`split` alone), and sums
-are float32.
+A bfloat16 x or dY goes into all products as it is, two numbers at a time, where the processor has
+AVX512_BF16: then W, down, B, P and S are rounded to bfloat16, as torch does under autocast (`split`
+alone), and sums are float32.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
@@ -27,6 +28,7 @@ NAME = "cpp"
 NATIVE = True
 STRATEGIES = ("split", "merged")
 TILE_ROWS = 400  # kTileRows of csrc/cpu/blocking.h
+ISA_VARIABLE = "EFFT_KERNELS_CPU_ISA"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -71,9 +73,19 @@ def _library_has_amx() -> bool:
 
 
 def excluded(problem: Problem, strategy: str) -> str | None:
-    """Why `auto` must not take the strategy: it may take both, since `merged` rounds nothing to the
-    weight's storage dtype."""
+    """Why `auto` must not take the strategy: `merged` rounds nothing to the weight's storage dtype,
+    so that it may always be right, but it multiplies in float32."""
+    if strategy == "merged" and problem.compute_bytes == 2 and _multiplies_pairs():
+        return "it multiplies in float32, and split two bfloat16 numbers at a time"
     return None
+
+
+@cache
+def _multiplies_pairs() -> bool:
+    """Whether the library takes its kernels for AVX512_BF16."""
+    if os.environ.get(ISA_VARIABLE, "avx512_bf16") != "avx512_bf16":
+        return False
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def launches(problem: Problem, strategy: str, device: Device) -> list[Launch]:

@@ -38,6 +38,8 @@ FORMS = {
 # Beyond every block in every direction, none of them a multiple of one.
 WIDE = Shape(M=2 * BLOCK_ROWS + 11, K=DEPTH + 101, n=DEPTH // 3 + 19, Ra=17, Rb=13)
 TALL = Shape(M=BLOCK_ROWS + 3, K=2 * DEPTH + 1, n=CHUNK + 9, G=2, Ra=19, Rb=23, shared=False)
+# Its inner dimensions are even: bfloat16 is multiplied two numbers at a time where it can be.
+EVEN = Shape(M=BLOCK_ROWS + 3, K=2 * DEPTH + 50, n=2 * DEPTH + 18, G=1, Ra=17, Rb=16, shared=False)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # (x, weight and bias, factors)
 DTYPES = [
