@@ -24,7 +24,7 @@ from .ops import recompute
 from .ops.backends.torch_backend import fold
 from .ops.checks import without_autocast
 from .ops.layer import adapted_linear
-from .ops.recompute import Recipe, Source
+from .ops.recompute import Source
 from .ops.reference import delta_weight
 from .ops.shared_projection import SharedInput
 
@@ -375,7 +375,7 @@ class FusedEFFTLinear(nn.Linear):
         self._site = _OWN_SITE
         self.shared_input: SharedInput | None = None
         self.remakes_input = True  # in the backward, where that does without keeping it
-        self._recipes: dict[Recipe, bool] = {}  # whether they made x when they first came up
+        self._recipes = recompute.Recipes()  # those that were seen to make x
         self.input_from: str | None = None  # what made x in the last training forward, or "kept"
         self._base_weight: tuple[nn.Parameter, ...] = ()
 
@@ -559,7 +559,7 @@ class FusedEFFTLinear(nn.Linear):
         else:
             down, core, up = bank.factors(self._site, self.training)
         if self.shared_input is not None and tasks is None:
-            down = self.shared_input.down_for(input, down, self.training)
+            down = self.shared_input.down_for(input, down, self.training, self._group())
         source = None
         if tasks is None and torch.is_grad_enabled() and not torch.jit.is_tracing():
             source = self._source(input, down)
@@ -610,13 +610,7 @@ class FusedEFFTLinear(nn.Linear):
             return None
         source = recompute.find(x) if self.remakes_input else None
         if source is not None:
-            known = self._recipes.get(source.recipe)
-            if known is None and not recompute.has_values(x):
-                known = True  # what is asked for is shapes and memory, as they will be
-            # A look at the values would break the capture of a CUDA graph.
-            elif known is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-                known = self._recipes[source.recipe] = source.makes(x)
-            source = source if known else None
+            source = source if self._recipes.make(source, x) else None
         self.input_from = "kept" if source is None else source.recipe.kind
         return source
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
+from torch.autograd import forward_ad
 
 from .. import functions
 from .base import FactorGroup, Factors
@@ -43,9 +44,7 @@ class _Held:
     """
 
     def __init__(self, group: FactorGroup, dropout: bool) -> None:
-        parameters = group._parameters.values()
-        self.sources: list[tuple[nn.Parameter | None, int | None]]  # with their versions
-        self.sources = [(p, None if p is None else _version(p)) for p in parameters]
+        self.sources = _state(group)
         self.group = group
         self.products = group.joint_products(dropout)
         self.stream = _stream(group)
@@ -56,10 +55,11 @@ class _Held:
         return self.group.from_products(self.products)
 
     def are_fresh(self, group: FactorGroup) -> bool:
-        """Whether the group still has the very parameters and nobody wrote to them."""
-        return all(
-            p is now and (p is None or version is None or p._version == version)
-            for (p, version), now in zip(self.sources, group._parameters.values(), strict=True)
+        """Whether the group still has the very parameters, as they were."""
+        now = _state(group)
+        return len(now) == len(self.sources) and all(
+            p is own and state == of_own
+            for (p, *state), (own, *of_own) in zip(self.sources, now, strict=True)
         )
 
 
@@ -157,7 +157,7 @@ class JointFactors:
     def _held(self, group: FactorGroup, dropout: bool, sites: set[str]) -> _Held | None:
         """What a group's sites take, made now if it is not there or not fresh."""
         now = self._now
-        if now is None or now[0] != _circumstances() or _is_traced():
+        if now is None or now[0] != _circumstances() or _is_traced() or _is_uncounted(group):
             return None
         held = now[1].get((group, dropout))
         # A linear that is called again in the same forward draws masks of its own.
@@ -209,7 +209,26 @@ def _circumstances() -> object:
 
 
 def _is_traced() -> bool:
-    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or torch.jit.is_tracing()
+
+
+def _parameters(group: FactorGroup) -> Iterable[nn.Parameter | None]:
+    """The group's, those of a parametrization included."""
+    return group.parameters() if group._modules else group._parameters.values()
+
+
+def _is_uncounted(group: FactorGroup) -> bool:
+    """Whether nobody counts what is written to its parameters in place."""
+    return any(p is not None and p.is_inference() for p in _parameters(group))
+
+
+def _state(group: FactorGroup) -> list[tuple[nn.Parameter | None, int | None, bool | None]]:
+    """The group's parameters, how often each was written in place, and whether it learns."""
+    return [
+        (None, None, None) if p is None else (p, _version(p), p.requires_grad)
+        for p in _parameters(group)
+    ]
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -161,11 +161,11 @@ def launch_context(device: torch.device) -> AbstractContextManager[Any]:
     return stack
 
 
-def _without_tangents(backend: str, operands: tuple[Tensor | None, ...]) -> str:
+def without_tangents(backend: str, operands: tuple[Tensor | None, ...]) -> str:
     """The backend, or 'torch' in the place of 'auto' where an operand carries a forward-mode
     tangent, which a kernel would drop.
     """
-    if forward_ad._current_level < 0 or backend == "torch":
+    if forward_ad._current_level < 0 or backend in ("torch", "reference"):
         return backend
     if all(t is None or forward_ad.unpack_dual(t).tangent is None for t in operands):
         return backend
@@ -205,7 +205,7 @@ def _fwd(
     backend: str,
     strategy: str,
 ) -> tuple[Tensor, Tensor]:
-    backend = _without_tangents(backend, (x, weight, bias, down, core, up))
+    backend = without_tangents(backend, (x, weight, bias, down, core, up))
     problem = cost_model.Problem.of(x, weight, down, core, up, training=save_p)
     module, strategy = select(backend, strategy, problem, x)
     with launch_context(x.device):

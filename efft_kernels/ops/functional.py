@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import register_decomposition
+from torch.autograd import forward_ad
 
 from .. import functions
 from . import checks, dispatch, eager_entry, reference
@@ -90,6 +91,10 @@ def run(
     backend = dispatch.requested_backend(backend)
     dispatch.check_strategy(strategy)
     transformed = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 and not transformed:
+        operands = (x, weight, bias, down, core, up)
+        transformed = any(t is not None and dispatch.has_tangent(t) for t in operands)
+        backend = dispatch.without_tangents(backend, operands) if transformed else backend
     if not (transformed or torch.compiler.is_compiling()):
         y = eager_entry.try_run(x, weight, bias, down, core, up, backend, strategy, source)
         if y is not None:

@@ -15,7 +15,7 @@ to x itself lacks what comes by way of d_down.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils.hooks import RemovableHandle
 
 from .backends import cpp_backend
 from .backends.torch_backend import thin_grad
@@ -55,11 +56,16 @@ class Recipe(NamedTuple):
     code: int
     expression: Expression
     moved: bool = False  # whether x's rows, which `code` makes, have other places than those kept
+    unseen: bool = False  # whether there are tensors on the way that nobody keeps
 
     def __call__(self, kept: Sequence[Tensor | None]) -> Tensor:
         """x but for its shape, [..., K] with the rows in order; differentiable in what is kept.
         With x's device as the current one, and without autocast."""
         return _evaluate(self.expression, kept)
+
+    def padded(self, kept: Sequence[Tensor | None]) -> Tensor | None:
+        """Where x is of a padding alone: the same with NaN there; None without a padding."""
+        return _evaluate(self.expression, kept, math.nan) if _has(self.expression, "pad") else None
 
     def row_index(self, shape: Sequence[int]) -> Tensor | None:
         """Of each row of x the row of what is kept, of this shape, that it is made from: [M] of
@@ -76,15 +82,89 @@ class Source(NamedTuple):
     attached: bool  # whether they are part of the graph, which a second derivative needs
 
     def makes(self, x: Tensor) -> bool:
-        """Whether it makes this x, but for rounding. A graph does not tell all: neither the value
-        that a padding has, nor that a tensor on the way was written behind autograd's back."""
+        """Whether it makes this x, but for rounding, which zeros of a padding have none of. A graph
+        does not tell all: neither the value that a padding has, nor that a tensor on the way was
+        written where autograd does not look."""
         with torch.no_grad(), launch_context(x.device):
             made = self.recipe(self.kept).reshape(x.shape)
+            padded = self.recipe.padded(self.kept)
             wide = torch.promote_types(x.dtype, torch.float32)
             tolerance = torch.finfo(x.dtype).eps ** 0.5
             scale = x.abs().amax().to(wide).nan_to_num(1.0, 1.0)
             near = (made.to(wide) - x.to(wide)).abs() <= tolerance * scale
+            if padded is not None:
+                near &= ~padded.reshape(x.shape).isnan()
             return bool((near | (made == x) | (made.isnan() & x.isnan())).all())
+
+
+class _Seen:
+    """Whether a recipe was seen to make a layer's x, and when."""
+
+    def __init__(self, right: bool) -> None:
+        self.right, self.handles = right, RemovableHandle.next_id
+        self.times, self.calls = 1, 0
+
+    def is_due(self) -> bool:
+        """Whether to look again: there are hooks that there were not then. Not at every one of its
+        calls where hooks come with every step, as FSDP2's do."""
+        self.calls += 1
+        return self.handles != RemovableHandle.next_id and self.calls >= self.times
+
+
+class Recipes:
+    """The recipes of one layer's x, each seen to make it."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Recipe, _Seen] = {}
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def clear(self) -> None:
+        """Look at each again."""
+        self._seen.clear()
+
+    def make(self, source: Source, x: Tensor) -> bool:
+        """Whether x can be made from the source.
+
+        It is compared with x when its recipe first comes up, and once more after hooks were
+        registered, anywhere, where tensors that nobody keeps lie on the way: a hook may write to
+        them in place. A look at the values would break the capture of a CUDA graph: what is not
+        known there is kept. Where there are none (meta and fake tensors) what is asked for is
+        shapes and memory, as they will be.
+        """
+        if not has_values(x):
+            return self.make_unseen(source)
+        if x.device.type == "cpu" and not _padding_is_zero(source, x):
+            return False
+        seen = self._seen.get(source.recipe)
+        if seen is not None and not (source.recipe.unseen and seen.is_due()):
+            return seen.right
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return seen is not None and seen.right
+        right = source.makes(x)
+        if seen is None:
+            self._seen[source.recipe] = _Seen(right)
+        else:
+            seen.right, seen.handles = right, RemovableHandle.next_id
+            seen.times, seen.calls = seen.times + 1, 0
+        return right
+
+    def make_unseen(self, source: Source) -> bool:
+        """The same of an x without values."""
+        seen = self._seen.get(source.recipe)
+        return seen is None or seen.right
+
+
+def _padding_is_zero(source: Source, x: Tensor) -> bool:
+    """Whether the numbers of a padding are, of which one is as good as all."""
+    if not _has(source.recipe.expression, "pad"):
+        return True
+    shapes = tuple(None if t is None else tuple(t.shape) for t in source.kept)
+    place = _of_padding(source.recipe.expression, shapes)
+    if place is None:
+        return True
+    return float(x.detach()[torch.unravel_index(torch.tensor(place), x.shape)]) == 0
 
 
 def find(x: Tensor) -> Source | None:
@@ -107,7 +187,8 @@ def find(x: Tensor) -> Source | None:
         return None
     graph = _Graph()
     try:
-        recipe = _recipe(maker, graph.expression(node, 0))
+        expression = graph.expression(node, 0)
+        recipe = _recipe(maker, expression, graph.unseen or _has_unseen(expression))
     except _NotKept:
         return None
     return Source(recipe, tuple(graph.kept), graph.attached) if graph.computes else None
@@ -228,16 +309,16 @@ def _below_views(x: Tensor) -> Any:
     return node
 
 
-_recipes: dict[tuple[str, Expression], Recipe] = {}
+_recipes: dict[tuple[str, Expression, bool], Recipe] = {}
 
 
-def _recipe(maker: str, expression: Expression) -> Recipe:
+def _recipe(maker: str, expression: Expression, unseen: bool) -> Recipe:
     """The one recipe of an expression.
 
     Raises:
         _NotKept: there are too many.
     """
-    key = maker, expression
+    key = maker, expression, unseen
     found = _recipes.get(key)
     if found is None:
         if len(_recipes) >= _MAX_RECIPES:
@@ -250,7 +331,7 @@ def _recipe(maker: str, expression: Expression) -> Recipe:
         elif rows[:2] == ("gelu", ("kept", 0)):
             code = {"none": GELU, "tanh": GELU_TANH}[rows[2]]
         moved = code != PLAIN and rows is not expression
-        found = _recipes[key] = Recipe(_MAKERS[maker], code, expression, moved)
+        found = _recipes[key] = Recipe(_MAKERS[maker], code, expression, moved, unseen)
     return found
 
 
@@ -265,6 +346,7 @@ class _Graph:
         self.kept: list[Tensor | None] = []
         self.attached = True
         self.computes = False  # else x shares the memory of what is kept
+        self.unseen = False  # whether a result that is not kept was copied
 
     def saved(self, node: Any, name: str, operand: int | None = None) -> Tensor | None:
         """A tensor that a node saved; `operand`: its place among those that it is differentiated
@@ -380,7 +462,9 @@ def _result(name: str) -> Callable[..., Expression]:
 
 def _clone(graph: _Graph, node: Any, depth: int) -> Expression:
     graph.computes = True
-    return graph.above(node, 0, depth)
+    inner = graph.above(node, 0, depth)
+    graph.unseen |= _is_computed(inner)
+    return inner
 
 
 def _view(graph: _Graph, node: Any, depth: int) -> Expression:
@@ -452,10 +536,34 @@ _MAKERS = {
 }
 
 
+def _operands(expression: Expression) -> Iterator[Expression]:
+    return (e for e in expression[1:] if isinstance(e, tuple) and e and isinstance(e[0], str))
+
+
+def _has(expression: Expression, name: str) -> bool:
+    return expression[0] == name or any(_has(e, name) for e in _operands(expression))
+
+
+def _has_unseen(expression: Expression) -> bool:
+    """Whether x is computed from results of others that are not kept. x itself counts what is
+    written to it, and so does what is kept."""
+    while expression[0] in _VIEWS:
+        expression = expression[1]
+    return any(_is_computed(e) for e in _operands(expression))
+
+
+def _is_computed(expression: Expression) -> bool:
+    while expression[0] in _VIEWS:
+        expression = expression[1]
+    return expression[0] != "kept"
+
+
 # From an expression to x
 
 
-def _evaluate(expression: Expression, kept: Sequence[Tensor | None]) -> Tensor:
+def _evaluate(
+    expression: Expression, kept: Sequence[Tensor | None], padding: float = 0.0
+) -> Tensor:
     name, *rest = expression
     if name == "kept":
         found = kept[rest[0]]
@@ -467,9 +575,11 @@ def _evaluate(expression: Expression, kept: Sequence[Tensor | None]) -> Tensor:
         assert x is not None and mean is not None and rstd is not None
         return _normalise(x, mean, rstd, weight, bias, dims)
     if name in ("mul", "bmm"):
-        a, b = (_evaluate(factor, kept) for factor in rest)
+        a, b = (_evaluate(factor, kept, padding) for factor in rest)
         return torch.mul(a, b) if name == "mul" else torch.bmm(a, b)
-    inner = _evaluate(rest[0], kept)
+    inner = _evaluate(rest[0], kept, padding)
+    if name == "pad":
+        return F.pad(inner, rest[1], value=padding)
     result: Tensor = _OPERATIONS[name](inner, *rest[1:])
     return result
 
@@ -485,7 +595,9 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# Operations that may move rows and leave them whole.
+# Operations whose result may share memory with what they were given, and with it the count of what
+# is written in place; and those that may move rows and leave them whole.
+_VIEWS = ("reshape", "permute", "transpose")
 _MOVES = ("reshape", "permute", "transpose", "roll", "pad")
 
 
@@ -497,6 +609,20 @@ def _row_index(expression: Expression, shape: tuple[int, ...]) -> Tensor | None:
             return _moved_rows(expression, shape).reshape(-1)
     except _NotKept:
         return None
+
+
+@lru_cache(_MAX_INDICES)
+def _of_padding(expression: Expression, shapes: tuple[tuple[int, ...] | None, ...]) -> int | None:
+    """The place of a number of x that is of a padding alone, if there is one.
+
+    Args:
+        expression: x's.
+        shapes: of what is kept.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        kept = [None if shape is None else torch.ones(shape) for shape in shapes]
+        places = _evaluate(expression, kept, math.nan).flatten().isnan().nonzero().flatten()
+    return int(places[0]) if len(places) else None
 
 
 def _moved_rows(expression: Expression, shape: tuple[int, ...]) -> Tensor:

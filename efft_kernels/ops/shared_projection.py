@@ -5,7 +5,7 @@ fused qkv. The first of them to see x gives the others its down, with the entrie
 in training, and in plain torch it projects x and the others take the result. What is shared lives
 only while the attention module's own forward runs: hooks on that module open and close it.
 A graph of torch.compile shares nothing: under activation checkpointing it may write to no object
-that was there before.
+that was there before. Nor does one of torch.export, or what is differentiated forward.
 
 With B = stack_g up[g]·core[g]^T and dY = dL/dy:
 
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import functions
 from .backends.torch_backend import fold, mm_into, thin_grad, unfold_grads
@@ -30,27 +31,41 @@ from .dispatch import requested_backend, why_not
 from .recompute import Source, down_grad
 
 
+class _Shared:
+    """What the linears share between an `open` and its `close`. Another thread's `open` makes
+    another, so that none takes what this one's linears leave here.
+
+    Attributes:
+        surroundings: where `open` was called.
+        down, p: (x, what else has to be the same, what is shared), once there is any.
+    """
+
+    def __init__(self) -> None:
+        self.surroundings = _surroundings()
+        self.down: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+        self.p: tuple[Tensor, Tensor, tuple[object, ...], Tensor] | None = None  # with P's down
+
+
 class SharedInput:
     """down and P = x·down of the linears of one attention module, between `open` and `close`."""
 
     def __init__(self) -> None:
-        self.active = False
-        self._surroundings: object = None  # where `open` was called
-        # x, what differs for this very tensor, and what is shared: P, behind its down; or a down.
-        self._held: tuple[Tensor, Tensor, tuple[object, ...], Tensor] | None = None
-        self._down: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+        self._now: _Shared | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether it is open."""
+        return self._now is not None
 
     def open(self, module: torch.nn.Module, args: Any) -> None:
         """Forward pre-hook of the attention module."""
         if not torch.compiler.is_dynamo_compiling():
-            self.active, self._held, self._down = True, None, None
-            self._surroundings = _surroundings()
+            self._now = _Shared()
 
     def close(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the attention module; runs after an exception too."""
         if not torch.compiler.is_dynamo_compiling():
-            self.active, self._held, self._down = False, None, None
-            self._surroundings = None
+            self._now = None
 
     def serves(self, x: Tensor, backend: str, strategy: str) -> bool:
         """Whether a linear should take P from here: only in plain torch, since a fused kernel
@@ -60,26 +75,29 @@ class SharedInput:
             x: the linear's input.
             backend, strategy: as the linear's owner set them.
         """
-        if strategy != "auto" or not self._can_tell(x):
+        if strategy != "auto" or self._of(x) is None:
             return False
         backend = requested_backend(backend)
         if backend == "auto" and x.device.type == "cpu" and why_not("cpp") is not None:
             return True
         return backend == "torch"
 
-    def _can_tell(self, x: Tensor) -> bool:
-        """Whether it can be told here that another linear reads the same x."""
-        return (
-            not torch.compiler.is_dynamo_compiling()
-            and self.active
-            and not torch._C._are_functorch_transforms_active()
-            and not torch.jit.is_tracing()
-            # Nobody counts what is written in place to a tensor of inference mode.
-            and (torch.compiler.is_compiling() or not x.is_inference())
-            and _surroundings() == self._surroundings
-        )
+    def _of(self, x: Tensor) -> _Shared | None:
+        """What is open, where it can be told here that another linear reads the same x."""
+        if (
+            # torch.export counts nothing that is written in place.
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or torch.jit.is_tracing()
+            # Nor does anybody in inference mode.
+            or x.is_inference()
+        ):
+            return None
+        now = self._now
+        return None if now is None or now.surroundings != _surroundings() else now
 
-    def down_for(self, x: Tensor, down: Tensor, training: bool) -> Tensor:
+    def down_for(self, x: Tensor, down: Tensor, training: bool, group: torch.nn.Module) -> Tensor:
         """The `down` of the first linear that read x, for all that do: one mask of dropped entries,
         as of one fused qkv. Any backend takes it.
 
@@ -87,25 +105,33 @@ class SharedInput:
             x: the linear's input.
             down: the linear's own.
             training: whether the linear is, and so has dropped some of it.
+            group: holds what `down` is made from; what is written to it since makes another down.
         """
-        if not self._can_tell(x):
+        now = self._of(x)
+        if now is None:
             return down
-        state, held = (*_circumstances(x), training), self._down
-        if held is not None and held[0] is x and held[1] == state:
-            return held[2]
-        self._down = x, state, down
+        written = [None if t.is_inference() else t._version for t in group.parameters()]
+        if None in written:
+            return down
+        state = (*_circumstances(x), training, *written)
+        if now.down is not None and now.down[0] is x and now.down[1] == state:
+            return now.down[2]
+        now.down = x, state, down
         return down
 
     def projection(self, x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:
         """P of x: the one at hand where x and down are the very tensors it was made from, under the
         same circumstances, else a new one."""
-        state = _circumstances(x)
-        if self._held is not None:
-            made_from, times, state_then, p = self._held
+        now = self._of(x)
+        if now is None or down.is_inference():
+            return project(x, down, source)
+        state = (*_circumstances(x), down._version)
+        if now.p is not None:
+            made_from, times, state_then, p = now.p
             if made_from is x and times is down and state_then == state:
                 return p
         p = project(x, down, source)
-        self._held = x, down, state, p
+        now.p = x, down, state, p
         return p
 
 
@@ -122,12 +148,11 @@ def _surroundings() -> object:
 
 
 def _circumstances(x: Tensor) -> tuple[object, ...]:
-    """How often x was written in place (torch.export does not count it), and whether P has a graph,
-    and is of autocast's dtype: linears of one attention may differ in both."""
-    version = None if torch.compiler.is_compiling() else x._version
+    """How often x was written in place, and whether P has a graph, and is of autocast's dtype:
+    linears of one attention may differ in both."""
     device_type = x.device.type
     cast = torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
-    return version, torch.is_grad_enabled(), cast
+    return x._version, torch.is_grad_enabled(), cast
 
 
 def project(x: Tensor, down: Tensor, source: Source | None = None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._guards import TracingContext, tracing
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -494,6 +495,71 @@ def test_frees_what_a_forward_made(models, images):
         handle.remove()
     finally:
         gc.enable()
+
+
+class TestWhatChangesInTheMiddleOfAForward:
+    """By a hook of the first block; the blocks after it take the factors as they are then."""
+
+    def results(self, models, images, change, grad=True):
+        found = []
+        for model in models:
+
+            def hook(*_, bank=model.factor_bank):
+                change(bank)
+
+            model.blocks[0].register_forward_hook(hook)
+            with torch.set_grad_enabled(grad):
+                y = model(images)
+            grads = torch.autograd.grad(y.tanh().sum(), factors(model)) if grad else ()
+            found.append([y, *grads])
+        close(*found)
+
+    def test_parameters_that_learn_from_there_on(self, models, images):
+        pair = models()
+        for model in pair:
+            model.factor_bank.requires_grad_(False)
+        self.results(pair, images, lambda bank: bank.requires_grad_())
+
+    def test_what_a_parametrization_holds(self, models, images):
+        def change(bank):
+            with torch.no_grad():
+                bank.mhsa.parametrizations.U.original.mul_(1.5)
+                bank.ffn.parametrizations.U.original.mul_(0.5)
+
+        pair = models()
+        for model in pair:
+            for group in (model.factor_bank.mhsa, model.factor_bank.ffn):
+                nn.utils.parametrize.register_parametrization(group, "U", nn.Identity())
+        self.results(pair, images, change, grad=False)
+
+    def test_parameters_of_inference_mode(self, make_vit, randomize, images):
+        """Nobody counts what is written to them."""
+
+        def change(bank):
+            with torch.inference_mode():
+                for parameter in bank.parameters():
+                    parameter.mul_(1.5)
+
+        with torch.inference_mode():
+            model = make_vit(dtype=torch.float64, depth=2)
+            randomize(attach(model, EFFT))
+            pair = model, stop_sharing(copy.deepcopy(model))
+        assert all(parameter.is_inference() for parameter in factors(model))
+        with torch.inference_mode():
+            self.results(pair, images, change, grad=False)
+
+    def test_forward_mode(self, models, images):
+        """A model's forward derivative, with gradients wanted and without."""
+        tangent, found = torch.randn_like(images), []
+        for grad in (True, False):
+            for model in models():
+                with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(grad):
+                    _, derivative = torch.func.jvp(model, (images,), (tangent,))
+                    with forward_ad.dual_level():
+                        y = model(forward_ad.make_dual(images, tangent))
+                        found.append([forward_ad.unpack_dual(y).tangent, derivative])
+        for pair in found:
+            torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-11)
 
 
 class TestUnderOtherCircumstances:

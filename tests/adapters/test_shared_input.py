@@ -116,7 +116,7 @@ def test_what_is_shared_ends_with_the_attention_also_after_an_error(models):
     attentions[1].value.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(X)
-    assert not any(each.active or each._held for each in shared)
+    assert not any(each.active for each in shared)
     Adapter(model).detach()
     for attention in attentions:
         assert not attention._forward_hooks and not attention._forward_pre_hooks
@@ -229,6 +229,17 @@ def test_checkpointed(models, use_reentrant):
     close(*results)
 
 
+def test_exported(models, shared_calls):
+    """An export counts nothing that is written in place."""
+    for attention in attentions_of(models, WritesInPlace):
+        with torch.no_grad():
+            expected = attention(X.clone())
+            shared_calls.clear()
+            exported = torch.export.export(attention, (X.clone(),), strict=False).module()
+            assert not shared_calls
+            torch.testing.assert_close(exported(X.clone()), expected, rtol=1e-11, atol=1e-11)
+
+
 def test_compiled(models, shared_calls):
     """Nothing is shared in a graph, which could not hold it under checkpointing."""
     results = []
@@ -243,15 +254,17 @@ def test_a_graph_leaves_what_is_shared_alone(monkeypatch):
     """What an eager forward around it has opened, that forward closes."""
     shared = SharedInput()
     for compiling, opened in ((True, False), (False, True), (True, True), (False, True)):
-        monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda now=compiling: now)
+        for name in ("is_dynamo_compiling", "is_compiling"):
+            monkeypatch.setattr(torch.compiler, name, lambda now=compiling: now)
         shared.open(None, ())
         assert shared.active is opened
         assert shared.serves(X, "auto", "auto") is not compiling
-    held = shared.projection(X, torch.ones(D, 2, dtype=X.dtype))
+    down = torch.ones(D, 2, dtype=X.dtype)
+    held = shared.projection(X, down)
     monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
     shared.open(None, ())
     shared.close(None, (), None)
-    assert shared.active and shared._held[-1] is held
+    assert shared.active and shared.projection(X, down) is held
     monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: False)
     shared.close(None, (), None)
-    assert not shared.active and shared._held is None
+    assert not shared.active

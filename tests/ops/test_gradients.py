@@ -163,8 +163,8 @@ class TestFunc:
 
 
 @pytest.mark.parametrize("grad_elsewhere", [False, True])
-def test_forward_mode_is_right_or_refused(grad_elsewhere):
-    """A dual tensor outside torch.func: its tangent is never dropped in silence."""
+def test_forward_mode(grad_elsewhere):
+    """A dual tensor outside torch.func, with gradients wanted and without."""
     tensors = operands(SHAPE)
     tangent = torch.randn_like(tensors["x"])
     tensors["down"].requires_grad_(grad_elsewhere)
@@ -174,11 +174,7 @@ def test_forward_mode_is_right_or_refused(grad_elsewhere):
                 **(tensors | {"x": forward_ad.make_dual(tensors["x"], tangent)})
             )
         ).tangent
-        try:
-            y = low_rank_linear(**(tensors | {"x": forward_ad.make_dual(tensors["x"], tangent)}))
-        except (RuntimeError, NotImplementedError) as error:
-            assert "forward" in str(error).lower() or "jvp" in str(error).lower()
-            return
+        y = low_rank_linear(**(tensors | {"x": forward_ad.make_dual(tensors["x"], tangent)}))
         found = forward_ad.unpack_dual(y).tangent
     assert found is not None
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

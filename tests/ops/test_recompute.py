@@ -789,6 +789,90 @@ def test_no_tensor_at_all(x):
         layer()(x)
 
 
+def written_in_place(x):
+    with torch.no_grad():
+        x[..., :3, :].mul_(0.25)
+
+
+UNSEEN = {
+    "windows": (NORM, windows, (2, 3, 5, K)),
+    "dropout": (nn.GELU(), lambda x: F.dropout(x, 0.4), (2, 5, K)),
+    "copy": (nn.GELU(), lambda x: x.transpose(0, 1).contiguous(), (2, 5, K)),
+    "padding": (NORM, lambda x: F.pad(x, (0, 0, 0, 1)), (2, 5, K)),
+}
+
+
+@pytest.mark.parametrize("clean", [0, 1, 3])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_a_hook_writes_on_the_way_is_seen(name, clean):
+    """To a tensor that nobody keeps, also by a hook that comes after steps without it."""
+    producer, way, shape = UNSEEN[name]
+    producer, h = copy.deepcopy(producer), drawn(shape)
+    remaking, keeping = layer(), layer()
+    keeping.remakes_input = False
+
+    def gradient(linear):
+        torch.manual_seed(5)
+        y = linear(way(producer(h * 1.5)))
+        (grad,) = torch.autograd.grad(y.sin().sum(), linear.factors.U)
+        return grad
+
+    for _ in range(clean):
+        torch.testing.assert_close(gradient(remaking), gradient(keeping))
+        assert remaking.input_from != "kept"
+    for hook in (lambda module, args, x: written_in_place(x), lambda *_: None):
+        handle = producer.register_forward_hook(hook)
+        for _ in range(2):
+            torch.testing.assert_close(gradient(remaking), gradient(keeping), rtol=1e-11, atol=0)
+        handle.remove()
+    # Which it is again once nothing is written, after one more look.
+    producer.register_forward_hook(lambda *_: None)
+    for _ in range(4):
+        gradient(remaking)
+    assert remaking.input_from != "kept"
+
+
+def test_hooks_of_every_step_are_not_each_a_reason_to_look(monkeypatch):
+    """As FSDP2's; where x itself counts what is written to it there is none at all."""
+    looks = []
+    real = recompute.Source.makes
+    monkeypatch.setattr(recompute.Source, "makes", lambda *given: looks.append(1) or real(*given))
+    for producer, most in ((lambda h: windows(NORM(h)), 15), (NORM, 1)):
+        linear, h = layer(), drawn((2, 3, 5, K))
+        looks.clear()
+        for _ in range(100):
+            x = h * 1
+            x.register_hook(lambda grad: None)
+            linear(producer(x))
+        assert 1 <= len(looks) <= most
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pads", [(0, 0, 0, 2), (1, 0), (0, 0, 1, 0, 0, 0)], ids=str)
+def test_the_value_of_a_padding_is_seen(pads, dtype):
+    """At any call, and however small it is beside x."""
+
+    def gradient(linear, value):
+        x = F.pad(F.gelu(h * 1.5), pads, value=value)
+        y = linear(x)
+        (grad,) = torch.autograd.grad(y.float().sin().sum(), linear.factors.U)
+        return grad
+
+    h = drawn((2, 5, K - (len(pads) == 2)), dtype)
+    remaking, keeping = layer(dtype), layer(dtype)
+    keeping.remakes_input = False
+    tolerance = 4 * torch.finfo(dtype).eps
+    for value in (0.0, 1e-3, 0.0, 0.5, torch.nan, 0.0):
+        found, expected = gradient(remaking, value), gradient(keeping, value)
+        scale = expected.abs().max().nan_to_num(1.0).item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale, equal_nan=True)
+        assert (remaking.input_from == "kept") is (value != 0)
+    for value in (1e-3, 0.0):  # the first
+        fresh = layer(dtype)
+        gradient(fresh, value)
+        assert (fresh.input_from == "kept") is (value != 0)
+
+
 def test_recipes_outlive_their_table():
     h, linear = drawn((5, K)), layer()
     y = linear(F.silu(h * 1))

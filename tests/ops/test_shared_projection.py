@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -306,9 +308,10 @@ class TestSharedInput:
     def test_the_first_down_is_that_of_all(self, shared):
         x, first = operands(SHAPE)["x"], operands(SHAPE)["down"]
         second = first.clone()
+        group = torch.nn.Linear(2, 2)
 
         def of(x, down, training=True):
-            return shared.down_for(x, down, training)
+            return shared.down_for(x, down, training, group)
 
         assert of(x, first) is first and of(x, second) is first
         assert of(x, second, training=False) is second  # nothing of it is dropped
@@ -316,19 +319,76 @@ class TestSharedInput:
         assert of(x, first) is first
         x.mul_(2)
         assert of(x, second) is second and of(x, first) is second
+        with torch.no_grad():
+            group.bias.mul_(2)  # of which down is made
+        assert of(x, first) is first and of(x, second) is first
         with torch.inference_mode():
             shared.open(None, ())
             clone = x.clone()  # what is written to it in place is not counted
             assert of(x, first) is first and of(x, second) is first
             assert of(clone, second) is second
+            group = torch.nn.Linear(2, 2)  # as little as to those
+            assert of(x, first) is first and of(x, second) is second
         shared.close(None, (), None)
-        assert of(x, second) is second and shared._down is None
+        assert of(x, second) is second and not shared.active
 
     def test_p_is_of_one_down(self, shared):
         x, down = operands(SHAPE)["x"], operands(SHAPE)["down"]
         p = shared.projection(x, down)
         for factor in (2, 3):  # the one before is held, or another might come to lie where it lay
             close(shared.projection(x, factor * down), factor * p)
+
+    def test_p_is_of_down_as_it_is(self, shared):
+        """A hook may write to it between two linears."""
+        x, down = operands(SHAPE)["x"], operands(SHAPE)["down"]
+        p = shared.projection(x, down)
+        down.mul_(2)
+        close(shared.projection(x, down), 2 * p)
+        with torch.inference_mode():
+            shared.open(None, ())
+            uncounted = down.clone()
+            close(shared.projection(x, uncounted), 2 * p)
+            uncounted.mul_(2)
+            close(shared.projection(x, uncounted), 4 * p)
+
+    def test_another_thread_opens_for_itself(self, shared, monkeypatch):
+        """Even between one thread's look at what is shared and what it leaves there."""
+        x, down = operands(SHAPE)["x"], operands(SHAPE)["down"]
+        found = []
+
+        def other():
+            shared.open(None, ())
+            opened.set()
+            written.wait(60)
+            found.append(shared.projection(x, down))
+            shared.close(None, (), None)
+
+        opened, written = threading.Event(), threading.Event()
+        thread = threading.Thread(target=other)
+        real = shared_projection.project
+
+        def interrupted(*given):
+            monkeypatch.setattr(shared_projection, "project", real)
+            thread.start()
+            assert opened.wait(60)
+            return real(*given)
+
+        monkeypatch.setattr(shared_projection, "project", interrupted)
+        p = shared.projection(x, down)
+        assert shared.projection(x, down) is not p  # it is the other's now
+        written.set()
+        thread.join(60)
+        assert len(found) == 1 and found[0] is not p
+        close(found[0], p)
+
+    def test_nothing_is_shared_forward_and_in_an_export(self, shared, monkeypatch):
+        """A projection has no forward derivative; an export does not count writes in place."""
+        assert serves(shared, backend="torch")
+        with forward_ad.dual_level():
+            assert not serves(shared, backend="torch")
+        assert serves(shared, backend="torch")
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not serves(shared, backend="torch")
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_a_part_that_is_run_again_shares_nothing(self, shared, use_reentrant):
@@ -337,10 +397,12 @@ class TestSharedInput:
         seen = []
 
         def part(x):
-            seen.append((shared.down_for(x, down, True) is down, serves(shared, x, "torch")))
+            own = shared.down_for(x, down, True, group)
+            seen.append((own is down, serves(shared, x, "torch")))
             return x.sin()
 
-        shared.down_for(x, down.clone(), True)
+        group = torch.nn.Linear(2, 2)
+        shared.down_for(x, down.clone(), True, group)
         y = checkpoint(part, x, use_reentrant=use_reentrant)
         assert serves(shared, x, "torch")
         shared.close(None, (), None)
