@@ -164,7 +164,11 @@ def _padding_is_zero(source: Source, x: Tensor) -> bool:
     place = _of_padding(source.recipe.expression, shapes)
     if place is None:
         return True
-    return float(x.detach()[torch.unravel_index(torch.tensor(place), x.shape)]) == 0
+    index: list[int] = []
+    for size in reversed(x.shape):
+        place, i = divmod(place, size)
+        index.insert(0, i)
+    return float(x.detach()[tuple(index)]) == 0
 
 
 def find(x: Tensor) -> Source | None:
