@@ -530,9 +530,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "all inputs are on one device",
     (
         "methods/joint.py",
-        "for (p, version), now in zip(self.sources, group._parameters.values(), strict=True)",
+        "for (p, *state), (own, *of_own) in zip(self.sources, now, strict=True)",
         "False",
-    ): "a group has as many parameters later in a forward",
+    ): "they are as many",
     (
         "methods/joint.py",
         "torch._C._autograd._top_saved_tensors_default_hooks(False),",
