@@ -39,7 +39,9 @@ EFFT_INLINE Vec<float> load_pairs(const float* from) {
   return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)load(from + kLanes<float>), (__m512)load(from));
 }
 EFFT_INLINE Vec<float> load_pairs(const uint16_t* from) {
-  return load(reinterpret_cast<const float*>(from));
+  Vec<float> pairs;  // which a row of an odd offset has at any even address
+  std::memcpy(&pairs, from, sizeof(pairs));
+  return pairs;
 }
 
 // A vector of pairs, of numbers of a row and of the row below it.
