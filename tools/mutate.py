@@ -530,11 +530,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "all inputs are on one device",
     (
         "methods/joint.py",
-        "for (p, *state), (own, *of_own) in zip(self.sources, now, strict=True)",
-        "False",
-    ): "they are as many",
-    (
-        "methods/joint.py",
         "torch._C._autograd._top_saved_tensors_default_hooks(False),",
         "True",
     ): "where something is traced, _is_traced tells",

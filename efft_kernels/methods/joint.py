@@ -56,11 +56,17 @@ class _Held:
 
     def are_fresh(self, group: FactorGroup) -> bool:
         """Whether the group still has the very parameters, as they were."""
-        now = _state(group)
-        return len(now) == len(self.sources) and all(
-            p is own and state == of_own
-            for (p, *state), (own, *of_own) in zip(self.sources, now, strict=True)
-        )
+        found = 0
+        for p in _parameters(group):
+            if found == len(self.sources):
+                return False
+            own, version, learns = self.sources[found]
+            if p is not own or (
+                p is not None and (p._version != version or p.requires_grad != learns)
+            ):
+                return False
+            found += 1
+        return found == len(self.sources)
 
 
 _traced: WeakSet[TracingContext] = WeakSet()  # the traces that a model's own forward is part of
@@ -157,12 +163,14 @@ class JointFactors:
     def _held(self, group: FactorGroup, dropout: bool, sites: set[str]) -> _Held | None:
         """What a group's sites take, made now if it is not there or not fresh."""
         now = self._now
-        if now is None or now[0] != _circumstances() or _is_traced() or _is_uncounted(group):
+        if now is None or now[0] != _circumstances() or _is_traced():
             return None
         held = now[1].get((group, dropout))
         # A linear that is called again in the same forward draws masks of its own.
         again = dropout and held is not None and not held.given.isdisjoint(sites)
         if held is None or again or not held.are_fresh(group):
+            if _is_uncounted(group):
+                return None
             now[1][group, dropout] = held = _Held(group, dropout)
         elif held.stream is not None and held.stream != _stream(group):
             return None
@@ -226,7 +234,7 @@ def _is_uncounted(group: FactorGroup) -> bool:
 def _state(group: FactorGroup) -> list[tuple[nn.Parameter | None, int | None, bool | None]]:
     """The group's parameters, how often each was written in place, and whether it learns."""
     return [
-        (None, None, None) if p is None else (p, _version(p), p.requires_grad)
+        (None, None, None) if p is None else (p, p._version, p.requires_grad)
         for p in _parameters(group)
     ]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import cpp_backend
 from .checks import to_autocast_dtype
-from .dispatch import requested_backend
+from .dispatch import has_tangent, requested_backend
 
 
 def tasks_linear(
@@ -38,8 +39,8 @@ def tasks_linear(
             on top of the library's.
 
     Returns:
-        [items·w, ..., N] in x's dtype (the ambient one under autocast). Differentiable, then by way
-        of plain torch.
+        [items·w, ..., N] in x's dtype (the ambient one under autocast). Differentiable, forward and
+        by `torch.func`, too, then by way of plain torch.
 
     Raises:
         TypeError: x is not floating.
@@ -55,8 +56,11 @@ def tasks_linear(
     if x.dim() != 3 or x.shape[0] != items:
         x = x.reshape(items, -1, shape[-1])  # [items, rows, K]
     x = to_autocast_dtype(x)
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, down, b)
+    given = [t for t in (x, weight, bias, down, b) if t is not None]
+    differentiable = (
+        torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        or (forward_ad._current_level >= 0 and any(has_tangent(t) for t in given))
     )
     if (
         not torch.compiler.is_compiling()  # there a compiler fuses the thin products by itself
@@ -71,6 +75,8 @@ def tasks_linear(
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     p = torch.bmm(x, down[task_of_item].to(x.dtype))  # [items, rows, Ra]
     thin = b[task_of_item].mT.to(x.dtype)
-    # In place: y is ours, and another one of its size would cost more than the thin products.
-    y = torch.baddbmm(y, p, thin) if torch.compiler.is_compiling() else y.baddbmm_(p, thin)
+    # In place: y is ours, and another one of its size would cost more than the thin products. A
+    # transform may want more of the sum than of y.
+    apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    y = torch.baddbmm(y, p, thin) if apart else y.baddbmm_(p, thin)
     return y.reshape(*shape[:-1], y.shape[-1])

@@ -57,6 +57,7 @@ class Recipe(NamedTuple):
     expression: Expression
     moved: bool = False  # whether x's rows, which `code` makes, have other places than those kept
     unseen: bool = False  # whether there are tensors on the way that nobody keeps
+    pads: bool = False  # whether there is a padding among them
 
     def __call__(self, kept: Sequence[Tensor | None]) -> Tensor:
         """x but for its shape, [..., K] with the rows in order; differentiable in what is kept.
@@ -65,7 +66,7 @@ class Recipe(NamedTuple):
 
     def padded(self, kept: Sequence[Tensor | None]) -> Tensor | None:
         """Where x is of a padding alone: the same with NaN there; None without a padding."""
-        return _evaluate(self.expression, kept, math.nan) if _has(self.expression, "pad") else None
+        return _evaluate(self.expression, kept, math.nan) if self.pads else None
 
     def row_index(self, shape: Sequence[int]) -> Tensor | None:
         """Of each row of x the row of what is kept, of this shape, that it is made from: [M] of
@@ -117,6 +118,9 @@ class Recipes:
     def __init__(self) -> None:
         self._seen: dict[Recipe, _Seen] = {}
 
+    def __reduce__(self) -> Any:
+        return Recipes, ()  # what was seen was seen by this process
+
     def __len__(self) -> int:
         return len(self._seen)
 
@@ -158,7 +162,7 @@ class Recipes:
 
 def _padding_is_zero(source: Source, x: Tensor) -> bool:
     """Whether the numbers of a padding are, of which one is as good as all."""
-    if not _has(source.recipe.expression, "pad"):
+    if not source.recipe.pads:
         return True
     shapes = tuple(None if t is None else tuple(t.shape) for t in source.kept)
     place = _of_padding(source.recipe.expression, shapes)
@@ -335,7 +339,10 @@ def _recipe(maker: str, expression: Expression, unseen: bool) -> Recipe:
         elif rows[:2] == ("gelu", ("kept", 0)):
             code = {"none": GELU, "tanh": GELU_TANH}[rows[2]]
         moved = code != PLAIN and rows is not expression
-        found = _recipes[key] = Recipe(_MAKERS[maker], code, expression, moved, unseen)
+        pads = _count(expression, "pad")
+        if pads > 1:
+            raise _NotKept  # one number would not be as good as all
+        found = _recipes[key] = Recipe(_MAKERS[maker], code, expression, moved, unseen, pads > 0)
     return found
 
 
@@ -544,8 +551,8 @@ def _operands(expression: Expression) -> Iterator[Expression]:
     return (e for e in expression[1:] if isinstance(e, tuple) and e and isinstance(e[0], str))
 
 
-def _has(expression: Expression, name: str) -> bool:
-    return expression[0] == name or any(_has(e, name) for e in _operands(expression))
+def _count(expression: Expression, name: str) -> int:
+    return (expression[0] == name) + sum(_count(e, name) for e in _operands(expression))
 
 
 def _has_unseen(expression: Expression) -> bool:
@@ -615,7 +622,7 @@ def _row_index(expression: Expression, shape: tuple[int, ...]) -> Tensor | None:
         return None
 
 
-@lru_cache(_MAX_INDICES)
+@lru_cache(_MAX_RECIPES)
 def _of_padding(expression: Expression, shapes: tuple[tuple[int, ...] | None, ...]) -> int | None:
     """The place of a number of x that is of a padding alone, if there is one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels.ops.backends import native_library
@@ -158,6 +159,33 @@ def test_a_gradient_goes_by_plain_torch():
     x, *rest = operands(3, 5, 7, 11, 2, 3)
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: tasks_linear(x, *rest), (x,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", range(5))
+def test_forward_derivatives(name, backend):
+    """Of any operand; the kernel has none, and would drop them in silence."""
+    *tensors, index = operands(3, 4, 7, 9, 2, 2)
+    tangent = torch.randn_like(tensors[name])
+
+    def y(t):
+        return tasks_linear(*tensors[:name], t, *tensors[name + 1 :], index, backend=backend)
+
+    def specified(t):
+        return one_by_one(*tensors[:name], t, *tensors[name + 1 :], index)
+
+    _, expected = torch.func.jvp(specified, (tensors[name],), (tangent,))
+    assert expected.norm() > 0.1
+    _, found = torch.func.jvp(y, (tensors[name],), (tangent,))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    for grad in (False, True):
+        with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+            found = forward_ad.unpack_dual(y(forward_ad.make_dual(tensors[name], tangent))).tangent
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    several = torch.stack([tensors[name], tangent])
+    torch.testing.assert_close(
+        torch.func.vmap(y)(several), torch.stack([specified(t) for t in several])
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

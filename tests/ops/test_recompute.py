@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import pickle
 import weakref
 from functools import partial
 
@@ -871,6 +872,29 @@ def test_the_value_of_a_padding_is_seen(pads, dtype):
         fresh = layer(dtype)
         gradient(fresh, value)
         assert (fresh.input_from == "kept") is (value != 0)
+
+
+def test_two_paddings_are_kept():
+    """The number that is looked at is of one of them."""
+    linear, h = layer(), drawn((2, 5, K))
+    for value in (0.0, 0.2):
+        linear(F.pad(F.pad(F.gelu(h * 1), (0, 0, 0, 1)), (0, 0, 1, 0), value=value))
+        assert linear.input_from == "kept"
+
+
+def test_what_was_seen_is_not_pickled_nor_copied():
+    """Another process counts its own hooks."""
+    linear = layer()
+    linear(F.gelu(drawn((5, K)) * 1))
+    assert len(linear._recipes) == 1
+    assert not copy.deepcopy(linear)._recipes and not pickle.loads(pickle.dumps(linear))._recipes
+
+
+def test_a_default_device_elsewhere():
+    linear, h = layer(), drawn((2, 5, K))
+    with torch.device("meta"):
+        linear(F.pad(F.gelu(h * 1), (0, 0, 0, 1))).sum().backward()
+    assert linear.input_from == "a view"
 
 
 def test_recipes_outlive_their_table():
