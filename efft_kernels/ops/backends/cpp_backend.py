@@ -58,7 +58,7 @@ def preferred(problem: Problem) -> bool:
     Time over plain torch's, forward and backward, float32, two threads of an AMD EPYC, weights of
     0.1 to 6.5 million elements: 0.45 to 0.9 from 8 rows on. One row takes 0.6 to 1.0 where the
     weight comes from memory, and up to twice as long where it is in cache. In bfloat16 it
-    multiplies with AVX512_BF16, as the library does, and takes 0.9 to 1.0 of plain torch's time;
+    multiplies with AVX512_BF16, as the library does, and takes 0.87 to 0.9 of plain torch's time;
     without that the library is several times slower. AMX, which is several times as fast, was not
     measured. `python -m benchmarks.operators` measures it anew.
     """
