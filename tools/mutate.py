@@ -530,6 +530,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "all inputs are on one device",
     (
         "methods/joint.py",
+        "for p, (own, version, learns) in zip(now, self.sources, strict=True)",
+        "False",
+    ): "they are as many",
+    (
+        "methods/joint.py",
         "torch._C._autograd._top_saved_tensors_default_hooks(False),",
         "True",
     ): "where something is traced, _is_traced tells",

@@ -56,17 +56,11 @@ class _Held:
 
     def are_fresh(self, group: FactorGroup) -> bool:
         """Whether the group still has the very parameters, as they were."""
-        found = 0
-        for p in _parameters(group):
-            if found == len(self.sources):
-                return False
-            own, version, learns = self.sources[found]
-            if p is not own or (
-                p is not None and (p._version != version or p.requires_grad != learns)
-            ):
-                return False
-            found += 1
-        return found == len(self.sources)
+        now = tuple(_parameters(group))
+        return len(now) == len(self.sources) and all(
+            p is own and (p is None or (p._version == version and p.requires_grad == learns))
+            for p, (own, version, learns) in zip(now, self.sources, strict=True)
+        )
 
 
 _traced: WeakSet[TracingContext] = WeakSet()  # the traces that a model's own forward is part of

@@ -137,11 +137,11 @@ class Recipes:
         known there is kept. Where there are none (meta and fake tensors) what is asked for is
         shapes and memory, as they will be.
         """
+        seen = self._seen.get(source.recipe)
         if not has_values(x):
-            return self.make_unseen(source)
+            return seen is None or seen.right
         if x.device.type == "cpu" and not _padding_is_zero(source, x):
             return False
-        seen = self._seen.get(source.recipe)
         if seen is not None and not (source.recipe.unseen and seen.is_due()):
             return seen.right
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -153,11 +153,6 @@ class Recipes:
             seen.right, seen.handles = right, RemovableHandle.next_id
             seen.times, seen.calls = seen.times + 1, 0
         return right
-
-    def make_unseen(self, source: Source) -> bool:
-        """The same of an x without values."""
-        seen = self._seen.get(source.recipe)
-        return seen is None or seen.right
 
 
 def _padding_is_zero(source: Source, x: Tensor) -> bool:
