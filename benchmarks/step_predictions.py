@@ -13,6 +13,8 @@ over float32 weights, each captured in a CUDA graph:
                        between them one pass over what the next product needs
     chain              EFFT2's blocks as ops/chains.py runs them; its factors' own small products
                        are left out
+    CUDA               the same with what no GPU has timed yet: proj's pair of thin gradients in
+                       CUDA C++, S and d_B of fc2 in the norm's gradient after it
 
 `KERNELS` holds the share of the bandwidth or of the matrix rate that a kernel was seen to reach on
 an H100 (ViT-B/16, 64 images, results/step_kernels.csv). So ViT-B is fitted, and the others are
@@ -39,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels.ops import chains, cost_model
 from efft_kernels.ops.backends import cuda_chain
-from efft_kernels.ops.backends.chain_steps import Norm, Normed
+from efft_kernels.ops.backends.chain_steps import Norm, Normed, NormedGrad
 from efft_kernels.ops.backends.triton.chain import TritonSteps, configs_for
 from efft_kernels.ops.backends.triton.launch_cache import CachedLaunch
 from efft_kernels.ops.cost_model import Launch, Problem
@@ -90,6 +92,7 @@ KERNELS = {
     "thin_grad": 0.68,
     "tall_grad": 0.65,
     "pair_grad": 0.5,  # reads its rows twice, which is counted once
+    "pair_grad_cuda": 0.85,  # assumed: its tiles stay in shared memory
     "merge_stack": 0.87,
     ATTENTION: 0.2,
     ATTENTION + GRADIENT: 0.131,
@@ -144,10 +147,14 @@ class Noted(TorchDispatchMode):
 
 
 class OnPaper(cuda_chain.CudaSteps):
-    """The CUDA C++ norms, noted in place of running."""
+    """The CUDA C++ steps, noted in place of running.
 
-    def __init__(self, configs: Any, noted: Noted) -> None:
-        super().__init__(configs)
+    Args:
+        untimed: also those that no GPU has timed.
+    """
+
+    def __init__(self, configs: Any, noted: Noted, untimed: bool) -> None:
+        super().__init__(configs, pair_grad=untimed, before=untimed)
         self._note = noted.note
 
     def norm(
@@ -171,16 +178,27 @@ class OnPaper(cuda_chain.CudaSteps):
         norm: Norm,
         residual: Tensor,
         s: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not _by_cuda(z.shape[1], s.shape[1]):
-            return TritonSteps.norm_grad(self, dout, z, mean, rstd, norm, residual, s)
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> NormedGrad:
+        k = z.shape[1]
+        if not _by_cuda(k, s.shape[1]):
+            return TritonSteps.norm_grad(self, dout, z, mean, rstd, norm, residual, s, before)
         dz, dy = torch.empty_like(z), torch.empty_like(dout)
-        partial = z.new_empty(132, z.shape[1], cuda_chain.MOST_RANK)
-        self._note(
-            *("norm_grad", dout, z, mean, rstd, norm.weight, norm.bias, residual, s),
-            *(dz, dy, partial),
-        )
-        return dz, dy, partial
+        partial = z.new_empty(132, k, cuda_chain.MOST_RANK)
+        operands = dout, z, mean, rstd, norm.weight, norm.bias, residual, s, dz, dy, partial
+        if before is None or not self._before or k > cuda_chain.MOST_WIDTH_BEFORE:
+            self._note("norm_grad", *operands)
+            return self.with_before(dz, dy, partial, before)
+        made, sum_b = torch.empty_like(s), torch.empty_like(partial)
+        self._note("norm_grad", *operands, *before, made, sum_b)
+        return NormedGrad(dz, dy, partial, made, sum_b)
+
+    def pair_grad(self, x: Tensor, dy: Tensor, down: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._native_pair or x.shape[1] > cuda_chain.MOST_WIDTH_PAIR:
+            return TritonSteps.pair_grad(self, x, dy, down, b)
+        sums = x.new_empty(2, 132, x.shape[1], cuda_chain.MOST_RANK, dtype=torch.float32)
+        self._note("pair_grad_cuda", x, dy, down, b, sums)
+        return sums[0], sums[1]
 
 
 def _by_cuda(k: int, rank: int) -> bool:
@@ -231,11 +249,15 @@ def frozen_step(vit: Vit, images: int, blocks: int | None = None) -> list[Launch
     return found.launches
 
 
-def chain_step(vit: Vit, images: int, rank: int) -> list[Launch]:
-    """Of the blocks as a chain: merging, forward and backward."""
+def chain_step(vit: Vit, images: int, rank: int, untimed: bool = False) -> list[Launch]:
+    """Of the blocks as a chain: merging, forward and backward.
+
+    Args:
+        untimed: with the steps in CUDA C++ that no GPU has timed.
+    """
     k, hidden = vit.K, 4 * vit.K
     with noted() as found:
-        steps = OnPaper(configs_for(k, rank, None), found)
+        steps = OnPaper(configs_for(k, rank, None), found, untimed)
         engine = chains.Engine(steps, CPU_ATTENTION, HALF)
 
         def adapted(n: int, columns: int) -> Adapted:
@@ -297,20 +319,22 @@ def milliseconds(launches: list[Launch], device: cost_model.Device) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """One model's three steps: launches and milliseconds."""
+    """One model's steps: their launches."""
 
     frozen: list[Launch]
     compiled: list[Launch]
     chain: list[Launch]
+    untimed: list[Launch]
 
     @classmethod
     def of(cls, vit: Vit, images: int, rank: int) -> Step:
-        """What lies outside the blocks is the same in all three."""
+        """What lies outside the blocks is the same in all of them."""
         around = frozen_step(vit, images, blocks=0)
         return cls(
             frozen_step(vit, images),
             compiled_step(vit, images) + around,
             chain_step(vit, images, rank) + around,
+            chain_step(vit, images, rank, untimed=True) + around,
         )
 
 
@@ -336,22 +360,24 @@ def main() -> None:
     console, device = Console(), cost_model.DEVICES[arguments.device]
     table = Table(
         *("model", "frozen ms", "compiled ms", "chain ms", "chain / frozen", "chain / compiled"),
-        "launches: frozen",
-        "chain",
+        *("CUDA ms", "CUDA / compiled", "launches: frozen", "chain", "CUDA"),
         title=f"{arguments.images} images, r = {arguments.rank}, {device.name}: predicted",
     )
     for name, vit in MODELS.items():
         step = Step.of(vit, arguments.images, arguments.rank)
-        frozen, compiled, chain = (
-            milliseconds(launches, device) for launches in (step.frozen, step.compiled, step.chain)
+        frozen, compiled, chain, untimed = (
+            milliseconds(launches, device)
+            for launches in (step.frozen, step.compiled, step.chain, step.untimed)
         )
         table.add_row(
             *(name, f"{frozen:.1f}", f"{compiled:.1f}", f"{chain:.1f}"),
             *(f"{chain / frozen:.2f}", f"{chain / compiled:.2f}"),
-            *(str(len(step.frozen)), str(len(step.chain))),
+            *(f"{untimed:.1f}", f"{untimed / compiled:.2f}"),
+            *(str(len(step.frozen)), str(len(step.chain)), str(len(step.untimed))),
         )
         if arguments.launches:
-            for title, launches in (("frozen", step.frozen), ("chain", step.chain)):
+            titled = ("frozen", step.frozen), ("chain", step.chain), ("CUDA", step.untimed)
+            for title, launches in titled:
                 own = Table("kernel", "launches", "ms", title=f"{name}, {title}")
                 for kernel, count, ms in by_kernel(launches, device):
                     own.add_row(kernel, str(count), f"{ms:.2f}")

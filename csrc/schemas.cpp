@@ -26,16 +26,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
       " Tensor? core, Tensor up, int needs, int strategy)"
       " -> (Tensor dx, Tensor d_down, Tensor d_core, Tensor d_up)");
   // What lies between the GEMMs of a chain (ops/chains.py), on CUDA: z + y, its LayerNorm x̂ and
-  // P = x̂·down with mean and rstd [M]; and dz + residual, the same in dout's dtype and the partial
-  // sums [programs, K, 16] of x̂^T·S. z, its gradient, weight, bias, mean and rstd are float32, all
-  // is contiguous, K a multiple of 64 up to 1024, the rank at most 16. The pair: partial sums of
-  // x^T·S and of dY^T·P, S = dY·B and P = x·down, in float32, of what is all in 16 bits.
+  // P = x̂·down with mean and rstd [M]; and dz + residual, the same in dout's dtype as dy and the
+  // partial sums [programs, K, 16] of x̂^T·S, with b and p also S_before = dy·b and the partial sums
+  // of dy^T·p. z, its gradient, weight, bias, mean and rstd are float32, all is contiguous, K a
+  // multiple of 64 up to 1280, with b up to 768, the rank at most 16. The pair: partial sums of
+  // x^T·S and of dY^T·P, S = dY·B and P = x·down, in float32, of what is all in 16 bits, K up to
+  // 1024.
   m.def(
       "native_norm(Tensor z, Tensor? y, Tensor weight, Tensor bias, Tensor down, float eps)"
       " -> (Tensor z_out, Tensor out, Tensor p, Tensor mean, Tensor rstd)");
   m.def(
       "native_norm_grad(Tensor dout, Tensor z, Tensor mean, Tensor rstd, Tensor weight,"
-      " Tensor bias, Tensor residual, Tensor s) -> (Tensor dz, Tensor dy, Tensor d_down)");
+      " Tensor bias, Tensor residual, Tensor s, Tensor? b, Tensor? p)"
+      " -> (Tensor dz, Tensor dy, Tensor d_down, Tensor s_before, Tensor d_b)");
   m.def(
       "native_pair_grad(Tensor x, Tensor dy, Tensor down, Tensor b)"
       " -> (Tensor d_down, Tensor d_b)");

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.chain [--images 64] [--rank 16] [--rounds 10] [--out chain.csv]
     python -m benchmarks.gpu.chain --compile    # no GPU: registers and stack of every launch
 
-At the sizes of a ViT-B, beside the same step in torch's operators: microseconds with a cold L2
+The norm's gradient is timed with S and d_B of the linear before it, by a pass of their own or in the
+same one. At the sizes of a ViT-B, beside the same step in torch's operators: microseconds with a cold L2
 cache, and the relative difference of the results. The first shape of a launch is the shipped one.
 "passes" are GELU by torch with passes for its thin products. A whole training step is measured by
 step.py.
@@ -36,6 +37,7 @@ from ..lib.timing import interleave
 from .between import Usage, compiled_by, label
 
 NATIVE = "CUDA C++"  # in the place of a block shape
+NATIVE_BEFORE = "CUDA C++, the linear before in the same pass"
 MOST_COMPILING = 60.0  # seconds that a measurement waits for all launches to be compiled
 FARTHEST = 0.03  # a launch's results from torch's, relative; both round to bfloat16
 
@@ -72,7 +74,7 @@ def candidates(device: str) -> dict[str, list[Any]]:
         }
     return {
         "norm": [NormConfig(16, 256, True, 4), NATIVE, NormConfig(4, 256, True, 4)],
-        "norm_grad": [NormConfig(4, 256, True, 4), NATIVE],
+        "norm_grad": [NormConfig(4, 256, True, 4), NATIVE, NATIVE_BEFORE],
         "norm_down_grad": [
             PassConfig(32, 64, 44, 4, 3),
             PassConfig(32, 64, 22, 4, 3),
@@ -123,11 +125,17 @@ def make_steps(shapes: Any) -> TorchSteps:
     from efft_kernels.ops.backends.cuda_chain import CudaSteps
     from efft_kernels.ops.backends.triton.chain import TritonSteps
 
-    if NATIVE not in shapes:
+    if not is_native(shapes):
         return TritonSteps(shapes)
     if (reason := native_library.cuda_unavailable()) is not None:
         raise RuntimeError(reason)
-    return CudaSteps(shapes, pair_grad=shapes.pair_grad == NATIVE)
+    before = shapes.norm_grad == NATIVE_BEFORE
+    return CudaSteps(shapes, pair_grad=shapes.pair_grad == NATIVE, before=before)
+
+
+def is_native(shapes: Any) -> bool:
+    """Whether a step of these is in CUDA C++."""
+    return NATIVE in shapes or NATIVE_BEFORE in shapes
 
 
 def calls(
@@ -153,8 +161,8 @@ def calls(
         return finished([found[name]() for name in names])
 
     def norm_grad() -> tuple[Tensor, ...]:
-        dz, dy, sum_down = steps.norm_grad(x, z, mean, rstd, norm, z, p)
-        return dz, dy, *finished([steps.thin_grad(y, down, p)[1], sum_down])
+        got = steps.norm_grad(x, z, mean, rstd, norm, z, p, (down, p))
+        return got.dz, got.dy, got.s, *finished([got.sum_b, got.sum_down])
 
     def finished(sums: list[Any]) -> tuple[Tensor, ...]:
         outs = tuple(grad(K) for _ in sums)
@@ -211,7 +219,7 @@ def shape_label(what: str, shapes: Any) -> str:
     config = getattr(shapes, what.partition(" ")[0], None)
     if config is None:
         return "passes" if what.startswith("gelu") else ""
-    return config if config == NATIVE else label(config)
+    return config if config in (NATIVE, NATIVE_BEFORE) else label(config)
 
 
 # Compiling ahead
@@ -234,7 +242,7 @@ def compile_all(shape: Shape, arch: int, processes: int, seconds: float) -> bool
         (what, shapes, pool.submit(_compile, shapes, what, shape, arch))
         for what in calls(TorchSteps(), shape, "meta", torch.bfloat16)
         for shapes in tried(what, "cuda")
-        if NATIVE not in shapes
+        if not is_native(shapes)
     ]
     for what, shapes, job in jobs:
         usage: Usage

@@ -33,10 +33,11 @@ std::string check_thin(const char* name, const Tensor& t) {
   return {};
 }
 
-std::string check_stream(const char* name, const Tensor& z) {
+// `most`: columns.
+std::string check_stream(const char* name, const Tensor& z, int64_t most) {
   const TensorInfo got = info(name, z);
-  if (got.shape.size() != 2 || !chain_takes(got.shape[1], 1))
-    return must_be(got, "[M, K] with K a multiple of 64 up to " + std::to_string(kChainMostWidth),
+  if (got.shape.size() != 2 || !chain_takes(got.shape[1], most))
+    return must_be(got, "[M, K] with K a multiple of 64 up to " + std::to_string(most),
                    shown(got.shape));
   return {};
 }
@@ -59,7 +60,7 @@ int64_t programs_for(int64_t m, int tile_rows, int64_t k) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm(Tensor z, std::optional<Tensor> y,
                                                                Tensor weight, Tensor bias,
                                                                Tensor down, double eps) {
-  require_all(check_stream("z", z), check_thin("down", down));
+  require_all(check_stream("z", z, kNormMostWidth), check_thin("down", down));
   const int64_t m = z.size(0), k = z.size(1), rank = down.size(1);
   const std::string_view half = info("down", down).dtype;
   require_all(check_operand("z", z, z, "float32", {m, k}),
@@ -95,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm(Tensor z, std::op
   return {z_out, out, p, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout, Tensor z, Tensor mean, Tensor rstd,
-                                                    Tensor weight, Tensor bias, Tensor residual,
-                                                    Tensor s) {
-  require_all(check_stream("z", z), check_thin("s", s));
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm_grad(
+    Tensor dout, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor residual,
+    Tensor s, std::optional<Tensor> b, std::optional<Tensor> p) {
+  require_all(check_stream("z", z, b ? kBeforeMostWidth : kNormMostWidth), check_thin("s", s));
   const int64_t m = z.size(0), k = z.size(1), rank = s.size(1);
   const std::string_view half = info("s", s).dtype;
   require_all(check_operand("z", z, z, "float32", {m, k}),
@@ -109,11 +110,21 @@ std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout, Tensor z, Tenso
               check_operand("bias", bias, z, "float32", {k}),
               check_operand("residual", residual, z, "float32", {m, k}),
               check_operand("s", s, z, half, {m, rank}));
+  require(b || !p ? "" : "b must be given where p is, got none");
+  if (b) {
+    require(p ? "" : "p must be given where b is, got none");
+    require(check_thin("b", *b));
+    require_all(check_operand("b", *b, z, half, {k, b->size(1)}),
+                check_operand("p", *p, z, half, {m, b->size(1)}));
+  }
+  const int64_t rank_before = b ? b->size(1) : 0;
   const OnDeviceOf here(z);
   const int64_t programs = m > 0 ? programs_for(m, kNormRows, k) : 0;
   const Tensor dz = empty(z, {m, k}, ScalarType::Float);
   const Tensor dy = empty(z, {m, k}, dout.scalar_type());
   const Tensor partial = empty(z, {programs, k, kChainRank}, ScalarType::Float);
+  const Tensor s_before = empty(z, {m, rank_before}, s.scalar_type());
+  const Tensor sum_b = empty(z, {b ? programs : 0, k, kChainRank}, ScalarType::Float);
   if (m > 0) {
     NormGradArguments a{};
     a.dtype = dtype_of(dout);
@@ -132,13 +143,20 @@ std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout, Tensor z, Tenso
     a.width = k;
     a.programs = programs;
     a.rank = static_cast<int>(rank);
+    if (b) {
+      a.b = b->data_ptr();
+      a.p = p->data_ptr();
+      a.s_before = s_before.data_ptr();
+      a.sum_b = floats(sum_b);
+      a.rank_before = static_cast<int>(rank_before);
+    }
     check_cuda(launch_norm_grad(a, here.stream()));
   }
-  return {dz, dy, partial};
+  return {dz, dy, partial, s_before, sum_b};
 }
 
 std::tuple<Tensor, Tensor> native_pair_grad(Tensor x, Tensor dy, Tensor down, Tensor b) {
-  require_all(check_stream("x", x), check_thin("down", down));
+  require_all(check_stream("x", x, kPairMostWidth), check_thin("down", down));
   const int64_t m = x.size(0), k = x.size(1), rank = down.size(1);
   const std::string_view half = info("down", down).dtype;
   require_all(check_operand("x", x, x, half, {m, k}), check_operand("dy", dy, x, half, {m, k}),

@@ -38,15 +38,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm(Tensor z,        
                                                                Tensor down,  // [K, rank]
                                                                double eps);
 
-// (dz [M, K], the same in dout's dtype, the partial sums [programs, K, R] of d_down).
-std::tuple<Tensor, Tensor, Tensor> native_norm_grad(Tensor dout,      // [M, K]
-                                                    Tensor z,         // [M, K]
-                                                    Tensor mean,      // [M]
-                                                    Tensor rstd,      // [M]
-                                                    Tensor weight,    // [K]
-                                                    Tensor bias,      // [K]
-                                                    Tensor residual,  // [M, K]
-                                                    Tensor s);        // [M, rank]
+// (dz [M, K], the same in dout's dtype as dy, the partial sums [programs, K, R] of d_down; where
+// b and p are given S = dy·b [M, rank'] and the partial sums [programs, K, R] of dy^T·p, else both
+// empty).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm_grad(
+    Tensor dout,              // [M, K]
+    Tensor z,                 // [M, K]
+    Tensor mean,              // [M]
+    Tensor rstd,              // [M]
+    Tensor weight,            // [K]
+    Tensor bias,              // [K]
+    Tensor residual,          // [M, K]
+    Tensor s,                 // [M, rank]
+    std::optional<Tensor> b,  // [K, rank']
+    std::optional<Tensor> p   // [M, rank']
+);
 
 // The partial sums [programs, K, R] of d_down = x^T·S and of d_B = dY^T·P.
 std::tuple<Tensor, Tensor> native_pair_grad(Tensor x,     // [M, K]

@@ -15,8 +15,9 @@ S = dY·B:
 
 P of a linear after a norm is made by the norm, that of fc2 by GELU. In the backward, S and d_B of
 qkv come with the copy of the gradients of q, k and v into one matrix, those of fc1 with GELU's
-gradient; both gradients of proj are a pass over its x and dY, which makes P and S for itself. x̂ is
-made again from z', gelu(h) from h: of their size nothing is kept that a frozen block does not keep.
+gradient, those of fc2 with the gradient of the norm after it, if the steps can; both gradients of
+proj are a pass over its x and dY, which makes P and S for itself. x̂ is made again from z', gelu(h)
+from h: of their size nothing is kept that a frozen block does not keep.
 
 `backends/chain_steps.py` says what each step between the GEMMs computes. Partial sums of gradients
 are added up in the launch of the next step that adds some of its own.
@@ -156,7 +157,7 @@ def _mlp(
     normed = steps.norm(z, y, norm, layer.down_1, engine.dtype)
     h = F.linear(normed.out, layer.w_1, layer.biases[2])
     a, p_2 = steps.gelu(h, layer.down_2)
-    kept += [normed.z, normed.mean, normed.rstd, normed.p, p_2, h]
+    kept += [normed.z, normed.mean, normed.rstd, normed.p, h, p_2]
     return normed.z, F.linear(a, layer.w_2, layer.biases[3])
 
 
@@ -183,6 +184,7 @@ class _Stream(NamedTuple):
 
     dz: Tensor
     dy: Tensor
+    s: Tensor | None = None  # dy·B of the linear before, where there is a d_B of it already
 
 
 def backward(
@@ -212,20 +214,41 @@ def backward(
     dz = dy.flatten(0, 1).contiguous()
     stream = _Stream(dz, dz.to(engine.dtype))
     later: Sums = []
+    p_2 = _taken_p_2(kept, unpack)
     for place in reversed(range(len(layers))):
         layer, out = _Layer(*layers[place]), _Outs(*outs[place])
         norm1, norm2 = frozen.norms_of(place)
-        own = _taken(kept, _OF_MLP, unpack)
-        stream = _mlp_grad(stream, layer, norm2, engine, own, out, later)
+        own = _taken(kept, _OF_MLP - 1, unpack)
+        stream = _mlp_grad(stream, layer, norm2, engine, p_2, own, out, later)
+        del p_2
         own = _taken(kept, _OF_ATTENTION + engine.attention.kept, unpack)
-        if not place:
+        before = None
+        if place:
+            p_2 = _taken_p_2(kept, unpack)
+            before = _Before(_Layer(*layers[place - 1]).b_2, p_2, _Outs(*outs[place - 1]).b_2)
+        else:
             own.insert(0, first)  # all others are left
         stream = _attention_grad(
-            *(stream, layer, norm1, x.shape[0], frozen.heads, engine, own, out, later),
+            *(stream, layer, norm1, x.shape[0], frozen.heads, engine, own, out, later, before),
             wanted=need_x or place > 0,
         )
     engine.steps.finish(later)
     return stream.dz.view(x.shape) if need_x else None, grads
+
+
+class _Before(NamedTuple):
+    """fc2 of the layer before, of whose output a gradient dY is made."""
+
+    b: Tensor
+    p: Tensor
+    d_b: Tensor  # to be filled
+
+
+def _taken_p_2(kept: list[Any], unpack: Unpack | None) -> Tensor:
+    """P of fc2 of the last layer that `kept` still has, taken away before the rest of it: the layer
+    after it makes its d_B."""
+    (p_2,) = _taken(kept, 1, unpack)
+    return p_2
 
 
 def _taken(kept: list[Any], count: int, unpack: Unpack | None) -> list[Tensor]:
@@ -240,22 +263,25 @@ def _mlp_grad(
     layer: _Layer,
     norm: Norm,
     engine: Engine,
+    p_2: Tensor,
     own: list[Tensor],
     out: _Outs,
     later: Sums,
 ) -> _Stream:
-    """The gradients of (z, y) from those of (z', y'). `own` is what the half kept, and is emptied:
-    nothing is to hold it while the other half runs."""
+    """The gradients of (z, y) from those of (z', y'). `own` is what the half kept but P of fc2, and
+    is emptied: nothing is to hold it while the other half runs."""
     steps = engine.steps
-    z, mean, rstd, p_1, p_2, h = own
+    z, mean, rstd, p_1, h = own
     own.clear()
-    s_2, sum_b = steps.thin_grad(stream.dy, layer.b_2, p_2)
-    later.append((sum_b, out.b_2))
+    s_2 = stream.s
+    if s_2 is None:
+        s_2, sum_b = steps.thin_grad(stream.dy, layer.b_2, p_2)
+        later.append((sum_b, out.b_2))
     da = stream.dy @ layer.w_2
     dh, s_1 = steps.gelu_grad(da, h, s_2, layer.b_1, p_1, out.b_1, out.fc2, later)
-    dz, dy, sum_down = steps.norm_grad(dh @ layer.w_1, z, mean, rstd, norm, stream.dz, s_1)
-    later.append((sum_down, out.fc1))
-    return _Stream(dz, dy)
+    got = steps.norm_grad(dh @ layer.w_1, z, mean, rstd, norm, stream.dz, s_1)
+    later.append((got.sum_down, out.fc1))
+    return _Stream(got.dz, got.dy)
 
 
 def _attention_grad(
@@ -268,6 +294,7 @@ def _attention_grad(
     own: list[Tensor],
     out: _Outs,
     later: Sums,
+    before: _Before | None,
     *,
     wanted: bool,
 ) -> _Stream:
@@ -287,9 +314,13 @@ def _attention_grad(
     if dx is None:
         later.append((steps.norm_down_grad(z, mean, rstd, norm, s), out.qkv))
         return stream
-    dz, dy, sum_down = steps.norm_grad(dx @ layer.w_qkv, z, mean, rstd, norm, stream.dz, s)
-    later.append((sum_down, out.qkv))
-    return _Stream(dz, dy)
+    factors = None if before is None else (before.b, before.p)
+    got = steps.norm_grad(dx @ layer.w_qkv, z, mean, rstd, norm, stream.dz, s, factors)
+    later.append((got.sum_down, out.qkv))
+    if before is not None:
+        assert got.sum_b is not None
+        later.append((got.sum_b, before.d_b))
+    return _Stream(got.dz, got.dy, got.s)
 
 
 @torch.no_grad()

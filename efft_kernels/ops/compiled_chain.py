@@ -21,7 +21,7 @@ from .schemas import LIBRARY
 
 # Of what chain_fwd keeps. Torch may have another version's graph on disk: one with another number
 # here is not taken.
-FORM = 2
+FORM = 3
 
 LIBRARY.define(
     "chain_fwd(Tensor x, Tensor?[] frozen, Tensor[] factors, int heads, float[] eps,"

@@ -6,6 +6,7 @@
     thin-bf16-32-odd                                      rows that are not of whole 16 bytes
     fold-f32, merge-f32, unfold-f32, reduce               the small ones, with what they read
     norm-bf16-384, norm_grad-bf16-384, pair_grad-f16-512  a chain's, with the threads they are for
+    norm_grad-bf16-384-before                             with S and d_B of the linear before it
 
 In the forward w lies in rows of I, in dX in rows of C (csrc/cuda/gemm/sm90.cuh).
 """
@@ -36,7 +37,7 @@ _DTYPES = {"__nv_bfloat16": "bf16", "__half": "f16", "f": "f32"}
 _CONFIG = re.compile(r"Config(?:<|ILi)(\d+)(?:(?:, |ELi)(\d+))?")
 _THREADS = re.compile(rf"(?:{'|'.join(_CHAIN)})_kernel(?:<\w+, |I\d*[a-z_]\w*?Li)(\d+)")
 _LAYOUT = re.compile(r"WLayout[)E](\d)")
-_WHOLE = re.compile(r", true>|Lb1E")
+_FLAG = re.compile(r", true>|Lb1E")  # the last argument, where it is a bool
 
 
 def kernel_of(name: str) -> str | None:
@@ -57,8 +58,10 @@ def kernel_of(name: str) -> str | None:
         parts.append(threads[1])
     if layout := _LAYOUT.search(name):
         parts.append("IC"[int(layout[1])])
-    if match[1] in _PASSES and not _WHOLE.search(name):
+    if match[1] in _PASSES and not _FLAG.search(name):
         parts.append("odd")
+    if match[1] == "norm_grad" and _FLAG.search(name):
+        parts.append("before")
     return "-".join(parts)
 
 

@@ -140,6 +140,7 @@ class NormCase:
         M, K, rank: rows and columns of the stream, and columns of P and S.
         dtype: of the GEMMs.
         branch: whether something is added to the stream.
+        before: whether the norm's gradient makes S and d_B of a linear before it.
     """
 
     M: int
@@ -147,17 +148,20 @@ class NormCase:
     rank: int
     dtype: torch.dtype
     branch: bool = True
+    before: bool = False
 
     def __str__(self) -> str:
         branch = "" if self.branch else " first"
+        branch += ", S before" if self.before else ""
         return f"norm{branch} {self.M}x{self.K} r{self.rank} {str(self.dtype).split('.')[1]}"
 
     @property
     def plan(self) -> list[str]:
         """The CUDA kernels of a forward and a backward."""
-        threads = 384 if self.K <= 768 else 512
-        kernels = "norm", "norm_grad", "pair_grad"
-        return [f"{kernel}-{DTYPES[self.dtype]}-{threads}" for kernel in kernels]
+        threads = 384 if self.K <= 768 else 512 if self.K <= 1024 else 640
+        of = f"{DTYPES[self.dtype]}-{threads}"
+        pair = [f"pair_grad-{of}"] if self.K <= 1024 else []  # else Triton's
+        return [f"norm-{of}", f"norm_grad-{of}{'-before' if self.before else ''}", *pair]
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -297,15 +301,17 @@ def _triton_cases() -> list[Case]:
 
 CUDA_CASES = _cuda_cases()
 NORM_CASES = [
-    NormCase(M, K, rank, dtype, branch)
+    NormCase(M, K, rank, dtype, branch, before)
     for dtype in _HALVES
-    for M, K, rank, branch in (
-        (12608, 768, 16, True),
-        (1, 64, 1, True),
-        (1021, 192, 5, False),
-        (3000, 384, 16, True),
-        (509, 832, 13, True),
-        (2100, 1024, 16, False),
+    for M, K, rank, branch, before in (
+        (12608, 768, 16, True, False),
+        (12608, 768, 16, True, True),
+        (1, 64, 1, True, True),
+        (1021, 192, 5, False, False),
+        (3000, 384, 16, True, True),
+        (509, 832, 13, True, False),
+        (2100, 1024, 16, False, False),
+        (3010, 1280, 16, True, False),
     )
 ]
 TRITON_CASES = _triton_cases()

@@ -31,21 +31,6 @@ __device__ __forceinline__ float over_row(float v) {
   return v + shuffle_xor(v, 2);
 }
 
-// P of a tile from the warps' parts of it.
-template <class T>
-__device__ __forceinline__ void store_p(const NormParameters& p, int64_t tile, const float* parts) {
-  const int warps = blockDim.x / 32;
-  for (int i = threadIdx.x; i < kNormRows * kChainRank; i += blockDim.x) {
-    const int r = i % kChainRank;
-    const int64_t row = tile * kNormRows + i / kChainRank;
-    if (row >= p.rows || r >= p.rank) continue;
-    float sum = 0;
-    for (int w = 0; w < warps; ++w)
-      sum += parts[w * kNormRows * kNormPRow + i / kChainRank * kNormPRow + r];
-    static_cast<T*>(p.p)[row * p.rank + r] = from_float<T>(sum);
-  }
-}
-
 template <class T, int kThreads, int kStages>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ NormParameters p) {
 #if __CUDA_ARCH__ >= 800
@@ -62,11 +47,13 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
   float2* const statistics =
       reinterpret_cast<float2*>(dynamic_smem() + warps * kStages * Stage::kBytes);
   float* const parts = reinterpret_cast<float*>(statistics + 2 * warps * kNormRows);
-  const int64_t tiles = ceil_div(p.rows, kNormRows);
+  const int one_turn = warps * kNormRows * kThinRow;
+  const int32_t tiles = static_cast<int32_t>(ceil_div(p.rows, kNormRows));
+  const int32_t blocks = static_cast<int32_t>(gridDim.x);
 
-  const auto load = [&](int64_t tile, int stage) {
+  const auto load = [&](int32_t tile, int stage) {
     if (tile < tiles) {
-      const int64_t row = tile * kNormRows;
+      const int64_t row = int64_t{tile} * kNormRows;
       const uint32_t at = to + stage * Stage::kBytes;
       copy_rows<float, Stage::kWide>(at, p.z, row, p.rows, p.width);
       if (p.y != nullptr)
@@ -75,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     commit_copies();
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load(blockIdx.x + i * int64_t{gridDim.x}, i);
+  for (int i = 0; i < kStages - 1; ++i) load(blockIdx.x + i * blocks, i);
 
   float weight[kChunks][4], bias[kChunks][4];
   uint32_t down[kChunks][4];  // operand a
@@ -93,18 +80,18 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
   }
   int stage = 0;
   int turn = 0;
-  int64_t before = -1;  // the tile whose P has not been stored
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  int32_t tile = blockIdx.x;
+  for (; tile < tiles; tile += blocks) {
     wait_copies<kStages - 2>();
     __syncwarp();  // all lanes' copies are there, and the stage before has been read by all
-    load(tile + (kStages - 1) * int64_t{gridDim.x}, stage == 0 ? kStages - 1 : stage - 1);
+    load(tile + (kStages - 1) * blocks, stage == 0 ? kStages - 1 : stage - 1);
 
     // z', and the statistics of this warp's columns.
     const uint8_t* const read = stages + stage * Stage::kBytes;
     const uint8_t* const wide = read + lane / 4 * Stage::kWide + lane % 4 * 16;
     const uint8_t* const narrow =
         read + Stage::kWideBytes + lane / 4 * Stage::kNarrow + lane % 4 * 8;
-    const int64_t row = tile * kNormRows + lane / 4;
+    const int64_t row = int64_t{tile} * kNormRows + lane / 4;
     const int64_t at = row * p.width + first_col;
     float z[kChunks][4];
     float sum = 0;
@@ -166,18 +153,17 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
       if (row < p.rows) *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at + chunk * 16) = both;
       mma<T>(product, down[chunk], both.x, both.y);
     }
-    float* const part = parts + (turn * warps + warp) * kNormRows * kNormPRow;
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      part[(lane % 4 * 2 + e % 2) * kNormPRow + lane / 4 + e / 2 * 8] = product[e];
-    if (before >= 0) store_p<T>(p, before, parts + (turn ^ 1) * warps * kNormRows * kNormPRow);
-    before = tile;
+    put_thin(parts + turn * one_turn, product);
+    if (tile >= blocks)
+      store_thin<T, kThreads / 32>(p.p, tile - blocks, p.rows, p.rank,
+                                   parts + (turn ^ 1) * one_turn);
     stage = stage == kStages - 1 ? 0 : stage + 1;
     turn ^= 1;
   }
   wait_copies<0>();
   __syncthreads();
-  if (before >= 0) store_p<T>(p, before, parts + (turn ^ 1) * warps * kNormRows * kNormPRow);
+  if (tile >= blocks)
+    store_thin<T, kThreads / 32>(p.p, tile - blocks, p.rows, p.rank, parts + (turn ^ 1) * one_turn);
 #endif
 }
 
@@ -190,10 +176,10 @@ cudaError_t launch_norm(const NormArguments& a, cudaStream_t stream) {
                                   a.rank, a.eps};
   const dim3 grid(static_cast<unsigned>(a.programs));
   const int warps = static_cast<int>(a.width / kChainCols);
-  return for_width(a.width, [&]<int kThreads>() {
-    constexpr int kStages = norm_stages<false>(kThreads);
-    const int smem = norm_smem<false>(warps, kStages);
-    constexpr int most = norm_smem<false>(kThreads / 32, kStages);
+  return for_width<kChainMostThreads>(a.width, [&]<int kThreads>() {
+    constexpr int kStages = norm_stages<false>(kThreads, true);
+    const int smem = norm_smem<false>(warps, kStages, true);
+    constexpr int most = norm_smem<false>(kThreads / 32, kStages, true);
     return a.dtype == Dtype::kHalf
                ? launch_with_up_to<norm_kernel<__half, kThreads, kStages>>(most, grid, warps * 32,
                                                                            smem, stream, parameters)

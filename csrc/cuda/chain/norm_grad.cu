@@ -4,9 +4,11 @@
 // The gradient of a LayerNorm's input with a residual, and the partial sums of d_down = x̂^T·S, in
 // one pass: with n = (z - mean)·rstd and g = dout·w
 //     dz = rstd·(g - Σg/K - n·Σ(g·n)/K) + residual    dy = dz in 16 bits    x̂ = n·w + b
+// For a linear before, whose output's gradient dy is, S = dy·B and partial sums of d_B = dy^T·P.
 //
 // A lane has rows 2t and 2t + 1 of a tile, t = lane % 4, and in each 32 columns the four from
-// 4·(lane / 4) on: pairs of rows of x̂ are then operand b of an mma as they are.
+// 4·(lane / 4) on: pairs of rows of x̂ and dy are then operand b of an mma as they are, and the
+// transposed of dy's are operand b of B^T·dy^T.
 namespace efft_kernels::cuda {
 namespace {
 
@@ -24,15 +26,22 @@ struct NormGradParameters {
   float* partial;         // [programs, K, R]
   int64_t rows;
   int32_t width, rank;
+  // Of the linear before.
+  const void* b;   // [K, rank_before]
+  const void* p;   // [M, rank_before]
+  void* s_before;  // [M, rank_before]
+  float* sum_b;    // [programs, K, R]
+  int rank_before;
 };
 
 // What a lane needs of a tile's rows beside their elements.
 struct Rows {
   float mean[2], rstd[2];
   uint32_t s[2];  // operand a of S^T·x̂: ranks lane / 4 and that + 8
+  uint32_t p[2];  // the same of P^T·dy
 };
 
-template <class T>
+template <class T, bool kBefore>
 __device__ __forceinline__ Rows load_rows(const NormGradParameters& p, int64_t row) {
   const int lane = threadIdx.x % 32;
   row += lane % 4 * 2;
@@ -45,6 +54,9 @@ __device__ __forceinline__ Rows load_rows(const NormGradParameters& p, int64_t r
     const int r = lane / 4 + i * 8;
     found.s[i] = pack_elements(thin_at<T>(p.s, row, p.rows, r, p.rank),
                                thin_at<T>(p.s, row + 1, p.rows, r, p.rank));
+    if constexpr (kBefore)
+      found.p[i] = pack_elements(thin_at<T>(p.p, row, p.rows, r, p.rank_before),
+                                 thin_at<T>(p.p, row + 1, p.rows, r, p.rank_before));
   }
   return found;
 }
@@ -61,12 +73,33 @@ __device__ __forceinline__ float4 over_columns(float4 v) {
   return v;
 }
 
-template <class T, int kThreads, int kStages>
+// Partial sums [K, R] of this warp's columns, which the lanes have as rows 2t and 2t + 1 did.
+__device__ __forceinline__ void store_sums(float* partial,
+                                           const float (&sums)[kChainCols / 32][4][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int block = 0; block < kChainCols / 32; ++block) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        // Column n of the product is that of the lane which had it as operand b.
+        const int c = threadIdx.x / 32 * kChainCols + block * 32 + (lane % 4 * 2 + e % 2) * 4 + j;
+        partial[c * kChainRank + lane / 4 + e / 2 * 8] = sums[block][j][e];
+      }
+    }
+  }
+}
+
+// `kBefore`: there is a linear before. Then, and where threads are many, there are too few
+// registers to keep g and n, which are made again once the rows' sums are known.
+template <class T, int kThreads, int kStages, bool kBefore>
 __global__ void __launch_bounds__(kThreads)
     norm_grad_kernel(const __grid_constant__ NormGradParameters p) {
 #if __CUDA_ARCH__ >= 800
   using Stage = NormStage<true>;
   constexpr int kBlocks = kChainCols / 32;
+  constexpr bool kKept = !kBefore && kThreads <= kChainMoreThreads;
   const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
   const int lane = threadIdx.x % 32;
@@ -74,14 +107,17 @@ __global__ void __launch_bounds__(kThreads)
   const int pair = lane % 4;
   uint8_t* const stages = dynamic_smem() + warp * kStages * Stage::kBytes;
   const uint32_t to = smem_address(stages);
-  // Σg and Σ(g·n) of the two rows of each pair, by warp; in turn, so that one barrier a tile is
-  // enough.
+  // Σg and Σ(g·n) of the two rows of each pair, by warp, and the parts of S; in turn, so that one
+  // barrier a tile is enough.
   float4* const sums = reinterpret_cast<float4*>(dynamic_smem() + warps * kStages * Stage::kBytes);
-  const int64_t tiles = ceil_div(p.rows, kNormRows);
+  float* const parts = reinterpret_cast<float*>(sums + 2 * warps * 4);
+  const int one_turn = warps * kNormRows * kThinRow;
+  const int32_t tiles = static_cast<int32_t>(ceil_div(p.rows, kNormRows));
+  const int32_t blocks = static_cast<int32_t>(gridDim.x);
 
-  const auto load = [&](int64_t tile, int stage) {
+  const auto load = [&](int32_t tile, int stage) {
     if (tile < tiles) {
-      const int64_t row = tile * kNormRows;
+      const int64_t row = int64_t{tile} * kNormRows;
       const uint32_t at = to + stage * Stage::kBytes;
       copy_rows<float, Stage::kWide>(at, p.z, row, p.rows, p.width);
       copy_rows<float, Stage::kWide>(at + Stage::kWideBytes, p.residual, row, p.rows, p.width);
@@ -90,7 +126,7 @@ __global__ void __launch_bounds__(kThreads)
     commit_copies();
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load(blockIdx.x + i * int64_t{gridDim.x}, i);
+  for (int i = 0; i < kStages - 1; ++i) load(blockIdx.x + i * blocks, i);
 
   const int first_col = warp * kChainCols + column * 4;
   float weight[kBlocks][4], bias[kBlocks][4];
@@ -102,44 +138,65 @@ __global__ void __launch_bounds__(kThreads)
       bias[block][j] = p.bias[first_col + block * 32 + j];
     }
   }
-  float d_down[kBlocks][4][4] = {};
-  Rows next = load_rows<T>(p, blockIdx.x * int64_t{kNormRows});
+  uint32_t b[kBlocks][2][4];  // operands a of B^T·dy^T
+  if constexpr (kBefore) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int r = lane / 4 + i % 2 * 8;
+        const int c = warp * kChainCols + block * 32 + pair * 8 + i / 2;
+        b[block][i / 4][i % 4] = pack_elements(thin_at<T>(p.b, c, p.width, r, p.rank_before),
+                                               thin_at<T>(p.b, c + 4, p.width, r, p.rank_before));
+      }
+    }
+  }
+  float d_down[kBlocks][4][4] = {}, d_b[kBlocks][4][4] = {};
+  Rows next = load_rows<T, kBefore>(p, blockIdx.x * int64_t{kNormRows});
   int stage = 0;
   int turn = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  int32_t tile = blockIdx.x;
+  for (; tile < tiles; tile += blocks) {
     const Rows rows = next;
-    next = load_rows<T>(p, (tile + gridDim.x) * kNormRows);
+    next = load_rows<T, kBefore>(p, int64_t{tile + blocks} * kNormRows);
     wait_copies<kStages - 2>();
     __syncwarp();  // all lanes' copies are there, and the stage before has been read by all
-    load(tile + (kStages - 1) * int64_t{gridDim.x}, stage == 0 ? kStages - 1 : stage - 1);
+    load(tile + (kStages - 1) * blocks, stage == 0 ? kStages - 1 : stage - 1);
 
-    // g, n and d_down.
     const uint8_t* const read = stages + stage * Stage::kBytes;
     const uint8_t* const wide = read + pair * 2 * Stage::kWide + column * 16;
     const uint8_t* const narrow =
         read + 2 * Stage::kWideBytes + pair * 2 * Stage::kNarrow + column * 8;
-    float g[kBlocks][2][4], n[kBlocks][2][4];
+    const auto make = [&](int block, int i, float (&g)[4], float (&n)[4]) {
+      const float4 z = floats_at(wide + i * Stage::kWide + block * 128);
+      const float from[4] = {z.x, z.y, z.z, z.w};
+      halves_at<T>(g, narrow + i * Stage::kNarrow + block * 64);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        n[j] = (from[j] - rows.mean[i]) * rows.rstd[i];
+        g[j] *= weight[block][j];
+      }
+    };
+    // g, n and d_down.
+    float g[kKept ? kBlocks : 1][2][4], n[kKept ? kBlocks : 1][2][4];
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
+      const int at = kKept ? block : 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float4 z = floats_at(wide + i * Stage::kWide + block * 128);
-        const float from[4] = {z.x, z.y, z.z, z.w};
-        halves_at<T>(g[block][i], narrow + i * Stage::kNarrow + block * 64);
+        make(block, i, g[at][i], n[at][i]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          n[block][i][j] = (from[j] - rows.mean[i]) * rows.rstd[i];
-          g[block][i][j] *= weight[block][j];
-          (i ? sum.z : sum.x) += g[block][i][j];
-          (i ? sum.w : sum.y) += g[block][i][j] * n[block][i][j];
+          (i ? sum.z : sum.x) += g[at][i][j];
+          (i ? sum.w : sum.y) += g[at][i][j] * n[at][i][j];
         }
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float w = weight[block][j], b = bias[block][j];
+        const float w = weight[block][j], shift = bias[block][j];
         mma_k8<T>(d_down[block][j], rows.s,
-                  pack<T>(n[block][0][j] * w + b, n[block][1][j] * w + b));
+                  pack<T>(n[at][0][j] * w + shift, n[at][1][j] * w + shift));
       }
     }
     // The rows' sums, over this warp's columns and then over all warps.
@@ -148,50 +205,83 @@ __global__ void __launch_bounds__(kThreads)
     if (column == 0) shared[warp * 4 + pair] = sum;
     __syncthreads();
     float4 total = make_float4(0, 0, 0, 0);
-    for (int w = column; w < warps; w += 8) {
+#pragma unroll
+    for (int i = 0; i < ceil_div(kThreads / 32, 8); ++i) {
+      const int w = i * 8 + column;
+      if (w >= warps) break;
       const float4 part = shared[w * 4 + pair];
       total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
     }
     total = over_columns(total);
-    // dz and dy.
+    // dz and dy; S and d_B.
     const float of_width = 1.0f / static_cast<float>(p.width);
+    const float mean_g[2] = {total.x * of_width, total.z * of_width};
+    const float mean_gn[2] = {total.y * of_width, total.w * of_width};
+    const int64_t first = int64_t{tile} * kNormRows;
+    const int32_t left =
+        p.rows - first < kNormRows ? static_cast<int32_t>(p.rows - first) : kNormRows;
+    float product[4] = {};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t row = tile * kNormRows + pair * 2 + i;
-      if (row >= p.rows) continue;
-      const float mean_g = (i ? total.z : total.x) * of_width;
-      const float mean_gn = (i ? total.w : total.y) * of_width;
+    for (int block = 0; block < kBlocks; ++block) {
+      const int kept = kKept ? block : 0;
+      float dz[2][4];
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (!kKept) make(block, i, g[0][i], n[0][i]);
         const float4 r = floats_at(wide + Stage::kWideBytes + i * Stage::kWide + block * 128);
         const float residual[4] = {r.x, r.y, r.z, r.w};
-        float dz[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          dz[j] = rows.rstd[i] * (g[block][i][j] - mean_g - n[block][i][j] * mean_gn) + residual[j];
-        const int64_t at = row * p.width + first_col + block * 32;
-        *reinterpret_cast<float4*>(p.dz + at) = make_float4(dz[0], dz[1], dz[2], dz[3]);
-        *reinterpret_cast<uint2*>(static_cast<T*>(p.dy) + at) = packed<T>(dz);
+          dz[i][j] =
+              rows.rstd[i] * (g[kept][i][j] - mean_g[i] - n[kept][i][j] * mean_gn[i]) + residual[j];
+        if (pair * 2 + i < left) {
+          const int32_t at = (pair * 2 + i) * p.width + first_col + block * 32;
+          *reinterpret_cast<float4*>(p.dz + first * p.width + at) =
+              make_float4(dz[i][0], dz[i][1], dz[i][2], dz[i][3]);
+          *reinterpret_cast<uint2*>(static_cast<T*>(p.dy) + first * p.width + at) =
+              packed<T>(dz[i]);
+        }
       }
+      if constexpr (kBefore) {
+        uint32_t dy[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          dy[j] = pack<T>(dz[0][j], dz[1][j]);
+          mma_k8<T>(d_b[block][j], rows.p, dy[j]);
+        }
+        mma<T>(product, b[block][0], transposed(dy[0]), transposed(dy[1]));
+        mma<T>(product, b[block][1], transposed(dy[2]), transposed(dy[3]));
+      }
+    }
+    if constexpr (kBefore) {
+      put_thin(parts + turn * one_turn, product);
+      if (tile >= blocks)
+        store_thin<T, kThreads / 32>(p.s_before, tile - blocks, p.rows, p.rank_before,
+                                     parts + (turn ^ 1) * one_turn);
     }
     stage = stage == kStages - 1 ? 0 : stage + 1;
     turn ^= 1;
   }
   wait_copies<0>();
-  float* const partial = p.partial + int64_t{blockIdx.x} * p.width * kChainRank;
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        // Column n of the product is that of the lane which had it as operand b.
-        const int c = warp * kChainCols + block * 32 + (pair * 2 + e % 2) * 4 + j;
-        partial[c * kChainRank + column + e / 2 * 8] = d_down[block][j][e];
-      }
-    }
+  const int64_t from = int64_t{blockIdx.x} * p.width * kChainRank;
+  store_sums(p.partial + from, d_down);
+  if constexpr (kBefore) {
+    __syncthreads();
+    if (tile >= blocks)
+      store_thin<T, kThreads / 32>(p.s_before, tile - blocks, p.rows, p.rank_before,
+                                   parts + (turn ^ 1) * one_turn);
+    store_sums(p.sum_b + from, d_b);
   }
 #endif
+}
+
+template <class T, int kThreads, bool kBefore>
+cudaError_t launch_of(const NormGradParameters& parameters, const dim3& grid, int warps,
+                      cudaStream_t stream) {
+  constexpr int kStages = norm_stages<true>(kThreads, kBefore);
+  constexpr int kMost = norm_smem<true>(kThreads / 32, kStages, kBefore);
+  return launch_with_up_to<norm_grad_kernel<T, kThreads, kStages, kBefore>>(
+      kMost, grid, warps * 32, norm_smem<true>(warps, kStages, kBefore), stream, parameters);
 }
 
 }  // namespace
@@ -210,19 +300,22 @@ cudaError_t launch_norm_grad(const NormGradArguments& a, cudaStream_t stream) {
                                       a.partial,
                                       a.rows,
                                       static_cast<int32_t>(a.width),
-                                      a.rank};
+                                      a.rank,
+                                      a.b,
+                                      a.p,
+                                      a.s_before,
+                                      a.sum_b,
+                                      a.rank_before};
   const dim3 grid(static_cast<unsigned>(a.programs));
   const int warps = static_cast<int>(a.width / kChainCols);
-  return for_width(a.width, [&]<int kThreads>() {
-    constexpr int kStages = norm_stages<true>(kThreads);
-    const int smem = norm_smem<true>(warps, kStages);
-    constexpr int most = norm_smem<true>(kThreads / 32, kStages);
+  const auto launch = [&]<int kThreads, bool kBefore>() {
     return a.dtype == Dtype::kHalf
-               ? launch_with_up_to<norm_grad_kernel<__half, kThreads, kStages>>(
-                     most, grid, warps * 32, smem, stream, parameters)
-               : launch_with_up_to<norm_grad_kernel<__nv_bfloat16, kThreads, kStages>>(
-                     most, grid, warps * 32, smem, stream, parameters);
-  });
+               ? launch_of<__half, kThreads, kBefore>(parameters, grid, warps, stream)
+               : launch_of<__nv_bfloat16, kThreads, kBefore>(parameters, grid, warps, stream);
+  };
+  if (a.b != nullptr) return launch.template operator()<kChainFewThreads, true>();
+  return for_width<kChainMostThreads>(
+      a.width, [&]<int kThreads>() { return launch.template operator()<kThreads, false>(); });
 }
 
 }  // namespace efft_kernels::cuda

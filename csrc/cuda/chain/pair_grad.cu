@@ -174,7 +174,7 @@ cudaError_t launch_pair_grad(const PairGradArguments& a, cudaStream_t stream) {
       a.x, a.dy, a.down, a.b, a.d_down, a.d_b, a.rows, static_cast<int32_t>(a.width), a.rank};
   const dim3 grid(static_cast<unsigned>(a.programs));
   const int threads = chain_threads(a.width);
-  return for_width(a.width, [&]<int kThreads>() {
+  return for_width<kChainMoreThreads>(a.width, [&]<int kThreads>() {
     const int smem = pair_smem(threads / 32);
     constexpr int most = pair_smem(kThreads / 32);
     return a.dtype == Dtype::kHalf ? launch_with_up_to<pair_grad_kernel<__half, kThreads>>(

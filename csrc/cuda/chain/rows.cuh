@@ -13,18 +13,21 @@ namespace efft_kernels::cuda {
 // in rows of kStride bytes; zeros beyond the matrix. Asynchronous: to be committed and awaited.
 template <class Element, int kStride>
 __device__ __forceinline__ void copy_rows(uint32_t to, const void* from, int64_t row, int64_t rows,
-                                          int64_t width) {
+                                          int32_t width) {
   constexpr int kChunks = kChainCols * sizeof(Element) / 16;  // of a row
   const int lane = threadIdx.x % 32;
-  const int first_col = threadIdx.x / 32 * kChainCols;
+  const int chunk = lane % kChunks;
+  // The tile's address is the same for all lanes, which have 32 bits of their own each.
+  const Element* const tile = static_cast<const Element*>(from) + row * width;
+  const int32_t left = rows - row < kNormRows ? static_cast<int32_t>(rows - row) : kNormRows;
+  const int32_t first =
+      threadIdx.x / 32 * kChainCols + chunk * (16 / static_cast<int>(sizeof(Element)));
 #pragma unroll
   for (int i = 0; i < kNormRows * kChunks / 32; ++i) {
-    const int r = (i * 32 + lane) / kChunks;
-    const int chunk = (i * 32 + lane) % kChunks;
-    const bool inside = row + r < rows;
-    const Element* const at = static_cast<const Element*>(from) + (inside ? row + r : 0) * width +
-                              first_col + chunk * (16 / static_cast<int>(sizeof(Element)));
-    copy_async(to + r * kStride + chunk * 16, at, inside ? 16 : 0);
+    const int r = i * (32 / kChunks) + lane / kChunks;
+    const bool inside = r < left;
+    copy_async(to + r * kStride + chunk * 16, tile + ((inside ? r : 0) * width + first),
+               inside ? 16 : 0);
   }
 }
 
@@ -59,11 +62,42 @@ __device__ __forceinline__ T thin_at(const void* thin, int64_t row, int64_t rows
   return row < rows && r < rank ? static_cast<const T*>(thin)[row * rank + r] : from_float<T>(0.0f);
 }
 
-// `launch.operator()<threads>()`, the most that rows of `width` may take.
-template <class Launch>
+// Puts this warp's part of P^T or S^T over a tile, ranks down and rows along, in its place.
+__device__ __forceinline__ void put_thin(float* parts, const float (&product)[4]) {
+  const int lane = threadIdx.x % 32;
+  float* const part = parts + threadIdx.x / 32 * kNormRows * kThinRow;
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    part[(lane % 4 * 2 + e % 2) * kThinRow + lane / 4 + e / 2 * 8] = product[e];
+}
+
+// A tile's rows of P or S [rows, rank] from the parts of up to kWarps warps.
+template <class T, int kWarps>
+__device__ __forceinline__ void store_thin(void* thin, int32_t tile, int64_t rows, int rank,
+                                           const float* parts) {
+  const int warps = blockDim.x / 32;
+  for (int i = threadIdx.x; i < kNormRows * kChainRank; i += blockDim.x) {
+    const int r = i % kChainRank;
+    const int64_t row = int64_t{tile} * kNormRows + i / kChainRank;
+    if (row >= rows || r >= rank) continue;
+    const float* const part = parts + i / kChainRank * kThinRow + r;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w)
+      if (w < warps) sum += part[w * kNormRows * kThinRow];
+    static_cast<T*>(thin)[row * rank + r] = from_float<T>(sum);
+  }
+}
+
+// `launch.operator()<threads>()`, the most that rows of `width` may take, up to kMost.
+template <int kMost, class Launch>
 cudaError_t for_width(int64_t width, const Launch& launch) {
-  return chain_threads(width) <= kChainFewThreads ? launch.template operator()<kChainFewThreads>()
-                                                  : launch.template operator()<kChainMostThreads>();
+  const int threads = chain_threads(width);
+  if constexpr (kMost > kChainMoreThreads)
+    if (threads > kChainMoreThreads) return launch.template operator()<kChainMostThreads>();
+  if constexpr (kMost > kChainFewThreads)
+    if (threads > kChainFewThreads) return launch.template operator()<kChainMoreThreads>();
+  return launch.template operator()<kChainFewThreads>();
 }
 
 }  // namespace efft_kernels::cuda

@@ -11,14 +11,15 @@ namespace efft_kernels::cuda {
 
 constexpr int kNormRows = 8;
 constexpr int kPairRows = 16;
-constexpr int kChainCols = 64;          // of a warp
-constexpr int kChainRank = 16;          // R
-constexpr int kChainMostThreads = 512;  // with more, registers would be spilled
-constexpr int kChainMostWidth = kChainMostThreads / 32 * kChainCols;
+constexpr int kChainCols = 64;        // of a warp
+constexpr int kChainRank = 16;        // R
+constexpr int kNormMostWidth = 1280;  // beyond it two stages do not fit in shared memory
+constexpr int kPairMostWidth = 1024;  // beyond these, registers would be spilled
+constexpr int kBeforeMostWidth = 768;
 
-// Whether the kernels take rows of `width` elements and a rank.
-constexpr bool chain_takes(int64_t width, int64_t rank) {
-  return width > 0 && width % kChainCols == 0 && width <= kChainMostWidth && rank <= kChainRank;
+// Whether rows of `width` elements can be shared out to warps, `most` of them.
+constexpr bool chain_takes(int64_t width, int64_t most) {
+  return width > 0 && width % kChainCols == 0 && width <= most;
 }
 
 constexpr int chain_threads(int64_t width) { return static_cast<int>(width / kChainCols * 32); }
@@ -44,27 +45,34 @@ struct NormStage {
   static constexpr int kBytes = (kGrad ? 2 : 1) * kWideBytes + kNarrowBytes;
 };
 
-// Bytes that a warp needs beside its stages, twice: sums of a tile's rows; P's part.
+// Bytes that a warp needs beside its stages, twice: sums of a tile's rows; its part of P or S.
 constexpr int kNormSumBytes = 4 * 16;
-constexpr int kNormPRow = 20;  // floats from one row of P to the next, for the banks
-constexpr int kNormPBytes = kNormRows * kNormPRow * 4;
+constexpr int kThinRow = 20;  // floats from one row of P or S to the next, for the banks
+constexpr int kThinBytes = kNormRows * kThinRow * 4;
 
+// `thin`: whether it makes P or S.
 template <bool kGrad>
-constexpr int norm_smem(int warps, int stages) {
-  const int beside = kGrad ? kNormSumBytes : kNormSumBytes + kNormPBytes;
+constexpr int norm_smem(int warps, int stages, bool thin) {
+  const int beside = kNormSumBytes + (thin ? kThinBytes : 0);
   return warps * (stages * NormStage<kGrad>::kBytes + 2 * beside);
 }
 
-// The kernels are compiled twice, for so many threads at most; the norm's with as many stages as
-// there is room for.
+// The kernels are compiled for so many threads at most; the norm's with as many stages as there is
+// room for.
 constexpr int kChainFewThreads = 384;
+constexpr int kChainMoreThreads = 512;
+constexpr int kChainMostThreads = 640;
 
 template <bool kGrad>
-constexpr int norm_stages(int most_threads) {
-  return norm_smem<kGrad>(most_threads / 32, 3) <= kSm90SmemLimit ? 3 : 2;
+constexpr int norm_stages(int most_threads, bool thin) {
+  return norm_smem<kGrad>(most_threads / 32, 3, thin) <= kSm90SmemLimit ? 3 : 2;
 }
 
-static_assert(norm_smem<true>(kChainMostThreads / 32, 2) <= kSm90SmemLimit);
+static_assert(norm_smem<true>(kChainMostThreads / 32, 2, false) <= kSm90SmemLimit);
+static_assert(norm_smem<true>(kChainFewThreads / 32, 3, true) <= kSm90SmemLimit);
+static_assert(chain_threads(kNormMostWidth) == kChainMostThreads);
+static_assert(chain_threads(kPairMostWidth) == kChainMoreThreads);
+static_assert(chain_threads(kBeforeMostWidth) == kChainFewThreads);
 
 // A warp's part of a tile of x or of dY.
 constexpr int kPairTileBytes = kPairRows * kChainCols * 2;
@@ -76,6 +84,6 @@ constexpr int pair_smem(int warps) {
   return warps * (kPairStages * 2 * kPairTileBytes + kThin * 4) + kThin * 2;
 }
 
-static_assert(pair_smem(kChainMostThreads / 32) <= kSm90SmemLimit);
+static_assert(pair_smem(kChainMoreThreads / 32) <= kSm90SmemLimit);
 
 }  // namespace efft_kernels::cuda

@@ -100,9 +100,10 @@ struct NormArguments {
 };
 
 // The gradient dz of the norm's z, with `residual` added, once more in `dtype` as dy, and the
-// partial sums of x̂^T·S. Everything is contiguous and starts at a multiple of 16 bytes.
+// partial sums of x̂^T·S; for the linear whose output's gradient dy is, S = dy·B and the partial
+// sums of dy^T·P. Everything is contiguous and starts at a multiple of 16 bytes.
 struct NormGradArguments {
-  Dtype dtype;            // of dout, s and dy
+  Dtype dtype;            // of dout, s, dy, b, p and s_before
   const void* dout;       // [M, K]
   const float* z;         // [M, K]
   const float* mean;      // [M]
@@ -116,6 +117,11 @@ struct NormGradArguments {
   float* partial;         // [programs, K, R]
   int64_t rows, width, programs;
   int rank;
+  const void* b;   // [K, rank_before], or null: no such linear
+  const void* p;   // [M, rank_before]
+  void* s_before;  // [M, rank_before]
+  float* sum_b;    // [programs, K, R]
+  int rank_before;
 };
 
 // Partial sums of x^T·S and dY^T·P, with S = dY·B and P = x·down. Everything is contiguous and

@@ -18,7 +18,7 @@ cudaError_t launch_thin_grad(const ThinGradArguments& t, cudaStream_t stream);
 
 cudaError_t launch_tall_grad(const TallGradArguments& t, int rank_padded, cudaStream_t stream);
 
-// Widths and ranks that chain_takes of chain/sizes.h lets pass.
+// Widths and ranks within those of chain/sizes.h.
 cudaError_t launch_norm(const NormArguments& a, cudaStream_t stream);
 cudaError_t launch_norm_grad(const NormGradArguments& a, cudaStream_t stream);
 cudaError_t launch_pair_grad(const PairGradArguments& a, cudaStream_t stream);

@@ -102,6 +102,14 @@ __device__ __forceinline__ void mma_k8<__half>(float (&d)[4], const uint32_t (&a
       : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
+// The transposed of an 8 × 8 matrix of 16 bits, of which a lane has the columns 2·(lane % 4) and
+// the next of row lane / 4, before and after. By all lanes of a warp.
+__device__ __forceinline__ uint32_t transposed(uint32_t both) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(both));
+  return result;
+}
+
 // The value of the lane whose number differs in the bits of `mask`. By all lanes of a warp.
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);

@@ -40,6 +40,16 @@ class Normed(NamedTuple):
     rstd: Tensor
 
 
+class NormedGrad(NamedTuple):
+    """What `norm_grad` makes; the last two only for a linear before it."""
+
+    dz: Tensor  # [M, K], the stream's gradient
+    dy: Tensor  # the same in the GEMMs' dtype, the branch's
+    sum_down: Sum  # x̂^T·S
+    s: Tensor | None  # dy·B [M, r]
+    sum_b: Sum | None  # dy^T·P
+
+
 class TorchSteps:
     """The steps in torch's operators, in any dtype and on any device."""
 
@@ -77,8 +87,13 @@ class TorchSteps:
         norm: Norm,
         residual: Tensor,
         s: Tensor,
-    ) -> tuple[Tensor, Tensor, Sum]:
-        """The stream's gradient, the same in dout's dtype for the branch, and x̂^T·S."""
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> NormedGrad:
+        """The stream's gradient, the same in dout's dtype for the branch, and x̂^T·S.
+
+        Args:
+            before: B [K, r] and P [M, r] of the linear whose output the branch is.
+        """
         dz = aten.native_layer_norm_backward(
             dout.to(z.dtype),
             z,
@@ -90,7 +105,15 @@ class TorchSteps:
             [True, False, False],
         )[0]
         dz = dz + residual
-        return dz, dz.to(dout.dtype), self.norm_down_grad(z, mean, rstd, norm, s)
+        dy = dz.to(dout.dtype)
+        return self.with_before(dz, dy, self.norm_down_grad(z, mean, rstd, norm, s), before)
+
+    def with_before(
+        self, dz: Tensor, dy: Tensor, sum_down: Sum, before: tuple[Tensor, Tensor] | None
+    ) -> NormedGrad:
+        """The same with S and d_B of the linear before, if there is one, by a pass of its own."""
+        s, sum_b = (None, None) if before is None else self.thin_grad(dy, *before)
+        return NormedGrad(dz, dy, sum_down, s, sum_b)
 
     def norm_down_grad(self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor) -> Sum:
         """x̂^T·S alone, with x̂ made again."""

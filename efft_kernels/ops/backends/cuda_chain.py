@@ -1,7 +1,8 @@
 """A chain's norm and its gradient by CUDA C++; the other steps as Triton's launches.
 
 native_norm         z + y, x̂, P and the statistics in one pass     csrc/cuda/chain/norm.cu
-native_norm_grad    dz and dy, with x̂^T·S from the same z          csrc/cuda/chain/norm_grad.cu
+native_norm_grad    dz and dy, with x̂^T·S from the same z, and     csrc/cuda/chain/norm_grad.cu
+                    S and d_B of the linear before from dy
 native_pair_grad    both thin gradients of proj, if asked for      csrc/cuda/chain/pair_grad.cu
 """
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from . import native_library
-from .chain_steps import Norm, Normed
+from .chain_steps import Norm, Normed, NormedGrad
 from .triton.chain import Configs, TritonSteps
 
-MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/chain/sizes.h
+# csrc/cuda/chain/sizes.h
+MOST_WIDTH, COLUMNS, MOST_RANK = 1280, 64, 16
+MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR = 768, 1024
 
 
 def takes(k: int, rank: int, index: int) -> bool:
@@ -39,11 +42,14 @@ class CudaSteps(TritonSteps):
         configs: Triton's block shapes, for the other steps.
         pair_grad: that step in CUDA C++ as well, where x and dY are of one width. No GPU has timed
             it yet.
+        before: the linear before a norm's gradient in the same pass, not in one of its own. No GPU
+            has timed it yet.
     """
 
-    def __init__(self, configs: Configs, pair_grad: bool = False) -> None:
+    def __init__(self, configs: Configs, pair_grad: bool = False, before: bool = False) -> None:
         super().__init__(configs)
         self._native_pair = pair_grad
+        self._before = before
 
     def norm(
         self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype
@@ -65,16 +71,20 @@ class CudaSteps(TritonSteps):
         norm: Norm,
         residual: Tensor,
         s: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> NormedGrad:
         operands = dout, z, mean, rstd, norm.weight, norm.bias, residual, s
         if not _on_16_bytes(*operands):
-            return super().norm_grad(dout, z, mean, rstd, norm, residual, s)
-        dz, dy, sum_down = torch.ops.efft_kernels.native_norm_grad(*operands)
-        return dz, dy, sum_down
+            return super().norm_grad(dout, z, mean, rstd, norm, residual, s, before)
+        fits = self._before and z.shape[1] <= MOST_WIDTH_BEFORE
+        if before is None or not fits or not _on_16_bytes(*before):
+            got = torch.ops.efft_kernels.native_norm_grad(*operands, None, None)
+            return self.with_before(*got[:3], before)
+        return NormedGrad(*torch.ops.efft_kernels.native_norm_grad(*operands, *before))
 
     def pair_grad(self, x: Tensor, dy: Tensor, down: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         x, dy = x.contiguous(), dy.contiguous()
-        fits = x.shape[1] == dy.shape[1] and _on_16_bytes(x, dy, down, b)
+        fits = x.shape[1] == dy.shape[1] <= MOST_WIDTH_PAIR and _on_16_bytes(x, dy, down, b)
         if not (self._native_pair and fits):
             return super().pair_grad(x, dy, down, b)
         sum_down, sum_b = torch.ops.efft_kernels.native_pair_grad(x, dy, down, b)

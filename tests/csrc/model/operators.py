@@ -75,8 +75,13 @@ def run(shape: Shape, dtype: torch.dtype, strategy: str, turn: int) -> None:
     assert not y.isnan().any() and y[-1].isinf().all() and not y[:-1].isinf().any()
 
 
-def run_chain(rows: int, width: int, rank: int, branch: bool, dtype: torch.dtype) -> None:
-    """The norm, its gradient and the pair of thin ones; then operands that they refuse."""
+def run_chain(
+    rows: int, width: int, rank: int, branch: bool, dtype: torch.dtype, before: bool
+) -> None:
+    """The norm, its gradient and the pair of thin ones; then operands that they refuse.
+
+    `before`: the gradient makes S and d_B of the linear before it, in plain torch otherwise.
+    """
     torch.manual_seed(0)
 
     def draw(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,21 +89,25 @@ def run_chain(rows: int, width: int, rank: int, branch: bool, dtype: torch.dtype
 
     z, residual, (weight, bias) = draw(rows, width), draw(rows, width), draw(2, width)
     y, dout = draw(2, rows, width, dtype=dtype)
-    (down, b), s = draw(2, width, rank, dtype=dtype), draw(rows, rank, dtype=dtype)
+    (down, b), (s, p) = draw(2, width, rank, dtype=dtype), draw(2, rows, rank, dtype=dtype)
 
     def results(steps: TorchSteps, as_: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         norm = Norm(as_(weight), as_(bias), 1e-6)
         added = as_(y) if branch else None
         normed = steps.norm(as_(z), added, norm, as_(down), as_(y).dtype)
         stream = (as_(t) for t in (z, *plain_statistics))
-        dz, dy, d_down = steps.norm_grad(as_(dout), *stream, norm, as_(residual), as_(s))
-        sums = d_down, *steps.pair_grad(as_(y), as_(dout), as_(down), as_(b))
-        if d_down.dim() == 3:
+        given = as_(dout), *stream, norm, as_(residual), as_(s)
+        got = steps.norm_grad(*given, (as_(b), as_(p)) if before else None)
+        sums = [got.sum_down, *steps.pair_grad(as_(y), as_(dout), as_(down), as_(b))]
+        if before:
+            sums.append(got.sum_b)
+        if got.sum_down.dim() == 3:
             assert not any(total[..., rank:].any() for total in sums)
-            sums = tuple(total.sum(0)[:, :rank] for total in sums)
-        return {**normed._asdict(), "dz": dz, "dy": dy, **dict(enumerate(sums))}
+            sums = [total.sum(0)[:, :rank] for total in sums]
+        made = {"dz": got.dz, "dy": got.dy, **({"S before": got.s} if before else {})}
+        return {**normed._asdict(), **made, **dict(enumerate(sums))}
 
-    native = CudaSteps(None, pair_grad=True)
+    native = CudaSteps(None, pair_grad=True, before=before)
     plain_statistics = TorchSteps().norm(z, None, Norm(weight, bias, 1e-6), down.float(), z.dtype)
     plain_statistics = plain_statistics.mean, plain_statistics.rstd
     first, second = (results(native, lambda t: t) for _ in range(2))
@@ -113,22 +122,36 @@ def run_chain(rows: int, width: int, rank: int, branch: bool, dtype: torch.dtype
         (
             ops.native_norm_grad,
             {"dout": dout, "z": z, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
-            | {"residual": residual, "s": s},
+            | {"residual": residual, "s": s}
+            | ({"b": b, "p": p} if before else {"b": None, "p": None}),
         ),
         (ops.native_pair_grad, {"x": y, "dy": dout, "down": down, "b": b}),
     ):
         more = {"eps": 1e-6} if call is ops.native_norm else {}
         for name, t in given.items():
+            if t is None:
+                continue
             off_16 = t.new_empty(t.numel() + 1)[1:].view(t.shape)
             for wrong in (t.double(), t[:-1], off_16):
                 said = refusal(lambda: call(**{**given, name: wrong}, **more))  # noqa: B023
                 # All others' sizes and dtypes follow from these.
                 leading = name in ("z", "x", "down", "s") and wrong is not off_16
                 assert f" {name} must be " in f" {said}" or (leading and " must be " in said), said
-    wide = torch.zeros(1, 1088, dtype=dtype)
-    assert "a multiple of 64 up to 1024" in refusal(
-        lambda: ops.native_pair_grad(wide, wide, wide.T.contiguous(), wide.T.contiguous())
-    )
+    for k in (1088, 1344):
+        wide = torch.zeros(1, k, dtype=dtype)
+        thin = wide.T.contiguous()
+        assert "a multiple of 64 up to 1024" in refusal(
+            lambda: ops.native_pair_grad(wide, wide, thin, thin)  # noqa: B023
+        )
+    given = [dout, z, mean, rstd, weight, bias, residual, s]
+    for lone in ((b, None), (None, p)) if before else ():
+        assert "must be given where" in refusal(lambda: ops.native_norm_grad(*given, *lone))  # noqa: B023
+    row, stream = torch.zeros(k), torch.zeros(1, k)
+    with_norm = [wide, stream, row[:1], row[:1], row, row, stream, wide[:, :1].contiguous()]
+    for more, most in (((None, None), 1280), ((thin, wide[:, :1].contiguous()), 768)):
+        assert f"a multiple of 64 up to {most}" in refusal(
+            lambda: ops.native_norm_grad(*with_norm, *more)  # noqa: B023
+        )
     none = [t[:0] for t in (y, dout)]
     assert [t.shape for t in ops.native_pair_grad(*none, down, b)] == [(0, width, 16)] * 2
 
@@ -154,8 +177,8 @@ def main(library: str) -> None:
                 run(shape, dtype, strategy, i + j)
                 print(shape, dtype, strategy, flush=True)
         if "EFFT_MODEL_SM90" in os.environ:
-            run_chain(37, 192, 16, True, torch.bfloat16)
-            run_chain(9, 832, 5, False, torch.float16)
+            run_chain(37, 192, 16, True, torch.bfloat16, before=True)
+            run_chain(9, 832, 5, False, torch.float16, before=False)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,11 @@ static void expect_near(const char* what, const Stored<T>& got, double rounding,
     }
 }
 
-// `far`: the rows' mean is that many times their spread.
+// `far`: the rows' mean is that many times their spread. `rank_before`: of the linear before the
+// norm's gradient; 0 where there is none.
 template <class T>
 static void norms(int64_t m, int64_t k, int rank, bool branch, int64_t programs, double far,
-                  bool eager) {
+                  bool eager, int rank_before = 0) {
   model::settings() = {eager};
   auto z = normal<float>(m, k, 1, 1, far);
   auto y = normal<T>(m, k, 2, 0.5);
@@ -122,6 +123,17 @@ static void norms(int64_t m, int64_t k, int rank, bool branch, int64_t programs,
   b.dy = out(dy);
   b.partial = partial.data();
   b.rows = m, b.width = k, b.programs = programs, b.rank = rank;
+  auto factor = normal<T>(k, std::max(rank_before, 1), 9);
+  auto p_before = normal<T>(m, std::max(rank_before, 1), 10);
+  Stored<T> s_before(m, std::max(rank_before, 1));
+  std::vector<float> sum_b = partial;
+  if (rank_before > 0) {
+    b.b = data(factor);
+    b.p = data(p_before);
+    b.s_before = out(s_before);
+    b.sum_b = sum_b.data();
+    b.rank_before = rank_before;
+  }
   EXPECT(launch_norm_grad(b, nullptr) == cudaSuccess, "launch");
   std::vector<double> sum_g(m), sum_gn(m);
   const auto n_at = [&](int64_t r, int64_t c) {
@@ -141,13 +153,11 @@ static void norms(int64_t m, int64_t k, int rank, bool branch, int64_t programs,
   expect_near("dy", dy, kRounding<T>, gradient);
   dz.expect_margins_untouched("beside dz");
   dy.expect_margins_untouched("beside dy");
-  Stored<float> d_down(k, kChainRank);
-  for (int64_t c = 0; c < k; ++c)
-    for (int r = 0; r < kChainRank; ++r) {
-      float sum = 0;
-      for (int64_t i = 0; i < programs; ++i) sum += partial[(i * k + c) * kChainRank + r];
-      d_down.at(c, r) = sum;
-    }
+  const auto added = [&](const std::vector<float>& parts, int64_t c, int r) {
+    float sum = 0;
+    for (int64_t i = 0; i < programs; ++i) sum += parts[(i * k + c) * kChainRank + r];
+    return sum;
+  };
   // x̂ is made again from the statistics: a value of it may round the other way.
   double largest = 0;
   for (int64_t c = 0; c < k; ++c)
@@ -158,21 +168,44 @@ static void norms(int64_t m, int64_t k, int rank, bool branch, int64_t programs,
         most = std::max(most, std::abs(normed(i, c) * s.value(i, r)));
       }
       largest = std::max(largest, std::abs(sum));
-      EXPECT(std::abs(d_down.value(c, r) - sum) <= 2 * kRounding<T> * most + 1e-5,
-             "d_down (%ld, %d): %g, not %g", long(c), r, d_down.value(c, r), sum);
+      const double got = added(partial, c, r);
+      EXPECT(std::abs(got - sum) <= 2 * kRounding<T> * most + 1e-5, "d_down (%ld, %d): %g, not %g",
+             long(c), r, got, sum);
     }
   EXPECT(largest > 0, "a gradient");
+  if (rank_before == 0) return;
+  expect_near("S before", s_before, kRounding<T>, [&](int64_t r, int64_t i) {
+    double sum = 0;
+    for (int64_t c = 0; c < k; ++c) sum += dy.value(r, c) * factor.value(c, i);
+    return sum;
+  });
+  s_before.expect_margins_untouched("beside S before");
+  for (int64_t c = 0; c < k; ++c)
+    for (int r = 0; r < kChainRank; ++r) {
+      double sum = 0, all = 0;
+      for (int64_t i = 0; i < m && r < rank_before; ++i) {
+        sum += dy.value(i, c) * p_before.value(i, r);
+        all += std::abs(dy.value(i, c) * p_before.value(i, r));
+      }
+      const double got = added(sum_b, c, r);
+      EXPECT(std::abs(got - sum) <= 1e-6 * all, "d_B before (%ld, %d): %g, not %g", long(c), r, got,
+             sum);
+    }
 }
 
 int main() {
   for (const bool eager : {true, false}) {
     norms<__nv_bfloat16>(37, 192, 16, true, 2, 0, eager);
-    norms<__half>(8, 64, 5, false, 1, 3, eager);
+    norms<__half>(8, 64, 5, false, 1, 3, eager, 16);
     norms<__half>(21, 448, 13, true, 3, 0.5, eager);
+    norms<__nv_bfloat16>(131, 192, 16, true, 2, 0, eager, 9);  // nine tiles a block
     norms<__nv_bfloat16>(1, 128, 1, true, 1, 100, eager);
-    norms<__nv_bfloat16>(67, 64, 7, false, 2, 0, eager);
+    norms<__nv_bfloat16>(67, 64, 7, false, 2, 0, eager, 1);
   }
   norms<__nv_bfloat16>(19, 1024, 16, true, 1, 0, false);
   norms<__half>(9, 832, 16, true, 2, 0, true);
+  norms<__nv_bfloat16>(21, 1280, 16, true, 2, 0, true);
+  norms<__half>(27, 1216, 11, false, 1, 0.5, false);
+  norms<__half>(21, 768, 16, true, 2, 0, false, 16);
   return failures() != 0;
 }

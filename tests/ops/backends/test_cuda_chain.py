@@ -38,6 +38,7 @@ def operands(case: NormCase, device: str, far: float = 0.5) -> dict[str, torch.T
         "residual": draw(case.M, case.K),
         "s": draw(case.M, case.rank, **half),
         "b": draw(case.K, case.rank, **half),
+        "p": draw(case.M, case.rank, **half),
     }
 
 
@@ -50,12 +51,13 @@ def forward(steps, o, case, dtype):
 def backward(steps, o, normed):
     """The gradients, from the same stream and statistics for all."""
     norm = Norm(o["weight"], o["bias"], 1e-6)
-    dz, dy, total = steps.norm_grad(
-        o["dout"], normed.z, normed.mean, normed.rstd, norm, o["residual"], o["s"]
-    )
+    given = o["dout"], normed.z, normed.mean, normed.rstd, norm, o["residual"], o["s"]
+    got = steps.norm_grad(*given, (o["b"], o["p"]))
     pair_down, pair_b = steps.pair_grad(o["y"], o["dout"], o["down"], o["b"])
-    sums = {"d_down": total, "pair's d_down": pair_down, "pair's d_B": pair_b}
-    return {"dz": dz, "dy": dy, **{name: added(t, o) for name, t in sums.items()}}
+    sums = {"d_down": got.sum_down, "pair's d_down": pair_down, "pair's d_B": pair_b}
+    sums["d_B before"] = got.sum_b
+    found = {"dz": got.dz, "dy": got.dy, "S before": got.s}
+    return found | {name: added(t, o) for name, t in sums.items()}
 
 
 def added(total, o):
@@ -77,7 +79,8 @@ class TestOnAGpu:
     @pytest.mark.parametrize("case", NORM_CASES, ids=str)
     def test_is_the_step_of_plain_torch(self, case):
         o = operands(case, "cuda")
-        steps = cuda_chain.CudaSteps(configs_for(case.K, case.rank, 0), pair_grad=True)
+        configs = configs_for(case.K, case.rank, 0)
+        steps = cuda_chain.CudaSteps(configs, pair_grad=True, before=case.before)
         with recorded_launches() as launches:
             found = forward(steps, o, case, case.dtype)
             torch.cuda.synchronize()
@@ -150,7 +153,8 @@ class TestOnAGpu:
     [
         (768, 16, (9, 0), True),
         (1024, 1, (10, 0), True),
-        (1088, 16, (9, 0), False),
+        (1280, 16, (9, 0), True),
+        (1344, 16, (9, 0), False),
         (1000, 16, (9, 0), False),
         (768, 17, (9, 0), False),
         (768, 16, (8, 0), False),
@@ -191,11 +195,14 @@ class TestWithoutAGpu:
             found = plain.norm(z, y, Norm(weight, bias, eps), down, z.dtype)
             return (found.z.clone() if y is not None else z.new_empty(0), *found[1:])
 
-        def norm_grad(dout, z, mean, rstd, weight, bias, residual, s):
-            names.append("norm_grad")
-            norm = Norm(weight, bias, 1e-6)
-            dz, dy, total = plain.norm_grad(dout, z, mean, rstd, norm, residual, s)
-            return dz, dy + 0, torch.stack([total, total])
+        def norm_grad(dout, z, mean, rstd, weight, bias, residual, s, b, p):
+            names.append("norm_grad" if b is None else "norm_grad with S before")
+            norm, before = Norm(weight, bias, 1e-6), None if b is None else (b, p)
+            got = plain.norm_grad(dout, z, mean, rstd, norm, residual, s, before)
+            twice = torch.stack([got.sum_down] * 2)
+            if b is None:
+                return got.dz, got.dy + 0, twice, z.new_empty(0), z.new_empty(0)
+            return got.dz, got.dy + 0, twice, got.s, torch.stack([got.sum_b] * 2)
 
         def pair_grad(x, dy, down, b):
             names.append("pair_grad")
@@ -217,11 +224,32 @@ class TestWithoutAGpu:
         assert branch or found.z is o["z"]
         given = o["dout"], *found[:1], found.mean, found.rstd
         rest = Norm(o["weight"], o["bias"], 1e-6), o["residual"], o["s"]
-        dz, dy, total = steps.norm_grad(*given, *rest)
+        got = steps.norm_grad(*given, *rest)
         expected = TorchSteps().norm_grad(*given, *rest)
-        torch.testing.assert_close((dz, dy), expected[:2])
-        torch.testing.assert_close(total, torch.stack([expected[2]] * 2))
+        torch.testing.assert_close(got[:2], expected[:2])
+        torch.testing.assert_close(got.sum_down, torch.stack([expected.sum_down] * 2))
+        assert got.s is got.sum_b is None
         assert called == ["norm", "norm_grad"]
+
+    def test_the_linear_before_is_asked_for(self, called, monkeypatch):
+        monkeypatch.setattr(TritonSteps, "thin_grad", TorchSteps().thin_grad)
+        o = doubled(operands(NormCase(6, 8, 3, torch.float64), "cpu"))
+        normed = forward(TorchSteps(), o, NormCase(6, 8, 3, torch.float64), torch.float64)
+        norm = Norm(o["weight"], o["bias"], 1e-6)
+        given = o["dout"], o["z"], normed.mean, normed.rstd, norm, o["residual"], o["s"]
+        off_16 = o["b"].new_empty(o["b"].numel() + 1)[1:].view(o["b"].shape).copy_(o["b"])
+        expected = TorchSteps().norm_grad(*given, (o["b"], o["p"]))
+        asked, default = cuda_chain.CudaSteps(None, before=True), cuda_chain.CudaSteps(None)
+        for steps, b, own in ((asked, o["b"], True), (asked, off_16, False), (default, o["b"], False)):
+            got = steps.norm_grad(*given, (b, o["p"]))
+            torch.testing.assert_close(got.s, expected.s)
+            parts = torch.stack([expected.sum_b] * 2) if own else expected.sum_b
+            torch.testing.assert_close(got.sum_b, parts)
+            torch.testing.assert_close(got[:2], expected[:2])
+            torch.testing.assert_close(got.sum_down, torch.stack([expected.sum_down] * 2))
+        monkeypatch.setattr(cuda_chain, "MOST_WIDTH_BEFORE", 4)
+        torch.testing.assert_close(asked.norm_grad(*given, (o["b"], o["p"])).sum_b, expected.sum_b)
+        assert called == ["norm_grad with S before", *["norm_grad"] * 3]
 
     def test_the_pair_is_asked_for(self, called, monkeypatch):
         monkeypatch.setattr(TritonSteps, "pair_grad", TorchSteps().pair_grad)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..chain_steps import Norm, Normed, Sums, TorchSteps
+from ..chain_steps import Norm, Normed, NormedGrad, Sums, TorchSteps
 from ..fallback import padded_rank
 from . import tuning
 from .act import ActConfig, launch_act_bwd, launch_act_fwd
@@ -160,7 +160,8 @@ class TritonSteps(TorchSteps):
         norm: Norm,
         residual: Tensor,
         s: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> NormedGrad:
         sum_down = self.norm_down_grad(z, mean, rstd, norm, s)
         got = launch_norm_bwd(
             dout,
@@ -177,7 +178,7 @@ class TritonSteps(TorchSteps):
             cache=self._cache("norm_grad", dout, z.dtype),
         )
         assert got.dy is not None
-        return got.dz, got.dy, sum_down
+        return self.with_before(got.dz, got.dy, sum_down, before)
 
     def norm_down_grad(
         self, z: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, s: Tensor

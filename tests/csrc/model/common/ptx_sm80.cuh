@@ -109,6 +109,20 @@ void mma_k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
   model::sync_warp();
 }
 
+inline uint32_t transposed(uint32_t both) {
+  auto& warp = model::current_warp();
+  warp.data[model::lane()][0] = both;
+  model::sync_warp();
+  uint32_t result = 0;
+  for (int e = 0; e < 2; ++e) {
+    const int row = model::lane() % 4 * 2 + e, col = model::lane() / 4;
+    const uint32_t from = warp.data[row * 4 + col / 2][0];
+    result |= (from >> (16 * (col % 2)) & 0xffff) << (16 * e);
+  }
+  model::sync_warp();
+  return result;
+}
+
 inline float shuffle_xor(float value, int mask) {
   auto& warp = model::current_warp();
   std::memcpy(&warp.data[model::lane()][0], &value, 4);
