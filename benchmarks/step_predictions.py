@@ -14,7 +14,7 @@ over float32 weights, each captured in a CUDA graph:
     chain              EFFT2's blocks as ops/chains.py runs them; its factors' own small products
                        are left out
     CUDA               the same with what no GPU has timed yet: proj's pair of thin gradients in
-                       CUDA C++, S and d_B of fc2 in the norm's gradient after it
+                       CUDA C++, S and d_B of fc2 in the norm's gradient after it, GELU's gradient
 
 `KERNELS` holds the share of the bandwidth or of the matrix rate that a kernel was seen to reach on
 an H100 (ViT-B/16, 64 images, results/step_kernels.csv). So ViT-B is fitted, and the others are
@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efft_kernels.ops import chains, cost_model
 from efft_kernels.ops.backends import cuda_chain
-from efft_kernels.ops.backends.chain_steps import Norm, Normed, NormedGrad
+from efft_kernels.ops.backends.chain_steps import Norm, Normed, NormedGrad, Sums
 from efft_kernels.ops.backends.triton.chain import TritonSteps, configs_for
 from efft_kernels.ops.backends.triton.launch_cache import CachedLaunch
 from efft_kernels.ops.cost_model import Launch, Problem
@@ -93,6 +93,9 @@ KERNELS = {
     "tall_grad": 0.65,
     "pair_grad": 0.5,  # reads its rows twice, which is counted once
     "pair_grad_cuda": 0.85,  # assumed: its tiles stay in shared memory
+    # From its instructions: 36 for an element, 47 of 132 multiprocessors' microseconds at ViT-B's
+    # size, beside 77 for memory's traffic at this share.
+    "gelu_grad_cuda": 0.85,
     "merge_stack": 0.87,
     ATTENTION: 0.2,
     ATTENTION + GRADIENT: 0.131,
@@ -154,7 +157,7 @@ class OnPaper(cuda_chain.CudaSteps):
     """
 
     def __init__(self, configs: Any, noted: Noted, untimed: bool) -> None:
-        super().__init__(configs, pair_grad=untimed, before=untimed)
+        super().__init__(configs, pair_grad=untimed, before=untimed, gelu_grad=untimed)
         self._note = noted.note
 
     def norm(
@@ -192,6 +195,31 @@ class OnPaper(cuda_chain.CudaSteps):
         made, sum_b = torch.empty_like(s), torch.empty_like(partial)
         self._note("norm_grad", *operands, *before, made, sum_b)
         return NormedGrad(dz, dy, partial, made, sum_b)
+
+    def gelu_grad(
+        self,
+        da: Tensor,
+        h: Tensor,
+        s: Tensor,
+        b: Tensor,
+        p: Tensor,
+        d_b: Tensor,
+        d_down: Tensor,
+        later: Sums,
+    ) -> tuple[Tensor, Tensor]:
+        if not self._native_gelu or s.shape[1] > cuda_chain.MOST_RANK:
+            return TritonSteps.gelu_grad(self, da, h, s, b, p, d_b, d_down, later)
+        parts = -(-h.shape[1] // 768)
+        float32 = {"dtype": torch.float32}
+        sum_s = h.new_empty(parts, len(h), cuda_chain.MOST_RANK, **float32)
+        sum_b, sum_down = (
+            h.new_empty(132 // parts, h.shape[1], cuda_chain.MOST_RANK, **float32) for _ in range(2)
+        )
+        self._note("gelu_grad_cuda", da, h, s, b, p, torch.empty_like(da), sum_s, sum_b, sum_down)
+        s_in = torch.empty_like(p)
+        later[:0] = (sum_s, s_in), (sum_b, d_b), (sum_down, d_down)
+        self._finish(later, few=1)
+        return da, s_in
 
     def pair_grad(self, x: Tensor, dy: Tensor, down: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if not self._native_pair or x.shape[1] > cuda_chain.MOST_WIDTH_PAIR:

@@ -26,6 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
+from efft_kernels.ops.backends import cuda_chain
 from efft_kernels.ops.backends import triton as backend
 from efft_kernels.ops.backends.chain_steps import Norm
 from efft_kernels.ops.backends.fallback import padded_rank
@@ -190,6 +191,11 @@ class Recorder:
         grads = wide(4 * k, rank), wide(4 * k, rank)
         for first in ([], waiting[:1]):  # in the last layer there is no norm's sum yet
             steps.gelu_grad(h, h, p, wide_down, s, *grads, [*first, (sum_b, wide(k, rank))])
+        if rank <= cuda_chain.MOST_RANK:  # what GELU's gradient in CUDA C++ leaves to be added up
+            sum_s = wide(4, ROWS, cuda_chain.MOST_RANK)
+            own = [(sum_s, s), *((wide(33, *grad.shape[:1], 16), grad) for grad in grads)]
+            for first in ([], waiting[:1]):
+                steps._finish([*own, *first, (sum_b, wide(k, rank))], few=1)
         for gamma in (None, wide(1, k)):
             steps.merge([wide(k, k)], empty(1, k, rank), empty(1, k, rank), gamma)
         for x in (z, y):

@@ -119,7 +119,9 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         Fault("cuda/chain/norm_grad.cu", "w >= warps", "w > 8"),
         Fault("cuda/chain/norm_grad.cu", "if (pair * 2 + i < left)", "if (pair * 2 < left)"),
-        Fault("cuda/chain/norm_grad.cu", "thin_at<T>(p.b, c + 4, p", "thin_at<T>(p.b, c + 1, p"),
+        Fault(
+            "cuda/chain/rows.cuh", "thin_at<T>(thin, c + 4, cols", "thin_at<T>(thin, c + 1, cols"
+        ),
         Fault("cuda/chain/norm_grad.cu", "thin_at<T>(p.p, row + 1, p", "thin_at<T>(p.p, row, p"),
         Fault(
             "cuda/chain/norm_grad.cu",
@@ -129,8 +131,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Fault("cuda/chain/norm_grad.cu", "transposed(dy[2]), transposed(dy[3])", "dy[2], dy[3]"),
         Fault(
             "cuda/chain/norm_grad.cu",
-            "put_thin(parts + turn * one_turn, product)",
-            "put_thin(parts, product)",
+            "put_thin(parts + turn * one_turn +",
+            "put_thin(parts +",
         ),
         Fault(
             "cuda/chain/norm_grad.cu",
@@ -141,6 +143,26 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             "cuda/chain/norm_grad.cu",
             "tile >= blocks)\n        store",
             "tile > blocks)\n        store",
+        ),
+    ),
+    "gelu": (
+        Fault("cuda/chain/gelu_grad.cu", "k + i / 2 * 8 < left && r", "r"),
+        Fault("cuda/chain/gelu_grad.cu", "rank % 2 == 0", "true"),
+        Fault("cuda/chain/gelu_grad.cu", "s[i] = transposed(next_s[i])", "s[i] = next_s[i]"),
+        Fault("cuda/chain/gelu_grad.cu", "row >= p.rows", "false"),
+        Fault("cuda/chain/gelu_grad.cu", "pair * 2 + r < left", "true"),
+        Fault("cuda/chain/gelu_grad.cu", "thin, y[0][j], y[1][j]", "thin, y[1][j], y[0][j]"),
+        Fault("cuda/chain/gelu_grad.cu", "b[block][i], transposed", "b[block][0], transposed"),
+        Fault("cuda/chain/gelu_grad.cu", "8 * kThinRow, product[1]", "8 * kThinRow, product[0]"),
+        Fault("cuda/chain/gelu_grad.cu", "    __syncthreads();\n", ""),
+        Fault("cuda/chain/gelu_grad.cu", "turn ^= 1;", ""),
+        Fault("cuda/chain/gelu_grad.cu", "of_warps, i, active", "of_warps, i, warps"),
+        Fault("cuda/chain/gelu.cuh", "h < 0.0f ? tail : 1.0f - tail", "1.0f - tail"),
+        Fault("cuda/chain/gelu.cuh", "fabsf(h)", "h"),
+        Fault(
+            "cuda/chain/sizes.h",
+            "tiles < most ? tiles : most < 1 ? 1 : most",
+            "most < 1 ? 1 : most",
         ),
     ),
     "pair_grad": (

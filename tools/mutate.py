@@ -675,8 +675,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "it differs while a graph is traced, in which there is another operator",
     (
         "ops/compiled_chain.py",
-        "FORM = 2",
-        "3",
+        "FORM = 3",
+        "4",
     ): "a version's number, which nothing reads",
     (
         "ops/compiled_chain.py",
@@ -817,7 +817,17 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "they are as many, whatever the call",
     (
         "ops/backends/cuda_chain.py",
-        "MOST_WIDTH, COLUMNS, MOST_RANK = 1024, 64, 16  # csrc/cuda/chain/sizes.h",
+        "MOST_WIDTH, COLUMNS, MOST_RANK = 1280, 64, 16",
+        "1281",
+    ): "widths are multiples of 64",
+    (
+        "ops/backends/cuda_chain.py",
+        "MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR = 768, 1024",
+        "769",
+    ): "widths are multiples of 64",
+    (
+        "ops/backends/cuda_chain.py",
+        "MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR = 768, 1024",
         "1025",
     ): "widths are multiples of 64",
     (

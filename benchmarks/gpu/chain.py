@@ -3,11 +3,11 @@
     python -m benchmarks.gpu.chain [--images 64] [--rank 16] [--rounds 10] [--out chain.csv]
     python -m benchmarks.gpu.chain --compile    # no GPU: registers and stack of every launch
 
-The norm's gradient is timed with S and d_B of the linear before it, by a pass of their own or in the
-same one. At the sizes of a ViT-B, beside the same step in torch's operators: microseconds with a cold L2
+At the sizes of a ViT-B, beside the same step in torch's operators: microseconds with a cold L2
 cache, and the relative difference of the results. The first shape of a launch is the shipped one.
-"passes" are GELU by torch with passes for its thin products. A whole training step is measured by
-step.py.
+"passes" are GELU by torch with passes for its thin products. The norm's gradient is timed with S
+and d_B of the linear before it, by a pass of their own or in the same one. A whole training step is
+measured by step.py.
 
 Launches are compiled beforehand, in processes that start before CUDA does. `--device cpu` walks
 through all of it with a tiny model in Triton's interpreter, in float16.
@@ -116,6 +116,7 @@ def candidates(device: str) -> dict[str, list[Any]]:
             ActConfig(64, 128, 11, 8, 2, max_registers=128),
             ActConfig(16, 256, 22, 8, 3, max_registers=128),
             ActConfig(32, 256, 22, 8, 2),
+            NATIVE,
         ],
     }
 
@@ -129,8 +130,12 @@ def make_steps(shapes: Any) -> TorchSteps:
         return TritonSteps(shapes)
     if (reason := native_library.cuda_unavailable()) is not None:
         raise RuntimeError(reason)
-    before = shapes.norm_grad == NATIVE_BEFORE
-    return CudaSteps(shapes, pair_grad=shapes.pair_grad == NATIVE, before=before)
+    return CudaSteps(
+        shapes,
+        pair_grad=shapes.pair_grad == NATIVE,
+        before=shapes.norm_grad == NATIVE_BEFORE,
+        gelu_grad=shapes.gelu_grad == NATIVE,
+    )
 
 
 def is_native(shapes: Any) -> bool:

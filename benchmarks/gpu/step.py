@@ -14,6 +14,9 @@ compiled         the model under torch.compile; the floor trains its position em
                  a hook that takes the gradient to the first block's input
 compiled-graph   that step in a CUDA graph
 
+A backend auto+pair_grad+before+gelu_grad, or with some of the three, is `auto` with those steps of
+the chain in CUDA C++ (ops/backends/cuda_chain.py), which are not the default.
+
 Each peer is timed in rounds with the floor in the same mode, so its row is there as soon as it was
 measured; ratios are medians over the rounds. A peer that fails is reported, and the others go on.
 
@@ -35,10 +38,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -47,6 +52,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from efft_kernels import Adapter, FusedEFFTLinear
+from efft_kernels.ops import chains
 from efft_kernels.ops.explain import explain
 from efft_kernels.testing.error_budget import BUDGET
 
@@ -61,7 +67,11 @@ MODES = ("eager", "graph", "compiled", "compiled-graph")
 AUTO = "auto"  # what a user gets: blocks in a chain where they can, else a backend per linear
 PAIRS = "pairs"  # the same without chains: linears by themselves, no x kept that can be made again
 FUSE = {AUTO: "auto", PAIRS: "pairs"}  # `attach`'s; "off" for a backend by name
-BACKENDS = {"cuda": (AUTO, PAIRS, "cuda", "triton", "torch"), "cpu": (AUTO, "cpp", "torch")}
+STEPS = ("pair_grad", "before", "gelu_grad")  # of a chain, that CudaSteps takes if asked
+BACKENDS = {
+    "cuda": (AUTO, "+".join((AUTO, *STEPS)), PAIRS, "cuda", "triton", "torch"),
+    "cpu": (AUTO, "cpp", "torch"),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AMP = torch.bfloat16
 
@@ -79,6 +89,27 @@ class Entry:
     strategy: str = "auto"
 
     @property
+    def plain(self) -> str:
+        """The backend without the steps asked for."""
+        return self.backend.partition("+")[0]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, chains run with the steps asked for."""
+        _, *asked = self.backend.split("+")
+        if not asked:
+            yield
+            return
+        from efft_kernels.ops.backends import cuda_chain
+
+        options = dict.fromkeys(asked, True)
+        steps = functools.partial(cuda_chain.CudaSteps, **options)
+        chains._steps.cache_clear()
+        with mock.patch.object(cuda_chain, "CudaSteps", steps):
+            yield
+        chains._steps.cache_clear()
+
+    @property
     def name(self) -> str:
         """The row's name, e.g. "EFFT2", "EFFT2 [cuda]" or "EFFT2 [cuda split]"."""
         if self.backend in ("", AUTO):
@@ -88,9 +119,9 @@ class Entry:
 
     def build(self, base: nn.Module, rank: int) -> Peer:
         """The peer over `base`, its layers bound to the backend and strategy."""
-        peer = peers.build(self.impl, base, rank, fuse=FUSE.get(self.backend, "off"))
+        peer = peers.build(self.impl, base, rank, fuse=FUSE.get(self.plain, "off"))
         for layer in fused_layers(peer.model):
-            layer.backend = AUTO if self.backend in FUSE else self.backend
+            layer.backend = AUTO if self.plain in FUSE else self.backend
             layer.strategy = self.strategy
         return Peer(self.name, peer.model, peer.method, peer.factors)
 
@@ -137,6 +168,10 @@ class Bench:
 
     def run(self, entry: Entry) -> Peer | None:
         """Measure one peer in every mode; None where it cannot be built."""
+        with entry.running():
+            return self._run(entry)
+
+    def _run(self, entry: Entry) -> Peer | None:
         peer = self.attempt(entry.name, "build", lambda: entry.build(self.base, self.rank))
         if peer is None:
             return None
@@ -222,7 +257,7 @@ class Bench:
 
     def _print_choices(self, entry: Entry, peer: Peer) -> None:
         """What `auto` takes for each kind of linear, forward / backward."""
-        if entry.backend in FUSE:
+        if entry.plain in FUSE:
             alone = Adapter(peer.model).describe().alone
             print(f"{entry.name}: {'its blocks may run in a chain' if alone is None else alone}")
             return
@@ -283,7 +318,7 @@ def release(device: str) -> None:
 # Where a step's time goes
 
 
-def profile_all(bench: Bench, measured: Sequence[Peer], out: Path) -> list[Row]:
+def profile_all(bench: Bench, measured: Sequence[tuple[Entry, Peer]], out: Path) -> list[Row]:
     """Append every peer's kernels to `out`; returns the rows.
 
     After all timing: CUPTI slows the host down once it was there. It is not torn down between the
@@ -309,8 +344,9 @@ def profile_all(bench: Bench, measured: Sequence[Peer], out: Path) -> list[Row]:
         append_rows(out, KERNEL_COLUMNS, own)
         rows.extend(own)
 
-    for peer in measured:
-        bench.attempt(peer.name, "profile", functools.partial(add, peer))
+    for entry, peer in measured:
+        with entry.running():
+            bench.attempt(peer.name, "profile", functools.partial(add, peer))
         release(bench.device)
     return rows
 
@@ -355,7 +391,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--methods", nargs="*", default=("EFFT2", "LoRA"), choices=peers.methods(16)
     )
     parser.add_argument(
-        "--backends", nargs="*", help="default: auto pairs cuda triton torch, or auto cpp torch"
+        "--backends",
+        nargs="*",
+        help="default: auto, the same with all steps, pairs cuda triton torch; or auto cpp torch",
     )
     parser.add_argument("--strategy", default="auto", help="of all peers of this package")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager graph, or eager")
@@ -371,6 +409,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cuda = found.device == "cuda"
     found.backends = BACKENDS[found.device] if found.backends is None else found.backends
     found.modes = found.modes or (("eager", "graph") if cuda else ("eager",))
+    for backend in found.backends:
+        plain, *asked = backend.split("+")
+        if asked and (plain != AUTO or not set(asked) <= set(STEPS)):
+            parser.error(f"--backends must be auto+ with some of {', '.join(STEPS)}, got {backend}")
     if not cuda and any(mode.endswith("graph") for mode in found.modes):
         parser.error("--modes graph and compiled-graph need --device cuda")
     return found
@@ -412,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write=write,
     )
     todo = entries(options.methods, options.backends, options.strategy)
-    measured = [peer for peer in map(bench.run, todo) if peer is not None]
+    measured = [(entry, peer) for entry in todo if (peer := bench.run(entry)) is not None]
     kernels = profile_all(bench, measured, options.profile) if options.profile else []
     Console(width=None if sys.stdout.isatty() else 160).print(summary(rows, kernels))
     for name, what in bench.failures:

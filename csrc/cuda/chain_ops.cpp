@@ -155,6 +155,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm_grad(
   return {dz, dy, partial, s_before, sum_b};
 }
 
+std::tuple<Tensor, Tensor, Tensor> native_gelu_grad(Tensor da, Tensor h, Tensor s, Tensor b,
+                                                    Tensor p) {
+  require_all(check_stream("h", h, kGeluMostWidth), check_thin("s", s), check_thin("b", b));
+  const int64_t m = h.size(0), c = h.size(1), before = b.size(1), after = s.size(1);
+  const std::string_view half = info("h", h).dtype;
+  require_all(check_operand("h", h, h, half, {m, c}), check_operand("da", da, h, half, {m, c}),
+              check_operand("s", s, h, half, {m, after}),
+              check_operand("b", b, h, half, {c, before}),
+              check_operand("p", p, h, half, {m, before}));
+  const OnDeviceOf here(h);
+  int64_t programs = 0;
+  if (m > 0) {
+    Device device;
+    check_cuda(current_device(&device));
+    programs = gelu_programs(m, c, device.multiprocessors);
+  }
+  const Tensor sum_s = empty(h, {gelu_parts(c), m, kChainRank}, ScalarType::Float);
+  const Tensor sum_b = empty(h, {programs, c, kChainRank}, ScalarType::Float);
+  const Tensor sum_down = empty(h, {programs, c, kChainRank}, ScalarType::Float);
+  if (m > 0) {
+    GeluGradArguments a{};
+    a.dtype = dtype_of(h);
+    a.da = da.data_ptr();
+    a.h = h.data_ptr();
+    a.s = s.data_ptr();
+    a.b = b.data_ptr();
+    a.p = p.data_ptr();
+    a.sum_s = floats(sum_s);
+    a.sum_b = floats(sum_b);
+    a.sum_down = floats(sum_down);
+    a.rows = m;
+    a.width = c;
+    a.programs = programs;
+    a.rank_before = static_cast<int>(before);
+    a.rank_after = static_cast<int>(after);
+    check_cuda(launch_gelu_grad(a, here.stream()));
+  }
+  return {sum_s, sum_b, sum_down};
+}
+
 std::tuple<Tensor, Tensor> native_pair_grad(Tensor x, Tensor dy, Tensor down, Tensor b) {
   require_all(check_stream("x", x, kPairMostWidth), check_thin("down", down));
   const int64_t m = x.size(0), k = x.size(1), rank = down.size(1);

@@ -54,6 +54,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm_grad(
     std::optional<Tensor> p   // [M, rank']
 );
 
+// dh = da·gelu'(h), in da's place; the partial sums [parts, M, R] of S = dh·b and [programs, C, R]
+// of dh^T·p and of gelu(h)^T·s.
+std::tuple<Tensor, Tensor, Tensor> native_gelu_grad(Tensor da,  // [M, C]
+                                                    Tensor h,   // [M, C]
+                                                    Tensor s,   // [M, rank]
+                                                    Tensor b,   // [C, rank']
+                                                    Tensor p);  // [M, rank']
+
 // The partial sums [programs, K, R] of d_down = x^T·S and of d_B = dY^T·P.
 std::tuple<Tensor, Tensor> native_pair_grad(Tensor x,     // [M, K]
                                             Tensor dy,    // [M, K]

@@ -164,6 +164,31 @@ class NormCase:
         return [f"norm-{of}", f"norm_grad-{of}{'-before' if self.before else ''}", *pair]
 
 
+@dataclass(frozen=True)
+class GeluCase:
+    """GELU's gradient in a chain by the CUDA kernel (ops/backends/cuda_chain.py).
+
+    Attributes:
+        M, C: rows and columns of h.
+        before, after: columns of P of the linear before and of S of the one after.
+        dtype: of everything.
+    """
+
+    M: int
+    C: int
+    before: int
+    after: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"gelu {self.M}x{self.C} r{self.before} r{self.after} {str(self.dtype)[6:]}"
+
+    @property
+    def plan(self) -> list[str]:
+        """The CUDA kernels of a backward."""
+        return [f"gelu_grad-{DTYPES[self.dtype]}"]
+
+
 _HALVES = (torch.bfloat16, torch.float16)
 _BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -314,6 +339,17 @@ NORM_CASES = [
         (3010, 1280, 16, True, False),
     )
 ]
+GELU_CASES = [
+    GeluCase(M, C, before, after, dtype)
+    for dtype in _HALVES
+    for M, C, before, after in (
+        (12608, 3072, 16, 16),
+        (1, 64, 1, 16),
+        (1021, 768, 5, 12),
+        (2100, 4096, 16, 13),
+        (509, 5120, 8, 7),
+    )
+]
 TRITON_CASES = _triton_cases()
 
 
@@ -330,7 +366,8 @@ def cases_by_kernel() -> dict[str, list[str]]:
     for case in CUDA_CASES:
         for kernel in sorted(set(case.plan)):
             found[kernel].append(case.name)
-    for norm in NORM_CASES:
-        for kernel in norm.plan:
-            found[kernel].append(str(norm))
+    of_chains: list[NormCase | GeluCase] = [*NORM_CASES, *GELU_CASES]
+    for own in of_chains:
+        for kernel in own.plan:
+            found[kernel].append(str(own))
     return dict(sorted(found.items()))

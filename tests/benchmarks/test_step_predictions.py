@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -70,6 +71,30 @@ def test_bytes_and_operations_of_a_block() -> None:
     # The weights of one layer, in a launch a kind.
     merged = sum(n * c * (4 + 2) + (n + c) * r * 2 for n, c in sizes(k))
     assert sum(moved("merge_stack")) == merged
+
+
+def test_what_the_untimed_steps_leave() -> None:
+    """fc2's pass but that of the last layer, and Triton's kernels in CUDA C++'s place."""
+    vit, images, r = predictions.Vit(3, 768, 12), 8, 16
+    steps = [predictions.chain_step(vit, images, r, untimed) for untimed in (False, True)]
+    timed, untimed = (Counter(launch.name for launch in launches) for launches in steps)
+    assert timed["thin_grad"] == 3 and untimed["thin_grad"] == 1
+    assert timed - untimed == Counter({"thin_grad": 2, "pair_grad": 3, "act_bwd": 3})
+    assert untimed - timed == Counter({"pair_grad_cuda": 3, "gelu_grad_cuda": 3})
+    m, k, c = images * vit.tokens, 768, 3072
+    (moved,) = {x.bytes_moved for x in steps[1] if x.name == "gelu_grad_cuda"}
+    sums = 4 * 16 * (4 * m + 2 * 33 * c)
+    assert moved == 3 * m * c * 2 + 2 * (2 * m * r + c * r) + sums
+    (moved,) = {x.bytes_moved for x in steps[1] if x.name == "pair_grad_cuda"}
+    assert moved == 2 * (2 * m * k + 2 * k * r) + 2 * 132 * k * 16 * 4
+
+
+def test_wide_streams() -> None:
+    """ViT-H's norms are CUDA C++'s; its pair is Triton's, S of fc2 a pass of its own."""
+    launches = predictions.chain_step(predictions.Vit(2, 1280, 16, 14), 8, 16, untimed=True)
+    names = Counter(launch.name for launch in launches)
+    assert names["norm"] == 4 and names["norm_grad"] == 3 and not names["norm_bwd"]
+    assert names["pair_grad"] == names["thin_grad"] == names["gelu_grad_cuda"] == 2
 
 
 def sizes(k: int) -> tuple[tuple[int, int], ...]:

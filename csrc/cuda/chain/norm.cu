@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
       if (row < p.rows) *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at + chunk * 16) = both;
       mma<T>(product, down[chunk], both.x, both.y);
     }
-    put_thin(parts + turn * one_turn, product);
+    put_thin(parts + turn * one_turn + warp * kNormRows * kThinRow, product);
     if (tile >= blocks)
       store_thin<T, kThreads / 32>(p.p, tile - blocks, p.rows, p.rank,
                                    parts + (turn ^ 1) * one_turn);

@@ -73,24 +73,6 @@ __device__ __forceinline__ float4 over_columns(float4 v) {
   return v;
 }
 
-// Partial sums [K, R] of this warp's columns, which the lanes have as rows 2t and 2t + 1 did.
-__device__ __forceinline__ void store_sums(float* partial,
-                                           const float (&sums)[kChainCols / 32][4][4]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int block = 0; block < kChainCols / 32; ++block) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        // Column n of the product is that of the lane which had it as operand b.
-        const int c = threadIdx.x / 32 * kChainCols + block * 32 + (lane % 4 * 2 + e % 2) * 4 + j;
-        partial[c * kChainRank + lane / 4 + e / 2 * 8] = sums[block][j][e];
-      }
-    }
-  }
-}
-
 // `kBefore`: there is a linear before. Then, and where threads are many, there are too few
 // registers to keep g and n, which are made again once the rows' sums are known.
 template <class T, int kThreads, int kStages, bool kBefore>
@@ -141,15 +123,8 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t b[kBlocks][2][4];  // operands a of B^T·dy^T
   if constexpr (kBefore) {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = lane / 4 + i % 2 * 8;
-        const int c = warp * kChainCols + block * 32 + pair * 8 + i / 2;
-        b[block][i / 4][i % 4] = pack_elements(thin_at<T>(p.b, c, p.width, r, p.rank_before),
-                                               thin_at<T>(p.b, c + 4, p.width, r, p.rank_before));
-      }
-    }
+    for (int block = 0; block < kBlocks; ++block)
+      load_across<T>(b[block], p.b, warp * kChainCols + block * 32, p.width, p.rank_before);
   }
   float d_down[kBlocks][4][4] = {}, d_b[kBlocks][4][4] = {};
   Rows next = load_rows<T, kBefore>(p, blockIdx.x * int64_t{kNormRows});
@@ -254,7 +229,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if constexpr (kBefore) {
-      put_thin(parts + turn * one_turn, product);
+      put_thin(parts + turn * one_turn + warp * kNormRows * kThinRow, product);
       if (tile >= blocks)
         store_thin<T, kThreads / 32>(p.s_before, tile - blocks, p.rows, p.rank_before,
                                      parts + (turn ^ 1) * one_turn);

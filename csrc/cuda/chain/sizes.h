@@ -16,6 +16,7 @@ constexpr int kChainRank = 16;        // R
 constexpr int kNormMostWidth = 1280;  // beyond it two stages do not fit in shared memory
 constexpr int kPairMostWidth = 1024;  // beyond these, registers would be spilled
 constexpr int kBeforeMostWidth = 768;
+constexpr int kGeluMostWidth = 1 << 20;  // a tile's elements have indices of 32 bits
 
 // Whether rows of `width` elements can be shared out to warps, `most` of them.
 constexpr bool chain_takes(int64_t width, int64_t most) {
@@ -73,6 +74,36 @@ static_assert(norm_smem<true>(kChainFewThreads / 32, 3, true) <= kSm90SmemLimit)
 static_assert(chain_threads(kNormMostWidth) == kChainMostThreads);
 static_assert(chain_threads(kPairMostWidth) == kChainMoreThreads);
 static_assert(chain_threads(kBeforeMostWidth) == kChainFewThreads);
+
+// A warp's part of a tile of h and of da.
+constexpr int kGeluRows = 16;
+constexpr int kGeluRow = kChainCols * 2 + 16;  // bytes from row to row, for the banks
+constexpr int kGeluStageBytes = 2 * kGeluRows * kGeluRow;
+
+constexpr int kGeluStages = 3;
+
+// Beside its stages a warp has its part of S, twice.
+constexpr int gelu_smem(int warps) {
+  return warps * (kGeluStages * kGeluStageBytes + 2 * kGeluRows * kThinRow * 4);
+}
+
+static_assert(gelu_smem(kChainFewThreads / 32) <= kSm90SmemLimit);
+
+// Blocks along the columns, and the warps of each, which share all columns out as evenly as can be.
+constexpr int64_t gelu_parts(int64_t width) {
+  return ceil_div(width, kChainFewThreads / 32 * kChainCols);
+}
+
+constexpr int gelu_warps(int64_t width) {
+  return static_cast<int>(ceil_div(width / kChainCols, gelu_parts(width)));
+}
+
+// Blocks along the rows: each goes over tiles in turn, one block on a multiprocessor.
+constexpr int64_t gelu_programs(int64_t rows, int64_t width, int multiprocessors) {
+  const int64_t most = multiprocessors / gelu_parts(width);
+  const int64_t tiles = ceil_div(rows, kGeluRows);
+  return tiles < most ? tiles : most < 1 ? 1 : most;
+}
 
 // A warp's part of a tile of x or of dY.
 constexpr int kPairTileBytes = kPairRows * kChainCols * 2;

@@ -124,6 +124,22 @@ struct NormGradArguments {
   int rank_before;
 };
 
+// dh = da·gelu'(h), in da's place, and partial sums of S = dh·B, dh^T·P and gelu(h)^T·s. Everything
+// is contiguous and starts at a multiple of 16 bytes.
+struct GeluGradArguments {
+  Dtype dtype;      // of all but the sums
+  void* da;         // [M, C]: in, and out as dh
+  const void* h;    // [M, C]
+  const void* s;    // [M, rank_after]
+  const void* b;    // [C, rank_before]
+  const void* p;    // [M, rank_before]
+  float* sum_s;     // [gelu_parts(C), M, R]
+  float* sum_b;     // [programs, C, R]
+  float* sum_down;  // [programs, C, R]
+  int64_t rows, width, programs;
+  int rank_before, rank_after;
+};
+
 // Partial sums of x^T·S and dY^T·P, with S = dY·B and P = x·down. Everything is contiguous and
 // starts at a multiple of 16 bytes; x and dY are of one width.
 struct PairGradArguments {

@@ -110,6 +110,19 @@ __device__ __forceinline__ uint32_t transposed(uint32_t both) {
   return result;
 }
 
+// 2^x and 1/x to about 1e-7; tiny values are zero.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The value of the lane whose number differs in the bits of `mask`. By all lanes of a warp.
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);

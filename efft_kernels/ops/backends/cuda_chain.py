@@ -1,8 +1,10 @@
-"""A chain's norm and its gradient by CUDA C++; the other steps as Triton's launches.
+"""A chain's norm and gradients by CUDA C++; the other steps as Triton's launches.
 
 native_norm         z + y, x̂, P and the statistics in one pass     csrc/cuda/chain/norm.cu
 native_norm_grad    dz and dy, with x̂^T·S from the same z, and     csrc/cuda/chain/norm_grad.cu
                     S and d_B of the linear before from dy
+native_gelu_grad    GELU's gradient with S and d_B of the linear   csrc/cuda/chain/gelu_grad.cu
+                    before and d_down of that after, if asked for
 native_pair_grad    both thin gradients of proj, if asked for      csrc/cuda/chain/pair_grad.cu
 """
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native_library
-from .chain_steps import Norm, Normed, NormedGrad
+from .chain_steps import Norm, Normed, NormedGrad, Sums
 from .triton.chain import Configs, TritonSteps
 
 # csrc/cuda/chain/sizes.h
@@ -44,12 +46,20 @@ class CudaSteps(TritonSteps):
             it yet.
         before: the linear before a norm's gradient in the same pass, not in one of its own. No GPU
             has timed it yet.
+        gelu_grad: that step in CUDA C++ as well, for ranks up to 16. No GPU has timed it yet.
     """
 
-    def __init__(self, configs: Configs, pair_grad: bool = False, before: bool = False) -> None:
+    def __init__(
+        self,
+        configs: Configs,
+        pair_grad: bool = False,
+        before: bool = False,
+        gelu_grad: bool = False,
+    ) -> None:
         super().__init__(configs)
         self._native_pair = pair_grad
         self._before = before
+        self._native_gelu = gelu_grad
 
     def norm(
         self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype
@@ -78,8 +88,8 @@ class CudaSteps(TritonSteps):
             return super().norm_grad(dout, z, mean, rstd, norm, residual, s, before)
         fits = self._before and z.shape[1] <= MOST_WIDTH_BEFORE
         if before is None or not fits or not _on_16_bytes(*before):
-            got = torch.ops.efft_kernels.native_norm_grad(*operands, None, None)
-            return self.with_before(*got[:3], before)
+            dz, dy, sum_down, *_ = torch.ops.efft_kernels.native_norm_grad(*operands, None, None)
+            return self.with_before(dz, dy, sum_down, before)
         return NormedGrad(*torch.ops.efft_kernels.native_norm_grad(*operands, *before))
 
     def pair_grad(self, x: Tensor, dy: Tensor, down: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +99,26 @@ class CudaSteps(TritonSteps):
             return super().pair_grad(x, dy, down, b)
         sum_down, sum_b = torch.ops.efft_kernels.native_pair_grad(x, dy, down, b)
         return sum_down, sum_b
+
+    def gelu_grad(
+        self,
+        da: Tensor,
+        h: Tensor,
+        s: Tensor,
+        b: Tensor,
+        p: Tensor,
+        d_b: Tensor,
+        d_down: Tensor,
+        later: Sums,
+    ) -> tuple[Tensor, Tensor]:
+        fits = h.shape[1] % COLUMNS == 0 and _on_16_bytes(da, h, s, b, p)
+        if not (self._native_gelu and fits):
+            return super().gelu_grad(da, h, s, b, p, d_b, d_down, later)
+        sum_s, sum_b, sum_down = torch.ops.efft_kernels.native_gelu_grad(da, h, s, b, p)
+        s_in = torch.empty_like(p)
+        later[:0] = (sum_s, s_in), (sum_b, d_b), (sum_down, d_down)
+        self._finish(later, few=1)
+        return da, s_in
 
 
 def _on_16_bytes(*tensors: Tensor | None) -> bool:

@@ -241,7 +241,7 @@ inline void run_cluster(int threads, std::mt19937& random) {
     const int64_t before = progress();
     // One warp is slow for a while, so that the others run ahead as far as they may.
     if (random() % 512 == 0) slow_warp = any_warp();
-    const bool skip_slow = random() % 16 != 0;
+    const bool skip_slow = random() % 128 != 0;
     const int first = static_cast<int>(random() % count);
     const int step = random() % 2 ? 1 : count - 1;
     for (int i = 0, at = first; i < count; ++i, at = (at + step) % count) {

@@ -156,6 +156,42 @@ def run_chain(
     assert [t.shape for t in ops.native_pair_grad(*none, down, b)] == [(0, width, 16)] * 2
 
 
+def run_gelu(rows: int, columns: int, before: int, after: int, dtype: torch.dtype) -> None:
+    """GELU's gradient with the thin products beside it; then operands that it refuses."""
+    torch.manual_seed(0)
+    h, da = torch.randn(2, rows, columns).to(dtype)
+    s, p = torch.randn(rows, after).to(dtype), torch.randn(rows, before).to(dtype)
+    b = torch.randn(columns, before).to(dtype)
+    op = torch.ops.efft_kernels.native_gelu_grad
+
+    def plain(as_: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        d_b, d_down = as_(b).new_empty(b.shape), as_(b).new_empty(columns, after)
+        dh, s_in = TorchSteps().gelu_grad(*map(as_, (da, h, s, b, p)), d_b, d_down, [])
+        return {"dh": dh, "S": s_in, "d_B": d_b, "d_down": d_down}
+
+    def native() -> dict[str, Tensor]:
+        dh = da.clone()
+        sums = op(dh, h, s, b, p)
+        ranks = before, before, after
+        made = [t.sum(0)[:, :rank] for t, rank in zip(sums, ranks, strict=True)]
+        return dict(zip(("dh", "S", "d_B", "d_down"), (dh, *made), strict=True))
+
+    first, second = native(), native()
+    assert_within_budget(first, plain(lambda t: t), plain(Tensor.double))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+    given = {"da": da, "h": h, "s": s, "b": b, "p": p}
+    for name, t in given.items():
+        off_16 = t.new_empty(t.numel() + 1)[1:].view(t.shape)
+        for wrong in (t.double(), t[:-1], off_16):
+            said = refusal(lambda: op(**{**given, name: wrong}))  # noqa: B023
+            leading = name in ("h", "s", "b") and wrong is not off_16
+            assert f" {name} must be " in f" {said}" or (leading and " must be " in said), said
+    assert "a multiple of 64" in refusal(lambda: op(da[:, :32], h[:, :32], s, b, p))
+    sizes = [t.shape for t in op(da[:0], h[:0], s[:0], b, p[:0])]
+    assert sizes[1:] == [(0, columns, 16)] * 2 and sizes[0][1:] == (0, 16)
+
+
 def refusal(call: Callable[[], object]) -> str:
     try:
         call()
@@ -179,6 +215,8 @@ def main(library: str) -> None:
         if "EFFT_MODEL_SM90" in os.environ:
             run_chain(37, 192, 16, True, torch.bfloat16, before=True)
             run_chain(9, 832, 5, False, torch.float16, before=False)
+            run_gelu(37, 192, 16, 16, torch.bfloat16)
+            run_gelu(19, 832, 5, 12, torch.float16)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,9 @@
 // Both thin gradients of a linear with a merged weight, in one pass, on the model.
 
 #include "chain/pair_grad.cu"
-#include "matrices.h"
+#include "normal.h"
 
 using namespace efft_kernels::cuda;
-
-template <class T>
-constexpr Dtype kDtype = std::is_same_v<T, __half> ? Dtype::kHalf : Dtype::kBfloat16;
-
-template <class T>
-static void* data(Stored<T>& m) {
-  return m.matrix().data;
-}
 
 // `huge`: an infinity in x, which must stay in its own row of d_down and in its own rank of d_B.
 template <class T>

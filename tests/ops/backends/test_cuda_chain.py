@@ -9,7 +9,7 @@ from efft_kernels.ops.backends import cuda_backend, cuda_chain, native_library
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 from efft_kernels.testing.cuda_kernels import kernel_of, recorded_launches
 from efft_kernels.testing.error_budget import assert_within_budget
-from efft_kernels.testing.gpu_cases import NORM_CASES, NormCase, plans_are_known
+from efft_kernels.testing.gpu_cases import GELU_CASES, NORM_CASES, NormCase, plans_are_known
 
 pytest.importorskip("triton")
 
@@ -100,6 +100,33 @@ class TestOnAGpu:
         if plans_are_known():
             seen = [kernel_of(name) for name in (*launches, *more)]
             assert [kernel for kernel in seen if kernel] == case.plan
+
+    @pytest.mark.parametrize("case", GELU_CASES, ids=str)
+    def test_is_gelus_gradient_of_plain_torch(self, case):
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def draw(*size):
+            return torch.randn(size, generator=generator, device="cuda").to(case.dtype)
+
+        da, h, s = draw(case.M, case.C), 2 * draw(case.M, case.C), draw(case.M, case.after)
+        b, p = draw(case.C, case.before), draw(case.M, case.before)
+
+        def results(steps, as_=lambda t: t):
+            d_b, d_down = (as_(b).new_empty(case.C, r) for r in (case.before, case.after))
+            dh, s_in = steps.gelu_grad(*map(as_, (da.clone(), h, s, b, p)), d_b, d_down, [])
+            return {"dh": dh, "S": s_in, "d_B": d_b, "d_down": d_down}
+
+        configs = configs_for(case.C, max(case.before, case.after), 0)
+        steps = cuda_chain.CudaSteps(configs, gelu_grad=True)
+        with recorded_launches() as launches:
+            found = results(steps)
+            torch.cuda.synchronize()
+        assert_within_budget(
+            found, results(TorchSteps()), results(TorchSteps(), torch.Tensor.double)
+        )
+        assert all(torch.equal(value, found[name]) for name, value in results(steps).items())
+        if plans_are_known():
+            assert list(filter(None, map(kernel_of, launches))) == case.plan
 
     def test_a_mean_far_from_zero_cancels_nothing(self):
         """The mean is a thousand times the spread."""
@@ -208,7 +235,15 @@ class TestWithoutAGpu:
             names.append("pair_grad")
             return tuple(torch.stack([t, t]) for t in plain.pair_grad(x, dy, down, b))
 
+        def gelu_grad(da, h, s, b, p):
+            names.append("gelu_grad")
+            d_b, d_down = h.new_empty(b.shape), h.new_empty(h.shape[1], s.shape[1])
+            dh, s_in = plain.gelu_grad(da, h, s, b, p, d_b, d_down, [])
+            da.copy_(dh)
+            return tuple(torch.stack([t, t]) for t in (s_in, d_b, d_down))
+
         with torch.library._scoped_library("efft_kernels", "IMPL") as library:
+            library.impl("native_gelu_grad", gelu_grad, "CPU")
             library.impl("native_norm", norm, "CPU")
             library.impl("native_norm_grad", norm_grad, "CPU")
             library.impl("native_pair_grad", pair_grad, "CPU")
@@ -240,7 +275,11 @@ class TestWithoutAGpu:
         off_16 = o["b"].new_empty(o["b"].numel() + 1)[1:].view(o["b"].shape).copy_(o["b"])
         expected = TorchSteps().norm_grad(*given, (o["b"], o["p"]))
         asked, default = cuda_chain.CudaSteps(None, before=True), cuda_chain.CudaSteps(None)
-        for steps, b, own in ((asked, o["b"], True), (asked, off_16, False), (default, o["b"], False)):
+        for steps, b, own in (
+            (asked, o["b"], True),
+            (asked, off_16, False),
+            (default, o["b"], False),
+        ):
             got = steps.norm_grad(*given, (b, o["p"]))
             torch.testing.assert_close(got.s, expected.s)
             parts = torch.stack([expected.sum_b] * 2) if own else expected.sum_b
@@ -270,6 +309,40 @@ class TestWithoutAGpu:
             if right is not None:
                 torch.testing.assert_close(found, right)
         assert called == ["pair_grad"] * 2
+
+    def test_gelus_gradient_is_asked_for(self, called, monkeypatch):
+        monkeypatch.setattr(TritonSteps, "gelu_grad", TorchSteps().gelu_grad)
+        monkeypatch.setattr(TritonSteps, "_finish", lambda self, sums, few: add_up(sums))
+        generator = torch.Generator().manual_seed(0)
+
+        def add_up(sums):
+            for parts, out in sums:
+                out.copy_(parts.sum(0) / 2 if parts.dim() == 3 else parts)
+            sums.clear()
+
+        def draw(*size):
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        da, h, s, p = draw(6, 64), draw(6, 64), draw(6, 4), draw(6, 3)
+        b, other = draw(64, 3), (draw(5, 4), torch.empty(5, 4, dtype=torch.float64))
+        off_16 = b.new_empty(b.numel() + 1)[1:].view(b.shape).copy_(b)
+        asked, default = cuda_chain.CudaSteps(None, gelu_grad=True), cuda_chain.CudaSteps(None)
+        narrow = da[:, :60].contiguous(), h[:, :60].contiguous(), s, b[:60].contiguous(), p
+        for steps, given, own in (
+            (asked, (da, h, s, b, p), True),
+            (asked, (da, h, s, off_16, p), False),
+            (asked, narrow, False),
+            (default, (da, h, s, b, p), False),
+        ):
+            count, outs = len(called), [draw(len(given[3]), r) for r in (3, 4)]
+            expected = TorchSteps().gelu_grad(*given, *(out := [t.clone() for t in outs]), [])
+            later, written = [other], given[0].clone()
+            found = steps.gelu_grad(written, *given[1:], *outs, later)
+            torch.testing.assert_close((*found, *outs), (*expected, *out))
+            torch.testing.assert_close(other[1], other[0])
+            assert not later and (found[0] is written) == own == (len(called) > count)
+            other[1].zero_()
+        assert called == ["gelu_grad"]
 
     @pytest.mark.parametrize("name", ["z", "y", "weight", "bias", "down"])
     def test_operands_off_16_bytes(self, called, monkeypatch, name):

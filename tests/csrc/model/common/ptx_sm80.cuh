@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cmath>
+
 #include "common/convert.cuh"
 #include "gpu.h"
 
@@ -122,6 +124,9 @@ inline uint32_t transposed(uint32_t both) {
   model::sync_warp();
   return result;
 }
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 inline float shuffle_xor(float value, int mask) {
   auto& warp = model::current_warp();

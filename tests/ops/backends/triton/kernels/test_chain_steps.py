@@ -43,6 +43,7 @@ def steps_of(index):
         "first norm": lambda s, o, d: s.norm(o["z"], None, norm(o), o["down"], d),
         "norm": lambda s, o, d: s.norm(o["z"], o["y"], norm(o), o["down"], d),
         "norm_grad": lambda s, o, _: norm_grad(s, o),
+        "norm_grad, with a linear before": lambda s, o, _: norm_grad(s, o, (o["down"], o["s"])),
         "pair_grad": lambda s, o, _: pair_grad(s, o, o["y"]),
         "pair_grad, even": lambda s, o, _: pair_grad(s, o, o["hidden"]),
         "thin": lambda s, o, _: s.thin(o["y"], o["down"]),
@@ -58,11 +59,11 @@ def steps_of(index):
     }[index]
 
 
-def norm_grad(steps, o):
-    dz, dy, sum_down = steps.norm_grad(o["y"], *normed(o), norm(o), o["dz"], o["s"])
-    d_down = wide(o, K, R)
-    steps.finish([(sum_down, d_down)])
-    return dz, dy, d_down
+def norm_grad(steps, o, before=None):
+    got = steps.norm_grad(o["y"], *normed(o), norm(o), o["dz"], o["s"], before)
+    outs = [wide(o, K, R) for _ in range(2 if before else 1)]
+    steps.finish(list(zip([got.sum_down, got.sum_b], outs, strict=False)))
+    return got.dz, got.dy, *([got.s] if before else []), *outs
 
 
 def sums(steps, o):
@@ -155,7 +156,8 @@ def tensors(found):
 @pytest.mark.parametrize(
     "step",
     [
-        "merge", "scaled merge", "first norm", "norm", "norm_grad", "pair_grad", "pair_grad, even",
+        "merge", "scaled merge", "first norm", "norm", "norm_grad",
+        "norm_grad, with a linear before", "pair_grad", "pair_grad, even",
         "thin", "sums", "gather_grad",
         "gather_grad, no copy", "gelu", "gelu, ragged", "gelu_grad", "gelu_grad, ragged",
     ],
