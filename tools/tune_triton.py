@@ -4,8 +4,9 @@
         [--out FILE]
 
 For every layer and pass the configs below are compiled, by several processes at once. Then one
-compares them with the default's result, times them, and keeps the fastest. Rows of an existing file
-are kept unless measured again; the file is replaced in one step.
+compares them with the default's result, times them, and keeps the fastest. So it does with the
+steps of a chain of blocks that there are in Triton and in CUDA C++. Rows of an existing file are
+kept unless measured again; the file is replaced in one step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from triton.testing import do_bench
 
 from benchmarks.lib.shapes import models
 from efft_kernels.atomic_files import replacing
+from efft_kernels.ops.backends import cuda_chain
+from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
+from efft_kernels.ops.backends.cuda_chain import CudaSteps
 from efft_kernels.ops.backends.triton import configs, device, tuning
+from efft_kernels.ops.backends.triton.chain import configs_for
 from efft_kernels.ops.backends.triton.configs import GemmConfig, PassConfig, gemm_smem_bytes
 from efft_kernels.ops.backends.triton.gemm import launch_gemm
 from efft_kernels.ops.backends.triton.launch_cache import CallCache
@@ -49,7 +54,7 @@ _GEMM_BLOCKS = (
 _PASS_BLOCKS = ((64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3), (32, 128, 4, 5))
 _TALL_GRAD_BLOCKS = ((64, 128, 4, 5), (128, 64, 4, 4), (64, 64, 4, 5), (128, 128, 8, 3))
 
-Config = GemmConfig | PassConfig
+Config = GemmConfig | PassConfig | tuple[int]
 Rows = dict[str, dict[str, list[int]]]
 
 
@@ -99,7 +104,7 @@ class Share(NamedTuple):
 def fastest(
     candidates: Iterator[Config],
     run: Callable[[Any], Any],
-    result: Callable[[Any], Tensor],
+    result: Callable[[Any], list[Tensor]],
     deadline: float,
 ) -> tuple[Config, float] | None:
     """(config, milliseconds) of the fastest whose result agrees with the first one's.
@@ -107,19 +112,19 @@ def fastest(
     Args:
         candidates: the configs.
         run: what is timed, with a config.
-        result: what `run` returned, as one tensor.
+        result: of what `run` returned, the tensors to compare.
         deadline: no config is begun after it.
     """
     best: tuple[Config, float] | None = None
-    expected: Tensor | None = None
+    expected: list[Tensor] | None = None
     for config in dict.fromkeys(candidates):
         if time.monotonic() > deadline:
             break
         try:
-            found = result(run(config)).double()
+            found = [t.double() for t in result(run(config))]
             if expected is None:
                 expected = found
-            elif not (found - expected).norm() <= 1e-2 * expected.norm():
+            elif not all(map(_agree, found, expected)):
                 print(f"  {config}: wrong result", file=sys.stderr)
                 continue
             ms = float(do_bench(partial(run, config), warmup=10, rep=40, return_mode="median"))
@@ -129,6 +134,10 @@ def fastest(
         if best is None or ms < best[1]:
             best = config, ms
     return best
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= 1e-2 * expected.norm())
 
 
 # What each config's launches remember, so that timing does not wait for the host.
@@ -182,24 +191,21 @@ def _run_thin_grad(
     return s, d_up, d_core
 
 
-def _of_thin_grad(found: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Each as large as the others, so that an error in any of them shows."""
+def _of_thin_grad(found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     s, d_up, d_core = found
-    return torch.cat(
-        [(t / t.norm()).flatten() for t in (s.float(), d_up.sum((0, 1)), d_core.sum(0))]
-    )
+    return [s, d_up.sum((0, 1)), d_core.sum(0)]
 
 
 def _run_tall_grad(tall: Tensor, p: Tensor, remembered: _Remembered, config: PassConfig) -> Tensor:
     return launch_tall_grad(tall, p, config, remembered.setdefault(config, {}))
 
 
-def _of_tall_grad(partial: Tensor) -> Tensor:
-    return partial.sum(0)
+def _of_tall_grad(partial: Tensor) -> list[Tensor]:
+    return [partial.sum(0)]
 
 
-def _itself(found: Tensor) -> Tensor:
-    return found
+def _itself(found: Tensor) -> list[Tensor]:
+    return [found]
 
 
 def tune_layer(
@@ -228,7 +234,7 @@ def tune_layer(
         key: str,
         candidates: Iterator[Config],
         run: Callable[[Any], Any],
-        result: Callable[[Any], Tensor] = _itself,
+        result: Callable[[Any], list[Tensor]] = _itself,
     ) -> None:
         if share is not None:
             share.compile(candidates, run)
@@ -260,6 +266,82 @@ def tune_layer(
                 gemm_space(dev, rank, compute_p, form),
                 partial(_run_gemm, a, w, to_p, cores, thin_out, p.clone(), {}),
             )
+    return rows
+
+
+def chain_steps(k: int, rank: int) -> dict[tuple[int], TorchSteps]:
+    """A chain's steps with those of cuda_chain.CHOSEN in Triton, (0,), and in CUDA C++, (1,); empty
+    where there are none in CUDA C++."""
+    index = torch.cuda.current_device()
+    if not cuda_chain.takes(k, rank, index):
+        return {}
+    shapes = configs_for(k, rank, index)
+    natively = dict.fromkeys(cuda_chain.CHOSEN, True)
+    return {(0,): CudaSteps(shapes), (1,): CudaSteps(shapes, **natively)}
+
+
+def tune_chain(
+    m: int,
+    k: int,
+    hidden: int,
+    rank: int,
+    dtype: torch.dtype,
+    deadline: float,
+    share: Share | None = None,
+    on: str = "cuda",
+) -> Rows:
+    """The same for the steps of a chain: [1] where CUDA C++ is the faster.
+
+    Args:
+        m, k: rows and columns of the stream.
+        hidden: columns of its MLP.
+        on: the device.
+    """
+    steps = chain_steps(k, rank)
+    if not steps:
+        return {}
+
+    def draw(*size: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, device=on, dtype=of)
+
+    def added(of: TorchSteps, *sums: tuple[Tensor, int]) -> list[Tensor]:
+        outs = [torch.empty(columns, rank, device=on) for _, columns in sums]
+        of.finish([(found, out) for (found, _), out in zip(sums, outs, strict=True)])
+        return outs
+
+    x, dy, (z, residual) = draw(m, k), draw(m, k), draw(2, m, k, of=torch.float32)
+    (down, b), (s, p) = draw(2, k, rank), draw(2, m, rank)
+    h, da, wide = draw(m, hidden), draw(m, hidden), draw(hidden, rank)
+    mean, rstd = z.mean(1), z.var(1, correction=0).rsqrt()
+    norm = Norm(torch.ones(k, device=on), torch.zeros(k, device=on), 1e-6)
+    scratch = torch.empty_like(da)
+
+    def pair_grad(config: tuple[int]) -> list[Tensor]:
+        of = steps[config]
+        sum_down, sum_b = of.pair_grad(x, dy, down, b)
+        return added(of, (sum_down, k), (sum_b, k))
+
+    def before(config: tuple[int]) -> list[Tensor]:
+        of = steps[config]
+        got = of.norm_grad(dy, z, mean, rstd, norm, residual, s, (b, p))
+        assert got.s is not None and got.sum_b is not None
+        return [got.dz, got.dy, got.s, *added(of, (got.sum_down, k), (got.sum_b, k))]
+
+    def gelu_grad(config: tuple[int]) -> list[Tensor]:
+        d_b, d_down = torch.empty(2, hidden, rank, device=on)
+        dh, s_in = steps[config].gelu_grad(scratch.copy_(da), h, s, wide, p, d_b, d_down, [])
+        return [dh, s_in, d_b, d_down]
+
+    rows: Rows = {}
+    for run in (pair_grad, before, gelu_grad):
+        if share is not None:
+            share.compile(iter(steps), run)
+            continue
+        found = fastest(iter(steps), run, list, deadline)
+        if found is not None:
+            key = cuda_chain.chosen_key(run.__name__, k, rank)
+            rows[key] = {str(m.bit_length()): list(found[0])}
+            print(f"{key} m={m}: {1e3 * found[1]:.1f} us {found[0]}", flush=True)
     return rows
 
 
@@ -329,9 +411,15 @@ def main() -> None:
         compile_all(arguments.jobs, sys.argv[1:], arguments.seconds)
         print(f"compiled, {deadline - time.monotonic():.0f} s left to measure", flush=True)
     rows: Rows = {}
+    dtype = getattr(torch, arguments.dtype)
+    for model in arguments.models:
+        sizes_of = {name: (m, k) for name, m, k, *_ in models(arguments.images)[model]}
+        if "qkv" in sizes_of:  # whose blocks run as a chain
+            print(f"{model}, chain", flush=True)
+            stream, hidden = sizes_of["qkv"], sizes_of["fc2"][1]
+            rows |= tune_chain(*stream, hidden, arguments.rank, dtype, deadline, share)
     for name, m, k, n, g in layers:
         print(name, flush=True)
-        dtype = getattr(torch, arguments.dtype)
         sizes = m, k, n, g, arguments.rank
         for key, by_bucket in tune_layer(*sizes, dtype, deadline, share).items():
             rows.setdefault(key, {}).update(by_bucket)

@@ -15,7 +15,8 @@ compiled         the model under torch.compile; the floor trains its position em
 compiled-graph   that step in a CUDA graph
 
 A backend auto+pair_grad+before+gelu_grad, or with some of the three, is `auto` with those steps of
-the chain in CUDA C++ (ops/backends/cuda_chain.py), which are not the default.
+the chain in CUDA C++ and the others not, whatever a measured table says
+(ops/backends/cuda_chain.py).
 
 Each peer is timed in rounds with the floor in the same mode, so its row is there as soon as it was
 measured; ratios are medians over the rounds. A peer that fails is reported, and the others go on.
@@ -53,6 +54,8 @@ from torch import Tensor, nn
 
 from efft_kernels import Adapter, FusedEFFTLinear
 from efft_kernels.ops import chains
+from efft_kernels.ops.backends import cuda_chain
+from efft_kernels.ops.backends.cuda_chain import CHOSEN
 from efft_kernels.ops.explain import explain
 from efft_kernels.testing.error_budget import BUDGET
 
@@ -67,9 +70,8 @@ MODES = ("eager", "graph", "compiled", "compiled-graph")
 AUTO = "auto"  # what a user gets: blocks in a chain where they can, else a backend per linear
 PAIRS = "pairs"  # the same without chains: linears by themselves, no x kept that can be made again
 FUSE = {AUTO: "auto", PAIRS: "pairs"}  # `attach`'s; "off" for a backend by name
-STEPS = ("pair_grad", "before", "gelu_grad")  # of a chain, that CudaSteps takes if asked
 BACKENDS = {
-    "cuda": (AUTO, "+".join((AUTO, *STEPS)), PAIRS, "cuda", "triton", "torch"),
+    "cuda": (AUTO, "+".join((AUTO, *CHOSEN)), PAIRS, "cuda", "triton", "torch"),
     "cpu": (AUTO, "cpp", "torch"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -100,12 +102,9 @@ class Entry:
         if not asked:
             yield
             return
-        from efft_kernels.ops.backends import cuda_chain
-
-        options = dict.fromkeys(asked, True)
-        steps = functools.partial(cuda_chain.CudaSteps, **options)
+        options = {step: step in asked for step in CHOSEN}
         chains._steps.cache_clear()
-        with mock.patch.object(cuda_chain, "CudaSteps", steps):
+        with mock.patch.object(cuda_chain, "chosen", lambda *_: options):
             yield
         chains._steps.cache_clear()
 
@@ -411,8 +410,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     found.modes = found.modes or (("eager", "graph") if cuda else ("eager",))
     for backend in found.backends:
         plain, *asked = backend.split("+")
-        if asked and (plain != AUTO or not set(asked) <= set(STEPS)):
-            parser.error(f"--backends must be auto+ with some of {', '.join(STEPS)}, got {backend}")
+        if asked and (plain != AUTO or not set(asked) <= set(CHOSEN)):
+            parser.error(
+                f"--backends must be auto+ with some of {', '.join(CHOSEN)}, got {backend}"
+            )
     if not cuda and any(mode.endswith("graph") for mode in found.modes):
         parser.error("--modes graph and compiled-graph need --device cuda")
     return found

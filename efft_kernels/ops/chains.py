@@ -129,7 +129,9 @@ def engine_for(x: Tensor, heads: int, rank: int) -> Engine | str:
 
 def steps_for(x: Tensor, rank: int) -> TorchSteps:
     """What runs between the GEMMs over a stream x [..., K], ranks being at most `rank`."""
-    return _steps(x.shape[-1], rank, x.get_device())
+    k = x.shape[-1]
+    rows = x.numel() // k
+    return _steps(k, rank, 1 << rows.bit_length(), x.get_device())
 
 
 @functools.cache
@@ -139,12 +141,15 @@ def _triton() -> str | None:
 
 
 @functools.cache
-def _steps(k: int, rank: int, index: int) -> TorchSteps:
+def _steps(k: int, rank: int, rows: int, index: int) -> TorchSteps:
+    """`rows`: of the stream, as a power of two."""
     from .backends import cuda_chain
     from .backends.triton.chain import TritonSteps, configs_for
 
-    steps = cuda_chain.CudaSteps if cuda_chain.takes(k, rank, index) else TritonSteps
-    return steps(configs_for(k, rank, index))
+    shapes = configs_for(k, rank, index)
+    if not cuda_chain.takes(k, rank, index):
+        return TritonSteps(shapes)
+    return cuda_chain.CudaSteps(shapes, **cuda_chain.chosen(k, rank, rows, index))
 
 
 def _attention_for(

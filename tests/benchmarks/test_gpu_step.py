@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,13 +155,16 @@ def test_steps_that_are_asked_for(small_model: nn.Module) -> None:
     entry = step.Entry("EFFT2", "auto+pair_grad+gelu_grad")
     assert entry.name == "EFFT2 [auto+pair_grad+gelu_grad]"
     assert Adapter(entry.build(small_model, RANK).model).describe().alone is None
-    default = cuda_chain.CudaSteps
+    default = cuda_chain.chosen
     with entry.running():
-        steps = cuda_chain.CudaSteps(None)
-        assert (steps._native_pair, steps._before, steps._native_gelu) == (True, False, True)
-    assert cuda_chain.CudaSteps is default
+        assert cuda_chain.chosen(768, 16, 12608, 0) == {
+            "pair_grad": True,
+            "before": False,
+            "gelu_grad": True,
+        }
+    assert cuda_chain.chosen is default
     with step.Entry("EFFT2", step.AUTO).running():
-        assert cuda_chain.CudaSteps is default
+        assert cuda_chain.chosen is default
 
 
 @pytest.mark.parametrize("backend", ["auto+before+pairs", "cuda+before", "auto+"])
@@ -172,13 +174,6 @@ def test_other_steps_are_refused(backend: str, capsys: pytest.CaptureFixture[str
     assert (
         f"auto+ with some of pair_grad, before, gelu_grad, got {backend}" in capsys.readouterr().err
     )
-
-
-def test_every_step_that_can_be_asked_for_is_there() -> None:
-    """A new one of CudaSteps is to be timed as well."""
-    from efft_kernels.ops.backends.cuda_chain import CudaSteps
-
-    assert list(inspect.signature(CudaSteps).parameters) == ["configs", *step.STEPS]
 
 
 def test_a_peer_that_chooses_says_what_it_does(

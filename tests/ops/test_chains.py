@@ -445,9 +445,12 @@ def test_steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch, takes: bool) -> None:
     """CUDA's where they take the sizes, Triton's elsewhere; the same for every call."""
     monkeypatch.setattr(cuda_chain, "takes", lambda *sizes: takes and sizes == (24, 16, 1))
     monkeypatch.setattr(triton_chain, "configs_for", lambda *sizes: sizes)
-    x = SimpleNamespace(shape=(2, 5, 24), get_device=lambda: 1)
+    measured = {"pair_grad": False, "before": True, "gelu_grad": False}
+    monkeypatch.setattr(cuda_chain, "chosen", lambda *sizes: measured)
+    x = SimpleNamespace(shape=(2, 5, 24), numel=lambda: 240, get_device=lambda: 1)
     chains._steps.cache_clear()
     steps = chains.steps_for(x, 16)
+    assert not takes or steps._before
     assert type(steps) is (cuda_chain.CudaSteps if takes else triton_chain.TritonSteps)
     assert steps.configs == (24, 16, 1) and chains.steps_for(x, 16) is steps
     chains._steps.cache_clear()

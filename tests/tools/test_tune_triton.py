@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from efft_kernels.ops.backends import cuda_chain
+from efft_kernels.ops.backends.chain_steps import TorchSteps
 from efft_kernels.ops.backends.triton import configs, device
 from tools import tune_triton
 
@@ -55,13 +57,62 @@ def test_the_fastest_right_one_is_kept(monkeypatch, capsys):
 
     def result(found):
         ran.append(found)
-        return found
+        return [torch.ones(2), found]
 
     assert tune_triton.fastest(iter(tried), run, result, later) == (tried[1], 0.1)
     said = capsys.readouterr().err
     assert "wrong result" in said and "PassManager::run failed" in said
     assert len(ran) == 4  # the comparison is not in the time
     assert tune_triton.fastest(iter(tried), run, result, time.monotonic() - 1) is None
+
+
+class Steps(TorchSteps):
+    """`scale`: of what is wrong in CUDA C++'s place."""
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def pair_grad(self, *given):
+        sum_down, sum_b = super().pair_grad(*given)
+        return sum_down, sum_b * self.scale
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 1), (1.5, 0)])
+def test_a_chain_s_steps(monkeypatch, scale, expected):
+    """CUDA C++ is twice as fast here but for GELU's gradient, and taken where it is right."""
+
+    def timed(call, **_):
+        (native,) = call.args[-1]
+        gelu = call.func.__name__ == "gelu_grad"
+        return 1.0 if bool(native) != gelu else 2.0
+
+    monkeypatch.setattr(
+        tune_triton, "chain_steps", lambda k, rank: {(0,): Steps(), (1,): Steps(scale)}
+    )
+    monkeypatch.setattr(tune_triton, "do_bench", timed)
+    sizes, later = (37, 64, 128, 16, torch.float32), time.monotonic() + 60
+    rows = tune_triton.tune_chain(*sizes, later, on="cpu")
+    assert rows == {
+        "chain pair_grad|c64|r16": {"6": [expected]},
+        "chain before|c64|r16": {"6": [1]},
+        "chain gelu_grad|c64|r16": {"6": [0]},
+    }
+    monkeypatch.setattr(tune_triton, "do_bench", None)
+    assert tune_triton.tune_chain(*sizes, later, tune_triton.Share(0, 1), on="cpu") == {}
+    monkeypatch.setattr(tune_triton, "chain_steps", lambda k, rank: {})
+    assert tune_triton.tune_chain(*sizes, later, on="cpu") == {}
+
+
+def test_a_chain_s_steps_in_both_forms(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        cuda_chain, "takes", lambda k, rank, index: (k, rank, index) == (768, 16, 3)
+    )
+    monkeypatch.setattr(tune_triton, "configs_for", lambda k, rank, index: None)
+    assert tune_triton.chain_steps(768, 32) == {}
+    plain, native = tune_triton.chain_steps(768, 16).values()
+    assert not (plain._native_pair or plain._before or plain._native_gelu)
+    assert native._native_pair and native._before and native._native_gelu
 
 
 def test_shares_hold_every_candidate_once():

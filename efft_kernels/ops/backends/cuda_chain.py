@@ -15,6 +15,8 @@ from torch import Tensor
 
 from . import native_library
 from .chain_steps import Norm, Normed, NormedGrad, Sums
+from .fallback import padded_rank
+from .triton import configs, device
 from .triton.chain import Configs, TritonSteps
 
 # csrc/cuda/chain/sizes.h
@@ -37,26 +39,46 @@ def takes(k: int, rank: int, index: int) -> bool:
     )
 
 
+# What CudaSteps does in CUDA C++ only where it was measured to be faster on the device.
+CHOSEN = ("pair_grad", "before", "gelu_grad")
+
+
+def chosen_key(step: str, k: int, rank: int) -> str:
+    """The row of a measured table (triton/configs.py) for one of CHOSEN: [1] or [0].
+
+    Args:
+        step: one of CHOSEN.
+        k: columns of the stream.
+        rank: the largest of the chain's linears.
+    """
+    return f"chain {step}|c{k}|r{padded_rank(rank)}"
+
+
+def chosen(k: int, rank: int, m: int, index: int) -> dict[str, bool]:
+    """Which of CHOSEN a device's measured table names for a stream [m, K]: none without one."""
+    name = device.properties(index).name
+    rows = {step: configs.measured(name, chosen_key(step, k, rank), m) for step in CHOSEN}
+    return {step: bool(row and row[0]) for step, row in rows.items()}
+
+
 class CudaSteps(TritonSteps):
     """The steps where `takes` says so.
 
     Args:
-        configs: Triton's block shapes, for the other steps.
-        pair_grad: that step in CUDA C++ as well, where x and dY are of one width. No GPU has timed
-            it yet.
-        before: the linear before a norm's gradient in the same pass, not in one of its own. No GPU
-            has timed it yet.
-        gelu_grad: that step in CUDA C++ as well, for ranks up to 16. No GPU has timed it yet.
+        shapes: Triton's blocks, for the other steps.
+        pair_grad: that step in CUDA C++ as well, where x and dY are of one width.
+        before: the linear before a norm's gradient in the same pass, not in one of its own.
+        gelu_grad: that step in CUDA C++ as well, for ranks up to 16.
     """
 
     def __init__(
         self,
-        configs: Configs,
+        shapes: Configs,
         pair_grad: bool = False,
         before: bool = False,
         gelu_grad: bool = False,
     ) -> None:
-        super().__init__(configs)
+        super().__init__(shapes)
         self._native_pair = pair_grad
         self._before = before
         self._native_gelu = gelu_grad

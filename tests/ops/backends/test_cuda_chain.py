@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+
 import pytest
 import torch
 
+from efft_kernels.ops import chains
 from efft_kernels.ops.backends import cuda_backend, cuda_chain, native_library
 from efft_kernels.ops.backends.chain_steps import Norm, TorchSteps
 from efft_kernels.testing.cuda_kernels import kernel_of, recorded_launches
@@ -13,6 +17,9 @@ from efft_kernels.testing.gpu_cases import GELU_CASES, NORM_CASES, NormCase, pla
 
 pytest.importorskip("triton")
 
+from efft_kernels.ops.backends.triton import chain as triton_chain
+from efft_kernels.ops.backends.triton import configs
+from efft_kernels.ops.backends.triton import device as triton_device
 from efft_kernels.ops.backends.triton.chain import TritonSteps, configs_for
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -207,6 +214,43 @@ def test_without_the_library_triton_does_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(native_library, "cuda_unavailable", lambda: "not built")
     assert not cuda_chain.takes(768, 16, 0)
+
+
+def test_a_measured_table_chooses(monkeypatch, tmp_path):
+    table = tmp_path / "table.json"
+    rows = {
+        cuda_chain.chosen_key("before", 768, 12): {"14": [1]},
+        cuda_chain.chosen_key("gelu_grad", 768, 16): {"14": [0]},
+        cuda_chain.chosen_key("pair_grad", 768, 20): {"14": [1]},
+    }
+    table.write_text(json.dumps({"device": "NVIDIA_H200", "rows": rows}))
+    h200 = triton_device.Device("NVIDIA_H200", 90, 132, 227 * 1024)
+    monkeypatch.setattr(triton_device, "properties", lambda _: h200)
+    nothing = dict.fromkeys(cuda_chain.CHOSEN, False)
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(table))
+    configs.measured_table.cache_clear()
+    try:
+        assert cuda_chain.chosen(768, 16, 12608, 0) == nothing | {"before": True}
+        assert cuda_chain.chosen(768, 16, 1000, 0) == nothing  # too few rows
+        assert cuda_chain.chosen(1024, 16, 12608, 0) == nothing
+        # As a chain asks for it, once for sizes that are alike.
+        monkeypatch.setattr(cuda_chain, "takes", lambda *_: True)
+        monkeypatch.setattr(triton_chain, "configs_for", lambda *_: None)
+        chains._steps.cache_clear()
+        many, alike, few = (chains.steps_for(torch.empty(n, 768), 16) for n in (9000, 12608, 500))
+        assert (many._before, many._native_pair, many._native_gelu) == (True, False, False)
+        assert alike is many and not few._before
+    finally:
+        chains._steps.cache_clear()
+        configs.measured_table.cache_clear()
+
+
+def test_without_a_table_nothing_is_chosen(monkeypatch):
+    h200 = triton_device.Device("NVIDIA_H200", 90, 132, 227 * 1024)
+    monkeypatch.setattr(triton_device, "properties", lambda _: h200)
+    assert cuda_chain.chosen(768, 16, 12608, 0) == dict.fromkeys(cuda_chain.CHOSEN, False)
+    options = list(inspect.signature(cuda_chain.CudaSteps).parameters)
+    assert options[1:] == list(cuda_chain.CHOSEN)
 
 
 class TestWithoutAGpu:

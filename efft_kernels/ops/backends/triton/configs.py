@@ -137,19 +137,53 @@ def pass_key(kernel: str, c: int, rank: int, form: str) -> str:
 
 @cache
 def measured_table(device_name: str) -> dict[str, dict[str, list[int]]]:
-    """Measured rows of one device: {"gemm|half|ride|c2304|i768|r16": {"14": [128, 256, ...]}}."""
+    """Measured rows of one device: {"gemm|half|ride|c2304|i768|r16": {"14": [128, 256, ...]}}.
+
+    Raises:
+        ValueError: the file that EFFT_KERNELS_TUNED names is not there, or is no such table.
+    """
     rows: dict[str, dict[str, list[int]]] = {}
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    for path in (FOLDER / f"{device_name}.json", *([Path(named)] if named else [])):
-        if path.is_file():
-            table = json.loads(path.read_text())
-            if table.get("device") == device_name:
-                rows.update(table["rows"])
-            else:
-                logger.warning(
-                    "%s was measured on %s, not %s; ignored", path, table.get("device"), device_name
-                )
+    own, named = FOLDER / f"{device_name}.json", os.environ.get(ENVIRONMENT_VARIABLE)
+    for path in (*([own] if own.is_file() else []), *([Path(named)] if named else [])):
+        table = _read_table(path)
+        if table["device"] == device_name:
+            rows.update(table["rows"])
+        else:
+            logger.warning(
+                "%s was measured on %s, not %s; ignored", path, table["device"], device_name
+            )
     return rows
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+        wrong = _wrong_in(table)
+    except (OSError, ValueError) as error:
+        wrong = str(error)
+    if wrong:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE} must name a table that tools.tune_triton wrote, got {path}:"
+            f" {wrong}"
+        )
+    return table  # type: ignore[no-any-return]
+
+
+def _wrong_in(table: Any) -> str:
+    """What makes it no measured table; empty where it is one."""
+    if not isinstance(table, dict) or not isinstance(table.get("device"), str):
+        return "it names no device"
+    rows = table.get("rows")
+    if not isinstance(rows, dict) or not all(isinstance(own, dict) for own in rows.values()):
+        return "it has no rows"
+    for key, own in rows.items():
+        kind = key.partition("|")[0].partition(" ")[0]
+        counts = {"gemm": (6, 7, 8), "chain": (1,)}.get(kind, (5,))
+        for bucket, config in own.items():
+            numbers = isinstance(config, list) and all(isinstance(n, int) for n in config)
+            if not bucket.isdigit() or not numbers or len(config) not in counts:
+                return f"row {key!r} has {bucket!r}: {config!r}"
+    return ""
 
 
 def measured(device_name: str, key: str, m: int) -> list[int] | None:

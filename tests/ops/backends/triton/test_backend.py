@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -189,8 +190,9 @@ def test_tiles_of_several_slices_are_narrow(on, monkeypatch, tmp_path):
     path = tmp_path / "mine.json"
     row = [128, 256, 64, 8, 8, 3, 1, 0]
     path.write_text(json.dumps({"device": H200.name, "rows": {key: {"17": row}}}))
-    for file in (tmp_path / "none.json", path):
-        monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(file))
+    for file in (None, path):
+        if file is not None:
+            monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(file))
         on(H200)
         for slice_c, expected in ((1024, 256), (3072, 256), (384, 128), (96, 128)):
             shape = {
@@ -246,6 +248,49 @@ def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_p
         tuning._gemm_config(197, 768, 768, 16, "half", False, True, 768, 0)
     assert "was measured on NVIDIA_B200" in caplog.text
     assert "no measured thin config" in caplog.text and "no measured gemm config" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file"),
+        ("not json", "Expecting value"),
+        ("[]", "it names no device"),
+        ('{"rows": {}}', "it names no device"),
+        ('{"device": "NVIDIA_H200"}', "it has no rows"),
+        ('{"device": "NVIDIA_H200", "rows": {"thin|half": [1]}}', "it has no rows"),
+        (
+            '{"device": "NVIDIA_H200", "rows": {"thin|half": {"14": [1, 2]}}}',
+            "row 'thin|half' has '14': [1, 2]",
+        ),
+        (
+            '{"device": "NVIDIA_H200", "rows": {"gemm|half": {"14": [1, 2, 3, 4, 5]}}}',
+            "row 'gemm|half' has '14': [1, 2, 3, 4, 5]",
+        ),
+        (
+            '{"device": "NVIDIA_H200", "rows": {"chain before|c768": {"many": [1]}}}',
+            "row 'chain before|c768' has 'many': [1]",
+        ),
+        (
+            '{"device": "NVIDIA_H200", "rows": {"chain before|c768": {"14": ["x"]}}}',
+            "row 'chain before|c768' has '14': ['x']",
+        ),
+    ],
+)
+def test_a_table_that_is_none_is_told(on, monkeypatch, tmp_path, text, said):
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
+    on(H200)
+    with pytest.raises(ValueError, match="EFFT_KERNELS_TUNED must name a table") as caught:
+        tuning.pass_config("thin", 197, 768, 16, torch.bfloat16, aligned=True, index=0)
+    assert str(path) in str(caught.value) and said in str(caught.value)
+
+
+def test_the_committed_table_is_one():
+    table = Path(__file__).parents[4] / "benchmarks" / "results" / "tuned_h200.json"
+    assert configs._read_table(table)["device"] == H200.name
 
 
 def test_shipped_defaults_say_that_nothing_was_measured():
