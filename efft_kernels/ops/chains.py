@@ -131,7 +131,7 @@ def steps_for(x: Tensor, rank: int) -> TorchSteps:
     """What runs between the GEMMs over a stream x [..., K], ranks being at most `rank`."""
     k = x.shape[-1]
     rows = x.numel() // k
-    return _steps(k, rank, 1 << rows.bit_length(), x.get_device())
+    return _steps(k, rank, 1 << (rows.bit_length() - 1), x.get_device())
 
 
 @functools.cache
@@ -142,7 +142,7 @@ def _triton() -> str | None:
 
 @functools.cache
 def _steps(k: int, rank: int, rows: int, index: int) -> TorchSteps:
-    """`rows`: of the stream, as a power of two."""
+    """`rows`: of the stream, down to a power of two."""
     from .backends import cuda_chain
     from .backends.triton.chain import TritonSteps, configs_for
 

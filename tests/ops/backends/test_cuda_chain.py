@@ -220,7 +220,7 @@ def test_a_measured_table_chooses(monkeypatch, tmp_path):
     table = tmp_path / "table.json"
     rows = {
         cuda_chain.chosen_key("before", 768, 12): {"14": [1]},
-        cuda_chain.chosen_key("gelu_grad", 768, 16): {"14": [0]},
+        cuda_chain.chosen_key("gelu_grad", 768, 16): {"14": [0], "15": [1]},
         cuda_chain.chosen_key("pair_grad", 768, 20): {"14": [1]},
     }
     table.write_text(json.dumps({"device": "NVIDIA_H200", "rows": rows}))
