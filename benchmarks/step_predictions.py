@@ -14,7 +14,8 @@ over float32 weights, each captured in a CUDA graph:
     chain              EFFT2's blocks as ops/chains.py runs them; its factors' own small products
                        are left out
     CUDA               the same with what no GPU has timed yet: proj's pair of thin gradients in
-                       CUDA C++, S and d_B of fc2 in the norm's gradient after it, GELU's gradient
+                       CUDA C++, S and d_B of fc2 in the norm's gradient after it, GELU and its
+                       gradient
 
 `KERNELS` holds the share of the bandwidth or of the matrix rate that a kernel was seen to reach on
 an H100 (ViT-B/16, 64 images, results/step_kernels.csv). So ViT-B is fitted, and the others are
@@ -96,6 +97,7 @@ KERNELS = {
     # From its instructions: 36 for an element, 47 of 132 multiprocessors' microseconds at ViT-B's
     # size, beside 77 for memory's traffic at this share.
     "gelu_grad_cuda": 0.85,
+    "gelu_cuda": 0.91,  # as Triton's on an H100
     "merge_stack": 0.87,
     ATTENTION: 0.2,
     ATTENTION + GRADIENT: 0.131,
@@ -157,7 +159,9 @@ class OnPaper(cuda_chain.CudaSteps):
     """
 
     def __init__(self, configs: Any, noted: Noted, untimed: bool) -> None:
-        super().__init__(configs, pair_grad=untimed, before=untimed, gelu_grad=untimed)
+        super().__init__(
+            configs, pair_grad=untimed, before=untimed, gelu=untimed, gelu_grad=untimed
+        )
         self._note = noted.note
 
     def norm(
@@ -196,6 +200,14 @@ class OnPaper(cuda_chain.CudaSteps):
         self._note("norm_grad", *operands, *before, made, sum_b)
         return NormedGrad(dz, dy, partial, made, sum_b)
 
+    def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        wide = h.shape[1] > cuda_chain.MOST_WIDTH_GELU or down.shape[1] > cuda_chain.MOST_RANK
+        if not self._native_gelu or wide:
+            return TritonSteps.gelu(self, h, down)
+        a, p = torch.empty_like(h), h.new_empty(len(h), down.shape[1])
+        self._note("gelu_cuda", h, down, a, p)
+        return a, p
+
     def gelu_grad(
         self,
         da: Tensor,
@@ -207,7 +219,7 @@ class OnPaper(cuda_chain.CudaSteps):
         d_down: Tensor,
         later: Sums,
     ) -> tuple[Tensor, Tensor]:
-        if not self._native_gelu or s.shape[1] > cuda_chain.MOST_RANK:
+        if not self._native_gelu_grad or s.shape[1] > cuda_chain.MOST_RANK:
             return TritonSteps.gelu_grad(self, da, h, s, b, p, d_b, d_down, later)
         parts = -(-h.shape[1] // 768)
         float32 = {"dtype": torch.float32}

@@ -30,10 +30,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
   // partial sums [programs, K, 16] of x̂^T·S, with b and p also S_before = dy·b and the partial sums
   // of dy^T·p. z, its gradient, weight, bias, mean and rstd are float32, all is contiguous, K a
   // multiple of 64 up to 1280, with b up to 768, the rank at most 16. Of
-  // what is all in 16 bits, contiguous and of ranks up to 16, partial sums in float32: GELU's
-  // gradient writes dh = da·gelu'(h) in da's place and returns those of S = dh·b, dh^T·p and
-  // gelu(h)^T·s, the columns a multiple of 64; the pair's are those of x^T·S and dY^T·P, S = dY·B
-  // and P = x·down, K a multiple of 64 up to 1024.
+  // what is all in 16 bits, contiguous and of ranks up to 16: GELU makes a = gelu(h) and P =
+  // a·down, the columns a multiple of 64 up to 4096. Its gradient writes dh = da·gelu'(h) in da's
+  // place and returns partial sums of S = dh·b, dh^T·p and gelu(h)^T·s in float32, the columns a
+  // multiple of 64; the pair those of x^T·S and dY^T·P, S = dY·B and P = x·down, K a multiple of 64
+  // up to 1024.
   m.def(
       "native_norm(Tensor z, Tensor? y, Tensor weight, Tensor bias, Tensor down, float eps)"
       " -> (Tensor z_out, Tensor out, Tensor p, Tensor mean, Tensor rstd)");
@@ -41,6 +42,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(efft_kernels, m) {
       "native_norm_grad(Tensor dout, Tensor z, Tensor mean, Tensor rstd, Tensor weight,"
       " Tensor bias, Tensor residual, Tensor s, Tensor? b, Tensor? p)"
       " -> (Tensor dz, Tensor dy, Tensor d_down, Tensor s_before, Tensor d_b)");
+  m.def("native_gelu(Tensor h, Tensor down) -> (Tensor a, Tensor p)");
   m.def(
       "native_gelu_grad(Tensor(a!) da, Tensor h, Tensor s, Tensor b, Tensor p)"
       " -> (Tensor s_before, Tensor d_b, Tensor d_down)");

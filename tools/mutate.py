@@ -822,12 +822,17 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "widths are multiples of 64",
     (
         "ops/backends/cuda_chain.py",
-        "MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR = 768, 1024",
+        "MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR, MOST_WIDTH_GELU = 768, 1024, 4096",
         "769",
     ): "widths are multiples of 64",
     (
         "ops/backends/cuda_chain.py",
-        "MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR = 768, 1024",
+        "MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR, MOST_WIDTH_GELU = 768, 1024, 4096",
+        "4097",
+    ): "widths are multiples of 64",
+    (
+        "ops/backends/cuda_chain.py",
+        "MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR, MOST_WIDTH_GELU = 768, 1024, 4096",
         "1025",
     ): "widths are multiples of 64",
     (

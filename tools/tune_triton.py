@@ -106,6 +106,7 @@ def fastest(
     run: Callable[[Any], Any],
     result: Callable[[Any], list[Tensor]],
     deadline: float,
+    whole: bool = False,
 ) -> tuple[Config, float] | None:
     """(config, milliseconds) of the fastest whose result agrees with the first one's.
 
@@ -114,22 +115,27 @@ def fastest(
         run: what is timed, with a config.
         result: of what `run` returned, the tensors to compare.
         deadline: no config is begun after it.
+        whole: None unless all were tried and the first one ran.
     """
     best: tuple[Config, float] | None = None
     expected: list[Tensor] | None = None
     for config in dict.fromkeys(candidates):
         if time.monotonic() > deadline:
-            break
+            return None if whole else best
         try:
             found = [t.double() for t in result(run(config))]
-            if expected is None:
+            if expected is None and all(t.isfinite().all() for t in found):
                 expected = found
-            elif not all(map(_agree, found, expected)):
+            elif expected is None or not all(map(_agree, found, expected)):
                 print(f"  {config}: wrong result", file=sys.stderr)
+                if whole and expected is None:
+                    return None
                 continue
             ms = float(do_bench(partial(run, config), warmup=10, rep=40, return_mode="median"))
         except (TritonError, RuntimeError) as error:  # does not fit, or does not compile
             print(f"  {config}: {str(error)[:200]}", file=sys.stderr)
+            if whole and expected is None:
+                return None
             continue
         if best is None or ms < best[1]:
             best = config, ms
@@ -327,19 +333,24 @@ def tune_chain(
         assert got.s is not None and got.sum_b is not None
         return [got.dz, got.dy, got.s, *added(of, (got.sum_down, k), (got.sum_b, k))]
 
+    def gelu(config: tuple[int]) -> list[Tensor]:
+        return list(steps[config].gelu(h, wide))
+
     def gelu_grad(config: tuple[int]) -> list[Tensor]:
         d_b, d_down = torch.empty(2, hidden, rank, device=on)
         dh, s_in = steps[config].gelu_grad(scratch.copy_(da), h, s, wide, p, d_b, d_down, [])
         return [dh, s_in, d_b, d_down]
 
     rows: Rows = {}
-    for run in (pair_grad, before, gelu_grad):
+    runs = {run.__name__: run for run in (pair_grad, before, gelu, gelu_grad)}
+    for step in cuda_chain.choices(k, hidden):
+        run = runs[step]
         if share is not None:
             share.compile(iter(steps), run)
             continue
-        found = fastest(iter(steps), run, list, deadline)
+        found = fastest(iter(steps), run, list, deadline, whole=True)
         if found is not None:
-            key = cuda_chain.chosen_key(run.__name__, k, rank)
+            key = cuda_chain.chosen_key(step, k, rank)
             rows[key] = {str(m.bit_length()): list(found[0])}
             print(f"{key} m={m}: {1e3 * found[1]:.1f} us {found[0]}", flush=True)
     return rows
@@ -404,6 +415,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning needs a CUDA device")
+    os.environ.pop(configs.ENVIRONMENT_VARIABLE, None)  # no table is to be read, least the new one
     layers = [layer for model in arguments.models for layer in models(arguments.images)[model]]
     share = None if arguments.share is None else Share(*arguments.share)
     deadline = time.monotonic() + arguments.seconds
@@ -417,7 +429,9 @@ def main() -> None:
         if "qkv" in sizes_of:  # whose blocks run as a chain
             print(f"{model}, chain", flush=True)
             stream, hidden = sizes_of["qkv"], sizes_of["fc2"][1]
-            rows |= tune_chain(*stream, hidden, arguments.rank, dtype, deadline, share)
+            own = tune_chain(*stream, hidden, arguments.rank, dtype, deadline, share)
+            for key, by_bucket in own.items():
+                rows.setdefault(key, {}).update(by_bucket)
     for name, m, k, n, g in layers:
         print(name, flush=True)
         sizes = m, k, n, g, arguments.rank

@@ -105,6 +105,7 @@ def candidates(device: str) -> dict[str, list[Any]]:
             ActConfig(32, 128, 1, 4, 2),
             ActConfig(16, 128, 1, 4, 3),
             ActConfig(16, 256, 1, 4, 2),
+            NATIVE,
         ],
         "gelu_grad": [
             ActConfig(32, 128, 16, 4, 3),
@@ -134,6 +135,7 @@ def make_steps(shapes: Any) -> TorchSteps:
         shapes,
         pair_grad=shapes.pair_grad == NATIVE,
         before=shapes.norm_grad == NATIVE_BEFORE,
+        gelu=shapes.gelu == NATIVE,
         gelu_grad=shapes.gelu_grad == NATIVE,
     )
 

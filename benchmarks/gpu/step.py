@@ -14,9 +14,9 @@ compiled         the model under torch.compile; the floor trains its position em
                  a hook that takes the gradient to the first block's input
 compiled-graph   that step in a CUDA graph
 
-A backend auto+pair_grad+before+gelu_grad, or with some of the three, is `auto` with those steps of
+A backend auto+pair_grad+before+gelu+gelu_grad, or with some of these, is `auto` with those steps of
 the chain in CUDA C++ and the others not, whatever a measured table says
-(ops/backends/cuda_chain.py).
+(ops/backends/cuda_chain.py). It is refused where there is no such step for the model and the GPU.
 
 Each peer is timed in rounds with the floor in the same mode, so its row is there as soon as it was
 measured; ratios are medians over the rounds. A peer that fails is reported, and the others go on.
@@ -53,7 +53,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from efft_kernels import Adapter, FusedEFFTLinear
-from efft_kernels.ops import chains
 from efft_kernels.ops.backends import cuda_chain
 from efft_kernels.ops.backends.cuda_chain import CHOSEN
 from efft_kernels.ops.explain import explain
@@ -71,7 +70,7 @@ AUTO = "auto"  # what a user gets: blocks in a chain where they can, else a back
 PAIRS = "pairs"  # the same without chains: linears by themselves, no x kept that can be made again
 FUSE = {AUTO: "auto", PAIRS: "pairs"}  # `attach`'s; "off" for a backend by name
 BACKENDS = {
-    "cuda": (AUTO, "+".join((AUTO, *CHOSEN)), PAIRS, "cuda", "triton", "torch"),
+    "cuda": (AUTO, PAIRS, "cuda", "triton", "torch"),
     "cpu": (AUTO, "cpp", "torch"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,10 +102,18 @@ class Entry:
             yield
             return
         options = {step: step in asked for step in CHOSEN}
-        chains._steps.cache_clear()
         with mock.patch.object(cuda_chain, "chosen", lambda *_: options):
             yield
-        chains._steps.cache_clear()
+
+    def require_steps(self, base: Any, rank: int, device: str) -> None:
+        """Raise unless the model's chain can run with the steps asked for."""
+        _, *asked = self.backend.split("+")
+        missing = set(asked) - set(steps_there(base, rank, device))
+        if missing:
+            raise ValueError(
+                f"backend {self.backend}: there is no {', '.join(sorted(missing))} in CUDA C++ for"
+                f" this model, rank {rank}, on this device"
+            )
 
     @property
     def name(self) -> str:
@@ -118,11 +125,26 @@ class Entry:
 
     def build(self, base: nn.Module, rank: int) -> Peer:
         """The peer over `base`, its layers bound to the backend and strategy."""
+        self.require_steps(base, rank, next(base.parameters()).device.type)
         peer = peers.build(self.impl, base, rank, fuse=FUSE.get(self.plain, "off"))
         for layer in fused_layers(peer.model):
             layer.backend = AUTO if self.plain in FUSE else self.backend
             layer.strategy = self.strategy
         return Peer(self.name, peer.model, peer.method, peer.factors)
+
+
+def steps_there(base: Any, rank: int, device: str) -> list[str]:
+    """Those of CHOSEN that there are in CUDA C++ for a ViT here."""
+    if device != "cuda":
+        return []
+    if hasattr(base, "blocks"):  # timm's
+        hidden, k = base.blocks[0].mlp.fc1.weight.shape
+    elif hasattr(base, "config"):  # Hugging Face's
+        hidden, k = base.config.intermediate_size, base.config.hidden_size
+    else:
+        return []
+    here = cuda_chain.takes(k, rank, torch.cuda.current_device())
+    return cuda_chain.choices(k, hidden) if here else []
 
 
 def fused_layers(model: nn.Module) -> list[FusedEFFTLinear]:
@@ -392,7 +414,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backends",
         nargs="*",
-        help="default: auto, the same with all steps, pairs cuda triton torch; or auto cpp torch",
+        help="default: auto, the same with all steps in CUDA C++, pairs cuda triton torch;"
+        " or auto cpp torch",
     )
     parser.add_argument("--strategy", default="auto", help="of all peers of this package")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager graph, or eager")
@@ -406,11 +429,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     found = parser.parse_args(arguments)
     cuda = found.device == "cuda"
+    found.default_backends = found.backends is None
     found.backends = BACKENDS[found.device] if found.backends is None else found.backends
     found.modes = found.modes or (("eager", "graph") if cuda else ("eager",))
     for backend in found.backends:
         plain, *asked = backend.split("+")
-        if asked and (plain != AUTO or not set(asked) <= set(CHOSEN)):
+        twice = len(set(asked)) < len(asked)
+        if asked and (plain != AUTO or twice or not set(asked) <= set(CHOSEN)):
             parser.error(
                 f"--backends must be auto+ with some of {', '.join(CHOSEN)}, got {backend}"
             )
@@ -454,7 +479,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gate=None if options.no_gate else Gate(base, options.rank, batch, AMP, draws=1),
         write=write,
     )
-    todo = entries(options.methods, options.backends, options.strategy)
+    backends = list(options.backends)
+    there = steps_there(base, options.rank, options.device)
+    if options.default_backends and there:
+        backends.insert(1, "+".join((AUTO, *there)))
+    todo = entries(options.methods, backends, options.strategy)
     measured = [(entry, peer) for entry in todo if (peer := bench.run(entry)) is not None]
     kernels = profile_all(bench, measured, options.profile) if options.profile else []
     Console(width=None if sys.stdout.isatty() else 160).print(summary(rows, kernels))

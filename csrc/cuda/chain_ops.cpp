@@ -155,6 +155,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm_grad(
   return {dz, dy, partial, s_before, sum_b};
 }
 
+std::tuple<Tensor, Tensor> native_gelu(Tensor h, Tensor down) {
+  require_all(check_stream("h", h, kGeluValueMostWidth), check_thin("down", down));
+  const int64_t m = h.size(0), c = h.size(1), rank = down.size(1);
+  const std::string_view half = info("down", down).dtype;
+  require_all(check_operand("h", h, h, half, {m, c}),
+              check_operand("down", down, h, half, {c, rank}));
+  const OnDeviceOf here(h);
+  const Tensor value = empty(h, {m, c}, h.scalar_type());
+  const Tensor p = empty(h, {m, rank}, h.scalar_type());
+  if (m > 0) {
+    Device device;
+    check_cuda(current_device(&device));
+    GeluArguments a{};
+    a.dtype = dtype_of(h);
+    a.h = h.data_ptr();
+    a.down = down.data_ptr();
+    a.a = value.data_ptr();
+    a.p = p.data_ptr();
+    a.rows = m;
+    a.width = c;
+    a.programs = gelu_value_programs(m, device.multiprocessors);
+    a.rank = static_cast<int>(rank);
+    check_cuda(launch_gelu(a, here.stream()));
+  }
+  return {value, p};
+}
+
 std::tuple<Tensor, Tensor, Tensor> native_gelu_grad(Tensor da, Tensor h, Tensor s, Tensor b,
                                                     Tensor p) {
   require_all(check_stream("h", h, kGeluMostWidth), check_thin("s", s), check_thin("b", b));

@@ -54,6 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> native_norm_grad(
     std::optional<Tensor> p   // [M, rank']
 );
 
+// (gelu(h), P = gelu(h)·down).
+std::tuple<Tensor, Tensor> native_gelu(Tensor h,      // [M, C]
+                                       Tensor down);  // [C, rank]
+
 // dh = da·gelu'(h), in da's place; the partial sums [parts, M, R] of S = dh·b and [programs, C, R]
 // of dh^T·p and of gelu(h)^T·s.
 std::tuple<Tensor, Tensor, Tensor> native_gelu_grad(Tensor da,  // [M, C]

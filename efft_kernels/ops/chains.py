@@ -129,9 +129,8 @@ def engine_for(x: Tensor, heads: int, rank: int) -> Engine | str:
 
 def steps_for(x: Tensor, rank: int) -> TorchSteps:
     """What runs between the GEMMs over a stream x [..., K], ranks being at most `rank`."""
-    k = x.shape[-1]
-    rows = x.numel() // k
-    return _steps(k, rank, 1 << (rows.bit_length() - 1), x.get_device())
+    k, index = x.shape[-1], x.get_device()
+    return _steps(k, rank, index, _chosen(k, rank, x.numel() // k, index))
 
 
 @functools.cache
@@ -140,16 +139,31 @@ def _triton() -> str | None:
     return available_backends()["triton"]
 
 
+def _chosen(k: int, rank: int, rows: int, index: int) -> frozenset[str] | None:
+    """What CudaSteps is asked for; None where it does not run."""
+    if not _in_cuda(k, rank, index):
+        return None
+    from .backends import cuda_chain
+
+    return frozenset(step for step, on in cuda_chain.chosen(k, rank, rows, index).items() if on)
+
+
 @functools.cache
-def _steps(k: int, rank: int, rows: int, index: int) -> TorchSteps:
-    """`rows`: of the stream, down to a power of two."""
+def _in_cuda(k: int, rank: int, index: int) -> bool:
+    from .backends import cuda_chain
+
+    return cuda_chain.takes(k, rank, index)
+
+
+@functools.cache
+def _steps(k: int, rank: int, index: int, chosen: frozenset[str] | None) -> TorchSteps:
     from .backends import cuda_chain
     from .backends.triton.chain import TritonSteps, configs_for
 
     shapes = configs_for(k, rank, index)
-    if not cuda_chain.takes(k, rank, index):
+    if chosen is None:
         return TritonSteps(shapes)
-    return cuda_chain.CudaSteps(shapes, **cuda_chain.chosen(k, rank, rows, index))
+    return cuda_chain.CudaSteps(shapes, **dict.fromkeys(chosen, True))
 
 
 def _attention_for(

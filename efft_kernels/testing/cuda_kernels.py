@@ -6,7 +6,7 @@
     thin-bf16-32-odd                                      rows that are not of whole 16 bytes
     fold-f32, merge-f32, unfold-f32, reduce               the small ones, with what they read
     norm-bf16-384, norm_grad-bf16-384, pair_grad-f16-512  a chain's, with the threads they are for
-    gelu_grad-bf16                                        a chain's too
+    gelu_grad-bf16, gelu-bf16-3                           a chain's too, the latter with its stages
     norm_grad-bf16-384-before                             with S and d_B of the linear before it
 
 In the forward w lies in rows of I, in dX in rows of C (csrc/cuda/gemm/sm90.cuh).
@@ -29,7 +29,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 # Parts of a kernel's C++ name, mangled or as a profiler shows it.
 _PASSES = ("thin", "thin_grad", "tall_grad")
-_CHAIN = ("norm", "norm_grad", "pair_grad")
+_CHAIN = ("norm", "norm_grad", "pair_grad", "gelu")
 _OTHERS = ("gemm_sm90", "gemm_sm80", "gelu_grad", "reduce", "fold", "merge", "unfold")
 _KERNEL = re.compile(
     rf"({'|'.join((*_OTHERS, *_PASSES, *_CHAIN))})_kernel"

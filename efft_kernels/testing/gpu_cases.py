@@ -166,7 +166,7 @@ class NormCase:
 
 @dataclass(frozen=True)
 class GeluCase:
-    """GELU's gradient in a chain by the CUDA kernel (ops/backends/cuda_chain.py).
+    """GELU and its gradient in a chain by the CUDA kernels (ops/backends/cuda_chain.py).
 
     Attributes:
         M, C: rows and columns of h.
@@ -185,8 +185,10 @@ class GeluCase:
 
     @property
     def plan(self) -> list[str]:
-        """The CUDA kernels of a backward."""
-        return [f"gelu_grad-{DTYPES[self.dtype]}"]
+        """The CUDA kernels of a forward and a backward."""
+        stages = 3 if self.C <= 3392 else 2
+        value = [f"gelu-{DTYPES[self.dtype]}-{stages}"] if self.C <= 4096 else []  # else Triton's
+        return [*value, f"gelu_grad-{DTYPES[self.dtype]}"]
 
 
 _HALVES = (torch.bfloat16, torch.float16)

@@ -20,6 +20,7 @@ from benchmarks.gpu import step
 from benchmarks.lib import timing
 from benchmarks.lib.rows import KERNEL_COLUMNS, STEP_COLUMNS, STEP_CSV, read_rows
 from efft_kernels import Adapter, FusedEFFTLinear
+from efft_kernels.ops.backends import cuda_chain
 
 RANK = 3
 CPU_RUN = ("--device", "cpu", "--images", "2", "--rank", str(RANK), "--rounds", "2")
@@ -83,6 +84,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "CUDAGraph": FakeGraph,
         "Event": FakeEvent,
         "Stream": FakeStream,
+        "current_device": lambda: 0,
         "current_stream": lambda: seen["stream"],
         "empty_cache": lambda: None,
         "get_device_name": lambda: "NVIDIA Pretended",
@@ -149,17 +151,19 @@ def test_only_what_chooses_runs_its_blocks_in_a_chain(
     assert (Adapter(peer.model).describe().alone is None) == chained
 
 
-def test_steps_that_are_asked_for(small_model: nn.Module) -> None:
-    from efft_kernels.ops.backends import cuda_chain
-
+def test_steps_that_are_asked_for(small_model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = step.Entry("EFFT2", "auto+pair_grad+gelu_grad")
     assert entry.name == "EFFT2 [auto+pair_grad+gelu_grad]"
+    with pytest.raises(ValueError, match=r"there is no gelu_grad, pair_grad in CUDA C\+\+"):
+        entry.build(small_model, RANK)
+    monkeypatch.setattr(step, "steps_there", lambda *_: ["pair_grad", "gelu_grad"])
     assert Adapter(entry.build(small_model, RANK).model).describe().alone is None
     default = cuda_chain.chosen
     with entry.running():
         assert cuda_chain.chosen(768, 16, 12608, 0) == {
             "pair_grad": True,
             "before": False,
+            "gelu": False,
             "gelu_grad": True,
         }
     assert cuda_chain.chosen is default
@@ -167,13 +171,43 @@ def test_steps_that_are_asked_for(small_model: nn.Module) -> None:
         assert cuda_chain.chosen is default
 
 
-@pytest.mark.parametrize("backend", ["auto+before+pairs", "cuda+before", "auto+"])
+def test_the_steps_that_there_are(small_model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, k = small_model.blocks[0].mlp.fc1.weight.shape  # type: ignore[index,union-attr]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_chain, "takes", lambda *sizes: sizes == (k, 16, 0))
+    assert step.steps_there(small_model, 16, "cuda") == cuda_chain.choices(k, hidden) != []
+    assert step.steps_there(small_model, 32, "cuda") == []
+    assert step.steps_there(small_model, 16, "cpu") == []
+    assert step.steps_there(nn.Linear(2, 2), 16, "cuda") == []
+    config = SimpleNamespace(hidden_size=k, intermediate_size=5120)
+    assert step.steps_there(SimpleNamespace(config=config), 16, "cuda") == [
+        "pair_grad",
+        "before",
+        "gelu_grad",
+    ]
+
+
+@pytest.mark.parametrize(
+    "backend", ["auto+before+before", "auto+before+pairs", "cuda+before", "auto+"]
+)
 def test_other_steps_are_refused(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         step.parse(["--backends", backend])
     assert (
-        f"auto+ with some of pair_grad, before, gelu_grad, got {backend}" in capsys.readouterr().err
+        f"auto+ with some of pair_grad, before, gelu, gelu_grad, got {backend}"
+        in capsys.readouterr().err
     )
+
+
+def test_what_there_is_in_cuda_is_tried_unasked(
+    small_model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(step, "steps_there", lambda *_: ["before", "gelu"])
+    monkeypatch.setitem(step.BACKENDS, "cpu", (step.AUTO, "torch"))
+    out = tmp_path / "step.csv"
+    assert step.main((*CPU_RUN, "--methods", "EFFT2", "--out", str(out))) == 0
+    ours = [row["impl"] for row in read_rows(out) if row["impl"].startswith("EFFT2")]
+    assert ours == ["EFFT2", "EFFT2 [auto+before+gelu]", "EFFT2 [torch]"]
 
 
 def test_a_peer_that_chooses_says_what_it_does(

@@ -79,8 +79,8 @@ def test_what_the_untimed_steps_leave() -> None:
     steps = [predictions.chain_step(vit, images, r, untimed) for untimed in (False, True)]
     timed, untimed = (Counter(launch.name for launch in launches) for launches in steps)
     assert timed["thin_grad"] == 3 and untimed["thin_grad"] == 1
-    assert timed - untimed == Counter({"thin_grad": 2, "pair_grad": 3, "act_bwd": 3})
-    assert untimed - timed == Counter({"pair_grad_cuda": 3, "gelu_grad_cuda": 3})
+    assert timed - untimed == Counter({"thin_grad": 2, "pair_grad": 3, "act_fwd": 3, "act_bwd": 3})
+    assert untimed - timed == Counter({"pair_grad_cuda": 3, "gelu_cuda": 3, "gelu_grad_cuda": 3})
     m, k, c = images * vit.tokens, 768, 3072
     (moved,) = {x.bytes_moved for x in steps[1] if x.name == "gelu_grad_cuda"}
     sums = 4 * 16 * (4 * m + 2 * 33 * c)
@@ -90,11 +90,12 @@ def test_what_the_untimed_steps_leave() -> None:
 
 
 def test_wide_streams() -> None:
-    """ViT-H's norms are CUDA C++'s; its pair is Triton's, S of fc2 a pass of its own."""
+    """ViT-H's norms are CUDA C++'s; its pair and GELU are Triton's, S of fc2 a pass of its own."""
     launches = predictions.chain_step(predictions.Vit(2, 1280, 16, 14), 8, 16, untimed=True)
     names = Counter(launch.name for launch in launches)
     assert names["norm"] == 4 and names["norm_grad"] == 3 and not names["norm_bwd"]
     assert names["pair_grad"] == names["thin_grad"] == names["gelu_grad_cuda"] == 2
+    assert names["act_fwd"] == 2
 
 
 def sizes(k: int) -> tuple[tuple[int, int], ...]:

@@ -440,20 +440,27 @@ def test_what_watches_the_model() -> None:
         assert found is not None and found.startswith(text)
 
 
+def forget() -> None:
+    for cached in (chains._steps, chains._in_cuda):
+        cached.cache_clear()
+
+
 @pytest.mark.parametrize("takes", [False, True])
 def test_steps_on_a_gpu(monkeypatch: pytest.MonkeyPatch, takes: bool) -> None:
     """CUDA's where they take the sizes, Triton's elsewhere; the same for every call."""
     monkeypatch.setattr(cuda_chain, "takes", lambda *sizes: takes and sizes == (24, 16, 1))
     monkeypatch.setattr(triton_chain, "configs_for", lambda *sizes: sizes)
-    measured = {"pair_grad": False, "before": True, "gelu_grad": False}
+    measured = dict.fromkeys(cuda_chain.CHOSEN, False) | {"before": True}
     monkeypatch.setattr(cuda_chain, "chosen", lambda *sizes: measured)
     x = SimpleNamespace(shape=(2, 5, 24), numel=lambda: 240, get_device=lambda: 1)
-    chains._steps.cache_clear()
+    forget()
     steps = chains.steps_for(x, 16)
-    assert not takes or steps._before
+    assert not takes or (steps._before and not steps._native_pair)
     assert type(steps) is (cuda_chain.CudaSteps if takes else triton_chain.TritonSteps)
     assert steps.configs == (24, 16, 1) and chains.steps_for(x, 16) is steps
-    chains._steps.cache_clear()
+    measured["before"] = False  # another table
+    assert (chains.steps_for(x, 16) is steps) != takes
+    forget()
     monkeypatch.setattr(chains, "available_backends", lambda: {"triton": "no Triton"})
     assert chains._triton.__wrapped__() == "no Triton"
 

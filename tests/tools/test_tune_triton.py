@@ -95,12 +95,43 @@ def test_a_chain_s_steps(monkeypatch, scale, expected):
     assert rows == {
         "chain pair_grad|c64|r16": {"6": [expected]},
         "chain before|c64|r16": {"6": [1]},
+        "chain gelu|c64|r16": {"6": [1]},
         "chain gelu_grad|c64|r16": {"6": [0]},
     }
     monkeypatch.setattr(tune_triton, "do_bench", None)
     assert tune_triton.tune_chain(*sizes, later, tune_triton.Share(0, 1), on="cpu") == {}
     monkeypatch.setattr(tune_triton, "chain_steps", lambda k, rank: {})
     assert tune_triton.tune_chain(*sizes, later, on="cpu") == {}
+
+
+@pytest.mark.parametrize("fault", ["late", "raises", "nan"])
+def test_a_choice_is_no_row_unless_both_were_compared(monkeypatch, fault):
+    class First(TorchSteps):
+        def gelu(self, h, down):
+            if fault == "raises":
+                raise RuntimeError("does not compile")
+            return super().gelu(h * float("nan") if fault == "nan" else h, down)
+
+    times = iter([0.0, 9.0] * 4)  # the second of each two is too late
+    if fault == "late":
+        monkeypatch.setattr(tune_triton.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(
+        tune_triton, "chain_steps", lambda k, r: {(0,): First(), (1,): TorchSteps()}
+    )
+    monkeypatch.setattr(tune_triton, "do_bench", lambda call, **_: 1.0)
+    rows = tune_triton.tune_chain(
+        37, 64, 128, 16, torch.float32, 5.0 if fault == "late" else float("inf"), on="cpu"
+    )
+    assert len(rows) == (0 if fault == "late" else 3)
+    assert "chain gelu|c64|r16" not in rows
+
+
+def test_only_what_there_is_in_cuda_is_timed(monkeypatch):
+    steps = {(0,): TorchSteps(), (1,): TorchSteps()}
+    monkeypatch.setattr(tune_triton, "chain_steps", lambda k, rank: steps)
+    monkeypatch.setattr(tune_triton, "do_bench", lambda call, **_: 1.0)
+    rows = tune_triton.tune_chain(5, 832, 100, 16, torch.float32, float("inf"), on="cpu")
+    assert list(rows) == ["chain pair_grad|c832|r16"]
 
 
 def test_a_chain_s_steps_in_both_forms(monkeypatch):
@@ -111,8 +142,10 @@ def test_a_chain_s_steps_in_both_forms(monkeypatch):
     monkeypatch.setattr(tune_triton, "configs_for", lambda k, rank, index: None)
     assert tune_triton.chain_steps(768, 32) == {}
     plain, native = tune_triton.chain_steps(768, 16).values()
-    assert not (plain._native_pair or plain._before or plain._native_gelu)
-    assert native._native_pair and native._before and native._native_gelu
+    assert not (plain._native_pair or plain._before)
+    assert not (plain._native_gelu or plain._native_gelu_grad)
+    assert native._native_pair and native._before
+    assert native._native_gelu and native._native_gelu_grad
 
 
 def test_shares_hold_every_candidate_once():

@@ -104,16 +104,16 @@ __device__ __forceinline__ float sum_of_warps(const float* parts, int i, int war
   return sum;
 }
 
-// A norm's tile's rows of P or S [rows, rank] from the parts of up to kWarps warps.
-template <class T, int kWarps>
+// A tile's rows of P or S [rows, rank] from the parts of up to kWarps warps.
+template <class T, int kWarps, int kRows = kNormRows>
 __device__ __forceinline__ void store_thin(void* thin, int32_t tile, int64_t rows, int rank,
                                            const float* parts) {
-  for (int i = threadIdx.x; i < kNormRows * kChainRank; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kRows * kChainRank; i += blockDim.x) {
     const int r = i % kChainRank;
-    const int64_t row = int64_t{tile} * kNormRows + i / kChainRank;
+    const int64_t row = int64_t{tile} * kRows + i / kChainRank;
     if (row >= rows || r >= rank) continue;
     static_cast<T*>(thin)[row * rank + r] =
-        from_float<T>(sum_of_warps<kWarps, kNormRows>(parts, i, blockDim.x / 32));
+        from_float<T>(sum_of_warps<kWarps, kRows>(parts, i, blockDim.x / 32));
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/math.h"
 #include "common/smem_limits.h"
 
@@ -103,6 +104,34 @@ constexpr int64_t gelu_programs(int64_t rows, int64_t width, int multiprocessors
   const int64_t most = multiprocessors / gelu_parts(width);
   const int64_t tiles = ceil_div(rows, kGeluRows);
   return tiles < most ? tiles : most < 1 ? 1 : most;
+}
+
+// The same of GELU itself, whose blocks have whole rows and keep `down` in shared memory.
+constexpr int kGeluStep = 16;                       // columns of an operand
+constexpr int kGeluValueRow = kChainCols * 2 + 32;  // bytes from row to row, for the banks
+constexpr int kGeluValueBytes = kGeluRows * kGeluValueRow;
+constexpr int kGeluValueMostWidth = 4096;  // beyond it two stages do not fit
+
+constexpr int gelu_value_warps(int64_t width) {
+  constexpr int64_t kMost = kChainFewThreads / 32;
+  return static_cast<int>(width / kChainCols < kMost ? width / kChainCols : kMost);
+}
+
+EFFT_HOST_DEVICE constexpr int gelu_down_bytes(int64_t width) {
+  return static_cast<int>(width * kChainRank * 2);
+}
+
+constexpr int gelu_value_smem(int64_t width, int stages) {
+  return gelu_down_bytes(width) +
+         gelu_value_warps(width) * (stages * kGeluValueBytes + 2 * kGeluRows * kThinRow * 4);
+}
+
+static_assert(gelu_value_smem(kGeluValueMostWidth, 2) <= kSm90SmemLimit);
+static_assert(gelu_value_smem(3072, 3) <= kSm90SmemLimit);
+
+constexpr int64_t gelu_value_programs(int64_t rows, int multiprocessors) {
+  const int64_t tiles = ceil_div(rows, kGeluRows);
+  return tiles < multiprocessors ? tiles : multiprocessors;
 }
 
 // A warp's part of a tile of x or of dY.

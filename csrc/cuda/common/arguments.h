@@ -124,6 +124,17 @@ struct NormGradArguments {
   int rank_before;
 };
 
+// a = gelu(h) and P = a·down. Everything is contiguous and starts at a multiple of 16 bytes.
+struct GeluArguments {
+  Dtype dtype;       // of everything
+  const void* h;     // [M, C]
+  const void* down;  // [C, rank]
+  void* a;           // [M, C]
+  void* p;           // [M, rank]
+  int64_t rows, width, programs;
+  int rank;
+};
+
 // dh = da·gelu'(h), in da's place, and partial sums of S = dh·B, dh^T·P and gelu(h)^T·s. Everything
 // is contiguous and starts at a multiple of 16 bytes.
 struct GeluGradArguments {

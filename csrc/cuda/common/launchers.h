@@ -21,6 +21,7 @@ cudaError_t launch_tall_grad(const TallGradArguments& t, int rank_padded, cudaSt
 // Widths and ranks within those of chain/sizes.h.
 cudaError_t launch_norm(const NormArguments& a, cudaStream_t stream);
 cudaError_t launch_norm_grad(const NormGradArguments& a, cudaStream_t stream);
+cudaError_t launch_gelu(const GeluArguments& a, cudaStream_t stream);
 cudaError_t launch_gelu_grad(const GeluGradArguments& a, cudaStream_t stream);
 cudaError_t launch_pair_grad(const PairGradArguments& a, cudaStream_t stream);
 

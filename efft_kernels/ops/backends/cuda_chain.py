@@ -3,9 +3,10 @@
 native_norm         z + y, x̂, P and the statistics in one pass     csrc/cuda/chain/norm.cu
 native_norm_grad    dz and dy, with x̂^T·S from the same z, and     csrc/cuda/chain/norm_grad.cu
                     S and d_B of the linear before from dy
+native_gelu         GELU with P of the linear after it, if chosen  csrc/cuda/chain/gelu.cu
 native_gelu_grad    GELU's gradient with S and d_B of the linear   csrc/cuda/chain/gelu_grad.cu
-                    before and d_down of that after, if asked for
-native_pair_grad    both thin gradients of proj, if asked for      csrc/cuda/chain/pair_grad.cu
+                    before and d_down of that after, if chosen
+native_pair_grad    both thin gradients of proj, if chosen         csrc/cuda/chain/pair_grad.cu
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .triton.chain import Configs, TritonSteps
 
 # csrc/cuda/chain/sizes.h
 MOST_WIDTH, COLUMNS, MOST_RANK = 1280, 64, 16
-MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR = 768, 1024
+MOST_WIDTH_BEFORE, MOST_WIDTH_PAIR, MOST_WIDTH_GELU = 768, 1024, 4096
 
 
 def takes(k: int, rank: int, index: int) -> bool:
@@ -40,7 +41,24 @@ def takes(k: int, rank: int, index: int) -> bool:
 
 
 # What CudaSteps does in CUDA C++ only where it was measured to be faster on the device.
-CHOSEN = ("pair_grad", "before", "gelu_grad")
+CHOSEN = ("pair_grad", "before", "gelu", "gelu_grad")
+
+
+def choices(k: int, hidden: int) -> list[str]:
+    """Those of CHOSEN that there are in CUDA C++, where `takes` holds.
+
+    Args:
+        k: columns of the stream.
+        hidden: columns of the MLP.
+    """
+    even = hidden % COLUMNS == 0
+    there = {
+        "pair_grad": k <= MOST_WIDTH_PAIR,
+        "before": k <= MOST_WIDTH_BEFORE,
+        "gelu": even and hidden <= MOST_WIDTH_GELU,
+        "gelu_grad": even,
+    }
+    return [step for step in CHOSEN if there[step]]
 
 
 def chosen_key(step: str, k: int, rank: int) -> str:
@@ -68,7 +86,7 @@ class CudaSteps(TritonSteps):
         shapes: Triton's blocks, for the other steps.
         pair_grad: that step in CUDA C++ as well, where x and dY are of one width.
         before: the linear before a norm's gradient in the same pass, not in one of its own.
-        gelu_grad: that step in CUDA C++ as well, for ranks up to 16.
+        gelu, gelu_grad: those steps in CUDA C++ as well.
     """
 
     def __init__(
@@ -76,12 +94,14 @@ class CudaSteps(TritonSteps):
         shapes: Configs,
         pair_grad: bool = False,
         before: bool = False,
+        gelu: bool = False,
         gelu_grad: bool = False,
     ) -> None:
         super().__init__(shapes)
         self._native_pair = pair_grad
         self._before = before
-        self._native_gelu = gelu_grad
+        self._native_gelu = gelu
+        self._native_gelu_grad = gelu_grad
 
     def norm(
         self, z: Tensor, y: Tensor | None, norm: Norm, down: Tensor, dtype: torch.dtype
@@ -122,6 +142,13 @@ class CudaSteps(TritonSteps):
         sum_down, sum_b = torch.ops.efft_kernels.native_pair_grad(x, dy, down, b)
         return sum_down, sum_b
 
+    def gelu(self, h: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        c = h.shape[1]
+        fits = c % COLUMNS == 0 and c <= MOST_WIDTH_GELU and _on_16_bytes(h, down)
+        if not (self._native_gelu and fits):
+            return super().gelu(h, down)
+        return torch.ops.efft_kernels.native_gelu(h, down)  # type: ignore[no-any-return]
+
     def gelu_grad(
         self,
         da: Tensor,
@@ -134,7 +161,7 @@ class CudaSteps(TritonSteps):
         later: Sums,
     ) -> tuple[Tensor, Tensor]:
         fits = h.shape[1] % COLUMNS == 0 and _on_16_bytes(da, h, s, b, p)
-        if not (self._native_gelu and fits):
+        if not (self._native_gelu_grad and fits):
             return super().gelu_grad(da, h, s, b, p, d_b, d_down, later)
         sum_s, sum_b, sum_down = torch.ops.efft_kernels.native_gelu_grad(da, h, s, b, p)
         s_in = torch.empty_like(p)

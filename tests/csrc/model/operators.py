@@ -157,36 +157,47 @@ def run_chain(
 
 
 def run_gelu(rows: int, columns: int, before: int, after: int, dtype: torch.dtype) -> None:
-    """GELU's gradient with the thin products beside it; then operands that it refuses."""
+    """GELU and its gradient with the thin products beside them; then operands they refuse."""
     torch.manual_seed(0)
     h, da = torch.randn(2, rows, columns).to(dtype)
     s, p = torch.randn(rows, after).to(dtype), torch.randn(rows, before).to(dtype)
     b = torch.randn(columns, before).to(dtype)
-    op = torch.ops.efft_kernels.native_gelu_grad
+    down = torch.randn(columns, after).to(dtype)
+    op, value = torch.ops.efft_kernels.native_gelu_grad, torch.ops.efft_kernels.native_gelu
 
     def plain(as_: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         d_b, d_down = as_(b).new_empty(b.shape), as_(b).new_empty(columns, after)
         dh, s_in = TorchSteps().gelu_grad(*map(as_, (da, h, s, b, p)), d_b, d_down, [])
-        return {"dh": dh, "S": s_in, "d_B": d_b, "d_down": d_down}
+        a, p_after = TorchSteps().gelu(as_(h), as_(down))
+        return {"dh": dh, "S": s_in, "d_B": d_b, "d_down": d_down, "a": a, "P": p_after}
 
     def native() -> dict[str, Tensor]:
         dh = da.clone()
         sums = op(dh, h, s, b, p)
         ranks = before, before, after
         made = [t.sum(0)[:, :rank] for t, rank in zip(sums, ranks, strict=True)]
-        return dict(zip(("dh", "S", "d_B", "d_down"), (dh, *made), strict=True))
+        names = "dh", "S", "d_B", "d_down", "a", "P"
+        return dict(zip(names, (dh, *made, *value(h, down)), strict=True))
 
     first, second = native(), native()
     assert_within_budget(first, plain(lambda t: t), plain(Tensor.double))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
-    given = {"da": da, "h": h, "s": s, "b": b, "p": p}
-    for name, t in given.items():
-        off_16 = t.new_empty(t.numel() + 1)[1:].view(t.shape)
-        for wrong in (t.double(), t[:-1], off_16):
-            said = refusal(lambda: op(**{**given, name: wrong}))  # noqa: B023
-            leading = name in ("h", "s", "b") and wrong is not off_16
-            assert f" {name} must be " in f" {said}" or (leading and " must be " in said), said
+    for call, given in (
+        (op, {"da": da, "h": h, "s": s, "b": b, "p": p}),
+        (value, {"h": h, "down": down}),
+    ):
+        for name, t in given.items():
+            off_16 = t.new_empty(t.numel() + 1)[1:].view(t.shape)
+            for wrong in (t.double(), t[:-1], off_16):
+                if call is value and name == "h" and wrong.shape != h.shape:
+                    continue  # any number of rows
+                said = refusal(lambda: call(**{**given, name: wrong}))  # noqa: B023
+                leading = name in ("h", "s", "b", "down") and wrong is not off_16
+                assert f" {name} must be " in f" {said}" or (leading and " must be " in said), said
+    wide = torch.zeros(1, 4160, dtype=dtype)
+    assert "up to 4096" in refusal(lambda: value(wide, wide.T.contiguous()))
+    assert [t.shape for t in value(h[:0], down)] == [(0, columns), (0, after)]
     assert "a multiple of 64" in refusal(lambda: op(da[:, :32], h[:, :32], s, b, p))
     sizes = [t.shape for t in op(da[:0], h[:0], s[:0], b, p[:0])]
     assert sizes[1:] == [(0, columns, 16)] * 2 and sizes[0][1:] == (0, 16)

@@ -1,5 +1,7 @@
-// GELU's gradient with the thin products of both linears beside it, on the model.
+// GELU with P of the linear after it, and its gradient with the thin products of both linears
+// beside it, on the model.
 
+#include "chain/gelu.cu"
 #include "chain/gelu_grad.cu"
 #include "normal.h"
 
@@ -11,6 +13,30 @@ static double gelu_slope(double h) {
 }
 
 static double gelu_value(double h) { return h * 0.5 * std::erfc(-h / std::sqrt(2.0)); }
+
+template <class T>
+static void gelu(int64_t m, int64_t c, int rank, int64_t programs, bool eager) {
+  model::settings() = {eager};
+  auto h = normal<T>(m, c, 1, 2), down = normal<T>(c, rank, 2);
+  Stored<T> value(m, c), p(m, rank);
+  GeluArguments a{};
+  a.dtype = kDtype<T>;
+  a.h = data(h);
+  a.down = data(down);
+  a.a = out(value);
+  a.p = out(p);
+  a.rows = m, a.width = c, a.programs = programs, a.rank = rank;
+  EXPECT(launch_gelu(a, nullptr) == cudaSuccess, "launch");
+  expect_near("a", value, kRounding<T>,
+              [&](int64_t r, int64_t i) { return gelu_value(h.value(r, i)); });
+  expect_near("P", p, kRounding<T>, [&](int64_t r, int64_t i) {
+    double sum = 0;
+    for (int64_t j = 0; j < c; ++j) sum += value.value(r, j) * down.value(j, i);
+    return sum;
+  });
+  value.expect_margins_untouched("beside a");
+  p.expect_margins_untouched("beside P");
+}
 
 template <class T>
 static void gelu_grad(int64_t m, int64_t c, int rank_before, int rank_after, int64_t programs,
@@ -88,13 +114,21 @@ int main() {
   EXPECT(gelu_programs(12608, 3072, 132) == 33, "programs");
   EXPECT(gelu_programs(33, 3072, 132) == 3, "programs");
   EXPECT(gelu_programs(12608, 3072, 2) == 1, "programs");
+  EXPECT(gelu_value_warps(3072) == 12 && gelu_value_warps(192) == 3, "warps");
+  EXPECT(gelu_value_programs(12608, 132) == 132 && gelu_value_programs(33, 132) == 3, "programs");
   for (const bool eager : {true, false}) {
+    gelu<__nv_bfloat16>(150, 192, 16, 2, eager);  // five tiles a block: every stage in turn
+    gelu<__half>(37, 64, 5, 1, eager);
+    gelu<__nv_bfloat16>(1, 128, 1, 1, eager);
+    gelu<__half>(53, 1600, 13, 3, eager);         // three rounds of twelve warps, the last of one
+    gelu<__nv_bfloat16>(20, 4096, 12, 1, eager);  // two stages
     gelu_grad<__nv_bfloat16>(150, 192, 16, 16, 2,
                              eager);  // five tiles a block: every stage in turn
     gelu_grad<__half>(37, 64, 5, 12, 1, eager);
     gelu_grad<__nv_bfloat16>(1, 128, 16, 1, 1, eager);
     gelu_grad<__half>(53, 448, 8, 13, 3, eager);
   }
+  gelu<__half>(1000, 512, 16, 1, true);           // many tiles, for a warp that falls behind
   gelu_grad<__half>(1000, 512, 16, 16, 1, true);  // many tiles, for a warp that falls behind
   gelu_grad<__half>(37, 832, 16, 16, 1, false);   // the second block has a warp fewer
   gelu_grad<__nv_bfloat16>(19, 1536, 16, 16, 2, true);

@@ -109,7 +109,7 @@ class TestOnAGpu:
             assert [kernel for kernel in seen if kernel] == case.plan
 
     @pytest.mark.parametrize("case", GELU_CASES, ids=str)
-    def test_is_gelus_gradient_of_plain_torch(self, case):
+    def test_is_plain_torch_s_gelu_and_its_gradient(self, case):
         generator = torch.Generator("cuda").manual_seed(0)
 
         def draw(*size):
@@ -117,14 +117,17 @@ class TestOnAGpu:
 
         da, h, s = draw(case.M, case.C), 2 * draw(case.M, case.C), draw(case.M, case.after)
         b, p = draw(case.C, case.before), draw(case.M, case.before)
+        down = draw(case.C, case.after)
 
         def results(steps, as_=lambda t: t):
+            a, p_after = steps.gelu(as_(h), as_(down))
             d_b, d_down = (as_(b).new_empty(case.C, r) for r in (case.before, case.after))
             dh, s_in = steps.gelu_grad(*map(as_, (da.clone(), h, s, b, p)), d_b, d_down, [])
-            return {"dh": dh, "S": s_in, "d_B": d_b, "d_down": d_down}
+            made = {"a": a, "P": p_after, "dh": dh}
+            return made | {"S": s_in, "d_B": d_b, "d_down": d_down}
 
         configs = configs_for(case.C, max(case.before, case.after), 0)
-        steps = cuda_chain.CudaSteps(configs, gelu_grad=True)
+        steps = cuda_chain.CudaSteps(configs, gelu=True, gelu_grad=True)
         with recorded_launches() as launches:
             found = results(steps)
             torch.cuda.synchronize()
@@ -236,13 +239,31 @@ def test_a_measured_table_chooses(monkeypatch, tmp_path):
         # As a chain asks for it, once for sizes that are alike.
         monkeypatch.setattr(cuda_chain, "takes", lambda *_: True)
         monkeypatch.setattr(triton_chain, "configs_for", lambda *_: None)
-        chains._steps.cache_clear()
+        for cached in (chains._steps, chains._in_cuda):
+            cached.cache_clear()
         many, alike, few = (chains.steps_for(torch.empty(n, 768), 16) for n in (9000, 12608, 500))
-        assert (many._before, many._native_pair, many._native_gelu) == (True, False, False)
+        assert many._before
+        assert not (many._native_pair or many._native_gelu or many._native_gelu_grad)
         assert alike is many and not few._before
+        # 12,608 rows are of the bucket 14, and take no other's answer.
+        assert not many._native_gelu_grad
+        assert chains.steps_for(torch.empty(20000, 768), 16)._native_gelu_grad
     finally:
-        chains._steps.cache_clear()
-        configs.measured_table.cache_clear()
+        for cached in (chains._steps, chains._in_cuda, configs.measured_table):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("k", "hidden", "expected"),
+    [
+        (768, 3072, cuda_chain.CHOSEN),
+        (1024, 4096, ("pair_grad", "gelu", "gelu_grad")),
+        (1280, 5120, ("gelu_grad",)),
+        (384, 1000, ("pair_grad", "before")),
+    ],
+)
+def test_what_there_is_to_choose(k, hidden, expected):
+    assert cuda_chain.choices(k, hidden) == list(expected)
 
 
 def test_without_a_table_nothing_is_chosen(monkeypatch):
@@ -279,6 +300,10 @@ class TestWithoutAGpu:
             names.append("pair_grad")
             return tuple(torch.stack([t, t]) for t in plain.pair_grad(x, dy, down, b))
 
+        def gelu(h, down):
+            names.append("gelu")
+            return plain.gelu(h, down)
+
         def gelu_grad(da, h, s, b, p):
             names.append("gelu_grad")
             d_b, d_down = h.new_empty(b.shape), h.new_empty(h.shape[1], s.shape[1])
@@ -287,6 +312,7 @@ class TestWithoutAGpu:
             return tuple(torch.stack([t, t]) for t in (s_in, d_b, d_down))
 
         with torch.library._scoped_library("efft_kernels", "IMPL") as library:
+            library.impl("native_gelu", gelu, "CPU")
             library.impl("native_gelu_grad", gelu_grad, "CPU")
             library.impl("native_norm", norm, "CPU")
             library.impl("native_norm_grad", norm_grad, "CPU")
@@ -353,6 +379,25 @@ class TestWithoutAGpu:
             if right is not None:
                 torch.testing.assert_close(found, right)
         assert called == ["pair_grad"] * 2
+
+    def test_gelu_is_asked_for(self, called, monkeypatch):
+        monkeypatch.setattr(TritonSteps, "gelu", TorchSteps().gelu)
+        h, down = torch.randn(6, 64, dtype=torch.float64), torch.randn(64, 3, dtype=torch.float64)
+        off_16 = down.new_empty(down.numel() + 1)[1:].view(down.shape).copy_(down)
+        asked, default = cuda_chain.CudaSteps(None, gelu=True), cuda_chain.CudaSteps(None)
+        narrow = h[:, :60].contiguous(), down[:60].contiguous()
+        wide = torch.randn(2, 4160, dtype=torch.float64), torch.randn(4160, 3, dtype=torch.float64)
+        for steps, given, own in (
+            (asked, (h, down), True),
+            (asked, (h, off_16), False),
+            (asked, narrow, False),
+            (asked, wide, False),
+            (default, (h, down), False),
+        ):
+            count = len(called)
+            torch.testing.assert_close(steps.gelu(*given), TorchSteps().gelu(*given))
+            assert own == (len(called) > count)
+        assert called == ["gelu"]
 
     def test_gelus_gradient_is_asked_for(self, called, monkeypatch):
         monkeypatch.setattr(TritonSteps, "gelu_grad", TorchSteps().gelu_grad)

@@ -140,12 +140,13 @@ def measured_table(device_name: str) -> dict[str, dict[str, list[int]]]:
     """Measured rows of one device: {"gemm|half|ride|c2304|i768|r16": {"14": [128, 256, ...]}}.
 
     Raises:
-        ValueError: the file that EFFT_KERNELS_TUNED names is not there, or is no such table.
+        ValueError: the file that EFFT_KERNELS_TUNED names is not there; it or the device's own file
+            is no such table.
     """
     rows: dict[str, dict[str, list[int]]] = {}
     own, named = FOLDER / f"{device_name}.json", os.environ.get(ENVIRONMENT_VARIABLE)
     for path in (*([own] if own.is_file() else []), *([Path(named)] if named else [])):
-        table = _read_table(path)
+        table = _read_table(path, ENVIRONMENT_VARIABLE if path is not own else "the device's file")
         if table["device"] == device_name:
             rows.update(table["rows"])
         else:
@@ -155,18 +156,21 @@ def measured_table(device_name: str) -> dict[str, dict[str, list[int]]]:
     return rows
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def _read_table(path: Path, named_by: str) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
         wrong = _wrong_in(table)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         wrong = str(error)
     if wrong:
         raise ValueError(
-            f"{ENVIRONMENT_VARIABLE} must name a table that tools.tune_triton wrote, got {path}:"
-            f" {wrong}"
+            f"{named_by} must be a table that tools.tune_triton wrote, got {path}: {wrong}"
         )
     return table  # type: ignore[no-any-return]
+
+
+# How many numbers a row has, and which of them may be 0 and at most 1.
+_NUMBERS = {"gemm": ((6, 7, 8), slice(6, None)), "chain": ((1,), slice(None))}
 
 
 def _wrong_in(table: Any) -> str:
@@ -178,12 +182,26 @@ def _wrong_in(table: Any) -> str:
         return "it has no rows"
     for key, own in rows.items():
         kind = key.partition("|")[0].partition(" ")[0]
-        counts = {"gemm": (6, 7, 8), "chain": (1,)}.get(kind, (5,))
+        counts, flags = _NUMBERS.get(kind, ((5,), slice(5, None)))
         for bucket, config in own.items():
-            numbers = isinstance(config, list) and all(isinstance(n, int) for n in config)
-            if not bucket.isdigit() or not numbers or len(config) not in counts:
-                return f"row {key!r} has {bucket!r}: {config!r}"
+            if not _is_bucket(bucket) or not _are_numbers(config, counts, flags):
+                return f"row {key!r} has {bucket[:20]!r}: {str(config)[:80]}"
     return ""
+
+
+def _is_bucket(text: str) -> bool:
+    """The bit length of a number of rows."""
+    return text.isascii() and text.isdigit() and len(text) <= 2
+
+
+def _are_numbers(config: Any, counts: tuple[int, ...], flags: slice) -> bool:
+    if not isinstance(config, list) or len(config) not in counts:
+        return False
+    if not all(type(number) is int and 0 <= number < 1 << 31 for number in config):
+        return False
+    on_or_off = config[flags]
+    sizes = config[: len(config) - len(on_or_off)]
+    return all(sizes) and all(number <= 1 for number in on_or_off)
 
 
 def measured(device_name: str, key: str, m: int) -> list[int] | None:

@@ -275,6 +275,28 @@ def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_p
             '{"device": "NVIDIA_H200", "rows": {"chain before|c768": {"14": ["x"]}}}',
             "row 'chain before|c768' has '14': ['x']",
         ),
+        *(
+            (
+                json.dumps(
+                    {"device": "NVIDIA_H200", "rows": {"chain gelu|c768": {bucket: config}}}
+                ),
+                "row 'chain gelu|c768' has",
+            )
+            for bucket, config in (
+                ("14", [2]),
+                ("14", [-1]),
+                ("14", [True]),
+                ("14", [10**400]),
+                ("14", [1, 0]),
+                ("\u00b2", [1]),
+                ("1" * 6000, [1]),
+            )
+        ),
+        (
+            '{"device": "NVIDIA_H200", "rows": {"thin|half": {"14": [0, 0, 0, 0, 0]}}}',
+            "row 'thin|half' has '14': [0, 0, 0, 0, 0]",
+        ),
+        ("[" * 100_000, "recursion"),
     ],
 )
 def test_a_table_that_is_none_is_told(on, monkeypatch, tmp_path, text, said):
@@ -283,14 +305,22 @@ def test_a_table_that_is_none_is_told(on, monkeypatch, tmp_path, text, said):
         path.write_text(text)
     monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
     on(H200)
-    with pytest.raises(ValueError, match="EFFT_KERNELS_TUNED must name a table") as caught:
+    with pytest.raises(ValueError, match="EFFT_KERNELS_TUNED must be a table") as caught:
         tuning.pass_config("thin", 197, 768, 16, torch.bfloat16, aligned=True, index=0)
     assert str(path) in str(caught.value) and said in str(caught.value)
 
 
 def test_the_committed_table_is_one():
     table = Path(__file__).parents[4] / "benchmarks" / "results" / "tuned_h200.json"
-    assert configs._read_table(table)["device"] == H200.name
+    assert configs._read_table(table, "it")["device"] == H200.name
+
+
+def test_the_device_s_own_table_is_named_where_it_is_broken(on, monkeypatch, tmp_path):
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    (tmp_path / f"{H200.name}.json").write_text("{}")
+    on(H200)
+    with pytest.raises(ValueError, match=r"^the device's file must be .*: it names no device$"):
+        configs.measured_table(H200.name)
 
 
 def test_shipped_defaults_say_that_nothing_was_measured():
