@@ -18,9 +18,9 @@ std::string check_operand(const char* name, const Tensor& t, const Tensor& like,
   if (got.device != info("", like).device)
     return must_be(got, "on " + info("", like).device, got.device);
   if (!(got.shape == Extents(shape))) return must_be(got, sized(shape), shown(got.shape));
-  if (!t.is_contiguous() || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0)
-    return must_be(got, "contiguous from a multiple of 16 bytes on",
-                   "strides " + shown(got.stride));
+  if (!t.is_contiguous()) return must_be(got, "contiguous", "strides " + shown(got.stride));
+  if (const auto beyond = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16; beyond != 0)
+    return must_be(got, "at a multiple of 16 bytes", std::to_string(beyond) + " bytes beyond one");
   return {};
 }
 
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> native_gelu_grad(Tensor da, Tensor h, Tensor 
                                                     Tensor p) {
   require_all(check_stream("h", h, kGeluMostWidth), check_thin("s", s), check_thin("b", b));
   const int64_t m = h.size(0), c = h.size(1), before = b.size(1), after = s.size(1);
-  const std::string_view half = info("h", h).dtype;
+  const std::string_view half = info("s", s).dtype;
   require_all(check_operand("h", h, h, half, {m, c}), check_operand("da", da, h, half, {m, c}),
               check_operand("s", s, h, half, {m, after}),
               check_operand("b", b, h, half, {c, before}),

@@ -6,8 +6,8 @@
 
 namespace efft_kernels::cuda {
 
-// gelu(h) and its derivative, erf by Abramowitz and Stegun 7.1.26, within 1e-7: its exponential is
-// the derivative's.
+// gelu(h) and its derivative, both within 5e-7, erf being Abramowitz and Stegun's 7.1.26: its
+// exponential is the derivative's.
 struct Gelu {
   float value, slope;
 

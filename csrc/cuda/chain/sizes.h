@@ -6,8 +6,8 @@
 #include "common/math.h"
 #include "common/smem_limits.h"
 
-// Sizes of the chain's kernels. A block goes over tiles of 8 or 16 whole rows; each of its warps
-// has 64 columns of them, which it copies for itself.
+// Sizes of the chain's kernels. A block goes over tiles of 8 or 16 rows; each of its warps has 64
+// columns of them at a time, which it copies for itself.
 namespace efft_kernels::cuda {
 
 constexpr int kNormRows = 8;
@@ -70,6 +70,7 @@ constexpr int norm_stages(int most_threads, bool thin) {
   return norm_smem<kGrad>(most_threads / 32, 3, thin) <= kSm90SmemLimit ? 3 : 2;
 }
 
+static_assert(norm_smem<false>(kChainMostThreads / 32, 2, true) <= kSm90SmemLimit);
 static_assert(norm_smem<true>(kChainMostThreads / 32, 2, false) <= kSm90SmemLimit);
 static_assert(norm_smem<true>(kChainFewThreads / 32, 3, true) <= kSm90SmemLimit);
 static_assert(chain_threads(kNormMostWidth) == kChainMostThreads);

@@ -193,7 +193,10 @@ def run_gelu(rows: int, columns: int, before: int, after: int, dtype: torch.dtyp
                 if call is value and name == "h" and wrong.shape != h.shape:
                     continue  # any number of rows
                 said = refusal(lambda: call(**{**given, name: wrong}))  # noqa: B023
-                leading = name in ("h", "s", "b", "down") and wrong is not off_16
+                # All others' sizes and dtypes follow from these.
+                leading = name in ("s", "b", "down") and wrong is not off_16
+                leading = leading or (name == "h" and wrong.shape != h.shape)
+                assert wrong is not off_16 or "2 bytes beyond one" in said
                 assert f" {name} must be " in f" {said}" or (leading and " must be " in said), said
     wide = torch.zeros(1, 4160, dtype=dtype)
     assert "up to 4096" in refusal(lambda: value(wide, wide.T.contiguous()))
