@@ -817,6 +817,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "they are as many, whatever the call",
     (
         "ops/backends/cuda_chain.py",
+        "self._finish(later, few=1)",
+        "2",
+    ): "how many elements a program adds up; the sums are the same",
+    (
+        "ops/backends/triton/configs.py",
+        "return False",
+        "return None",
+    ): "as false as False",
+    (
+        "ops/backends/cuda_chain.py",
         "MOST_WIDTH, COLUMNS, MOST_RANK = 1280, 64, 16",
         "1281",
     ): "widths are multiples of 64",

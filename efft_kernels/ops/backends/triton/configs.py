@@ -195,9 +195,8 @@ def _is_bucket(text: str) -> bool:
 
 
 def _are_numbers(config: Any, counts: tuple[int, ...], flags: slice) -> bool:
-    if not isinstance(config, list) or len(config) not in counts:
-        return False
-    if not all(type(number) is int and 0 <= number < 1 << 31 for number in config):
+    whole = isinstance(config, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in config)
+    if not whole or len(config) not in counts:
         return False
     on_or_off = config[flags]
     sizes = config[: len(config) - len(on_or_off)]

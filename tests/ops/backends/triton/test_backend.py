@@ -296,6 +296,10 @@ def test_a_table_of_another_device_is_ignored_and_said_so(on, monkeypatch, tmp_p
             '{"device": "NVIDIA_H200", "rows": {"thin|half": {"14": [0, 0, 0, 0, 0]}}}',
             "row 'thin|half' has '14': [0, 0, 0, 0, 0]",
         ),
+        (
+            '{"device": "NVIDIA_H200", "rows": {"gemm|half": {"14": [1, 2, 3, 4, 5, 6, 2]}}}',
+            "row 'gemm|half' has '14': [1, 2, 3, 4, 5, 6, 2]",
+        ),
         ("[" * 100_000, "recursion"),
     ],
 )
@@ -308,6 +312,17 @@ def test_a_table_that_is_none_is_told(on, monkeypatch, tmp_path, text, said):
     with pytest.raises(ValueError, match="EFFT_KERNELS_TUNED must be a table") as caught:
         tuning.pass_config("thin", 197, 768, 16, torch.bfloat16, aligned=True, index=0)
     assert str(path) in str(caught.value) and said in str(caught.value)
+
+
+def test_rows_of_every_form_are_taken(on, monkeypatch, tmp_path):
+    """Of a GEMM also those from before TMA and persistent programs."""
+    rows = {"thin|half": [1, 2, 3, 4, 5], "chain gelu|c768": [0]}
+    rows |= {f"gemm|{more}": [1, 2, 3, 4, 5, 6, *[1] * more] for more in range(3)}
+    table = {"device": H200.name, "rows": {key: {"14": row} for key, row in rows.items()}}
+    (tmp_path / "mine.json").write_text(json.dumps(table))
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(tmp_path / "mine.json"))
+    on(H200)
+    assert configs.measured_table(H200.name) == table["rows"]
 
 
 def test_the_committed_table_is_one():
